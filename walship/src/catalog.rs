@@ -1,0 +1,166 @@
+//! What a repository holds of one lineage, as plain data: the planner's whole input.
+//!
+//! Filled by `repository::load_catalog`, read by the planner. Pure: no I/O, no clock.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+
+use crate::pg::{Lsn, Oid, SegmentName, SegmentSize, TimelineHistory, TimelineId};
+use crate::wal::event::ServerLimits;
+
+/// One lineage of one cluster: everything under one system identifier and segment size.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Catalog {
+    /// The operator's name for the cluster.
+    pub cluster: String,
+    /// The lineage.
+    pub lineage: Lineage,
+    /// The history files that are stored. Timeline 1 has none and is not listed.
+    pub histories: BTreeMap<TimelineId, TimelineHistory>,
+    /// The whole segments that are stored, with their stored size in bytes.
+    pub segments: BTreeMap<SegmentName, u64>,
+    /// `.partial` files that are stored.
+    pub partials: Vec<SegmentName>,
+    /// Files kept apart as incomplete: present, never served as the whole.
+    pub incomplete: Vec<SegmentName>,
+    /// Complete base backups, oldest start first.
+    pub backups: Vec<BackupRecord>,
+    /// Backups that were started and not finished: id and start time. Never restored from.
+    pub unfinished_backups: Vec<(String, DateTime<Utc>)>,
+}
+
+/// One system identifier and segment size under a cluster's name (`lineages/0001.json`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// Its number, from 1.
+    pub number: u32,
+    /// The cluster's system identifier.
+    #[serde(with = "crate::wal::summary::decimal")]
+    pub system_identifier: u64,
+    /// The segment size in bytes.
+    pub segment_size: SegmentSize,
+    /// PostgreSQL's major version when the lineage was registered.
+    pub postgres_major: u32,
+    /// When it was registered.
+    pub created: DateTime<Utc>,
+}
+
+/// A complete base backup (`backups/catalog/....json`): written last, small, enough to plan with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupRecord {
+    /// The format of this document; 1.
+    pub format: u32,
+    /// The backup's id: time and 64 random bits, `20261121T010203Z-0123456789abcdef`.
+    pub id: String,
+    /// The label given to the server.
+    pub label: String,
+    /// The timeline it started on.
+    pub timeline: TimelineId,
+    /// Where replay starts: the redo location of its checkpoint.
+    pub start_lsn: Lsn,
+    /// The timeline it ended on.
+    pub stop_timeline: TimelineId,
+    /// Where the backup becomes consistent (exclusive end).
+    pub stop_lsn: Lsn,
+    /// When it was started, by the clock of the machine that took it.
+    pub started: DateTime<Utc>,
+    /// When it was complete.
+    pub finished: DateTime<Utc>,
+    /// The server's full version, `server_version_num`.
+    pub server_version: u32,
+    /// Whether it was taken from a standby.
+    pub from_standby: bool,
+    /// Bytes of all files.
+    pub data_bytes: u64,
+    /// Bytes as stored.
+    pub stored_bytes: u64,
+    /// How many files it holds.
+    pub files: u64,
+    /// Tablespaces outside the data directory.
+    pub tablespaces: Vec<Tablespace>,
+    /// The data objects in restore order.
+    pub objects: Vec<BackupObject>,
+    /// Settings of the server at the start of the backup that a recovering server must not undercut.
+    pub limits: ServerLimits,
+    /// Whether data pages carry checksums.
+    pub data_checksums: bool,
+    /// The BLAKE3 digest, in hex, of the stored manifest object.
+    pub manifest_digest: String,
+}
+
+/// A tablespace outside the data directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tablespace {
+    /// Its oid: the name of its link in `pg_tblspc`.
+    pub oid: Oid,
+    /// Its path on the server that was backed up.
+    pub path: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+}
+
+/// One tar object of a backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupObject {
+    /// Its name below the backup's folder: `data/000001.tar`.
+    pub name: String,
+    /// The tablespace it belongs to; `None` for the data directory itself.
+    pub tablespace: Option<Oid>,
+    /// Its length as stored.
+    pub stored_bytes: u64,
+    /// The length of the tar stream in it.
+    pub tar_bytes: u64,
+    /// The BLAKE3 digest of the stored bytes, in hex.
+    pub digest: String,
+}
+
+/// An unbroken run of whole segments on one timeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentRun {
+    /// The first segment.
+    pub first: SegmentName,
+    /// The last segment (inclusive).
+    pub last: SegmentName,
+    /// Their stored size in bytes.
+    pub stored_bytes: u64,
+}
+
+impl Catalog {
+    /// Returns the unbroken runs of whole segments of `timeline`, in WAL order.
+    pub fn runs(&self, timeline: TimelineId) -> Vec<SegmentRun> {
+        let size = self.lineage.segment_size;
+        let mut runs: Vec<SegmentRun> = Vec::new();
+        let first = SegmentName { timeline, log: 0, seg: 0 };
+        let last = SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
+        for (&name, &stored_bytes) in self.segments.range(first..=last) {
+            match runs.last_mut() {
+                Some(run) if run.last.next(size) == Some(name) => {
+                    run.last = name;
+                    run.stored_bytes += stored_bytes;
+                }
+                _ => runs.push(SegmentRun { first: name, last: name, stored_bytes }),
+            }
+        }
+        runs
+    }
+
+    /// Returns every timeline of which anything is stored, in ascending order.
+    pub fn timelines(&self) -> Vec<TimelineId> {
+        let mut timelines: Vec<_> = self.segments.keys().map(|name| name.timeline).collect();
+        timelines.extend(self.histories.keys());
+        timelines.sort_unstable();
+        timelines.dedup();
+        timelines
+    }
+
+    /// Returns the history of `timeline`: its stored file, or for timeline 1 the empty one; `None`
+    /// when the file is not stored.
+    pub fn history(&self, timeline: TimelineId) -> Option<TimelineHistory> {
+        match self.histories.get(&timeline) {
+            Some(history) => Some(history.clone()),
+            None => (timeline == TimelineId::FIRST).then(|| TimelineHistory::root(timeline)),
+        }
+    }
+}

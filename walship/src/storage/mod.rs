@@ -1,0 +1,210 @@
+//! Bytes under keys: the one small interface to a folder, S3 or memory.
+//!
+//! A storage knows nothing of WAL, clusters or documents; [`crate::repository`] alone knows what
+//! the keys mean. It never compares contents and never decides what a taken key means: it reports
+//! [`PutOutcome::Exists`] and changes nothing. It tells absence from every kind of failure:
+//! "not there" is said only when the store itself said exactly that about exactly this key.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::error::{Error, Result};
+
+/// The name of one stored object: relative, `/`-separated, safe on every store.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectKey(String);
+
+impl ObjectKey {
+    /// The longest key, in bytes (S3's own limit is 1024, the root prefix needs room).
+    pub const MAX_BYTES: usize = 512;
+
+    /// Returns the key.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for anything but non-empty parts of `[A-Za-z0-9._-]`, none of them `.` or
+    /// `..`, joined by single slashes, [`ObjectKey::MAX_BYTES`] at most.
+    pub fn new(text: impl Into<String>) -> Result<Self> {
+        let text = text.into();
+        let part_ok = |part: &str| {
+            !part.is_empty()
+                && part != "."
+                && part != ".."
+                && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        };
+        if text.len() > Self::MAX_BYTES || !text.split('/').all(part_ok) {
+            return Err(Error::invalid(format!("{text:?} cannot be the key of an object")));
+        }
+        Ok(Self(text))
+    }
+
+    /// Returns the key's text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The bytes of one object that is put whole.
+#[derive(Debug, Clone)]
+pub enum PutBody {
+    /// Pieces in memory, stored one after the other.
+    Memory(Vec<Bytes>),
+    /// A piece in memory followed by the whole content of a local file (a spooled large body).
+    Spooled {
+        /// What comes first.
+        head: Bytes,
+        /// The file whose whole content follows; it must not change until the put returns.
+        file: PathBuf,
+        /// The length of that content in bytes.
+        file_bytes: u64,
+    },
+}
+
+impl PutBody {
+    /// Returns the object's length in bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Memory(pieces) => pieces.iter().map(|piece| piece.len() as u64).sum(),
+            Self::Spooled { head, file_bytes, .. } => head.len() as u64 + file_bytes,
+        }
+    }
+
+    /// Returns whether the object would hold no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl From<Bytes> for PutBody {
+    fn from(bytes: Bytes) -> Self {
+        Self::Memory(vec![bytes])
+    }
+}
+
+impl From<Vec<u8>> for PutBody {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Memory(vec![bytes.into()])
+    }
+}
+
+/// What became of a put.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PutOutcome {
+    /// The object is stored under its key and durable.
+    Stored,
+    /// The key was taken already; nothing was changed. Whether the content is the same is for the
+    /// caller to find out (it may even be one's own earlier attempt whose answer was lost).
+    Exists,
+}
+
+/// What a store says of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectMeta {
+    /// Its key.
+    pub key: ObjectKey,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+/// One page of a listing, in ascending byte order of keys.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ListPage {
+    /// The objects of this page.
+    pub objects: Vec<ObjectMeta>,
+    /// Where the next page starts; `None` after the last.
+    pub next: Option<String>,
+}
+
+/// A store of objects.
+///
+/// Every call has a deadline of its own and retries transient failures within it (see
+/// [`retry`]); an [`Error::Unavailable`] means that this was in vain.
+#[async_trait]
+pub trait Storage: Send + Sync + fmt::Debug {
+    /// Returns the root for messages: `file:///srv/walship`, `s3://bucket/prefix`. No secrets.
+    fn location(&self) -> String;
+
+    /// Stores an object unless its key is taken.
+    ///
+    /// # Durability
+    /// After [`PutOutcome::Stored`] the object survives a crash of this machine (folder: file and
+    /// all its folders up to the root are synced) and readers see all of it or nothing.
+    async fn put_if_absent(&self, key: &ObjectKey, body: PutBody) -> Result<PutOutcome>;
+
+    /// Starts storing an object whose length is not yet known.
+    async fn start_upload(&self, key: &ObjectKey) -> Result<Box<dyn Upload>>;
+
+    /// Returns the whole object, or `None` when the store says that exactly this key is not there.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when the object is longer than `max_bytes` (nothing is read then).
+    async fn get(&self, key: &ObjectKey, max_bytes: u64) -> Result<Option<Bytes>>;
+
+    /// Returns up to `length` bytes from `offset` (fewer at the object's end, none past it), or
+    /// `None` when the store says that exactly this key is not there.
+    async fn get_range(&self, key: &ObjectKey, offset: u64, length: u64) -> Result<Option<Bytes>>;
+
+    /// Makes sure that an existing object is durable and says what it is; `None` when it is not there.
+    ///
+    /// # Durability
+    /// After `Some`, an object that another process put there survives a crash as if this call's
+    /// process had put it (folder: fsync of the file and of every folder up to the root).
+    async fn confirm(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>>;
+
+    /// Returns one page of the objects whose keys start with `prefix`, from `page` on (`None`: the
+    /// first; else a former page's `next`). `prefix` may be empty or end within a name.
+    async fn list(&self, prefix: &str, page: Option<&str>) -> Result<ListPage>;
+
+    /// Removes an object; success also when it is not there. Tidying only: nothing relies on it.
+    async fn delete(&self, key: &ObjectKey) -> Result<()>;
+}
+
+/// An object that is being stored piece by piece; invisible until [`Upload::finish`].
+#[async_trait]
+pub trait Upload: Send {
+    /// Appends bytes of any length. Returns when they are accepted into a bounded buffer.
+    async fn write(&mut self, bytes: Bytes) -> Result<()>;
+
+    /// Publishes the object unless the key is taken by now; durable after [`PutOutcome::Stored`].
+    async fn finish(self: Box<Self>) -> Result<PutOutcome>;
+
+    /// Gives up: removes what was stored so far, as far as the store lets it.
+    async fn abort(self: Box<Self>);
+}
+
+/// Returns every object under `prefix`, all pages.
+///
+/// # Errors
+/// [`Error::Invalid`] when there are more than `max_objects`.
+pub async fn list_all(storage: &dyn Storage, prefix: &str, max_objects: usize) -> Result<Vec<ObjectMeta>> {
+    let mut objects = Vec::new();
+    let mut page = None;
+    loop {
+        let mut listed = storage.list(prefix, page.as_deref()).await?;
+        objects.append(&mut listed.objects);
+        if objects.len() > max_objects {
+            return Err(Error::invalid(format!(
+                "more than {max_objects} objects lie under {}/{prefix}",
+                storage.location()
+            )));
+        }
+        match listed.next {
+            Some(next) => page = Some(next),
+            None => return Ok(objects),
+        }
+    }
+}
