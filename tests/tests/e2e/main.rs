@@ -1,1 +1,3 @@
-//! stub
+//! End to end, on real PostgreSQL servers and real stores.
+
+mod harness;
