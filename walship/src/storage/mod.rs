@@ -125,7 +125,7 @@ pub struct ObjectMeta {
 pub struct ListPage {
     /// The objects of this page.
     pub objects: Vec<ObjectMeta>,
-    /// Where the next page starts; `None` after the last.
+    /// The last key of this page when there are more; `None` after the last.
     pub next: Option<String>,
 }
 
@@ -165,8 +165,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// process had put it (folder: fsync of the file and of every folder up to the root).
     async fn confirm(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>>;
 
-    /// Returns one page of the objects whose keys start with `prefix`, from `page` on (`None`: the
-    /// first; else a former page's `next`). `prefix` may be empty or end within a name.
+    /// Returns one page of the objects whose keys start with `prefix` and, with `page`, sort after it
+    /// in byte order. `prefix` may be empty or end within a name.
+    ///
+    /// `page` is a key, not a token: a former page's `next` (which is the last key of that page), or
+    /// any text at all, whether such a key exists or not (S3: `start-after`). So "is anything stored
+    /// after this one?" is a single request.
     async fn list(&self, prefix: &str, page: Option<&str>) -> Result<ListPage>;
 
     /// Removes an object; success also when it is not there. Tidying only: nothing relies on it.
