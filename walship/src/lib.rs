@@ -20,7 +20,6 @@
 pub mod catalog;
 pub mod error;
 pub mod pg;
-#[cfg(feature = "store")]
 pub mod storage;
 pub mod wal;
 

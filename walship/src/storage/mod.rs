@@ -5,13 +5,60 @@
 //! [`PutOutcome::Exists`] and changes nothing. It tells absence from every kind of failure:
 //! "not there" is said only when the store itself said exactly that about exactly this key.
 
-use std::fmt;
-use std::path::PathBuf;
+#[cfg(feature = "store")]
+pub mod fs;
+#[cfg(feature = "test-util")]
+pub mod memory;
+#[cfg(feature = "store")]
+pub mod retry;
+mod settings;
 
+use std::fmt;
+#[cfg(feature = "store")]
+use std::io::Read as _;
+use std::path::PathBuf;
+#[cfg(feature = "store")]
+use std::sync::Arc;
+
+#[cfg(feature = "store")]
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::error::{Error, Result};
+
+pub use settings::{AddressingStyle, Limits, Location, S3Settings, Secret, StorageConfig};
+
+/// Returns the storage that `config` names.
+///
+/// A folder must exist. S3 is not contacted: credentials are looked for and connections made by
+/// the first call that needs them.
+///
+/// # Errors
+/// [`Error::Invalid`] for a URL or settings that make no sense (also `s3://` in a build without
+/// the `s3` feature); [`Error::Unavailable`] when the folder is not there.
+#[cfg(feature = "store")]
+pub fn open(config: &StorageConfig) -> Result<Arc<dyn Storage>> {
+    match config.location()? {
+        Location::Folder(root) => Ok(Arc::new(fs::FsStorage::open(&root)?.with_limits(config.limits))),
+        Location::S3 { .. } => {
+            Err(Error::invalid(format!("{} needs a build with the s3 feature", config.url)))
+        }
+    }
+}
+
+/// Creates the root that `config` names where it is not there yet, then opens it.
+///
+/// A folder is made, its parent must exist. A bucket is never made: that is left to its owner.
+///
+/// # Errors
+/// As [`open`]; [`Error::Denied`] or [`Error::LocalIo`] when the folder cannot be made.
+#[cfg(feature = "store")]
+pub fn create_root(config: &StorageConfig) -> Result<Arc<dyn Storage>> {
+    if let Location::Folder(root) = config.location()? {
+        fs::FsStorage::create_root(&root)?;
+    }
+    open(config)
+}
 
 /// The name of one stored object: relative, `/`-separated, safe on every store.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -89,6 +136,82 @@ impl PutBody {
     }
 }
 
+#[cfg(feature = "store")]
+impl PutBody {
+    /// Returns the whole content in one piece of memory: for short bodies.
+    #[cfg(any(feature = "s3", feature = "test-util"))]
+    pub(crate) async fn read(self) -> Result<Bytes> {
+        match self {
+            Self::Memory(mut pieces) if pieces.len() == 1 => Ok(pieces.remove(0)),
+            Self::Memory(pieces) => Ok(pieces.concat().into()),
+            spooled @ Self::Spooled { .. } => {
+                blocking(move || {
+                    let mut bytes = Vec::with_capacity(usize::try_from(spooled.len()).unwrap_or(0));
+                    spooled.each_piece(|piece| {
+                        bytes.extend_from_slice(piece);
+                        Ok(())
+                    })?;
+                    Ok(bytes.into())
+                })
+                .await
+            }
+        }
+    }
+
+    /// Hands the content to `take` piece by piece. Blocks: it may read a file.
+    ///
+    /// # Errors
+    /// [`Error::LocalIo`] when the spooled file cannot be read or is not as long as was said; what
+    /// `take` returns.
+    pub(crate) fn each_piece(&self, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let (head, file, file_bytes) = match self {
+            Self::Memory(pieces) => return pieces.iter().try_for_each(|piece| take(piece)),
+            Self::Spooled { head, file, file_bytes } => (head, file, *file_bytes),
+        };
+        take(head)?;
+        let failed = |error| Error::from_io(format_args!("cannot read {}", file.display()), error);
+        let mut source = std::fs::File::open(file).map_err(failed)?;
+        let mut buffer = vec![0; 1 << 20];
+        let mut done = 0_u64;
+        loop {
+            let bytes = source.read(&mut buffer).map_err(failed)?;
+            done += bytes as u64;
+            if done > file_bytes || (bytes == 0 && done < file_bytes) {
+                return Err(Error::local_io(format!(
+                    "{} changed while it was being stored: {file_bytes} bytes were expected",
+                    file.display()
+                )));
+            }
+            if bytes == 0 {
+                return Ok(());
+            }
+            take(&buffer[..bytes])?;
+        }
+    }
+}
+
+/// Runs what blocks on a thread where it may.
+#[cfg(feature = "store")]
+pub(crate) async fn blocking<T, F>(work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T> + Send + 'static,
+{
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::local_io(format!("a worker thread ended early: {error}"))),
+    }
+}
+
+/// The error of a bounded read whose object is longer than the bound.
+#[cfg(feature = "store")]
+pub(crate) fn too_long(storage: &dyn Storage, key: &ObjectKey, bytes: u64, max_bytes: u64) -> Error {
+    Error::corrupt(format!(
+        "{}/{key} holds {bytes} bytes where at most {max_bytes} make sense",
+        storage.location()
+    ))
+}
+
 impl From<Bytes> for PutBody {
     fn from(bytes: Bytes) -> Self {
         Self::Memory(vec![bytes])
@@ -133,6 +256,7 @@ pub struct ListPage {
 ///
 /// Every call has a deadline of its own and retries transient failures within it (see
 /// [`retry`]); an [`Error::Unavailable`] means that this was in vain.
+#[cfg(feature = "store")]
 #[async_trait]
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Returns the root for messages: `file:///srv/walship`, `s3://bucket/prefix`. No secrets.
@@ -178,6 +302,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
 }
 
 /// An object that is being stored piece by piece; invisible until [`Upload::finish`].
+#[cfg(feature = "store")]
 #[async_trait]
 pub trait Upload: Send {
     /// Appends bytes of any length. Returns when they are accepted into a bounded buffer.
@@ -194,6 +319,7 @@ pub trait Upload: Send {
 ///
 /// # Errors
 /// [`Error::Invalid`] when there are more than `max_objects`.
+#[cfg(feature = "store")]
 pub async fn list_all(storage: &dyn Storage, prefix: &str, max_objects: usize) -> Result<Vec<ObjectMeta>> {
     let mut objects = Vec::new();
     let mut page = None;

@@ -1,0 +1,270 @@
+//! Objects as files of a folder, which may be a network mount that several hosts share.
+//!
+//! A file reaches its key whole or not at all: it is written and synced under a temporary name in
+//! `<root>/tmp`, then linked to its key (or renamed without replacing, where there are no hard
+//! links). No symbolic link below the root is followed. Nothing but [`FsStorage::create_root`]
+//! makes the root and its `tmp`; without `tmp` nothing is written, because a folder that lacks it
+//! is most likely the empty mount point of a repository that is not mounted.
+
+mod folder;
+mod list;
+mod publish;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::{
+    Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Upload, blocking, too_long,
+};
+use crate::error::{Error, Result};
+use folder::{Folders, Root};
+use publish::Temporary;
+
+/// The folder of temporaries below the root: no key starts with it.
+const TMP: &str = "tmp";
+
+/// A folder as a storage.
+#[derive(Debug, Clone)]
+pub struct FsStorage {
+    root: Arc<Root>,
+    limits: Limits,
+    tidied: Arc<AtomicBool>,
+}
+
+impl FsStorage {
+    /// Returns the storage in an existing folder.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when the folder is not there (it may not be mounted);
+    /// [`Error::Denied`] or [`Error::LocalIo`] when it cannot be opened.
+    pub fn open(root: &Path) -> Result<Self> {
+        Ok(Self {
+            root: Arc::new(Root::open(root)?),
+            limits: Limits::default(),
+            tidied: Arc::new(AtomicBool::new(false)),
+        })
+    }
+
+    /// Makes the folder where it is not there yet, and what a storage needs in it; its parent must exist.
+    ///
+    /// # Durability
+    /// After `Ok` the folder and its name in its parent survive a crash.
+    /// # Errors
+    /// [`Error::Denied`] or [`Error::LocalIo`] with the path that cannot be made.
+    pub fn create_root(root: &Path) -> Result<Self> {
+        folder::create_root(root)?;
+        Self::open(root)
+    }
+
+    /// Returns the storage with other deadlines; of [`Limits`] only that of a whole call matters here.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Runs `work` where it may block, and stops waiting at the deadline: a dead network mount
+    /// hangs without end. The work itself cannot be stopped and may still succeed later.
+    async fn run<T, F>(&self, what: String, bytes: u64, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Arc<Root>) -> Result<T> + Send + 'static,
+    {
+        let root = Arc::clone(&self.root);
+        let deadline = self.limits.deadline(bytes);
+        match tokio::time::timeout(deadline, blocking(move || work(&root))).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::unavailable(format!(
+                "{what} in {} took longer than {} s",
+                self.location(),
+                deadline.as_secs_f64()
+            ))
+            .with_next("Check the disk or network mount that holds this folder, then try again.")),
+        }
+    }
+
+    /// Removes stale temporaries once in the life of this value; a failure of that is nobody's concern.
+    fn tidy_once(&self) -> impl FnOnce(&Root) + Send + 'static {
+        let tidied = Arc::clone(&self.tidied);
+        move |root| {
+            if !tidied.swap(true, Ordering::Relaxed)
+                && let Err(error) = publish::remove_stale(root)
+            {
+                tracing::debug!("stale temporaries stay in {}: {error}", root.path().display());
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Storage for FsStorage {
+    fn location(&self) -> String {
+        format!("file://{}", self.root.path().display())
+    }
+
+    async fn put_if_absent(&self, key: &ObjectKey, body: PutBody) -> Result<PutOutcome> {
+        let (name, tidy) = (key.clone(), self.tidy_once());
+        self.run(format!("storing {key}"), body.len(), move |root| {
+            let path = KeyPath::new(&name)?;
+            tidy(root);
+            // A taken key costs no write. Whether it is still taken when it matters is decided by the link.
+            if let Some(folders) = Folders::open(root, &path.folders)?
+                && folders.exists(path.name)?
+            {
+                return Ok(PutOutcome::Exists);
+            }
+            let mut temporary = Temporary::create(root)?;
+            body.each_piece(|piece| temporary.write(piece))?;
+            temporary.publish(&path)
+        })
+        .await
+    }
+
+    async fn start_upload(&self, key: &ObjectKey) -> Result<Box<dyn Upload>> {
+        let (name, tidy) = (key.clone(), self.tidy_once());
+        let temporary = self
+            .run(format!("storing {key}"), 0, move |root| {
+                KeyPath::new(&name)?;
+                tidy(root);
+                Temporary::create(root)
+            })
+            .await?;
+        Ok(Box::new(FsUpload { storage: self.clone(), key: key.clone(), temporary: Some(temporary) }))
+    }
+
+    async fn get(&self, key: &ObjectKey, max_bytes: u64) -> Result<Option<Bytes>> {
+        let (name, this) = (key.clone(), self.clone());
+        self.run(format!("reading {key}"), max_bytes.min(1 << 30), move |root| {
+            let path = KeyPath::new(&name)?;
+            let Some((_, file, bytes)) = open_object(root, &path)? else { return Ok(None) };
+            if bytes > max_bytes {
+                return Err(too_long(&this, &name, bytes, max_bytes));
+            }
+            read(&file, &path, root, 0, bytes).map(Some)
+        })
+        .await
+    }
+
+    async fn get_range(&self, key: &ObjectKey, offset: u64, length: u64) -> Result<Option<Bytes>> {
+        let name = key.clone();
+        self.run(format!("reading {key}"), length.min(1 << 30), move |root| {
+            let path = KeyPath::new(&name)?;
+            let Some((_, file, bytes)) = open_object(root, &path)? else { return Ok(None) };
+            let length = length.min(bytes.saturating_sub(offset));
+            read(&file, &path, root, offset, length).map(Some)
+        })
+        .await
+    }
+
+    async fn confirm(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>> {
+        let name = key.clone();
+        self.run(format!("confirming {key}"), 1 << 30, move |root| {
+            let path = KeyPath::new(&name)?;
+            let Some((folders, file, bytes)) = open_object(root, &path)? else { return Ok(None) };
+            file.sync_all().map_err(|error| root.failed("cannot sync", name.as_str(), error))?;
+            folders.sync()?;
+            Ok(Some(ObjectMeta { key: name, bytes }))
+        })
+        .await
+    }
+
+    async fn list(&self, prefix: &str, page: Option<&str>) -> Result<ListPage> {
+        let (prefix, page) = (prefix.to_owned(), page.map(str::to_owned));
+        self.run("listing".to_owned(), 0, move |root| list::page(root, &prefix, page.as_deref())).await
+    }
+
+    async fn delete(&self, key: &ObjectKey) -> Result<()> {
+        let name = key.clone();
+        self.run(format!("deleting {key}"), 0, move |root| {
+            let path = KeyPath::new(&name)?;
+            match Folders::open(root, &path.folders)? {
+                Some(folders) => folders.remove(path.name),
+                None => Ok(()),
+            }
+        })
+        .await
+    }
+}
+
+/// A key's folders and its own name.
+struct KeyPath<'a> {
+    folders: Vec<&'a str>,
+    name: &'a str,
+}
+
+impl<'a> KeyPath<'a> {
+    fn new(key: &'a ObjectKey) -> Result<Self> {
+        let mut folders: Vec<&str> = key.as_str().split('/').collect();
+        let name = folders.pop().unwrap_or_default();
+        if folders.first().copied().unwrap_or(name) == TMP {
+            return Err(Error::invalid(format!("{key} cannot be the key of an object: {TMP}/ is reserved")));
+        }
+        Ok(Self { folders, name })
+    }
+}
+
+/// The object's folders, its file and its length.
+fn open_object(root: &Arc<Root>, path: &KeyPath<'_>) -> Result<Option<(Folders, File, u64)>> {
+    let Some(folders) = Folders::open(root, &path.folders)? else { return Ok(None) };
+    let Some((file, bytes)) = folders.open_file(path.name)? else { return Ok(None) };
+    Ok(Some((folders, file, bytes)))
+}
+
+fn read(file: &File, path: &KeyPath<'_>, root: &Root, offset: u64, length: u64) -> Result<Bytes> {
+    let failed = |error| root.failed("cannot read", &path.folders.join("/"), error);
+    let length = usize::try_from(length).map_err(|_| Error::invalid("a read does not fit into memory"))?;
+    let mut bytes = vec![0; length];
+    file.read_exact_at(&mut bytes, offset).map_err(failed)?;
+    Ok(bytes.into())
+}
+
+/// A temporary that grows until it is published.
+struct FsUpload {
+    storage: FsStorage,
+    key: ObjectKey,
+    temporary: Option<Temporary>,
+}
+
+#[async_trait]
+impl Upload for FsUpload {
+    async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        // After an error or a cancelled call the temporary is gone, and with it the upload.
+        let mut temporary = self.temporary.take().ok_or_else(|| broken(&self.key))?;
+        let what = format!("storing {}", self.key);
+        let written = self.storage.run(what, bytes.len() as u64, move |_| {
+            temporary.write(&bytes)?;
+            Ok(temporary)
+        });
+        self.temporary = Some(written.await?);
+        Ok(())
+    }
+
+    async fn finish(mut self: Box<Self>) -> Result<PutOutcome> {
+        let temporary = self.temporary.take().ok_or_else(|| broken(&self.key))?;
+        let key = self.key.clone();
+        let bytes = temporary.bytes();
+        self.storage
+            .run(format!("storing {}", self.key), bytes, move |_| temporary.publish(&KeyPath::new(&key)?))
+            .await
+    }
+
+    async fn abort(mut self: Box<Self>) {
+        let temporary = self.temporary.take();
+        // Dropping it removes the file; that may block.
+        let _ = blocking(move || {
+            drop(temporary);
+            Ok(())
+        })
+        .await;
+    }
+}
+
+fn broken(key: &ObjectKey) -> Error {
+    Error::local_io(format!("the upload of {key} failed before and cannot go on"))
+}
