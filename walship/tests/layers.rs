@@ -261,7 +261,7 @@ fn prefix_of(impure: &str) -> String {
 }
 
 fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a member of the workspace").to_owned()
 }
 
 fn sources(krate: &str) -> Vec<Source> {
@@ -269,18 +269,18 @@ fn sources(krate: &str) -> Vec<Source> {
     let mut folders = vec![root.clone()];
     let mut found = Vec::new();
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).unwrap() {
-            let path = entry.unwrap().path();
+        for entry in fs::read_dir(&folder).expect("a source folder is readable") {
+            let path = entry.expect("a source folder is readable").path();
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
-                let inside = path.strip_prefix(&root).unwrap().with_extension("");
+                let inside = path.strip_prefix(&root).expect("found below it").with_extension("");
                 let mut modules: Vec<String> =
                     inside.iter().map(|part| part.to_string_lossy().into_owned()).collect();
                 if modules.len() > 1 && modules.last().is_some_and(|name| name == "mod") {
                     modules.pop();
                 }
-                let text = fs::read_to_string(&path).unwrap();
+                let text = fs::read_to_string(&path).expect("sources are text");
                 found.push(Source { room: modules[0].clone(), depth: modules.len(), path, text });
             }
         }
