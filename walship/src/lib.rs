@@ -18,6 +18,7 @@
 #![warn(missing_docs)]
 
 pub mod catalog;
+pub mod codec;
 pub mod error;
 pub mod pg;
 pub mod storage;

@@ -1,0 +1,202 @@
+//! One pass over a file's bytes: digest, checksum, compression and whoever wants to watch.
+
+use std::io::{self, BufRead, Read, Write};
+
+use crate::error::{Error, Result};
+
+use super::compress::{Compressor, Decompressor};
+use super::{Compression, Digest, Envelope};
+
+/// The longest original file that is ever stored or decoded: the largest WAL segment.
+pub const PLAIN_BYTES_MAX: u64 = 1 << 30;
+
+/// How much is read at once: large enough for BLAKE3's wide rounds, small enough to stay in cache.
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// What encoding a body has found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Encoded {
+    /// The length of the original.
+    pub plain_bytes: u64,
+    /// The BLAKE3 digest of the original.
+    pub digest: Digest,
+    /// The length of the compressed body.
+    pub body_bytes: u64,
+    /// The CRC-32 of the compressed body.
+    pub body_crc: u32,
+}
+
+/// Reads `source` once to its end and writes its compressed form to `sink`; `observe` sees every byte.
+///
+/// # Errors
+/// [`Error::Mismatch`] when the source does not hold exactly `plain_bytes` bytes (a file that changes
+/// while it is read); [`Error::LocalIo`] when reading or writing fails.
+pub fn encode_body(
+    source: &mut dyn Read,
+    plain_bytes: u64,
+    compression: Compression,
+    sink: &mut dyn Write,
+    observe: &mut dyn FnMut(&[u8]),
+) -> Result<Encoded> {
+    let sink_failed = |error| Error::from_io("writing compressed data", error);
+    let sink = Counting { inner: sink, bytes: 0, crc: crc32fast::Hasher::new() };
+    let mut compressor = Compressor::new(compression, plain_bytes, sink).map_err(sink_failed)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut chunk = vec![0; CHUNK_BYTES];
+    let mut read_bytes = 0u64;
+    loop {
+        let filled = fill(source, &mut chunk).map_err(|error| Error::from_io("reading", error))?;
+        read_bytes += filled as u64;
+        if read_bytes > plain_bytes || (filled < chunk.len() && read_bytes < plain_bytes) {
+            return Err(Error::mismatch(format!(
+                "it was expected to hold {plain_bytes} bytes, but {} came",
+                if read_bytes > plain_bytes { "more".to_owned() } else { format!("only {read_bytes}") }
+            ))
+            .with_next("Something changes the file while it is read; find out what writes to it."));
+        }
+        let bytes = &chunk[..filled];
+        hasher.update(bytes);
+        observe(bytes);
+        compressor.write_all(bytes).map_err(sink_failed)?;
+        if filled < chunk.len() {
+            break;
+        }
+    }
+    let sink = compressor.finish().map_err(sink_failed)?;
+    sink.inner.flush().map_err(sink_failed)?;
+    Ok(Encoded {
+        plain_bytes,
+        digest: Digest(*hasher.finalize().as_bytes()),
+        body_bytes: sink.bytes,
+        body_crc: sink.crc.finalize(),
+    })
+}
+
+/// Reads the compressed body from `body` and writes the original to `sink`, checking everything that
+/// `envelope` says: lengths, checksum, digest. Never writes more than the envelope's plain length.
+///
+/// # Errors
+/// [`Error::Corrupt`] when any check fails (what was written to `sink` is then worthless);
+/// [`Error::LocalIo`] when `sink` fails.
+pub fn decode_body(envelope: &Envelope, body: &mut dyn BufRead, sink: &mut dyn Write) -> Result<()> {
+    let damaged =
+        |error: io::Error| Error::corrupt(format!("its compressed data cannot be decoded: {error}"));
+    let mut source = Checking { inner: body, left: envelope.body_bytes, crc: crc32fast::Hasher::new() };
+    let mut hasher = blake3::Hasher::new();
+    let mut written = 0u64;
+    let mut decompressor = Decompressor::new(envelope.codec, &mut source).map_err(damaged)?;
+    let mut chunk = vec![0; CHUNK_BYTES];
+    loop {
+        let read = decompressor.read(&mut chunk).map_err(damaged)?;
+        if read == 0 {
+            break;
+        }
+        written += read as u64;
+        if written > envelope.plain_bytes {
+            return Err(Error::corrupt(format!(
+                "it decodes to more than the {} bytes that its envelope declares",
+                envelope.plain_bytes
+            )));
+        }
+        hasher.update(&chunk[..read]);
+        sink.write_all(&chunk[..read]).map_err(|error| Error::from_io("writing decoded data", error))?;
+    }
+    decompressor.into_source();
+    if source.left != 0 {
+        return Err(Error::corrupt(format!(
+            "{} bytes of its body are missing or lie behind the end of the compressed data",
+            source.left
+        )));
+    }
+    if source.crc.finalize() != envelope.body_crc {
+        return Err(Error::corrupt("the checksum of its body is wrong"));
+    }
+    if written != envelope.plain_bytes {
+        return Err(Error::corrupt(format!(
+            "it decodes to {written} bytes, its envelope declares {}",
+            envelope.plain_bytes
+        )));
+    }
+    let digest = Digest(*hasher.finalize().as_bytes());
+    if digest != envelope.digest {
+        return Err(Error::corrupt(format!(
+            "its content has the digest {digest}, its envelope declares {}",
+            envelope.digest
+        )));
+    }
+    Ok(())
+}
+
+/// Reads until `buffer` is full or the source ends.
+fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match source.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+/// A writer that counts and checksums what goes through it.
+struct Counting<'a> {
+    inner: &'a mut dyn Write,
+    bytes: u64,
+    crc: crc32fast::Hasher,
+}
+
+impl Write for Counting<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(buffer)?;
+        self.bytes += written as u64;
+        self.crc.update(&buffer[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// A reader of at most `left` bytes that checksums what is consumed.
+struct Checking<'a> {
+    inner: &'a mut dyn BufRead,
+    left: u64,
+    crc: crc32fast::Hasher,
+}
+
+impl BufRead for Checking<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.left == 0 {
+            return Ok(&[]);
+        }
+        let buffer = self.inner.fill_buf()?;
+        let usable = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        Ok(&buffer[..usable])
+    }
+
+    fn consume(&mut self, bytes: usize) {
+        // The bytes that are consumed are still what the inner reader has buffered.
+        if let Ok(buffer) = self.inner.fill_buf() {
+            self.crc.update(&buffer[..bytes.min(buffer.len())]);
+        }
+        self.inner.consume(bytes);
+        self.left = self.left.saturating_sub(bytes as u64);
+    }
+}
+
+impl Read for Checking<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let available = self.fill_buf()?;
+        let read = available.len().min(buffer.len());
+        buffer[..read].copy_from_slice(&available[..read]);
+        self.consume(read);
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests;
