@@ -25,9 +25,10 @@ pub enum Codec {
 }
 
 /// A codec and how hard it tries: `lz4`, `zstd` (level 1), `zstd:3`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum Compression {
     /// LZ4; it has one level.
+    #[default]
     Lz4,
     /// zstd at a level from 1 to 19.
     Zstd(u8),
@@ -40,12 +41,6 @@ impl Compression {
             Self::Lz4 => Codec::Lz4,
             Self::Zstd(_) => Codec::Zstd,
         }
-    }
-}
-
-impl Default for Compression {
-    fn default() -> Self {
-        Self::Lz4
     }
 }
 
