@@ -11,6 +11,8 @@ pub mod fs;
 pub mod memory;
 #[cfg(feature = "store")]
 pub mod retry;
+#[cfg(feature = "s3")]
+pub mod s3;
 mod settings;
 
 use std::fmt;
@@ -299,6 +301,22 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// Removes an object; success also when it is not there. Tidying only: nothing relies on it.
     async fn delete(&self, key: &ObjectKey) -> Result<()>;
+
+    /// Returns what only a probe asks of a store; `None` where there is nothing more to ask.
+    fn probe(&self) -> Option<&dyn StoreProbe> {
+        None
+    }
+}
+
+/// What a probe does to find out whether an object store keeps its promises.
+#[cfg(feature = "store")]
+#[async_trait]
+pub trait StoreProbe: Send + Sync {
+    /// Tries to store `bytes` with a checksum that is not theirs; returns whether the store refused.
+    async fn put_with_wrong_checksum(&self, key: &ObjectKey, bytes: Bytes) -> Result<bool>;
+
+    /// Starts an upload that is completed in parts however short it is.
+    async fn start_multipart(&self, key: &ObjectKey) -> Result<Box<dyn Upload>>;
 }
 
 /// An object that is being stored piece by piece; invisible until [`Upload::finish`].

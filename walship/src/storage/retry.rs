@@ -41,7 +41,7 @@ where
         let left = deadline.saturating_duration_since(Instant::now());
         let error = match timeout(limits.request(bytes).min(left), attempt(number)).await {
             Ok(Ok(value)) => return Ok(value),
-            Ok(Err(error)) if !error.is_transient() => return Err(error),
+            Ok(Err(error)) if !error.is_transient() => return Err(error.context(what)),
             Ok(Err(error)) => error,
             Err(_) => Error::unavailable(format!(
                 "no answer within {} ms",
