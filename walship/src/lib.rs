@@ -21,6 +21,8 @@ pub mod catalog;
 pub mod codec;
 pub mod error;
 pub mod pg;
+#[cfg(feature = "store")]
+pub mod repository;
 pub mod storage;
 pub mod wal;
 

@@ -13,4 +13,4 @@ mod object;
 pub use compress::{Codec, Compression};
 pub use digest::Digest;
 pub use envelope::{Envelope, FORMAT_VERSION, ObjectHead, ObjectKind};
-pub use object::{Encoded, PLAIN_BYTES_MAX, decode_body, encode_body};
+pub use object::{Encoded, EncodedBody, EncodedObject, PLAIN_BYTES_MAX, decode_body, encode_body};

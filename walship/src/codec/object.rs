@@ -1,6 +1,9 @@
 //! One pass over a file's bytes: digest, checksum, compression and whoever wants to watch.
 
 use std::io::{self, BufRead, Read, Write};
+use std::path::PathBuf;
+
+use bytes::Bytes;
 
 use crate::error::{Error, Result};
 
@@ -24,6 +27,26 @@ pub struct Encoded {
     pub body_bytes: u64,
     /// The CRC-32 of the compressed body.
     pub body_crc: u32,
+}
+
+/// A WAL file, ready to be stored: what goes before the body, and the body.
+#[derive(Debug, Clone)]
+pub struct EncodedObject {
+    /// The envelope.
+    pub envelope: Envelope,
+    /// Envelope and summary as stored.
+    pub head: Bytes,
+    /// What follows them.
+    pub body: EncodedBody,
+}
+
+/// Where the compressed bytes of an [`EncodedObject`] are.
+#[derive(Debug, Clone)]
+pub enum EncodedBody {
+    /// In memory.
+    Memory(Bytes),
+    /// The whole content of a local file, which must not change while the object is in use.
+    Spooled(PathBuf),
 }
 
 /// Reads `source` once to its end and writes its compressed form to `sink`; `observe` sees every byte.

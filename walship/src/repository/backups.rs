@@ -1,0 +1,120 @@
+//! Base backups: started, data objects, manifest, and the record that makes them exist.
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+
+use crate::catalog::BackupRecord;
+use crate::codec::Digest;
+use crate::error::{Error, Result};
+use crate::storage::{PutOutcome, Upload};
+
+use super::document::{self, BackupStarted, DOCUMENT_VERSION};
+use super::{LineageRepository, layout};
+
+/// The longest stored manifest that is read: room for some ten million files.
+const MANIFEST_BYTES_MAX: u64 = 1 << 30;
+
+/// The stored manifest's name below its backup's folder.
+const MANIFEST: &str = "manifest.json.zst";
+
+/// Returns the id of a backup that is begun at `now`; `random` makes it unlike all others.
+pub fn new_backup_id(now: DateTime<Utc>, random: u64) -> String {
+    format!("{}-{random:016x}", now.format("%Y%m%dT%H%M%SZ"))
+}
+
+impl LineageRepository {
+    /// Says that a backup was begun: WAL from its start on is needed from now on.
+    pub async fn put_backup_started(&self, started: &BackupStarted) -> Result<()> {
+        let key = self.layout.backup_object(&started.id, "started.json")?;
+        document::put_same(&*self.storage, &key, started).await
+    }
+
+    /// Returns what was said when a backup was begun; `None` when nothing was.
+    pub async fn backup_started(&self, id: &str) -> Result<Option<BackupStarted>> {
+        document::read(&*self.storage, &self.layout.backup_object(id, "started.json")?).await
+    }
+
+    /// Starts storing one of a backup's data objects, `data/000001.tar`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for any other name.
+    pub async fn start_backup_object(&self, id: &str, name: &str) -> Result<Box<dyn Upload>> {
+        self.storage.start_upload(&self.data_key(id, name)?).await
+    }
+
+    /// Returns up to `length` bytes from `offset` of a data object as stored; fewer at its end.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when the object is not there: the backup is damaged.
+    pub async fn read_backup_object_range(
+        &self,
+        id: &str,
+        name: &str,
+        offset: u64,
+        length: u64,
+    ) -> Result<Bytes> {
+        let key = self.data_key(id, name)?;
+        self.storage.get_range(&key, offset, length).await?.ok_or_else(|| {
+            Error::missing(format!("{}, a part of the backup, is not there", self.shown(&key)))
+        })
+    }
+
+    /// Stores a backup's manifest, already compressed (one zstd frame), and returns the digest of the
+    /// stored bytes in hex, for [`BackupRecord::manifest_digest`].
+    pub async fn put_backup_manifest(&self, id: &str, stored: Bytes) -> Result<String> {
+        let key = self.layout.backup_object(id, MANIFEST)?;
+        let digest = Digest::of(&stored);
+        if self.storage.put_if_absent(&key, stored.into()).await? == PutOutcome::Exists {
+            self.storage.confirm(&key).await?;
+            let existing = self.storage.get(&key, MANIFEST_BYTES_MAX).await?;
+            if existing.is_none_or(|existing| Digest::of(&existing) != digest) {
+                return Err(Error::conflict(format!(
+                    "{} is already stored with other content",
+                    self.shown(&key)
+                )));
+            }
+        }
+        Ok(digest.to_string())
+    }
+
+    /// Returns a backup's manifest as stored (one zstd frame), checked against the record's digest.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when it is not there, [`Error::Corrupt`] when it is another.
+    pub async fn get_backup_manifest(&self, record: &BackupRecord) -> Result<Bytes> {
+        let key = self.layout.backup_object(&record.id, MANIFEST)?;
+        let stored = self.storage.get(&key, MANIFEST_BYTES_MAX).await?;
+        let stored = stored.ok_or_else(|| Error::missing(format!("{} is not there", self.shown(&key))))?;
+        let digest = Digest::of(&stored).to_string();
+        if digest != record.manifest_digest {
+            return Err(Error::corrupt(format!(
+                "{} has the digest {digest}, the backup's record says {}",
+                self.shown(&key),
+                record.manifest_digest
+            )));
+        }
+        Ok(stored)
+    }
+
+    /// Writes a backup's record: from now on the backup exists. To be called last.
+    pub async fn put_backup_record(&self, record: &BackupRecord) -> Result<()> {
+        if record.format != DOCUMENT_VERSION {
+            return Err(Error::invalid(format!(
+                "a backup record of format {} cannot be written",
+                record.format
+            )));
+        }
+        let key =
+            self.layout.backup_record(&record.id, record.timeline, record.start_lsn, record.stop_lsn)?;
+        document::put_same(&*self.storage, &key, record).await
+    }
+
+    fn data_key(&self, id: &str, name: &str) -> Result<crate::storage::ObjectKey> {
+        let number = name.strip_prefix("data/").and_then(|rest| rest.strip_suffix(".tar"));
+        if number.is_none_or(|number| number.len() != 6 || !number.bytes().all(|b| b.is_ascii_digit())) {
+            return Err(Error::invalid(format!("{name:?} is not the name of a backup's data object")));
+        }
+        layout::check_backup_id(id)?;
+        self.layout.backup_object(id, name)
+    }
+}

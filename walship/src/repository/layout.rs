@@ -1,0 +1,403 @@
+//! Object keys: the one place that spells them and reads them back.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::{Digest, ObjectKind};
+use crate::error::{Error, Result};
+use crate::pg::{Lsn, SegmentName, TimelineId, WalFileName};
+use crate::storage::ObjectKey;
+
+/// The operator's name for a cluster: `[a-z0-9][a-z0-9_-]{0,62}`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ClusterName(String);
+
+impl ClusterName {
+    /// Returns the name's text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for ClusterName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let first_ok = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        let ok = (1..=63).contains(&text.len())
+            && text.as_bytes().first().is_some_and(first_ok)
+            && text.bytes().all(|b| first_ok(&b) || b == b'_' || b == b'-')
+            // Folder repositories keep temporaries there.
+            && text != "tmp";
+        if !ok {
+            return Err(Error::invalid(format!("{text:?} cannot be the name of a cluster")).with_next(
+                "Use up to 63 of a-z, 0-9, \"_\" and \"-\", starting with a letter or digit (not \"tmp\").",
+            ));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for ClusterName {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<ClusterName> for String {
+    fn from(name: ClusterName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for ClusterName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for ClusterName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The repository document.
+pub(super) fn repository_document() -> Result<ObjectKey> {
+    ObjectKey::new("walship.json")
+}
+
+/// The document of one cluster.
+pub(super) fn cluster_document(cluster: &ClusterName) -> Result<ObjectKey> {
+    ObjectKey::new(format!("{cluster}/cluster.json"))
+}
+
+/// What the keys of all lineage documents of a cluster start with.
+pub(super) fn lineages_prefix(cluster: &ClusterName) -> String {
+    format!("{cluster}/lineages/")
+}
+
+/// The document of one lineage.
+pub(super) fn lineage_document(cluster: &ClusterName, number: u32) -> Result<ObjectKey> {
+    ObjectKey::new(format!("{cluster}/lineages/{number:04}.json"))
+}
+
+/// Returns the number of the lineage whose document has this key.
+pub(super) fn lineage_number(cluster: &ClusterName, key: &ObjectKey) -> Option<u32> {
+    let rest = key.as_str().strip_prefix(&lineages_prefix(cluster))?;
+    let digits = rest.strip_suffix(".json")?;
+    let number = digits.parse().ok().filter(|number| *number > 0)?;
+    (format!("{number:04}") == digits).then_some(number)
+}
+
+/// The keys below one lineage: `<cluster>/<lineage>/`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LineageLayout {
+    base: String,
+}
+
+/// A WAL object's key, read back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct WalKey {
+    /// The file's own name.
+    pub(super) name: WalFileName,
+    /// What the key says it holds.
+    pub(super) kind: ObjectKind,
+    /// Whether it is a good copy beside a damaged object.
+    pub(super) is_copy: bool,
+}
+
+impl LineageLayout {
+    pub(super) fn new(cluster: &ClusterName, lineage: u32) -> Self {
+        Self { base: format!("{cluster}/{lineage:04}") }
+    }
+
+    fn key(&self, rest: impl fmt::Display) -> Result<ObjectKey> {
+        ObjectKey::new(format!("{}/{rest}", self.base))
+    }
+
+    /// The key of a WAL file. `digest` is that of its plaintext: part of the key where several
+    /// different files may have the same name.
+    pub(super) fn wal(&self, name: WalFileName, kind: ObjectKind, digest: &Digest) -> Result<ObjectKey> {
+        let end = match kind {
+            ObjectKind::Segment => ".wal".to_owned(),
+            ObjectKind::Incomplete => format!(".incomplete.{}", digest.short()),
+            ObjectKind::Partial => format!(".{}", digest.short()),
+            ObjectKind::History | ObjectKind::BackupHistory => String::new(),
+        };
+        self.key(format_args!("wal/{}{name}{end}", folder(name)))
+    }
+
+    /// The key of a whole segment.
+    pub(super) fn segment(&self, name: SegmentName) -> Result<ObjectKey> {
+        let name = WalFileName::Segment(name);
+        self.key(format_args!("wal/{}{name}.wal", folder(name)))
+    }
+
+    /// The key of a history file.
+    pub(super) fn history(&self, timeline: TimelineId) -> Result<ObjectKey> {
+        self.key(format_args!("wal/{}", WalFileName::History(timeline)))
+    }
+
+    /// What the keys of all `.partial` or all incomplete objects of a segment start with.
+    pub(super) fn variants_prefix(&self, name: SegmentName, kind: ObjectKind) -> String {
+        let word = if kind == ObjectKind::Partial { "partial" } else { "incomplete" };
+        format!("{}/wal/{}{name}.{word}.", self.base, folder(WalFileName::Segment(name)))
+    }
+
+    /// What all WAL keys start with.
+    pub(super) fn wal_prefix(&self) -> String {
+        format!("{}/wal/", self.base)
+    }
+
+    /// What all keys of segments on one timeline start with.
+    pub(super) fn timeline_prefix(&self, timeline: TimelineId) -> String {
+        format!("{}/wal/{}/", self.base, timeline.hex())
+    }
+
+    /// A text that sorts after every key of this segment and before every key of later ones.
+    pub(super) fn after_segment(&self, name: SegmentName) -> String {
+        // Its keys go on with a dot, which sorts before the slash.
+        format!("{}/wal/{}{name}/", self.base, folder(WalFileName::Segment(name)))
+    }
+
+    /// A text that sorts after every key of this history file, and before all WAL of its timeline.
+    pub(super) fn after_history(&self, timeline: TimelineId) -> String {
+        format!("{}/wal/{}.history~", self.base, timeline.hex())
+    }
+
+    /// Reads a key back; `None` for anything that this format does not name.
+    pub(super) fn parse_wal(&self, key: &ObjectKey) -> Option<WalKey> {
+        let rest = key.as_str().strip_prefix(&self.base)?.strip_prefix("/wal/")?;
+        let file = rest.rsplit('/').next()?;
+        let (file, is_copy) = match file.rsplit_once(".r") {
+            Some((file, digest)) if is_short_digest(digest) => (file, true),
+            _ => (file, false),
+        };
+        let (name, kind) = if let Some(name) = file.strip_suffix(".wal") {
+            (WalFileName::Segment(name.parse().ok()?), ObjectKind::Segment)
+        } else if let Ok(name @ (WalFileName::History(_) | WalFileName::BackupHistory(..))) = file.parse() {
+            (name, ObjectKind::of(name))
+        } else {
+            let (file, digest) = file.rsplit_once('.')?;
+            let (segment, word) = file.rsplit_once('.')?;
+            let segment = segment.parse().ok().filter(|_| is_short_digest(digest))?;
+            match word {
+                "partial" => (WalFileName::Partial(segment), ObjectKind::Partial),
+                "incomplete" => (WalFileName::Segment(segment), ObjectKind::Incomplete),
+                _ => return None,
+            }
+        };
+        let in_its_folder = rest.strip_suffix(rest.rsplit('/').next()?)? == folder(name);
+        in_its_folder.then_some(WalKey { name, kind, is_copy })
+    }
+
+    /// What the keys of all complete backups' records start with.
+    pub(super) fn backup_records_prefix(&self) -> String {
+        format!("{}/backups/catalog/", self.base)
+    }
+
+    /// What the keys of everything about backups start with.
+    pub(super) fn backups_prefix(&self) -> String {
+        format!("{}/backups/", self.base)
+    }
+
+    /// The key of a backup's record.
+    pub(super) fn backup_record(
+        &self,
+        id: &str,
+        tli: TimelineId,
+        start: Lsn,
+        stop: Lsn,
+    ) -> Result<ObjectKey> {
+        check_backup_id(id)?;
+        self.key(format_args!("backups/catalog/{}-{:016X}-{:016X}-{id}.json", tli.hex(), start.0, stop.0))
+    }
+
+    /// The key of one of a backup's own objects: `started.json`, `manifest.json.zst`, `data/000001.tar`.
+    pub(super) fn backup_object(&self, id: &str, object: &str) -> Result<ObjectKey> {
+        check_backup_id(id)?;
+        self.key(format_args!("backups/{id}/{object}"))
+    }
+
+    /// Returns the id of the backup whose `started.json` has this key.
+    pub(super) fn started_backup_id(&self, key: &ObjectKey) -> Option<String> {
+        let rest = key.as_str().strip_prefix(&self.backups_prefix())?;
+        let id = rest.strip_suffix("/started.json")?;
+        check_backup_id(id).is_ok().then(|| id.to_owned())
+    }
+}
+
+/// The folders between `wal/` and a file; empty for history files.
+fn folder(name: WalFileName) -> String {
+    match name {
+        WalFileName::Segment(segment)
+        | WalFileName::Partial(segment)
+        | WalFileName::BackupHistory(segment, _) => {
+            format!("{}/{:08X}/", segment.timeline.hex(), segment.log)
+        }
+        WalFileName::History(_) => String::new(),
+    }
+}
+
+fn is_short_digest(text: &str) -> bool {
+    text.len() == 32 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+/// The key under which a good copy of a damaged object is kept.
+pub(super) fn copy_of(key: &ObjectKey, digest: &Digest) -> Result<ObjectKey> {
+    ObjectKey::new(format!("{key}.r{}", digest.short()))
+}
+
+/// What the keys of all copies of an object start with.
+pub(super) fn copies_prefix(key: &ObjectKey) -> String {
+    format!("{key}.r")
+}
+
+/// Checks that `id` is a backup's id: `20261121T010203Z-0123456789abcdef`.
+pub(super) fn check_backup_id(id: &str) -> Result<()> {
+    let shape = |(at, byte): (usize, u8)| match at {
+        8 => byte == b'T',
+        15 => byte == b'Z',
+        16 => byte == b'-',
+        0..=14 => byte.is_ascii_digit(),
+        _ => byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte),
+    };
+    if id.len() == 33 && id.bytes().enumerate().all(shape) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("{id:?} is not the id of a backup")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> LineageLayout {
+        LineageLayout::new(&"main".parse().unwrap(), 1)
+    }
+
+    #[test]
+    fn cluster_names_are_checked() {
+        for text in ["main", "a", "0", "a-b_c", &"x".repeat(63)] {
+            assert_eq!(text.parse::<ClusterName>().unwrap().as_str(), text);
+        }
+        for text in ["", "tmp", "Main", "-a", "_a", "a/b", "..", "a.b", &"x".repeat(64), "\u{e9}"] {
+            assert!(text.parse::<ClusterName>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn wal_keys_are_spelled_and_read_back() {
+        let digest = Digest::of(b"x");
+        let short = digest.short();
+        for (name, kind, expected) in [
+            (
+                "000000010000000A0000004C",
+                ObjectKind::Segment,
+                "00000001/0000000A/000000010000000A0000004C.wal".into(),
+            ),
+            (
+                "000000010000000A0000004C",
+                ObjectKind::Incomplete,
+                format!("00000001/0000000A/000000010000000A0000004C.incomplete.{short}"),
+            ),
+            (
+                "000000010000000A0000004C.partial",
+                ObjectKind::Partial,
+                format!("00000001/0000000A/000000010000000A0000004C.partial.{short}"),
+            ),
+            (
+                "000000010000000A0000004C.00000028.backup",
+                ObjectKind::BackupHistory,
+                "00000001/0000000A/000000010000000A0000004C.00000028.backup".into(),
+            ),
+            ("00000002.history", ObjectKind::History, "00000002.history".into()),
+        ] {
+            let name: WalFileName = name.parse().unwrap();
+            let key = layout().wal(name, kind, &digest).unwrap();
+            assert_eq!(key.as_str(), format!("main/0001/wal/{expected}"));
+            assert_eq!(layout().parse_wal(&key), Some(WalKey { name, kind, is_copy: false }), "{key}");
+            let copy = copy_of(&key, &digest).unwrap();
+            assert_eq!(layout().parse_wal(&copy), Some(WalKey { name, kind, is_copy: true }), "{copy}");
+        }
+    }
+
+    #[test]
+    fn strange_keys_are_not_read() {
+        for text in [
+            "main/0002/wal/00000001/0000000A/000000010000000A0000004C.wal",
+            "main/0001/wal/00000001/0000000B/000000010000000A0000004C.wal",
+            "main/0001/wal/000000010000000A0000004C.wal",
+            "main/0001/wal/00000001/0000000A/000000010000000A0000004C",
+            "main/0001/wal/00000001/0000000A/000000010000000A0000004C.gz",
+            "main/0001/wal/00000001/0000000A/000000010000000A0000004C.partial",
+            "main/0001/wal/00000001/0000000A/000000010000000A0000004C.partial.xyz",
+            "main/0001/wal/00000001/00000002.history",
+        ] {
+            assert_eq!(layout().parse_wal(&ObjectKey::new(text).unwrap()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn later_keys_sort_after_the_marks() {
+        let layout = layout();
+        let digest = Digest::of(b"x");
+        let segment: SegmentName = "0000000100000000000000FF".parse().unwrap();
+        let mark = layout.after_segment(segment);
+        for kind in [ObjectKind::Segment, ObjectKind::Incomplete] {
+            let key = layout.wal(WalFileName::Segment(segment), kind, &digest).unwrap();
+            assert!(key.as_str() < mark.as_str());
+            assert!(copy_of(&key, &digest).unwrap().as_str() < mark.as_str());
+            for later in ["000000010000000100000000", "00000001FFFFFFFF00000000"] {
+                let key = layout.wal(later.parse().unwrap(), kind, &digest).unwrap();
+                assert!(key.as_str() > mark.as_str(), "{key}");
+            }
+        }
+        let mark = layout.after_history(TimelineId::new(2).unwrap());
+        let history = layout.history(TimelineId::new(2).unwrap()).unwrap();
+        assert!(copy_of(&history, &digest).unwrap().as_str() < mark.as_str());
+        assert!(layout.history(TimelineId::new(3).unwrap()).unwrap().as_str() > mark.as_str());
+        let own = layout.segment("000000020000000000000001".parse().unwrap()).unwrap();
+        assert!(own.as_str() > mark.as_str());
+        let older = layout.segment("00000001FFFFFFFF00000001".parse().unwrap()).unwrap();
+        assert!(older.as_str() < mark.as_str());
+    }
+
+    #[test]
+    fn backup_ids_are_checked() {
+        assert!(check_backup_id("20261121T010203Z-0123456789abcdef").is_ok());
+        for id in
+            ["", "..", "20261121T010203Z-0123456789abcdeF", "20261121T010203Z-0123456789abcde", "catalog"]
+        {
+            assert!(check_backup_id(id).is_err(), "{id}");
+        }
+    }
+
+    #[test]
+    fn lineage_numbers_are_read_back() {
+        let cluster: ClusterName = "main".parse().unwrap();
+        for number in [1, 42, 9999, 10_000] {
+            assert_eq!(lineage_number(&cluster, &lineage_document(&cluster, number).unwrap()), Some(number));
+        }
+        for text in [
+            "main/lineages/0000.json",
+            "main/lineages/1.json",
+            "main/lineages/+001.json",
+            "main/lineages/0001",
+        ] {
+            assert_eq!(
+                lineage_number(
+                    &cluster,
+                    &ObjectKey::new(text).unwrap_or_else(|_| ObjectKey::new("x").unwrap())
+                ),
+                None
+            );
+        }
+    }
+}

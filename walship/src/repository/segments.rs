@@ -1,0 +1,188 @@
+//! WAL files in a lineage: put, get, and what a listing says of them.
+
+use std::fs::File;
+
+use crate::codec::{EncodedObject, ObjectHead, ObjectKind};
+use crate::error::{Error, Result};
+use crate::pg::{SegmentName, TimelineHistory, TimelineId, WalFileName};
+use crate::storage::list_all;
+use crate::wal::SegmentSummary;
+
+use super::LineageRepository;
+use super::stored::{Expected, Target, ToFile, ToMemory};
+
+/// More `.partial` files or incomplete segments than one name ever has.
+const VARIANTS_MAX: usize = 1000;
+
+/// What became of a WAL file that was put. In every case it is durable now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Put {
+    /// It was stored under its key.
+    Stored,
+    /// The same content was stored already; that object is whole, and durable now.
+    AlreadyStored,
+    /// The object under its key is damaged; a good copy was stored beside it.
+    StoredBesideDamaged {
+        /// Where the copy is.
+        copy: String,
+        /// What is wrong with the object.
+        damage: String,
+    },
+}
+
+/// Something that `check` reports: a WAL object that is not part of the chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leftover {
+    /// Its key, with the repository's root.
+    pub location: String,
+    /// PostgreSQL's name of the file.
+    pub name: WalFileName,
+    /// What it is.
+    pub kind: ObjectKind,
+    /// Whether it is a good copy beside a damaged object.
+    pub is_copy: bool,
+}
+
+impl LineageRepository {
+    /// Stores an encoded WAL file under the key that its envelope says.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] when the key holds other, sound content; [`Error::Mismatch`] when the
+    /// envelope is not this lineage's.
+    /// # Durability
+    /// After `Ok` the content survives a crash, whoever put it there.
+    pub async fn put_wal_file(&self, object: &EncodedObject) -> Result<Put> {
+        let envelope = &object.envelope;
+        let ours = &self.lineage;
+        if envelope.segment_size != ours.segment_size
+            || ![0, ours.system_identifier].contains(&envelope.system_identifier)
+        {
+            return Err(Error::mismatch(format!(
+                "{} belongs to system identifier {} with segments of {}, {} to {} with {}",
+                envelope.name,
+                envelope.system_identifier,
+                envelope.segment_size,
+                self.location(),
+                ours.system_identifier,
+                ours.segment_size
+            )));
+        }
+        let key = self.layout.wal(envelope.name, envelope.kind, &envelope.digest)?;
+        self.put_object(&key, object).await
+    }
+
+    /// Writes a WAL file's original content into `file` (from its start, truncating it) and returns
+    /// what its head says; `None` when the store says that it is not there. Everything is checked
+    /// against the digest; where the object is damaged, a good copy of it is used.
+    ///
+    /// A `.partial` of which several are stored is refused.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when no valid copy is stored; the content of `file` is worthless then.
+    pub async fn get_wal_file(&self, name: WalFileName, file: &File) -> Result<Option<ObjectHead>> {
+        let target = || {
+            let clone =
+                file.try_clone().map_err(|error| Error::from_io("duplicating a file handle", error))?;
+            Ok(ToFile(clone))
+        };
+        Ok(self.get(name, target).await?.map(|(head, ())| head))
+    }
+
+    /// Returns a WAL file's original content, checked; `None` when it is not there. For whole
+    /// segments up to 1 GiB this is as much memory as the segment is long.
+    pub async fn wal_file_bytes(&self, name: WalFileName) -> Result<Option<Vec<u8>>> {
+        Ok(self.get(name, || Ok(ToMemory)).await?.map(|(_, bytes)| bytes))
+    }
+
+    /// Returns a segment's original content, checked; `None` when it is not there.
+    pub async fn segment_bytes(&self, name: SegmentName) -> Result<Option<Vec<u8>>> {
+        self.wal_file_bytes(WalFileName::Segment(name)).await
+    }
+
+    /// Returns what a segment holds, with one ranged GET; `None` when it is not there.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when no readable copy of the summary is stored.
+    pub async fn segment_summary(&self, name: SegmentName) -> Result<Option<SegmentSummary>> {
+        let key = self.layout.segment(name)?;
+        let expected = Expected { name: WalFileName::Segment(name), kind: ObjectKind::Segment };
+        let Some(head) = self.read_head(&key, expected).await? else { return Ok(None) };
+        match head.summary {
+            Some(summary) if summary.segment == name => Ok(Some(summary)),
+            _ => Err(Error::corrupt(format!("{} has no summary of its own", self.shown(&key)))),
+        }
+    }
+
+    /// Returns the history of `timeline` (for timeline 1 without asking the store); `None` when its
+    /// file is not there.
+    pub async fn history(&self, timeline: TimelineId) -> Result<Option<TimelineHistory>> {
+        if timeline == TimelineId::FIRST {
+            return Ok(Some(TimelineHistory::root(timeline)));
+        }
+        let name = WalFileName::History(timeline);
+        let Some(bytes) = self.wal_file_bytes(name).await? else { return Ok(None) };
+        let text = String::from_utf8_lossy(&bytes);
+        TimelineHistory::parse(timeline, &text)
+            .map(Some)
+            .map_err(|error| Error::corrupt(format!("{} in {}: {error}", name, self.location())))
+    }
+
+    /// Returns a stored object that lies behind `name` on its timeline, if there is one: any later
+    /// segment, whole or not; for a history file, any WAL of its timeline and anything of later ones.
+    /// One request.
+    pub async fn anything_after(&self, name: WalFileName) -> Result<Option<String>> {
+        let (prefix, mark) = match name {
+            WalFileName::Segment(segment)
+            | WalFileName::Partial(segment)
+            | WalFileName::BackupHistory(segment, _) => {
+                (self.layout.timeline_prefix(segment.timeline), self.layout.after_segment(segment))
+            }
+            WalFileName::History(timeline) => (self.layout.wal_prefix(), self.layout.after_history(timeline)),
+        };
+        let page = self.storage.list(&prefix, Some(&mark)).await?;
+        Ok(page.objects.first().map(|meta| self.shown(&meta.key)))
+    }
+
+    /// Returns where a segment's bytes were put aside as incomplete, if they were.
+    pub async fn incomplete_of(&self, name: SegmentName) -> Result<Vec<String>> {
+        let prefix = self.layout.variants_prefix(name, ObjectKind::Incomplete);
+        let listed = list_all(&*self.storage, &prefix, VARIANTS_MAX).await?;
+        Ok(listed.iter().map(|meta| self.shown(&meta.key)).collect())
+    }
+
+    async fn get<T: Target>(
+        &self,
+        name: WalFileName,
+        target: impl FnMut() -> Result<T>,
+    ) -> Result<Option<(ObjectHead, T::Output)>> {
+        let expected = Expected { name, kind: ObjectKind::of(name) };
+        let key = match name {
+            WalFileName::Segment(segment) => self.layout.segment(segment)?,
+            WalFileName::History(timeline) => self.layout.history(timeline)?,
+            WalFileName::BackupHistory(..) => {
+                self.layout.wal(name, ObjectKind::BackupHistory, &crate::codec::Digest([0; 32]))?
+            }
+            WalFileName::Partial(segment) => {
+                let prefix = self.layout.variants_prefix(segment, ObjectKind::Partial);
+                let mut listed = list_all(&*self.storage, &prefix, VARIANTS_MAX).await?;
+                listed.retain(|meta| self.layout.parse_wal(&meta.key).is_some_and(|key| !key.is_copy));
+                match &*listed {
+                    [] => return Ok(None),
+                    [only] => only.key.clone(),
+                    several => {
+                        let keys: Vec<_> = several.iter().map(|meta| self.shown(&meta.key)).collect();
+                        return Err(Error::conflict(format!(
+                            "{name} is stored {} times with different content: {}",
+                            several.len(),
+                            keys.join(", ")
+                        ))
+                        .with_next(
+                            "Decode the right one with `lz4 -d` or `zstd -d` (docs/repository-format.md).",
+                        ));
+                    }
+                }
+            }
+        };
+        self.read_valid(&key, expected, target).await
+    }
+}
