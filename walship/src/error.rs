@@ -134,6 +134,11 @@ impl Error {
         self
     }
 
+    /// Returns the cause that [`Error::with_source`] attached, for a caller that knows its type.
+    pub fn cause(&self) -> Option<&(dyn StdError + Send + Sync + 'static)> {
+        self.detail().source.as_deref()
+    }
+
     /// Returns what still holds although this happened.
     pub fn safe(&self) -> &str {
         self.detail().safe.as_deref().unwrap_or(match self {

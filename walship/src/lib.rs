@@ -21,8 +21,13 @@ pub mod catalog;
 pub mod codec;
 pub mod error;
 pub mod pg;
+<<<<<<< Updated upstream
 #[cfg(feature = "store")]
 pub mod repository;
+=======
+#[cfg(feature = "replication")]
+pub mod replication;
+>>>>>>> Stashed changes
 pub mod storage;
 pub mod wal;
 

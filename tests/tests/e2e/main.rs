@@ -1,3 +1,7 @@
 //! End to end, on real PostgreSQL servers and real stores.
 
+// Helpers of tests may fail loudly, as the tests themselves.
+#![allow(clippy::unwrap_used)]
+
 mod harness;
+mod replication;

@@ -1,0 +1,31 @@
+//! Our own client of PostgreSQL's wire protocol: ordinary queries, physical replication sessions
+//! and base backups.
+//!
+//! It decides nothing about backups or WAL: it hands on what the server sends. `message`,
+//! `conninfo` and `passfile` are pure; `options` reads the environment once; `connection` is the
+//! socket loop. Called by `backup`, later by `receive`.
+//!
+//! ```no_run
+//! use walship::replication::{ConnectOptions, Connection, SessionKind, identify_system};
+//!
+//! # async fn example() -> walship::Result<()> {
+//! let options = ConnectOptions::from_env_and_uri("postgresql://replicator@db1:5432/")?;
+//! let mut session = Connection::connect(&options, SessionKind::Replication).await?;
+//! println!("{:?}", identify_system(&mut session).await?);
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod connection;
+pub mod conninfo;
+pub mod message;
+pub mod options;
+pub mod passfile;
+pub mod server_error;
+pub mod slot;
+mod tls;
+
+pub use connection::{Connection, Rows, SUPPORTED_MAJORS, SessionKind};
+pub use options::{ConnectOptions, Origin};
+pub use server_error::ServerError;
+pub use slot::{SlotLifetime, SystemIdentity, create_slot, identify_system, show, timeline_history};
