@@ -21,13 +21,10 @@ pub mod catalog;
 pub mod codec;
 pub mod error;
 pub mod pg;
-<<<<<<< Updated upstream
-#[cfg(feature = "store")]
-pub mod repository;
-=======
 #[cfg(feature = "replication")]
 pub mod replication;
->>>>>>> Stashed changes
+#[cfg(feature = "store")]
+pub mod repository;
 pub mod storage;
 pub mod wal;
 
