@@ -140,3 +140,13 @@ impl Upload for MemoryUpload {
 
     async fn abort(self: Box<Self>) {}
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn it_conforms() {
+        crate::storage::conformance::run(&MemoryStorage::new()).await;
+    }
+}

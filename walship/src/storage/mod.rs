@@ -5,6 +5,10 @@
 //! [`PutOutcome::Exists`] and changes nothing. It tells absence from every kind of failure:
 //! "not there" is said only when the store itself said exactly that about exactly this key.
 
+#[cfg(feature = "test-util")]
+pub mod conformance;
+#[cfg(feature = "test-util")]
+pub mod faulty;
 #[cfg(feature = "store")]
 pub mod fs;
 #[cfg(feature = "test-util")]

@@ -268,3 +268,18 @@ impl Upload for FsUpload {
 fn broken(key: &ObjectKey) -> Error {
     Error::local_io(format!("the upload of {key} failed before and cannot go on"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn it_conforms() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("repository");
+        let storage = FsStorage::create_root(&root).unwrap();
+        crate::storage::conformance::run(&storage).await;
+        let left = std::fs::read_dir(root.join(TMP)).unwrap().count();
+        assert_eq!(left, 0, "no temporary is left behind");
+    }
+}
