@@ -2,10 +2,12 @@
 //!
 //! Everything above stands on this module. It never reads a clock, a file or the environment.
 
+pub mod control;
 pub mod lsn;
 pub mod segment;
 pub mod timeline;
 
+pub use control::ControlData;
 pub use lsn::Lsn;
 pub use segment::{SegmentName, SegmentSize, WalFileName};
 pub use timeline::{HistoryEntry, TimelineHistory, TimelineId};

@@ -1,9 +1,25 @@
 //! WAL decoding: pages, records, transactions, segment summaries. Pure, incremental, total.
 //!
 //! Nothing here does I/O or trusts a byte: any input gives an answer, never a panic or a loop.
+//!
+//! [`reader::Reader`] turns bytes into records, [`decode::decode`] records into [`WalEvent`]s,
+//! [`scan::SegmentScanner`] a segment into a [`SegmentSummary`] and a verdict,
+//! [`summary::join`] two neighbours into the record that lies across them, and [`events::events_of`]
+//! segments into all their events.
 
+mod bytes;
+pub mod decode;
 pub mod event;
+pub mod events;
+pub mod layout;
+pub mod page;
+pub mod reader;
+pub mod record;
+pub mod scan;
 pub mod summary;
+pub mod xact;
 
 pub use event::{EventKind, WalEvent};
+pub use events::events_of;
+pub use scan::{SegmentScan, SegmentScanner, Verdict};
 pub use summary::SegmentSummary;

@@ -3,7 +3,10 @@
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::event::WalEvent;
+use super::decode::{decode, is_of_interest};
+use super::event::{EventKind, WalEvent};
+use super::layout::Layout;
+use super::record::{Record, RecordHeader, record_crc};
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineId, Xid};
 
 /// The summary of one WAL segment; stored in JSON inside the segment object.
@@ -83,11 +86,12 @@ pub struct Fragment {
     /// How many bytes of the record (page headers not counted) lie in this segment.
     pub record_bytes: u64,
     /// Those bytes, page headers removed, when they are at most [`SegmentSummary::MAX_FRAGMENT_BYTES`];
-    /// `None` means "read the segment".
+    /// `None` means "read the segment". For `unfinished`, only the 24 bytes of the record's header when
+    /// that already says that the record does not matter to planning.
     #[serde(with = "base64_option")]
     pub bytes: Option<Vec<u8>>,
-    /// For `leading`: whether the record ends in this segment and its CRC is known to be right
-    /// can only be told with the other part; this says where its last byte ends, when it ends here.
+    /// For `leading`: the position after its last byte, when it ends in this segment. Whether its CRC is
+    /// right can only be told with the other part.
     pub end: Option<Lsn>,
 }
 
@@ -117,6 +121,61 @@ pub struct StopTime {
     pub lsn: Lsn,
     /// The transaction that it ends.
     pub xid: Xid,
+}
+
+/// What lies across the boundary between two neighbouring segments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Joined {
+    /// No record; or one that a crash cut off and whose rest was overwritten: it never happened.
+    None,
+    /// A record that matters to planning, whole.
+    Event(WalEvent),
+    /// A record that does not matter to planning.
+    NotOfInterest,
+    /// The summaries do not tell: read the segments.
+    ReadSegments,
+}
+
+/// Returns the record that starts in `prev` and goes on in `next`, the segment right after it (on the
+/// same timeline, or on a child's that forks later).
+///
+/// A record that goes on for further segments is answered here too: by [`Joined::NotOfInterest`] when its
+/// header says so, else by [`Joined::ReadSegments`].
+pub fn join(prev: &SegmentSummary, next: &SegmentSummary) -> Joined {
+    let size = prev.segment_size;
+    let neighbours = size == next.segment_size
+        && prev.segment.number(size).checked_add(1) == Some(next.segment.number(size))
+        && prev.page_magic == next.page_magic;
+    let undecoded = |summary: &SegmentSummary| matches!(summary.ending, SegmentEnding::Undecoded { .. });
+    if !neighbours || undecoded(prev) || undecoded(next) {
+        return Joined::ReadSegments;
+    }
+    let (Some(layout), Some(first)) = (Layout::for_magic(prev.page_magic), &prev.unfinished) else {
+        return if prev.unfinished.is_none() { Joined::None } else { Joined::ReadSegments };
+    };
+    let overwritten = next.events.iter().any(|event| {
+        matches!(event.kind, EventKind::OverwriteContrecord { overwritten, .. } if overwritten == first.lsn)
+    });
+    if overwritten {
+        return Joined::None;
+    }
+    let (Some(head), Some(rest)) = (&first.bytes, &next.leading) else { return Joined::ReadSegments };
+    if let Some(header) = RecordHeader::parse(head)
+        && !is_of_interest(&header, layout)
+    {
+        return Joined::NotOfInterest;
+    }
+    let (Some(end_lsn), Some(tail)) = (rest.end, &rest.bytes) else { return Joined::ReadSegments };
+    let bytes = [head.as_slice(), tail.as_slice()].concat();
+    let Some(header) = RecordHeader::parse(&bytes) else { return Joined::ReadSegments };
+    if header.total_len as usize != bytes.len() || record_crc(&bytes) != header.crc {
+        return Joined::ReadSegments;
+    }
+    match decode(&Record { lsn: first.lsn, end_lsn, header, bytes: &bytes }, layout) {
+        Ok(Some(event)) => Joined::Event(event),
+        Ok(None) => Joined::NotOfInterest,
+        Err(_) => Joined::ReadSegments,
+    }
 }
 
 pub(crate) mod decimal {
