@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by ./test, ./demo and scripts/*. Sourced, not run. Needs bash.
 
 say() { printf '%s\n' "$*" >&2; }

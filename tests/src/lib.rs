@@ -45,6 +45,7 @@ pub mod bins;
 pub mod cache;
 pub mod postgres;
 pub mod process;
+pub mod stage;
 pub mod wait;
 
 /// Whether the full counts of the campaign are asked for, rather than the quick ones.

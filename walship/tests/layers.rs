@@ -28,7 +28,7 @@ const PITR_FLOORS: &[&[&str]] =
     &[&["target"], &["plan"], &["recovery_settings", "retention", "verify"], &["execute"], &["cli"]];
 
 /// What stands beside all floors: every room may use it, and it uses only these rooms.
-const BESIDE: &[(&str, &[&str])] = &[("error", &["pg"]), ("config", &["pg", "storage"])];
+const BESIDE: &[(&str, &[&str])] = &[("error", &["pg"]), ("config", &["pg", "codec", "storage"])];
 
 /// Rooms that compute and nothing else.
 const PURE: &[(&str, &[&str])] = &[
