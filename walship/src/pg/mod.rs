@@ -2,11 +2,17 @@
 //!
 //! Everything above stands on this module. It never reads a clock, a file or the environment.
 
+pub mod backup_label;
+#[cfg(feature = "store")]
+pub mod backup_manifest;
 pub mod control;
 pub mod lsn;
 pub mod segment;
 pub mod timeline;
 
+pub use backup_label::BackupLabel;
+#[cfg(feature = "store")]
+pub use backup_manifest::{BackupManifest, ManifestFile, WalRange};
 pub use control::ControlData;
 pub use lsn::Lsn;
 pub use segment::{SegmentName, SegmentSize, WalFileName};

@@ -16,6 +16,7 @@
 //! # }
 //! ```
 
+pub mod base_backup;
 pub mod connection;
 pub mod conninfo;
 pub mod message;
@@ -25,6 +26,9 @@ pub mod server_error;
 pub mod slot;
 mod tls;
 
+pub use base_backup::{
+    BackupPart, BackupStart, BaseBackup, BaseBackupOptions, Checkpoint, ManifestChecksums,
+};
 pub use connection::{Connection, Rows, SUPPORTED_MAJORS, SessionKind};
 pub use options::{ConnectOptions, Origin};
 pub use server_error::ServerError;

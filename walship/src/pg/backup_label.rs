@@ -1,0 +1,112 @@
+//! `backup_label`: the small file that tells a restored server where to start.
+
+use super::{Lsn, ParseError, SegmentName, TimelineId};
+
+/// What a `backup_label` file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupLabel {
+    /// Where replay starts: the redo location of the checkpoint.
+    pub start_lsn: Lsn,
+    /// The segment that holds it, on the timeline that was current then.
+    pub start_segment: SegmentName,
+    /// Where the checkpoint record is.
+    pub checkpoint_lsn: Lsn,
+    /// Whether it was taken from a standby.
+    pub from_standby: bool,
+    /// The label given by whoever took it.
+    pub label: String,
+    /// The server's start time, as it wrote it.
+    pub start_time: String,
+    /// The timeline replay starts on.
+    pub timeline: TimelineId,
+    /// For an incremental backup: where the backup before it started.
+    pub incremental_from: Option<Lsn>,
+}
+
+impl BackupLabel {
+    /// The longest file that is read.
+    pub const MAX_BYTES: usize = 64 << 10;
+
+    /// Parses the file's text.
+    ///
+    /// # Errors
+    /// [`ParseError`] for text without a start, a checkpoint or a source, or with lines that disagree.
+    /// Source: `src/backend/access/transam/xlogbackup.c`, build_backup_content;
+    /// `xlogrecovery.c`, read_backup_label.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
+        if text.len() > Self::MAX_BYTES {
+            return Err(ParseError::new(format!("backup_label has {} bytes", text.len())));
+        }
+        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        let need = |name: &str| {
+            field(name).ok_or_else(|| ParseError::new(format!("backup_label has no line {name:?}")))
+        };
+        let bad = |name: &str| ParseError::new(format!("backup_label's line {name:?} makes no sense"));
+        let start = need("START WAL LOCATION")?;
+        let (lsn, file) = start.split_once(" (file ").ok_or_else(|| bad("START WAL LOCATION"))?;
+        let start_lsn: Lsn = lsn.parse()?;
+        let start_segment: SegmentName =
+            file.strip_suffix(')').ok_or_else(|| bad("START WAL LOCATION"))?.parse()?;
+        let timeline = match field("START TIMELINE") {
+            Some(text) => text.parse().ok().and_then(TimelineId::new).ok_or_else(|| bad("START TIMELINE"))?,
+            None => start_segment.timeline,
+        };
+        if timeline != start_segment.timeline {
+            return Err(bad("START TIMELINE"));
+        }
+        Ok(Self {
+            start_lsn,
+            start_segment,
+            checkpoint_lsn: need("CHECKPOINT LOCATION")?.parse()?,
+            from_standby: match need("BACKUP FROM")? {
+                "standby" => true,
+                "primary" | "master" => false,
+                _ => return Err(bad("BACKUP FROM")),
+            },
+            label: field("LABEL").unwrap_or_default().to_owned(),
+            start_time: field("START TIME").unwrap_or_default().to_owned(),
+            timeline,
+            incremental_from: field("INCREMENTAL FROM LSN").map(str::parse).transpose()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const TEXT: &str = "START WAL LOCATION: 0/2000028 (file 000000010000000000000002)\n\
+        CHECKPOINT LOCATION: 0/2000060\n\
+        BACKUP METHOD: streamed\n\
+        BACKUP FROM: primary\n\
+        START TIME: 2026-11-20 10:11:12 UTC\n\
+        LABEL: nightly: one\n\
+        START TIMELINE: 1\n";
+
+    #[test]
+    fn a_label_is_read_and_its_lines_must_agree() {
+        let label = BackupLabel::parse(TEXT).unwrap();
+        assert_eq!((label.start_lsn, label.checkpoint_lsn), (Lsn(0x200_0028), Lsn(0x200_0060)));
+        assert_eq!(label.label, "nightly: one");
+        assert!(!label.from_standby && label.incremental_from.is_none());
+        for (old, new) in [
+            ("START TIMELINE: 1", "START TIMELINE: 2"),
+            ("START TIMELINE: 1", "START TIMELINE: x"),
+            ("primary", "elsewhere"),
+            ("(file ", ""),
+            ("CHECKPOINT LOCATION", "CHECKPOINT"),
+            ("0/2000028", "zz"),
+        ] {
+            assert!(BackupLabel::parse(&TEXT.replace(old, new)).is_err(), "{new}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_is_total(text in "(?s).{0,300}", cut in 0usize..TEXT.len()) {
+            let _ = BackupLabel::parse(&text);
+            let _ = BackupLabel::parse(&format!("{}{text}", &TEXT[..cut]));
+        }
+    }
+}
