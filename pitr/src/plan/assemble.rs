@@ -1,0 +1,257 @@
+//! Puts a plan together once backup and stop are chosen: sizes, neighbours, reasons, warnings.
+
+use walship::pg::TimelineHistory;
+use walship::wal::event::{EventKind, WalEvent};
+
+use super::chain::begin_of;
+use super::extras;
+use super::reach::{Reach, Stop, StopKind};
+use super::walk::{Seek, Walk};
+use super::{Candidate, ChainPart, ChainStep, Halt, Question, RestorePlan, TimelinePart, TransactionEnd};
+use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, utc_text};
+
+/// Any commit, in summaries and as an event.
+pub(crate) const COMMITS: Seek<'static> = Seek {
+    maybe: &|summary| summary.counts.commits > 0,
+    matches: &|event| matches!(event.kind, EventKind::Commit { .. }),
+};
+
+pub(crate) fn assemble(
+    question: &Question<'_>,
+    candidate: &Candidate<'_>,
+    stop: Stop,
+    passed_over: &[(Candidate<'_>, Reach)],
+) -> Result<RestorePlan, Halt> {
+    let catalog = question.catalog;
+    let backup = candidate.backup;
+    let walk =
+        Walk { chain: &candidate.chain, evidence: question.evidence, size: catalog.lineage.segment_size };
+    let last = last_step(candidate, &stop);
+    let used = &candidate.chain.steps[..=last];
+
+    let notable = extras::notable(&walk, last, &stop, backup.limits)?;
+    let before = walk.last(last, stop.cut_lsn, &COMMITS)?;
+    let last_included = before.and_then(|(_, event)| TransactionEnd::of(event));
+    let first_excluded = match stop.kind {
+        StopKind::EndOfWal => None,
+        _ => {
+            let from = candidate.chain.step_of(stop.cut_lsn).unwrap_or(last);
+            let cut = stop.cut_lsn;
+            let after = |event: &WalEvent| event.lsn >= cut && (COMMITS.matches)(event);
+            walk.first(from, &Seek { maybe: COMMITS.maybe, matches: &after })?
+                .and_then(|(_, event)| TransactionEnd::of(event))
+        }
+    };
+    let open_prepared = extras::open_prepared(&walk, last, &stop)?;
+    let drop = extras::half_done_drop(&walk, last, &stop)?;
+
+    let timeline = question.history.timeline;
+    let pinned = RecoveryTarget { timeline: TimelineChoice::Number(timeline), ..question.target.clone() };
+    let mut plan = RestorePlan {
+        cluster: catalog.cluster.clone(),
+        lineage: catalog.lineage.number,
+        system_identifier: catalog.lineage.system_identifier.to_string(),
+        target: question.target.clone(),
+        target_options: pinned.options(),
+        timeline,
+        timeline_path: path_between(question.history, candidate, &stop),
+        backup: backup.clone(),
+        chain: parts(used, catalog.lineage.segment_size),
+        last_included,
+        first_excluded,
+        backup_fetch_bytes: backup.stored_bytes,
+        wal_segments: used.len() as u64,
+        wal_fetch_bytes: used.iter().map(|step| step.stored_bytes).sum(),
+        wal_replay_bytes: stop.final_lsn.bytes_since(backup.start_lsn),
+        limits: notable.limits,
+        tablespace_paths: notable.tablespace_paths,
+        open_prepared,
+        reasons: Vec::new(),
+        warnings: Vec::new(),
+        stop,
+    };
+    plan.reasons = reasons(question, candidate, &plan, passed_over);
+    plan.warnings = warnings(question, &walk, &plan, drop.as_ref(), passed_over)?;
+    Ok(plan)
+}
+
+/// Returns the number of the last step that recovery reads.
+fn last_step(candidate: &Candidate<'_>, stop: &Stop) -> usize {
+    let steps = &candidate.chain.steps;
+    let needed = steps.partition_point(|step| step.to < stop.through_lsn);
+    needed.min(steps.len().saturating_sub(1))
+}
+
+fn parts(steps: &[ChainStep], size: walship::pg::SegmentSize) -> Vec<ChainPart> {
+    let mut parts: Vec<ChainPart> = Vec::new();
+    for step in steps {
+        match parts.last_mut() {
+            Some(part) if part.last.next(size) == Some(step.segment) => {
+                part.last = step.segment;
+                part.segments += 1;
+                part.stored_bytes += step.stored_bytes;
+                part.until_lsn = step.to;
+            }
+            _ => parts.push(ChainPart {
+                first: step.segment,
+                last: step.segment,
+                segments: 1,
+                stored_bytes: step.stored_bytes,
+                until_lsn: step.to,
+            }),
+        }
+    }
+    parts
+}
+
+fn path_between(history: &TimelineHistory, candidate: &Candidate<'_>, stop: &Stop) -> Vec<TimelinePart> {
+    let last = history.timeline_of(stop.final_lsn);
+    let all = history.ancestors.iter().map(|entry| entry.timeline).chain([history.timeline]);
+    all.filter(|timeline| (candidate.backup.timeline..=last).contains(timeline))
+        .map(|timeline| TimelinePart { timeline, begin_lsn: begin_of(history, timeline) })
+        .collect()
+}
+
+fn reasons(
+    question: &Question<'_>,
+    candidate: &Candidate<'_>,
+    plan: &RestorePlan,
+    passed_over: &[(Candidate<'_>, Reach)],
+) -> Vec<String> {
+    let mut reasons = Vec::new();
+    let others = question.catalog.timelines().len() > 1;
+    match question.target.timeline {
+        TimelineChoice::Latest if others => reasons
+            .push(format!("timeline {} is the latest that is stored; it is pinned by number", plan.timeline)),
+        TimelineChoice::Latest => reasons.push(format!("timeline {} is the only one", plan.timeline)),
+        TimelineChoice::Number(_) => reasons.push(format!("timeline {} was asked for", plan.timeline)),
+    }
+    let backup = candidate.backup;
+    reasons.push(match passed_over.first() {
+        None => format!(
+            "backup {} is the newest on this path; it is consistent from {} on",
+            backup.id, backup.stop_lsn
+        ),
+        Some(_) => format!(
+            "backup {} is the newest that serves this target; it is consistent from {} on",
+            backup.id, backup.stop_lsn
+        ),
+    });
+    for (other, reach) in passed_over.iter().take(3) {
+        reasons.push(match reach {
+            Reach::BeforeConsistency { lsn } => format!(
+                "backup {} is too new: recovery would stop at {lsn}, before it is consistent ({})",
+                other.backup.id, other.backup.stop_lsn
+            ),
+            _ => format!("backup {} does not lead to the target", other.backup.id),
+        });
+    }
+    if passed_over.len() > 3 {
+        reasons.push(format!("{} more backups are too new", passed_over.len() - 3));
+    }
+    reasons.push(stop_reason(question, &plan.stop));
+    reasons
+}
+
+fn stop_reason(question: &Question<'_>, stop: &Stop) -> String {
+    let record = stop.record.as_ref();
+    let ended = record.and_then(TransactionEnd::of);
+    let side = if stop.kind == StopKind::Before { "before" } else { "after" };
+    match (&question.target.kind, ended) {
+        (TargetKind::Latest, _) => format!("the archived WAL ends at {}", stop.final_lsn),
+        (TargetKind::Immediate, _) => format!("the backup is consistent at {}", stop.final_lsn),
+        (TargetKind::Name(name), _) => {
+            format!("restore point {name:?} ends at {}; recovery stops after it", stop.final_lsn)
+        }
+        (_, Some(end)) => format!(
+            "recovery stops {side} the {} of transaction {} at {} (record at {})",
+            if end.committed { "commit" } else { "abort" },
+            end.xid,
+            utc_text(end.time),
+            end.lsn
+        ),
+        _ => format!(
+            "recovery stops {side} the WAL record that {} {}",
+            if stop.kind == StopKind::Before { "starts at" } else { "ends at" },
+            stop.final_lsn
+        ),
+    }
+}
+
+fn warnings(
+    question: &Question<'_>,
+    walk: &Walk<'_>,
+    plan: &RestorePlan,
+    drop: Option<&WalEvent>,
+    passed_over: &[(Candidate<'_>, Reach)],
+) -> Result<Vec<String>, Halt> {
+    let mut warnings = Vec::new();
+    if let Some(event) = drop {
+        let what = match &event.kind {
+            EventKind::DatabaseDrop { oid, .. } => format!("database {oid}"),
+            EventKind::TablespaceDrop { oid } => format!("tablespace {oid}"),
+            _ => "storage".to_owned(),
+        };
+        warnings.push(format!(
+            "the stop lies inside the removal of {what} (transaction {}): its files will be gone although \
+             the removal is not committed; --to-lsn {} --exclusive stops before it",
+            event.xid, event.lsn
+        ));
+    }
+    for tablespace in &plan.tablespace_paths {
+        warnings.push(format!(
+            "replay creates tablespace {} in {:?}, the original server's folder",
+            tablespace.oid, tablespace.path
+        ));
+    }
+    match &plan.open_prepared {
+        None => warnings.push(
+            "there are many prepared transactions: look into pg_prepared_xacts after the restore".to_owned(),
+        ),
+        Some(open) => warnings.extend(open.iter().map(|prepared| {
+            format!(
+                "prepared transaction {:?} (xid {}, prepared {}) is open at the target: commit it or roll it \
+                 back after the restore",
+                prepared.gid,
+                prepared.xid,
+                utc_text(prepared.time)
+            )
+        })),
+    }
+    if matches!(question.target.kind, TargetKind::Time { .. })
+        && passed_over.iter().any(|(_, reach)| matches!(reach, Reach::NotReached))
+    {
+        warnings.push(
+            "the server's clock went backwards: recovery stops at the first record past the target time, \
+             which later WAL with earlier times follows"
+                .to_owned(),
+        );
+    }
+    if let TargetKind::Name(wanted) = &question.target.kind {
+        warnings.extend(same_name(walk, plan, wanted)?);
+    }
+    Ok(warnings)
+}
+
+/// Returns a warning when a later restore point has the same name.
+fn same_name(walk: &Walk<'_>, plan: &RestorePlan, wanted: &str) -> Result<Option<String>, Halt> {
+    let cut = plan.stop.cut_lsn;
+    let again = |event: &WalEvent| {
+        event.lsn >= cut && matches!(&event.kind, EventKind::RestorePoint { name, .. } if name == wanted)
+    };
+    let from = walk.chain.step_of(cut).unwrap_or(0);
+    let found = walk.first(
+        from,
+        &Seek {
+            maybe: &|summary| summary.events_truncated || summary.events.iter().any(again),
+            matches: &again,
+        },
+    )?;
+    Ok(found.map(|(_, event)| {
+        format!(
+            "another restore point has this name, at {}; recovery stops at the first: use --to-lsn {} to \
+             reach the other",
+            event.lsn, event.lsn
+        )
+    }))
+}

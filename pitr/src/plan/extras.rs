@@ -1,0 +1,179 @@
+//! What else a plan must know of the WAL it replays: settings that must not be undercut, folders that
+//! replay creates, transactions left half done at the target.
+
+use std::collections::BTreeMap;
+
+use walship::pg::{Lsn, Xid};
+use walship::wal::event::{EventKind, ServerLimits, WalEvent};
+use walship::wal::summary::SegmentSummary;
+
+use super::reach::{Stop, StopKind};
+use super::walk::Walk;
+use super::{Halt, OpenPrepared, Refusal, RefusalKind, TablespacePath};
+
+/// How many segments are read at most to find prepared transactions that stay open.
+const PREPARED_SEGMENTS_MAX: usize = 16;
+
+/// How many segments before the stop are searched for drops that outlive their transaction.
+const DROP_SEGMENTS: usize = 4;
+
+/// `wal_level = minimal` as WAL writes it.
+const WAL_LEVEL_MINIMAL: i32 = 0;
+
+/// What the notable records between backup and stop say.
+pub(crate) struct Notable {
+    pub(crate) limits: ServerLimits,
+    pub(crate) tablespace_paths: Vec<TablespacePath>,
+}
+
+/// Returns what the notable records of steps `0..=last` before the stop say.
+pub(crate) fn notable(
+    walk: &Walk<'_>,
+    last: usize,
+    stop: &Stop,
+    start: ServerLimits,
+) -> Result<Notable, Halt> {
+    let mut found = Notable { limits: start, tablespace_paths: Vec::new() };
+    for at in 0..=last {
+        for event in walk.notable(at)?.into_iter().filter(|event| event.lsn < stop.cut_lsn) {
+            match event.kind {
+                EventKind::ParameterChange { settings } => {
+                    if settings.wal_level == WAL_LEVEL_MINIMAL {
+                        return Err(Refusal::halt(
+                            RefusalKind::WalLevelMinimal,
+                            format!(
+                                "wal_level was set to minimal at {}: changes after that are not in the WAL, \
+                                 and PostgreSQL refuses to recover across it",
+                                event.lsn
+                            ),
+                        ));
+                    }
+                    found.limits = larger(found.limits, settings);
+                }
+                EventKind::TablespaceCreate { oid, path } => {
+                    found.tablespace_paths.push(TablespacePath { oid, path, lsn: event.lsn });
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Returns the larger of each limit.
+fn larger(a: ServerLimits, b: ServerLimits) -> ServerLimits {
+    ServerLimits {
+        max_connections: a.max_connections.max(b.max_connections),
+        max_worker_processes: a.max_worker_processes.max(b.max_worker_processes),
+        max_wal_senders: a.max_wal_senders.max(b.max_wal_senders),
+        max_prepared_transactions: a.max_prepared_transactions.max(b.max_prepared_transactions),
+        max_locks_per_transaction: a.max_locks_per_transaction.max(b.max_locks_per_transaction),
+        wal_level: a.wal_level.max(b.wal_level),
+        wal_log_hints: a.wal_log_hints || b.wal_log_hints,
+        track_commit_timestamp: a.track_commit_timestamp || b.track_commit_timestamp,
+    }
+}
+
+/// Returns the prepared transactions that the WAL of steps `0..=last` leaves open at the stop, or
+/// `None` when more segments than [`PREPARED_SEGMENTS_MAX`] would have to be read.
+pub(crate) fn open_prepared(
+    walk: &Walk<'_>,
+    last: usize,
+    stop: &Stop,
+) -> Result<Option<Vec<OpenPrepared>>, Halt> {
+    let mut wanted = Vec::new();
+    for at in 0..=last {
+        if walk.decoded(at)?.counts.prepares > 0 {
+            wanted.push(at);
+        }
+    }
+    if wanted.len() > PREPARED_SEGMENTS_MAX {
+        return Ok(None);
+    }
+    load(walk, &wanted)?;
+    let mut read = wanted.len();
+    let mut open: BTreeMap<Xid, OpenPrepared> = BTreeMap::new();
+    let Some(&first) = wanted.first() else { return Ok(Some(Vec::new())) };
+    for at in first..=last {
+        if walk.loaded(at).is_none() {
+            let may_end_one = |summary: &SegmentSummary| {
+                summary.ended_xids.is_some_and(|(low, high)| open.range(low..=high).next().is_some())
+            };
+            if open.is_empty() || !may_end_one(walk.decoded(at)?) {
+                continue;
+            }
+            read += 1;
+            if read > PREPARED_SEGMENTS_MAX {
+                return Ok(None);
+            }
+            return Err(Halt::Events(vec![walk.request(at)?]));
+        }
+        for event in walk.events(at)?.filter(|event| event.lsn < stop.cut_lsn) {
+            match &event.kind {
+                EventKind::Prepare { time, prepared_xid, gid } => {
+                    let prepared = OpenPrepared { xid: *prepared_xid, gid: gid.clone(), time: *time };
+                    open.insert(*prepared_xid, prepared);
+                }
+                EventKind::Commit { prepared_xid: Some(xid), .. }
+                | EventKind::Abort { prepared_xid: Some(xid), .. } => {
+                    open.remove(xid);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(Some(open.into_values().collect()))
+}
+
+/// Returns the first drop of a database's or tablespace's files that is replayed although the commit
+/// of its transaction is not: the files would be gone and the catalogs still name them.
+pub(crate) fn half_done_drop(walk: &Walk<'_>, last: usize, stop: &Stop) -> Result<Option<WalEvent>, Halt> {
+    if stop.kind == StopKind::EndOfWal {
+        return Ok(None);
+    }
+    let first = (last + 1).saturating_sub(DROP_SEGMENTS);
+    let mut drops = Vec::new();
+    for at in first..=last {
+        let is_drop = |event: &WalEvent| {
+            matches!(event.kind, EventKind::DatabaseDrop { .. } | EventKind::TablespaceDrop { .. })
+                && event.lsn < stop.cut_lsn
+                && event.xid != 0
+        };
+        drops.extend(walk.notable(at)?.into_iter().filter(is_drop).map(|event| (at, event)));
+    }
+    for (at, drop) in drops {
+        let steps: Vec<usize> = (at..=last).collect();
+        load(walk, &steps)?;
+        if !ended_before(walk, &steps, drop.xid, drop.lsn, stop.cut_lsn)? {
+            return Ok(Some(drop));
+        }
+    }
+    Ok(None)
+}
+
+fn ended_before(walk: &Walk<'_>, steps: &[usize], xid: Xid, from: Lsn, cut: Lsn) -> Result<bool, Halt> {
+    for &at in steps {
+        let mut events = walk.events(at)?.filter(|event| event.lsn >= from && event.lsn < cut);
+        let ends = |event: &WalEvent| match &event.kind {
+            EventKind::Commit { subxids, .. } => {
+                event.kind.ended_xid(event.xid) == Some(xid) || subxids.contains(&xid)
+            }
+            _ => false,
+        };
+        if events.any(ends) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Asks for the events of those of `steps` that are not loaded.
+fn load(walk: &Walk<'_>, steps: &[usize]) -> Result<(), Halt> {
+    let mut requests = Vec::new();
+    for &at in steps {
+        if walk.loaded(at).is_none() {
+            requests.push(walk.request(at)?);
+        }
+    }
+    if requests.is_empty() { Ok(()) } else { Err(Halt::Events(requests)) }
+}

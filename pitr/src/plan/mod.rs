@@ -1,0 +1,367 @@
+//! Turns a catalog and a target into a restore plan, or into a refusal that says what can be reached
+//! instead. Pure: the same values in give the same answer out.
+//!
+//! The planner never reads anything. When it needs to know what a segment holds it says so
+//! ([`Outcome::NeedSummaries`], [`Outcome::NeedEvents`], [`Outcome::NeedRecord`]); the caller loads that
+//! into the [`Evidence`] and calls again. Its one rule: what it predicts is what PostgreSQL then does
+//! (`src/backend/access/transam/xlogrecovery.c`, recoveryStopsBefore and recoveryStopsAfter).
+
+mod assemble;
+mod chain;
+mod extras;
+mod reach;
+mod refusal;
+mod walk;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use walship::catalog::{BackupRecord, Catalog};
+use walship::pg::{Lsn, Oid, SegmentName, TimelineHistory, TimelineId, Xid};
+use walship::wal::event::{EventKind, ServerLimits, WalEvent};
+use walship::wal::summary::SegmentSummary;
+
+pub use chain::{Chain, ChainEnding, ChainStep, Gap, build_chain, gaps_of};
+pub use reach::{Stop, StopKind};
+pub use refusal::{Refusal, RefusalKind, Suggestion};
+
+use crate::target::{RecoveryTarget, TimelineChoice};
+
+/// What the caller has loaded so far of what the WAL holds.
+#[derive(Debug, Clone, Default)]
+pub struct Evidence {
+    /// Summaries by segment.
+    pub summaries: BTreeMap<SegmentName, SegmentSummary>,
+    /// All events whose record starts in the segment and is stored whole.
+    pub events: BTreeMap<SegmentName, Vec<WalEvent>>,
+    /// Answers to [`RecordRequest`]s: the first record that starts in the segment at or after the
+    /// position, `None` when none does.
+    pub records: BTreeMap<(SegmentName, Lsn), Option<RecordBounds>>,
+}
+
+/// Where a record lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecordBounds {
+    /// Where it starts.
+    pub lsn: Lsn,
+    /// The position after it.
+    pub end_lsn: Lsn,
+}
+
+/// A segment whose bytes are to be read, with those that its last record runs into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SegmentRequest {
+    /// The segment.
+    pub segment: SegmentName,
+    /// The segments that follow it in the chain, as many as its last record may reach into.
+    pub following: Vec<SegmentName>,
+}
+
+/// The question which record starts first at or after a position.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordRequest {
+    /// Where to look.
+    pub request: SegmentRequest,
+    /// The position.
+    pub at: Lsn,
+}
+
+/// What is fixed beside the target.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// Restore from this backup and no other; `None` chooses the newest that serves.
+    pub backup: Option<String>,
+}
+
+/// What the planner says.
+#[derive(Debug, Clone)]
+pub enum Outcome {
+    /// These summaries must be known first.
+    NeedSummaries(Vec<SegmentName>),
+    /// The events of these segments must be known first.
+    NeedEvents(Vec<SegmentRequest>),
+    /// The place of this record must be known first.
+    NeedRecord(RecordRequest),
+    /// The plan.
+    Plan(Box<RestorePlan>),
+    /// The target cannot be reached.
+    Refused(Box<Refusal>),
+}
+
+/// How one target is reached: every choice made, with its reason.
+#[derive(Debug, Clone, Serialize)]
+pub struct RestorePlan {
+    /// The operator's name of the cluster.
+    pub cluster: String,
+    /// The lineage's number.
+    pub lineage: u32,
+    /// The system identifier, in decimal.
+    pub system_identifier: String,
+    /// What was asked for.
+    #[serde(skip)]
+    pub target: RecoveryTarget,
+    /// The options that spell the target with everything pinned.
+    pub target_options: String,
+    /// The timeline to recover along: a number, also when "latest" was asked for.
+    pub timeline: TimelineId,
+    /// The timelines on the way, oldest first, each with where it begins on this way.
+    pub timeline_path: Vec<TimelinePart>,
+    /// The base backup.
+    pub backup: BackupRecord,
+    /// The WAL segments to fetch, in order, as unbroken runs.
+    pub chain: Vec<ChainPart>,
+    /// Where and why recovery stops.
+    pub stop: Stop,
+    /// The last commit that will be there; `None` when none lies between backup and target.
+    pub last_included: Option<TransactionEnd>,
+    /// The first commit in the repository that will not be there.
+    pub first_excluded: Option<TransactionEnd>,
+    /// Bytes of the backup to fetch.
+    pub backup_fetch_bytes: u64,
+    /// How many segments to fetch.
+    pub wal_segments: u64,
+    /// Bytes of WAL objects to fetch.
+    pub wal_fetch_bytes: u64,
+    /// Bytes of WAL that PostgreSQL will replay.
+    pub wal_replay_bytes: u64,
+    /// The largest value of each setting that a recovering server must not undercut.
+    pub limits: ServerLimits,
+    /// Tablespaces that replay will create, at the original server's paths.
+    pub tablespace_paths: Vec<TablespacePath>,
+    /// Prepared transactions that are open at the target, as far as the WAL since the backup shows;
+    /// `None` when there are too many to look for.
+    pub open_prepared: Option<Vec<OpenPrepared>>,
+    /// Why this timeline, this backup, this stop.
+    pub reasons: Vec<String>,
+    /// What to know before restoring.
+    pub warnings: Vec<String>,
+}
+
+/// One timeline on the way to the target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TimelinePart {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// Where it begins; `None` for the first.
+    pub begin_lsn: Option<Lsn>,
+}
+
+/// An unbroken run of segments of one timeline to fetch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ChainPart {
+    /// The first segment.
+    pub first: SegmentName,
+    /// The last segment (inclusive).
+    pub last: SegmentName,
+    /// How many.
+    pub segments: u64,
+    /// Their stored bytes.
+    pub stored_bytes: u64,
+    /// The position after the last byte that is used.
+    pub until_lsn: Lsn,
+}
+
+/// The end of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TransactionEnd {
+    /// The transaction; of a prepared one its own id.
+    pub xid: Xid,
+    /// When it ended.
+    pub time: DateTime<Utc>,
+    /// Where its end record starts.
+    pub lsn: Lsn,
+    /// Whether it was committed.
+    pub committed: bool,
+    /// Relations whose storage it removes.
+    pub dropped_relations: u64,
+}
+
+impl TransactionEnd {
+    pub(crate) fn of(event: &WalEvent) -> Option<Self> {
+        let xid = event.kind.ended_xid(event.xid)?;
+        let time = event.kind.stop_time()?;
+        let (committed, dropped_relations) = match &event.kind {
+            EventKind::Commit { dropped_relations, .. } => (true, dropped_relations.len() as u64),
+            _ => (false, 0),
+        };
+        Some(Self { xid, time, lsn: event.lsn, committed, dropped_relations })
+    }
+}
+
+/// A folder that replay of CREATE TABLESPACE will use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TablespacePath {
+    /// The tablespace's oid.
+    pub oid: Oid,
+    /// Its path on the original server.
+    pub path: String,
+    /// Where its record starts.
+    pub lsn: Lsn,
+}
+
+/// A prepared transaction that is neither committed nor rolled back at the target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct OpenPrepared {
+    /// Its transaction id.
+    pub xid: Xid,
+    /// The name given to PREPARE TRANSACTION.
+    pub gid: String,
+    /// When it was prepared.
+    pub time: DateTime<Utc>,
+}
+
+/// Why planning cannot go on yet, or at all; what `?` carries through the planner.
+#[derive(Debug)]
+pub(crate) enum Halt {
+    Summaries(Vec<SegmentName>),
+    Events(Vec<SegmentRequest>),
+    Record(RecordRequest),
+    Refuse(Box<Refusal>),
+}
+
+impl From<Halt> for Outcome {
+    fn from(halt: Halt) -> Self {
+        match halt {
+            Halt::Summaries(names) => Self::NeedSummaries(names),
+            Halt::Events(requests) => Self::NeedEvents(requests),
+            Halt::Record(request) => Self::NeedRecord(request),
+            Halt::Refuse(refusal) => Self::Refused(refusal),
+        }
+    }
+}
+
+/// Returns the plan for `target`, what must be known to make one, or why there is none.
+///
+/// Repeated calls with growing evidence come to an end: each request names something the evidence
+/// does not hold yet.
+pub fn plan(
+    catalog: &Catalog,
+    evidence: &Evidence,
+    target: &RecoveryTarget,
+    options: &PlanOptions,
+) -> Outcome {
+    match try_plan(catalog, evidence, target, options) {
+        Ok(plan) => Outcome::Plan(Box::new(plan)),
+        Err(halt) => halt.into(),
+    }
+}
+
+/// Everything that one planning run looks at.
+pub(crate) struct Question<'a> {
+    pub(crate) catalog: &'a Catalog,
+    pub(crate) evidence: &'a Evidence,
+    pub(crate) target: &'a RecoveryTarget,
+    pub(crate) history: &'a TimelineHistory,
+}
+
+/// A backup on the timeline path and the WAL behind it.
+pub(crate) struct Candidate<'a> {
+    pub(crate) backup: &'a BackupRecord,
+    pub(crate) chain: Chain,
+}
+
+fn try_plan(
+    catalog: &Catalog,
+    evidence: &Evidence,
+    target: &RecoveryTarget,
+    options: &PlanOptions,
+) -> Result<RestorePlan, Halt> {
+    let history = resolve_timeline(catalog, target.timeline)?;
+    let question = Question { catalog, evidence, target, history: &history };
+    let backups = usable_backups(&question, options)?;
+    let mut passed_over = Vec::new();
+    for backup in backups {
+        let candidate = Candidate { backup, chain: build_chain(catalog, &history, backup.start_lsn) };
+        match reach::reach(&question, &candidate)? {
+            reach::Reach::Stop(stop) => {
+                return assemble::assemble(&question, &candidate, stop, &passed_over);
+            }
+            failed => passed_over.push((candidate, failed)),
+        }
+    }
+    Err(refusal::explain(&question, &passed_over))
+}
+
+/// Returns the history of the timeline to follow.
+fn resolve_timeline(catalog: &Catalog, choice: TimelineChoice) -> Result<TimelineHistory, Halt> {
+    let known = catalog.timelines();
+    let timeline = match choice {
+        TimelineChoice::Number(timeline) => timeline,
+        TimelineChoice::Latest => known
+            .last()
+            .copied()
+            .or_else(|| catalog.backups.iter().map(|backup| backup.stop_timeline).max())
+            .unwrap_or(TimelineId::FIRST),
+    };
+    let stored = known.contains(&timeline)
+        || catalog.backups.iter().any(|b| b.timeline == timeline || b.stop_timeline == timeline);
+    if !stored && (catalog.backups.is_empty() && choice == TimelineChoice::Latest) {
+        return Err(Refusal::halt(RefusalKind::NoBackup, "the repository holds no complete base backup"));
+    }
+    if !stored {
+        let list: Vec<String> = known.iter().map(ToString::to_string).collect();
+        return Err(Refusal::halt(
+            RefusalKind::UnknownTimeline,
+            format!(
+                "nothing of timeline {timeline} is stored; the repository holds timeline(s) {}",
+                list.join(", ")
+            ),
+        ));
+    }
+    catalog.history(timeline).ok_or_else(|| {
+        Refusal::halt(
+            RefusalKind::MissingHistory,
+            format!(
+                "{}.history is not stored: the way to timeline {timeline} is unknown, and PostgreSQL would \
+                 not follow it",
+                timeline.hex()
+            ),
+        )
+    })
+}
+
+/// Returns the backups that lie on the timeline path, newest first.
+fn usable_backups<'a>(question: &Question<'a>, options: &PlanOptions) -> Result<Vec<&'a BackupRecord>, Halt> {
+    let history = question.history;
+    // A backup's last byte must still lie on its timeline: one that ended after the fork holds pages
+    // that this path never wrote.
+    let on_path = |backup: &BackupRecord| {
+        history.timeline_of(backup.start_lsn) == backup.timeline
+            && history.timeline_of(Lsn(backup.stop_lsn.0.saturating_sub(1))) == backup.stop_timeline
+    };
+    let mut backups: Vec<_> = question.catalog.backups.iter().collect();
+    if let Some(id) = &options.backup {
+        backups.retain(|backup| &backup.id == id);
+        let Some(backup) = backups.first() else {
+            return Err(Refusal::halt(
+                RefusalKind::UnknownBackup,
+                format!("the repository holds no complete base backup {id:?}"),
+            ));
+        };
+        if !on_path(backup) {
+            return Err(Refusal::halt(
+                RefusalKind::BackupNotOnPath,
+                format!(
+                    "backup {id} was taken on timeline {} at {}, which is not on the way to timeline {}",
+                    backup.timeline, backup.start_lsn, history.timeline
+                ),
+            ));
+        }
+    }
+    if backups.is_empty() {
+        return Err(Refusal::halt(RefusalKind::NoBackup, "the repository holds no complete base backup"));
+    }
+    backups.retain(|backup| on_path(backup));
+    if backups.is_empty() {
+        return Err(Refusal::halt(
+            RefusalKind::BackupNotOnPath,
+            format!("no complete base backup lies on the way to timeline {}", history.timeline),
+        ));
+    }
+    backups.sort_by(|a, b| (b.stop_lsn, b.start_lsn, &b.id).cmp(&(a.stop_lsn, a.start_lsn, &a.id)));
+    Ok(backups)
+}

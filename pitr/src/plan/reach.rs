@@ -1,0 +1,196 @@
+//! PostgreSQL's stopping rules, applied to one backup and the WAL behind it.
+//!
+//! Replay starts at the backup's redo position and looks at every record in WAL order: before a record
+//! is applied (`recoveryStopsBefore`: exclusive targets, and time always) and after
+//! (`recoveryStopsAfter`: inclusive LSN and xid, names). A stop before the backup's end is an error:
+//! "requested recovery stop point is before consistent recovery point".
+
+use serde::Serialize;
+use walship::pg::Lsn;
+use walship::wal::event::{EventKind, WalEvent};
+
+use super::walk::{Seek, Walk};
+use super::{Candidate, ChainEnding, Halt, Question};
+use crate::target::{StopSide, TargetKind};
+
+/// Where and why recovery stops.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Stop {
+    /// On which side of which record.
+    pub kind: StopKind,
+    /// Records that start before this position are replayed, none that start at or after it.
+    pub cut_lsn: Lsn,
+    /// Where replay ends.
+    pub final_lsn: Lsn,
+    /// WAL must be whole up to here: the record that decides is read to its end.
+    pub through_lsn: Lsn,
+    /// The record that decides, where its content matters.
+    pub record: Option<WalEvent>,
+}
+
+/// On which side of a record recovery stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopKind {
+    /// Before the record at `cut_lsn` is applied.
+    Before,
+    /// After the record that ends at `final_lsn` is applied.
+    After,
+    /// When the backup is consistent.
+    Consistent,
+    /// Where the archived WAL ends.
+    EndOfWal,
+}
+
+/// What a target means for one backup.
+#[derive(Debug)]
+pub(crate) enum Reach {
+    /// Recovery stops here.
+    Stop(Stop),
+    /// Recovery would stop before the backup is consistent, which PostgreSQL refuses.
+    BeforeConsistency {
+        /// Where it would stop.
+        lsn: Lsn,
+    },
+    /// The unbroken WAL behind the backup ends before the target.
+    NotReached,
+}
+
+/// Returns the position after a record, as PostgreSQL counts it: records end at a multiple of eight.
+///
+/// Source: `src/include/access/xlogrecord.h`, MAXALIGN of xl_tot_len.
+pub(crate) fn aligned(lsn: Lsn) -> Lsn {
+    Lsn(lsn.0.saturating_add(7) & !7)
+}
+
+/// Returns where recovery from this backup stops.
+pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Result<Reach, Halt> {
+    let walk = Walk {
+        chain: &candidate.chain,
+        evidence: question.evidence,
+        size: question.catalog.lineage.segment_size,
+    };
+    let consistent = candidate.backup.stop_lsn;
+    if candidate.chain.end() < consistent {
+        return Ok(Reach::NotReached);
+    }
+    let inclusive = question.target.stop == StopSide::Inclusive;
+    match &question.target.kind {
+        TargetKind::Latest => {
+            if candidate.chain.ending != ChainEnding::EndOfArchive {
+                return Ok(Reach::NotReached);
+            }
+            let end = walk.end_of_records()?;
+            if end < consistent {
+                return Ok(Reach::NotReached);
+            }
+            Ok(Reach::Stop(Stop {
+                kind: StopKind::EndOfWal,
+                cut_lsn: end,
+                final_lsn: end,
+                through_lsn: candidate.chain.end(),
+                record: None,
+            }))
+        }
+        TargetKind::Immediate => {
+            // Consistency is noticed when the next record is read, so there must be one.
+            let Some(next) = walk.record_at(consistent)? else { return Ok(Reach::NotReached) };
+            Ok(Reach::Stop(Stop {
+                kind: StopKind::Consistent,
+                cut_lsn: next.lsn,
+                final_lsn: consistent,
+                through_lsn: next.end_lsn,
+                record: None,
+            }))
+        }
+        TargetKind::Lsn(target) => {
+            // The first record would decide; a backup never becomes consistent at its first record.
+            if *target < candidate.backup.start_lsn {
+                return Ok(Reach::BeforeConsistency { lsn: *target });
+            }
+            let Some(bounds) = walk.record_at(*target)? else { return Ok(Reach::NotReached) };
+            let stop = match inclusive {
+                true => Stop {
+                    kind: StopKind::After,
+                    cut_lsn: Lsn(bounds.lsn.0.saturating_add(1)),
+                    final_lsn: aligned(bounds.end_lsn),
+                    through_lsn: bounds.end_lsn,
+                    record: None,
+                },
+                false => Stop {
+                    kind: StopKind::Before,
+                    cut_lsn: bounds.lsn,
+                    final_lsn: bounds.lsn,
+                    through_lsn: bounds.end_lsn,
+                    record: None,
+                },
+            };
+            Ok(checked(stop, consistent))
+        }
+        TargetKind::Time { time, .. } => {
+            let past = |t: chrono::DateTime<chrono::Utc>| if inclusive { t > *time } else { t >= *time };
+            let found = walk.first(
+                0,
+                &Seek {
+                    maybe: &|summary| summary.max_time.is_some_and(|max| past(max.time)),
+                    matches: &|event| event.kind.stop_time().is_some_and(past),
+                },
+            )?;
+            Ok(found.map_or(Reach::NotReached, |(_, event)| checked(before(event), consistent)))
+        }
+        TargetKind::Xid(xid) => {
+            let found = walk.first(
+                0,
+                &Seek {
+                    maybe: &|summary| {
+                        summary.ended_xids.is_some_and(|(low, high)| (low..=high).contains(xid))
+                    },
+                    matches: &|event| event.kind.ended_xid(event.xid) == Some(*xid),
+                },
+            )?;
+            Ok(found.map_or(Reach::NotReached, |(_, event)| {
+                checked(if inclusive { after(event) } else { before(event) }, consistent)
+            }))
+        }
+        TargetKind::Name(wanted) => {
+            let is_it = |event: &WalEvent| matches!(&event.kind, EventKind::RestorePoint { name, .. } if name == wanted);
+            let found = walk.first(
+                0,
+                &Seek {
+                    maybe: &|summary| summary.events_truncated || summary.events.iter().any(is_it),
+                    matches: &is_it,
+                },
+            )?;
+            Ok(found.map_or(Reach::NotReached, |(_, event)| checked(after(event), consistent)))
+        }
+    }
+}
+
+fn before(event: &WalEvent) -> Stop {
+    Stop {
+        kind: StopKind::Before,
+        cut_lsn: event.lsn,
+        final_lsn: event.lsn,
+        through_lsn: event.end_lsn,
+        record: Some(event.clone()),
+    }
+}
+
+fn after(event: &WalEvent) -> Stop {
+    Stop {
+        kind: StopKind::After,
+        cut_lsn: Lsn(event.lsn.0.saturating_add(1)),
+        final_lsn: aligned(event.end_lsn),
+        through_lsn: event.end_lsn,
+        record: Some(event.clone()),
+    }
+}
+
+/// Returns the stop unless it comes before the backup is consistent.
+fn checked(stop: Stop, consistent: Lsn) -> Reach {
+    if stop.final_lsn < consistent {
+        Reach::BeforeConsistency { lsn: stop.final_lsn }
+    } else {
+        Reach::Stop(stop)
+    }
+}

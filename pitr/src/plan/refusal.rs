@@ -1,0 +1,300 @@
+//! Why a target cannot be reached, and what can be reached instead on both sides of it.
+
+use serde::Serialize;
+use walship::pg::{Lsn, TimelineId};
+use walship::wal::event::{EventKind, WalEvent};
+
+use super::assemble::COMMITS;
+use super::reach::{Reach, aligned};
+use super::walk::{Seek, Walk};
+use super::{Candidate, ChainEnding, Gap, Halt, Question};
+use crate::target::{TargetKind, TimelineChoice, shell_word, utc_text};
+
+/// How many restore points a refusal lists.
+const NAMES_MAX: usize = 8;
+
+/// A target that cannot be reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Refusal {
+    /// Why, for programs.
+    pub kind: RefusalKind,
+    /// Why, for people: a lowercase fact.
+    pub reason: String,
+    /// The gap that is in the way.
+    pub gap: Option<Gap>,
+    /// The nearest target before the one asked for.
+    pub before: Option<Suggestion>,
+    /// The nearest target after the one asked for.
+    pub after: Option<Suggestion>,
+    /// What else may help, sentences.
+    pub hints: Vec<String>,
+}
+
+/// Why a target cannot be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalKind {
+    /// No complete base backup is stored.
+    NoBackup,
+    /// The backup that was asked for is not stored or not complete.
+    UnknownBackup,
+    /// No backup, or not the one asked for, lies on the way to the timeline.
+    BackupNotOnPath,
+    /// Nothing of the timeline is stored.
+    UnknownTimeline,
+    /// The timeline's history file is not stored.
+    MissingHistory,
+    /// The target lies behind the end of the archived WAL.
+    PastEnd,
+    /// The target lies before the first moment that a backup can reach.
+    BeforeFirst,
+    /// WAL is missing between backup and target.
+    Gap,
+    /// No restore point has this name.
+    UnknownName,
+    /// No end of this transaction is archived.
+    UnknownXid,
+    /// WAL on the way was written with `wal_level = minimal`.
+    WalLevelMinimal,
+    /// WAL on the way cannot be decoded, so the target cannot be checked.
+    Undecoded,
+}
+
+/// A target that can be reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Suggestion {
+    /// The options to paste.
+    pub options: String,
+    /// What it reaches.
+    pub what: String,
+}
+
+impl Refusal {
+    /// Returns a refusal without suggestions.
+    pub fn new(kind: RefusalKind, reason: impl Into<String>) -> Self {
+        Self { kind, reason: reason.into(), gap: None, before: None, after: None, hints: Vec::new() }
+    }
+
+    pub(crate) fn halt(kind: RefusalKind, reason: impl Into<String>) -> Halt {
+        Halt::Refuse(Box::new(Self::new(kind, reason)))
+    }
+}
+
+/// Returns why none of the candidates serves, or what must be known to say so.
+pub(crate) fn explain(question: &Question<'_>, passed_over: &[(Candidate<'_>, Reach)]) -> Halt {
+    match try_explain(question, passed_over) {
+        Ok(refusal) => Halt::Refuse(Box::new(refusal)),
+        Err(halt) => halt,
+    }
+}
+
+fn try_explain(question: &Question<'_>, passed_over: &[(Candidate<'_>, Reach)]) -> Result<Refusal, Halt> {
+    // Newest first: the first that was not reached ends nearest to the target.
+    let short = passed_over.iter().find(|(_, reach)| matches!(reach, Reach::NotReached));
+    let too_new =
+        passed_over.iter().rev().find(|(_, reach)| matches!(reach, Reach::BeforeConsistency { .. }));
+    let after = match too_new {
+        Some((candidate, _)) => consistent_point(question, candidate)?,
+        None => None,
+    };
+    let Some((candidate, _)) = short else {
+        let what = match &question.target.kind {
+            TargetKind::Name(name) => format!("restore point {name:?} lies"),
+            TargetKind::Xid(xid) => format!("the end of transaction {xid} lies"),
+            _ => "the target lies".to_owned(),
+        };
+        let reason = match too_new {
+            Some((candidate, Reach::BeforeConsistency { lsn })) => format!(
+                "{what} before the first moment that can be reached: recovery from the oldest backup {} \
+                 would stop at {lsn}, and it is consistent only from {} on",
+                candidate.backup.id, candidate.backup.stop_lsn
+            ),
+            _ => format!("{what} before the first moment that can be reached"),
+        };
+        let mut refusal = Refusal::new(RefusalKind::BeforeFirst, reason);
+        refusal.after = after;
+        return Ok(refusal);
+    };
+    let walk = Walk {
+        chain: &candidate.chain,
+        evidence: question.evidence,
+        size: question.catalog.lineage.segment_size,
+    };
+    let mut refusal = match &candidate.chain.ending {
+        ChainEnding::Gap(gap) => Refusal {
+            gap: Some(gap.clone()),
+            ..Refusal::new(
+                RefusalKind::Gap,
+                format!("the way from backup {} to the target is broken: {gap}", candidate.backup.id),
+            )
+        },
+        ChainEnding::EndOfArchive => past_end(question, &walk)?,
+    };
+    refusal.after = after;
+    refusal.before = last_reachable(question, candidate, &walk)?;
+    refusal.hints.extend(hints(question, &walk)?);
+    Ok(refusal)
+}
+
+fn past_end(question: &Question<'_>, walk: &Walk<'_>) -> Result<Refusal, Halt> {
+    let end = walk.end_of_records()?;
+    Ok(match &question.target.kind {
+        TargetKind::Name(name) => Refusal::new(
+            RefusalKind::UnknownName,
+            format!("no restore point {name:?} is in the archived WAL, which ends at {end}"),
+        ),
+        TargetKind::Xid(xid) => Refusal::new(
+            RefusalKind::UnknownXid,
+            format!("transaction {xid} neither commits nor aborts in the archived WAL, which ends at {end}"),
+        ),
+        TargetKind::Time { time, .. } => Refusal::new(
+            RefusalKind::PastEnd,
+            format!(
+                "no record past {} is archived: the WAL ends at {end}, and PostgreSQL refuses a target that \
+                 it does not reach",
+                utc_text(*time)
+            ),
+        ),
+        TargetKind::Lsn(lsn) => Refusal::new(
+            RefusalKind::PastEnd,
+            format!("no record starts at or after {lsn}: the archived WAL ends at {end}"),
+        ),
+        TargetKind::Latest | TargetKind::Immediate => Refusal::new(
+            RefusalKind::PastEnd,
+            format!("the archived WAL ends at {end}, before the backup is consistent"),
+        ),
+    })
+}
+
+/// Returns the first moment that can be reached from a backup, as a target.
+fn consistent_point(question: &Question<'_>, candidate: &Candidate<'_>) -> Result<Option<Suggestion>, Halt> {
+    let backup = candidate.backup;
+    let walk = Walk {
+        chain: &candidate.chain,
+        evidence: question.evidence,
+        size: question.catalog.lineage.segment_size,
+    };
+    if candidate.chain.end() < backup.stop_lsn {
+        return Ok(None);
+    }
+    let what = format!("the backup of {}, consistent at {}", utc_text(backup.finished), backup.stop_lsn);
+    // Recovery notices consistency when it reads the record behind it.
+    if walk.record_at(backup.stop_lsn)?.is_some() {
+        return Ok(Some(Suggestion { options: format!("--immediate --backup {}", backup.id), what }));
+    }
+    let ends =
+        candidate.chain.ending == ChainEnding::EndOfArchive && walk.end_of_records()? >= backup.stop_lsn;
+    Ok(ends.then(|| Suggestion { options: format!("--latest --backup {}", backup.id), what }))
+}
+
+/// Returns the last commit that can be reached on this chain, as a target.
+fn last_reachable(
+    question: &Question<'_>,
+    candidate: &Candidate<'_>,
+    walk: &Walk<'_>,
+) -> Result<Option<Suggestion>, Halt> {
+    let chain = &candidate.chain;
+    if chain.end() < candidate.backup.stop_lsn || chain.steps.is_empty() {
+        return Ok(None);
+    }
+    let timeline = match question.target.timeline {
+        TimelineChoice::Number(timeline) => format!(" --timeline {timeline}"),
+        TimelineChoice::Latest => String::new(),
+    };
+    let last = walk.last(chain.steps.len() - 1, chain.end(), &COMMITS)?;
+    let commit =
+        last.map(|(_, event)| event).filter(|event| aligned(event.end_lsn) >= candidate.backup.stop_lsn);
+    let named = |event: &WalEvent| {
+        let time = event.kind.stop_time().map(utc_text).unwrap_or_default();
+        let xid = event.kind.ended_xid(event.xid).unwrap_or(event.xid);
+        format!("the commit of transaction {xid} at {time}")
+    };
+    Ok(Some(match (commit, &chain.ending) {
+        (Some(event), ChainEnding::EndOfArchive) => Suggestion {
+            options: format!("--latest{timeline}"),
+            what: format!("everything archived; the last is {}", named(event)),
+        },
+        (None, ChainEnding::EndOfArchive) => {
+            Suggestion { options: format!("--latest{timeline}"), what: "everything archived".to_owned() }
+        }
+        (Some(event), ChainEnding::Gap(_)) => Suggestion {
+            options: format!("--to-lsn {}{timeline}", event.lsn),
+            what: format!("{}, the last before the gap", named(event)),
+        },
+        (None, ChainEnding::Gap(_)) => return consistent_point(question, candidate),
+    }))
+}
+
+fn hints(question: &Question<'_>, walk: &Walk<'_>) -> Result<Vec<String>, Halt> {
+    let mut hints = Vec::new();
+    match &question.target.kind {
+        TargetKind::Name(_) => {
+            let mut names: Vec<String> = Vec::new();
+            for at in (0..walk.chain.steps.len()).rev() {
+                for event in walk.notable(at)?.into_iter().rev() {
+                    if let EventKind::RestorePoint { name, time } = event.kind
+                        && names.len() < NAMES_MAX
+                    {
+                        names.push(format!("--to-name {} ({})", shell_word(&name), utc_text(time)));
+                    }
+                }
+            }
+            if names.is_empty() {
+                hints.push("There is no restore point in this WAL.".to_owned());
+            } else {
+                hints.push(format!("The latest restore points: {}.", names.join(", ")));
+            }
+        }
+        TargetKind::Xid(xid) => {
+            if let Some(parent) = parent_of(walk, *xid)? {
+                hints.push(format!(
+                    "{xid} is a committed subtransaction of {parent}; recovery stops only at the whole \
+                     transaction: --to-xid {parent}."
+                ));
+            }
+        }
+        _ => {}
+    }
+    let elsewhere: Vec<TimelineId> = question
+        .catalog
+        .timelines()
+        .into_iter()
+        .filter(|timeline| !question.history.contains(*timeline) || left(question, *timeline))
+        .collect();
+    if !elsewhere.is_empty() {
+        let list: Vec<String> = elsewhere.iter().map(|timeline| format!("--timeline {timeline}")).collect();
+        hints.push(format!(
+            "Commits after a fork are on other timelines, which this path does not follow: try {}.",
+            list.join(" or ")
+        ));
+    }
+    Ok(hints)
+}
+
+/// Returns whether WAL of this ancestor is stored behind the point where the path left it.
+fn left(question: &Question<'_>, timeline: TimelineId) -> bool {
+    let Some(switch) = question.history.switch_lsn_of(timeline) else { return false };
+    let size = question.catalog.lineage.segment_size;
+    let from = walship::pg::SegmentName::containing(timeline, Lsn(switch.0), size);
+    let last = walship::pg::SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
+    question.catalog.segments.range(from..=last).next().is_some()
+}
+
+/// Returns the top-level transaction of a committed subtransaction, as far as loaded segments or
+/// segments whose ended transactions come shortly before it can tell.
+fn parent_of(walk: &Walk<'_>, xid: u32) -> Result<Option<u32>, Halt> {
+    let holds =
+        |event: &WalEvent| matches!(&event.kind, EventKind::Commit { subxids, .. } if subxids.contains(&xid));
+    // A subtransaction's id is larger than its parent's and is taken soon after it.
+    let near = |low: u32, high: u32| low <= xid && xid.saturating_sub(high) <= 64;
+    let found = walk.first(
+        0,
+        &Seek {
+            maybe: &|summary| {
+                summary.counts.commits > 0 && summary.ended_xids.is_some_and(|(low, high)| near(low, high))
+            },
+            matches: &holds,
+        },
+    )?;
+    Ok(found.and_then(|(_, event)| event.kind.ended_xid(event.xid)))
+}

@@ -1,0 +1,765 @@
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Duration, TimeZone as _, Utc};
+use proptest::prelude::*;
+use walship::catalog::{BackupRecord, Catalog, Lineage};
+use walship::pg::{HistoryEntry, Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId, Xid};
+use walship::wal::event::{EventKind, ServerLimits, WalEvent};
+use walship::wal::summary::{Counts, Fragment, SegmentEnding, SegmentSummary, StopTime};
+
+use super::*;
+use crate::target::{StopSide, TargetKind, Zone};
+
+const SIZE: SegmentSize = SegmentSize::MIN;
+const START: u64 = 0x0300_0000;
+
+fn tli(number: u32) -> TimelineId {
+    TimelineId::new(number).unwrap()
+}
+
+fn at(micros: i64) -> DateTime<Utc> {
+    Utc.with_ymd_and_hms(2026, 3, 1, 12, 0, 0).unwrap() + Duration::microseconds(micros)
+}
+
+fn limits(connections: i32) -> ServerLimits {
+    ServerLimits {
+        max_connections: connections,
+        max_worker_processes: 8,
+        max_wal_senders: 10,
+        max_prepared_transactions: 0,
+        max_locks_per_transaction: 64,
+        wal_level: 1,
+        wal_log_hints: false,
+        track_commit_timestamp: false,
+    }
+}
+
+fn commit(xid: Xid, micros: i64) -> Option<(Xid, EventKind)> {
+    let kind = EventKind::Commit {
+        time: at(micros),
+        prepared_xid: None,
+        subxids: vec![],
+        dropped_relations: vec![],
+    };
+    Some((xid, kind))
+}
+
+fn restore_point(name: &str, micros: i64) -> Option<(Xid, EventKind)> {
+    Some((0, EventKind::RestorePoint { time: at(micros), name: name.into() }))
+}
+
+/// A made-up WAL: records of any length, some of which are events, on one or more timelines.
+#[derive(Debug, Clone)]
+struct World {
+    records: BTreeMap<TimelineId, Vec<WalRecord>>,
+    catalog: Catalog,
+}
+
+#[derive(Debug, Clone)]
+struct WalRecord {
+    lsn: Lsn,
+    end: Lsn,
+    event: Option<WalEvent>,
+}
+
+impl World {
+    fn new() -> Self {
+        let lineage = Lineage {
+            number: 1,
+            system_identifier: 7_123_456_789_012_345_678,
+            segment_size: SIZE,
+            postgres_major: 17,
+            created: at(0),
+        };
+        let catalog = Catalog {
+            cluster: "main".into(),
+            lineage,
+            histories: BTreeMap::new(),
+            segments: BTreeMap::new(),
+            partials: vec![],
+            incomplete: vec![],
+            backups: vec![],
+            unfinished_backups: vec![],
+        };
+        Self { records: BTreeMap::from([(tli(1), vec![])]), catalog }
+    }
+
+    fn end(&self, timeline: TimelineId) -> Lsn {
+        self.records[&timeline].last().map_or(Lsn(START), |record| reach::aligned(record.end))
+    }
+
+    /// Appends a record of `bytes` bytes; returns where it starts.
+    fn push(&mut self, timeline: TimelineId, bytes: u64, event: Option<(Xid, EventKind)>) -> Lsn {
+        let lsn = self.end(timeline);
+        let end = Lsn(lsn.0 + bytes);
+        let event = event.map(|(xid, kind)| WalEvent { lsn, end_lsn: end, xid, kind });
+        self.records.get_mut(&timeline).unwrap().push(WalRecord { lsn, end, event });
+        lsn
+    }
+
+    /// Starts `child` at the end of `parent`.
+    fn fork(&mut self, parent: TimelineId, child: TimelineId) -> Lsn {
+        let switch_lsn = self.end(parent);
+        let mut ancestors = self.catalog.history(parent).unwrap().ancestors;
+        ancestors.push(HistoryEntry { timeline: parent, switch_lsn, reason: "test".into() });
+        self.catalog.histories.insert(child, TimelineHistory { timeline: child, ancestors });
+        self.records.insert(child, self.records[&parent].clone());
+        switch_lsn
+    }
+
+    fn backup(&mut self, id: &str, timeline: TimelineId, start: Lsn, stop: Lsn) {
+        self.catalog.backups.push(BackupRecord {
+            format: 1,
+            id: id.into(),
+            label: "walship".into(),
+            timeline,
+            start_lsn: start,
+            stop_timeline: timeline,
+            stop_lsn: stop,
+            started: at(0),
+            finished: at(0),
+            server_version: 170_004,
+            from_standby: false,
+            data_bytes: 1000,
+            stored_bytes: 400,
+            files: 10,
+            tablespaces: vec![],
+            objects: vec![],
+            limits: limits(100),
+            data_checksums: true,
+            manifest_digest: String::new(),
+        });
+        self.catalog.backups.sort_by_key(|backup| backup.start_lsn);
+    }
+
+    /// Stores every whole segment of `timeline`, from the one that holds its beginning on.
+    fn archive(&mut self, timeline: TimelineId) {
+        let begin = self.catalog.history(timeline).unwrap().begin_lsn().unwrap_or(Lsn(START));
+        let mut name = SegmentName::containing(timeline, begin, SIZE);
+        let end = self.records[&timeline].last().map_or(Lsn(START), |record| record.end);
+        while name.end(SIZE) <= end {
+            self.catalog.segments.insert(name, 1000);
+            name = name.next(SIZE).unwrap();
+        }
+    }
+
+    fn events(&self, name: SegmentName, through: Lsn) -> Vec<WalEvent> {
+        let inside = |record: &&WalRecord| {
+            record.lsn >= name.start(SIZE) && record.lsn < name.end(SIZE) && record.end <= through
+        };
+        self.records[&name.timeline].iter().filter(inside).filter_map(|record| record.event.clone()).collect()
+    }
+
+    fn summary(&self, name: SegmentName) -> SegmentSummary {
+        let (start, end) = (name.start(SIZE), name.end(SIZE));
+        let records = &self.records[&name.timeline];
+        let events = self.events(name, end);
+        let times: Vec<StopTime> = events
+            .iter()
+            .filter_map(|event| {
+                let time = event.kind.stop_time()?;
+                Some(StopTime { time, lsn: event.lsn, xid: event.kind.ended_xid(event.xid)? })
+            })
+            .collect();
+        let xids: Vec<Xid> = times.iter().map(|time| time.xid).collect();
+        let starts = records.iter().find(|record| record.lsn >= start && record.lsn < end);
+        let leading = records.iter().find(|record| record.lsn < start && record.end > start);
+        let unfinished =
+            records.iter().find(|record| record.lsn >= start && record.lsn < end && record.end > end);
+        let count = |is: fn(&EventKind) -> bool| events.iter().filter(|event| is(&event.kind)).count() as u64;
+        SegmentSummary {
+            segment: name,
+            segment_size: SIZE,
+            system_identifier: self.catalog.lineage.system_identifier,
+            page_magic: 0xD116,
+            first_page_timeline: name.timeline,
+            first_record: starts.map(|record| record.lsn),
+            end_of_wal: end,
+            ending: SegmentEnding::Full,
+            leading: leading.map(|record| Fragment {
+                lsn: start,
+                record_bytes: record.end.0.min(end.0) - start.0,
+                bytes: None,
+                end: (record.end <= end).then_some(record.end),
+            }),
+            unfinished: unfinished.map(|record| Fragment {
+                lsn: record.lsn,
+                record_bytes: end.0 - record.lsn.0,
+                bytes: None,
+                end: None,
+            }),
+            counts: Counts {
+                commits: count(|kind| matches!(kind, EventKind::Commit { .. })),
+                aborts: count(|kind| matches!(kind, EventKind::Abort { .. })),
+                prepares: count(|kind| matches!(kind, EventKind::Prepare { .. })),
+                ..Counts::default()
+            },
+            min_time: times.iter().copied().min_by_key(|time| time.time),
+            max_time: times.iter().copied().max_by_key(|time| time.time),
+            ended_xids: xids.iter().min().copied().zip(xids.iter().max().copied()),
+            events: events
+                .into_iter()
+                .filter(|event| {
+                    !matches!(
+                        event.kind,
+                        EventKind::Commit { .. } | EventKind::Abort { .. } | EventKind::Prepare { .. }
+                    )
+                })
+                .collect(),
+            events_truncated: false,
+        }
+    }
+
+    /// Plans, answering every request; fails when a request is repeated.
+    fn plan_with(&self, target: &RecoveryTarget, options: &PlanOptions) -> Result<RestorePlan, Box<Refusal>> {
+        let mut evidence = Evidence::default();
+        loop {
+            let before = (evidence.summaries.len(), evidence.events.len(), evidence.records.len());
+            match plan(&self.catalog, &evidence, target, options) {
+                Outcome::Plan(plan) => return Ok(*plan),
+                Outcome::Refused(refusal) => return Err(refusal),
+                Outcome::NeedSummaries(names) => {
+                    for name in names {
+                        assert!(self.catalog.segments.contains_key(&name), "{name} is not stored");
+                        evidence.summaries.insert(name, self.summary(name));
+                    }
+                }
+                Outcome::NeedEvents(requests) => {
+                    for SegmentRequest { segment, following } in requests {
+                        let through = following.last().unwrap_or(&segment).end(SIZE);
+                        evidence.events.insert(segment, self.events(segment, through));
+                    }
+                }
+                Outcome::NeedRecord(RecordRequest { request, at }) => {
+                    let segment = request.segment;
+                    let through = request.following.last().unwrap_or(&segment).end(SIZE);
+                    let found = self.records[&segment.timeline]
+                        .iter()
+                        .find(|r| r.lsn >= at && r.lsn < segment.end(SIZE) && r.end <= through)
+                        .map(|record| RecordBounds { lsn: record.lsn, end_lsn: record.end });
+                    evidence.records.insert((segment, at), found);
+                }
+            }
+            let after = (evidence.summaries.len(), evidence.events.len(), evidence.records.len());
+            assert!(after > before, "a request was repeated");
+        }
+    }
+
+    fn plan(&self, target: &RecoveryTarget) -> Result<RestorePlan, Box<Refusal>> {
+        self.plan_with(target, &PlanOptions::default())
+    }
+
+    /// Stores a plain history: 40 commits at one a second, a backup of segment 1, and padding.
+    fn plain() -> Self {
+        let mut world = Self::new();
+        let start = world.push(tli(1), 100, None);
+        let mut stop = start;
+        for number in 0..40u32 {
+            world.push(tli(1), 64, commit(1000 + number, i64::from(number) * 1_000_000));
+            world.push(tli(1), 100_000, None);
+            if number == 3 {
+                stop = world.end(tli(1));
+            }
+        }
+        world.backup("b1", tli(1), start, stop);
+        world.push(tli(1), SIZE.bytes(), None);
+        world.archive(tli(1));
+        world
+    }
+}
+
+/// Returns the plan for `target` in a small made-up world, for tests of what is made from plans.
+pub(crate) fn plain_plan(target: &RecoveryTarget) -> RestorePlan {
+    World::plain().plan(target).unwrap()
+}
+
+fn time(micros: i64) -> RecoveryTarget {
+    RecoveryTarget::new(TargetKind::Time { time: at(micros), zone: Zone::Utc })
+}
+
+fn xid(xid: Xid) -> RecoveryTarget {
+    RecoveryTarget::new(TargetKind::Xid(xid))
+}
+
+fn name(name: &str) -> RecoveryTarget {
+    RecoveryTarget::new(TargetKind::Name(name.into()))
+}
+
+fn exclusive(target: RecoveryTarget) -> RecoveryTarget {
+    RecoveryTarget { stop: StopSide::Exclusive, ..target }
+}
+
+fn on(timeline: u32, target: RecoveryTarget) -> RecoveryTarget {
+    RecoveryTarget { timeline: TimelineChoice::Number(tli(timeline)), ..target }
+}
+
+fn neighbours(plan: &RestorePlan) -> (Option<Xid>, Option<Xid>) {
+    (plan.last_included.as_ref().map(|end| end.xid), plan.first_excluded.as_ref().map(|end| end.xid))
+}
+
+#[test]
+fn time_keeps_equal_times_when_inclusive_and_none_when_exclusive() {
+    let world = World::plain();
+    assert_eq!(neighbours(&world.plan(&time(20_000_000)).unwrap()), (Some(1020), Some(1021)));
+    assert_eq!(neighbours(&world.plan(&exclusive(time(20_000_000))).unwrap()), (Some(1019), Some(1020)));
+    assert_eq!(neighbours(&world.plan(&time(19_999_999)).unwrap()), (Some(1019), Some(1020)));
+}
+
+#[test]
+fn time_stops_at_the_first_record_in_wal_order_aborts_included() {
+    let mut world = World::new();
+    let start = world.push(tli(1), 64, None);
+    let stop = world.end(tli(1));
+    world.backup("b1", tli(1), start, stop);
+    world.push(tli(1), 64, commit(10, 1));
+    let abort = EventKind::Abort { time: at(500), prepared_xid: None, subxids: vec![] };
+    world.push(tli(1), 64, Some((11, abort)));
+    world.push(tli(1), 64, commit(12, 2));
+    world.push(tli(1), 64, commit(13, 600));
+    world.push(tli(1), 2 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    let plan = world.plan(&time(100)).unwrap();
+    assert_eq!(plan.stop.kind, StopKind::Before);
+    assert_eq!(plan.stop.record.as_ref().unwrap().xid, 11);
+    // Transaction 12 committed before the target time, and is not there all the same.
+    assert_eq!(neighbours(&plan), (Some(10), Some(12)));
+}
+
+#[test]
+fn a_target_past_the_end_is_refused_with_the_last_commit() {
+    let world = World::plain();
+    for target in [time(39_000_000), time(50_000_000), xid(2), name("x")] {
+        let refusal = world.plan(&target).unwrap_err();
+        assert_eq!(refusal.before.as_ref().unwrap().options, "--latest");
+        assert!(refusal.before.unwrap().what.contains("transaction 1039"), "{target:?}");
+    }
+    // The last commit itself is reachable where PostgreSQL needs no later record.
+    assert_eq!(neighbours(&world.plan(&xid(1039)).unwrap()), (Some(1039), None));
+    assert_eq!(neighbours(&world.plan(&exclusive(time(39_000_000))).unwrap()), (Some(1038), Some(1039)));
+}
+
+#[test]
+fn a_target_before_consistency_takes_an_older_backup_or_is_refused() {
+    let mut world = World::plain();
+    let refusal = world.plan(&time(1_000_000)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::BeforeFirst);
+    assert_eq!(refusal.after.unwrap().options, "--immediate --backup b1");
+    let (start, stop) = {
+        let records = &world.records[&tli(1)];
+        (records[41].lsn, records[61].lsn)
+    };
+    world.backup("b2", tli(1), start, stop);
+    assert_eq!(world.plan(&time(35_000_000)).unwrap().backup.id, "b2");
+    assert_eq!(world.plan(&time(25_000_000)).unwrap().backup.id, "b1");
+    assert_eq!(world.plan(&time(10_000_000)).unwrap().backup.id, "b1");
+    let pinned = PlanOptions { backup: Some("b2".into()) };
+    let refusal = world.plan_with(&time(10_000_000), &pinned).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::BeforeFirst);
+}
+
+#[test]
+fn a_gap_is_named_and_both_sides_are_offered() {
+    let mut world = World::plain();
+    let records = world.records[&tli(1)].clone();
+    world.backup("b2", tli(1), records[65].lsn, records[67].lsn);
+    let missing = SegmentName::containing(tli(1), records[40].lsn, SIZE);
+    world.catalog.segments.remove(&missing);
+    let refusal = world.plan(&time(25_000_000)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::Gap);
+    let gap = refusal.gap.unwrap();
+    assert_eq!((gap.first_missing, gap.last_missing), (missing, missing));
+    assert_eq!((gap.from, gap.to), (missing.start(SIZE), missing.end(SIZE)));
+    assert_eq!(refusal.after.unwrap().options, "--immediate --backup b2");
+    let before = refusal.before.unwrap();
+    assert!(before.what.contains("the last before the gap"), "{}", before.what);
+    // What it offers is a target that works.
+    let lsn: Lsn = before.options.strip_prefix("--to-lsn ").unwrap().parse().unwrap();
+    let plan = world.plan(&RecoveryTarget::new(TargetKind::Lsn(lsn))).unwrap();
+    assert_eq!(plan.last_included.unwrap().lsn, lsn);
+    // Behind the gap the newer backup serves, before it the older.
+    assert_eq!(world.plan(&time(36_000_000)).unwrap().backup.id, "b2");
+    assert_eq!(world.plan(&time(6_000_000)).unwrap().backup.id, "b1");
+    assert_eq!(world.plan(&RecoveryTarget::new(TargetKind::Latest)).unwrap().backup.id, "b2");
+    world.catalog.backups.pop();
+    assert_eq!(world.plan(&RecoveryTarget::new(TargetKind::Latest)).unwrap_err().kind, RefusalKind::Gap);
+    assert_eq!(gaps_of(&world.catalog, &TimelineHistory::root(tli(1))), vec![gap]);
+}
+
+#[test]
+fn xid_matches_the_end_of_that_transaction_only() {
+    let mut world = World::new();
+    let start = world.push(tli(1), 64, None);
+    let stop = world.end(tli(1));
+    world.backup("b1", tli(1), start, stop);
+    let with_sub = EventKind::Commit {
+        time: at(1),
+        prepared_xid: None,
+        subxids: vec![21, 22],
+        dropped_relations: vec![],
+    };
+    world.push(tli(1), 64, Some((20, with_sub)));
+    let prepared = EventKind::Prepare { time: at(2), prepared_xid: 30, gid: "g".into() };
+    world.push(tli(1), 64, Some((30, prepared)));
+    world.push(tli(1), 64, commit(31, 3));
+    let finish =
+        EventKind::Commit { time: at(4), prepared_xid: Some(30), subxids: vec![], dropped_relations: vec![] };
+    world.push(tli(1), 64, Some((0, finish)));
+    let rolled_back = EventKind::Abort { time: at(5), prepared_xid: None, subxids: vec![] };
+    world.push(tli(1), 64, Some((33, rolled_back)));
+    world.push(tli(1), 64, commit(32, 6));
+    world.push(tli(1), 2 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    assert_eq!(neighbours(&world.plan(&xid(30)).unwrap()), (Some(30), Some(32)));
+    assert_eq!(neighbours(&world.plan(&exclusive(xid(30))).unwrap()), (Some(31), Some(30)));
+    // A rolled-back subtransaction has an end record of its own.
+    assert_eq!(neighbours(&world.plan(&xid(33)).unwrap()), (Some(30), Some(32)));
+    let refusal = world.plan(&xid(21)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::UnknownXid);
+    assert!(refusal.hints[0].contains("--to-xid 20"), "{:?}", refusal.hints);
+    // Between PREPARE and COMMIT PREPARED the transaction is open.
+    let plan = world.plan(&xid(31)).unwrap();
+    assert_eq!(plan.open_prepared.unwrap()[0].gid, "g");
+    assert_eq!(world.plan(&xid(32)).unwrap().open_prepared.unwrap(), vec![]);
+}
+
+#[test]
+fn names_stop_at_the_first_match_after_the_backup() {
+    let mut world = World::plain();
+    let mut other = World::new();
+    let start = other.push(tli(1), 64, None);
+    let stop = other.end(tli(1));
+    other.backup("b1", tli(1), start, stop);
+    let first = other.push(tli(1), 64, restore_point("before", 10));
+    other.push(tli(1), 64, commit(10, 20));
+    let second = other.push(tli(1), 64, restore_point("before", 30));
+    other.push(tli(1), 64, commit(11, 40));
+    other.push(tli(1), 2 * SIZE.bytes(), None);
+    other.archive(tli(1));
+    let plan = other.plan(&name("before")).unwrap();
+    assert_eq!(plan.stop.record.as_ref().unwrap().lsn, first);
+    assert!(plan.warnings[0].contains(&second.to_string()), "{:?}", plan.warnings);
+    let refusal = other.plan(&name("befor")).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::UnknownName);
+    assert!(refusal.hints[0].contains("--to-name before"), "{:?}", refusal.hints);
+    world.catalog.backups.clear();
+    assert_eq!(world.plan(&name("before")).unwrap_err().kind, RefusalKind::NoBackup);
+}
+
+#[test]
+fn lsn_compares_where_records_start() {
+    let world = World::plain();
+    let records = &world.records[&tli(1)];
+    let commit = records.iter().find(|record| record.event.as_ref().is_some_and(|e| e.xid == 1020)).unwrap();
+    let lsn = |lsn: u64| RecoveryTarget::new(TargetKind::Lsn(Lsn(lsn)));
+    let at = commit.lsn.0;
+    assert_eq!(neighbours(&world.plan(&lsn(at)).unwrap()), (Some(1020), Some(1021)));
+    assert_eq!(neighbours(&world.plan(&exclusive(lsn(at))).unwrap()), (Some(1019), Some(1020)));
+    // Within the record before: the commit is the first record that starts there or later.
+    assert_eq!(neighbours(&world.plan(&lsn(at - 8)).unwrap()), (Some(1020), Some(1021)));
+    assert_eq!(neighbours(&world.plan(&exclusive(lsn(at - 8))).unwrap()), (Some(1019), Some(1020)));
+    // One byte on, the next record decides.
+    let next = world.plan(&exclusive(lsn(at + 1))).unwrap();
+    assert_eq!(neighbours(&next), (Some(1020), Some(1021)));
+    assert_eq!(next.stop.final_lsn, reach::aligned(commit.end));
+    let refusal = world.plan(&lsn(0xFFFF_0000_0000)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::PastEnd);
+}
+
+#[test]
+fn immediate_and_latest_frame_the_window() {
+    let world = World::plain();
+    let plan = world.plan(&RecoveryTarget::new(TargetKind::Immediate)).unwrap();
+    assert_eq!(neighbours(&plan), (Some(1003), Some(1004)));
+    assert_eq!(plan.stop.final_lsn, plan.backup.stop_lsn);
+    let plan = world.plan(&RecoveryTarget::new(TargetKind::Latest)).unwrap();
+    assert_eq!(neighbours(&plan), (Some(1039), None));
+    // The padding record runs past the last whole segment: recovery ends where it starts.
+    assert_eq!(plan.stop.final_lsn, world.records[&tli(1)].last().unwrap().lsn);
+}
+
+fn forked() -> (World, Lsn) {
+    let mut world = World::plain();
+    world.records.get_mut(&tli(1)).unwrap().pop();
+    let switch = world.fork(tli(1), tli(2));
+    for number in 0..20u32 {
+        world.push(tli(1), 64, commit(5000 + number, 60_000_000 + i64::from(number)));
+        world.push(tli(1), 100_000, None);
+        world.push(tli(2), 64, commit(6000 + number, 60_000_000 + i64::from(number)));
+        world.push(tli(2), 100_000, None);
+    }
+    for timeline in [tli(1), tli(2)] {
+        world.push(timeline, SIZE.bytes(), None);
+        world.archive(timeline);
+    }
+    (world, switch)
+}
+
+#[test]
+fn a_plan_follows_one_path_through_a_fork() {
+    let (mut world, switch) = forked();
+    let plan = world.plan(&xid(6010)).unwrap();
+    assert_eq!(plan.timeline, tli(2));
+    assert_eq!(neighbours(&plan), (Some(6010), Some(6011)));
+    assert_eq!(plan.chain.len(), 2);
+    // The child's copy of the segment that holds the fork.
+    assert_eq!(plan.chain[1].first, SegmentName::containing(tli(2), switch, SIZE));
+    assert_eq!(plan.target_options, "--to-xid 6010 --timeline 2");
+    assert_eq!(neighbours(&world.plan(&on(1, xid(5010))).unwrap()), (Some(5010), Some(5011)));
+    let refusal = world.plan(&xid(5010)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::UnknownXid);
+    assert!(refusal.hints.iter().any(|hint| hint.contains("--timeline 1")), "{:?}", refusal.hints);
+    // Without the child's copy the parent's serves up to the switch point, and no further.
+    world.catalog.segments.remove(&SegmentName::containing(tli(2), switch, SIZE));
+    assert_eq!(neighbours(&world.plan(&xid(1039)).unwrap()).0, Some(1039));
+    let refusal = world.plan(&xid(6010)).unwrap_err();
+    assert_eq!(refusal.gap.unwrap().from, switch);
+    world.catalog.histories.clear();
+    assert_eq!(world.plan(&xid(6010)).unwrap_err().kind, RefusalKind::MissingHistory);
+    assert_eq!(world.plan(&on(9, xid(6010))).unwrap_err().kind, RefusalKind::UnknownTimeline);
+}
+
+#[test]
+fn a_backup_beyond_the_fork_is_not_on_the_path() {
+    let (mut world, switch) = forked();
+    let late = world.records[&tli(1)].iter().find(|record| record.lsn > switch).unwrap().lsn;
+    world.backup("late", tli(1), late, Lsn(late.0 + 200_000));
+    assert_eq!(world.plan(&xid(6010)).unwrap().backup.id, "b1");
+    assert_eq!(world.plan(&on(1, xid(5010))).unwrap().backup.id, "late");
+    let pinned = PlanOptions { backup: Some("late".into()) };
+    assert_eq!(world.plan_with(&xid(6010), &pinned).unwrap_err().kind, RefusalKind::BackupNotOnPath);
+}
+
+#[test]
+fn what_replay_does_on_the_way_is_told() {
+    let mut world = World::new();
+    let start = world.push(tli(1), 64, None);
+    let stop = world.end(tli(1));
+    world.backup("b1", tli(1), start, stop);
+    let create = EventKind::TablespaceCreate { oid: 16_500, path: "/mnt/fast".into() };
+    world.push(tli(1), 64, Some((7, create)));
+    world.push(tli(1), 64, commit(7, 1));
+    world.push(tli(1), 64, Some((0, EventKind::ParameterChange { settings: limits(300) })));
+    let drop = EventKind::DatabaseDrop { oid: 16_600, tablespaces: vec![1663] };
+    let drop_lsn = world.push(tli(1), 64, Some((8, drop)));
+    world.push(tli(1), 64, commit(9, 10));
+    world.push(tli(1), 64, commit(8, 20));
+    let minimal = ServerLimits { wal_level: 0, ..limits(100) };
+    world.push(tli(1), 64, Some((0, EventKind::ParameterChange { settings: minimal })));
+    world.push(tli(1), 64, commit(10, 30));
+    world.push(tli(1), 2 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    let plan = world.plan(&time(15)).unwrap();
+    assert_eq!(plan.limits.max_connections, 300);
+    assert_eq!(plan.tablespace_paths[0].path, "/mnt/fast");
+    assert!(plan.warnings[0].contains(&format!("--to-lsn {drop_lsn} --exclusive")), "{:?}", plan.warnings);
+    let safe = world.plan(&exclusive(RecoveryTarget::new(TargetKind::Lsn(drop_lsn)))).unwrap();
+    assert!(!safe.warnings.iter().any(|warning| warning.contains("removal")), "{:?}", safe.warnings);
+    let whole = world.plan(&xid(8)).unwrap();
+    assert!(!whole.warnings.iter().any(|warning| warning.contains("removal")), "{:?}", whole.warnings);
+    assert_eq!(world.plan(&xid(10)).unwrap_err().kind, RefusalKind::WalLevelMinimal);
+}
+
+/// What PostgreSQL would do with this backup, record by record: the planner's oracle.
+fn simulate(world: &World, backup: &BackupRecord, target: &RecoveryTarget) -> Option<(Lsn, Lsn)> {
+    let mut end = SegmentName::containing(tli(1), backup.start_lsn, SIZE);
+    while world.catalog.segments.contains_key(&end) {
+        end = end.next(SIZE).unwrap();
+    }
+    let later = world.catalog.segments.keys().any(|name| *name > end);
+    let end = end.start(SIZE);
+    let consistent = backup.stop_lsn;
+    let inclusive = target.stop == StopSide::Inclusive;
+    let mut replayed = backup.start_lsn;
+    for record in &world.records[&tli(1)] {
+        if record.lsn < backup.start_lsn {
+            continue;
+        }
+        if record.end > end {
+            break;
+        }
+        let event = record.event.as_ref();
+        let stop_time = event.and_then(|event| event.kind.stop_time());
+        let ended = event.and_then(|event| event.kind.ended_xid(event.xid));
+        let stops_before = match &target.kind {
+            TargetKind::Immediate => replayed >= consistent,
+            TargetKind::Lsn(lsn) => !inclusive && record.lsn >= *lsn,
+            TargetKind::Xid(xid) => !inclusive && ended == Some(*xid),
+            TargetKind::Time { time, .. } if inclusive => stop_time.is_some_and(|t| t > *time),
+            TargetKind::Time { time, .. } => stop_time.is_some_and(|t| t >= *time),
+            _ => false,
+        };
+        if stops_before {
+            return (replayed >= consistent).then_some((record.lsn, replayed));
+        }
+        replayed = reach::aligned(record.end);
+        let stops_after = match &target.kind {
+            TargetKind::Lsn(lsn) => inclusive && record.lsn >= *lsn,
+            TargetKind::Xid(xid) => inclusive && ended == Some(*xid),
+            TargetKind::Name(wanted) => {
+                matches!(event.map(|e| &e.kind), Some(EventKind::RestorePoint { name, .. }) if name == wanted)
+            }
+            _ => false,
+        };
+        if stops_after {
+            return (replayed >= consistent).then_some((Lsn(record.lsn.0 + 1), replayed));
+        }
+    }
+    let whole = target.kind == TargetKind::Latest && !later && replayed >= consistent;
+    whole.then_some((Lsn(replayed.0), replayed))
+}
+
+#[derive(Debug, Clone)]
+struct Script {
+    steps: Vec<(u8, u64, i64)>,
+    backups: Vec<(usize, usize)>,
+    missing: Vec<usize>,
+}
+
+fn scripts() -> impl Strategy<Value = Script> {
+    let step = (
+        0u8..12,
+        prop_oneof![4 => 24u64..400, 3 => 20_000u64..200_000, 1 => 500_000u64..2_500_000],
+        -20i64..60,
+    );
+    (
+        proptest::collection::vec(step, 5..60),
+        proptest::collection::vec((0usize..50, 1usize..6), 1..4),
+        proptest::collection::vec(0usize..20, 0..2),
+    )
+        .prop_map(|(steps, backups, missing)| Script { steps, backups, missing })
+}
+
+fn build(script: &Script) -> World {
+    let mut world = World::new();
+    world.push(tli(1), 40, None);
+    let mut clock = 0;
+    let mut next_xid = 100;
+    let mut open: Vec<Xid> = Vec::new();
+    for (kind, bytes, tick) in &script.steps {
+        clock += tick;
+        next_xid += 1;
+        let event = match kind {
+            0..=3 => commit(next_xid, clock),
+            4 => Some((next_xid, EventKind::Abort { time: at(clock), prepared_xid: None, subxids: vec![] })),
+            5 => restore_point(if tick % 2 == 0 { "even" } else { "odd" }, clock),
+            6 => {
+                open.push(next_xid);
+                let prepared =
+                    EventKind::Prepare { time: at(clock), prepared_xid: next_xid, gid: "g".into() };
+                Some((next_xid, prepared))
+            }
+            7 => open.pop().map(|xid| {
+                let kind = EventKind::Commit {
+                    time: at(clock),
+                    prepared_xid: Some(xid),
+                    subxids: vec![],
+                    dropped_relations: vec![],
+                };
+                (0, kind)
+            }),
+            _ => None,
+        };
+        world.push(tli(1), *bytes, event);
+    }
+    let records = world.records[&tli(1)].clone();
+    for (number, (first, length)) in script.backups.iter().enumerate() {
+        let first = first % (records.len() - 1);
+        let last = (first + length).min(records.len() - 1);
+        world.backup(&format!("b{number}"), tli(1), records[first].lsn, reach::aligned(records[last].end));
+    }
+    world.archive(tli(1));
+    let names: Vec<_> = world.catalog.segments.keys().copied().collect();
+    for missing in &script.missing {
+        if let Some(name) = names.get(*missing) {
+            world.catalog.segments.remove(name);
+        }
+    }
+    world
+}
+
+fn targets() -> impl Strategy<Value = RecoveryTarget> {
+    let kind = prop_oneof![
+        3 => (-50i64..1200).prop_map(|micros| TargetKind::Time { time: at(micros), zone: Zone::Utc }),
+        3 => (START - 100..START + 6_000_000).prop_map(|lsn| TargetKind::Lsn(Lsn(lsn))),
+        3 => (100u32..165).prop_map(TargetKind::Xid),
+        1 => Just(TargetKind::Name("even".into())),
+        1 => Just(TargetKind::Name("odd".into())),
+        1 => Just(TargetKind::Latest),
+        1 => Just(TargetKind::Immediate),
+    ];
+    (kind, any::<bool>()).prop_map(|(kind, inclusive)| {
+        let sided = matches!(kind, TargetKind::Time { .. } | TargetKind::Lsn(_) | TargetKind::Xid(_));
+        let target = RecoveryTarget::new(kind);
+        if sided && !inclusive { exclusive(target) } else { target }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_plan_says_what_replay_does(script in scripts(), targets in proptest::collection::vec(targets(), 8)) {
+        let world = build(&script);
+        for target in targets {
+            let mut backups: Vec<_> = world.catalog.backups.iter().collect();
+            backups.sort_by(|a, b| (b.stop_lsn, b.start_lsn, &b.id).cmp(&(a.stop_lsn, a.start_lsn, &a.id)));
+            let expected =
+                backups.into_iter().find_map(|backup| Some((backup, simulate(&world, backup, &target)?)));
+            match (world.plan(&target), expected) {
+                (Ok(plan), Some((backup, (cut, end)))) => {
+                    prop_assert_eq!(&plan.backup.id, &backup.id, "{:?}", target);
+                    prop_assert_eq!((plan.stop.cut_lsn, reach::aligned(plan.stop.final_lsn)), (cut, end), "{:?}", target);
+                    let commits = || world.records[&tli(1)].iter().filter_map(|r| r.event.as_ref()).filter(|e| {
+                        matches!(e.kind, EventKind::Commit { .. }) && e.lsn >= backup.start_lsn
+                    });
+                    let last = commits().filter(|e| e.lsn < cut).next_back().map(|e| e.lsn);
+                    prop_assert_eq!(plan.last_included.map(|e| e.lsn), last);
+                    if let Some(first) = plan.first_excluded {
+                        prop_assert_eq!(Some(first.lsn), commits().find(|e| e.lsn >= cut).map(|e| e.lsn));
+                    }
+                    // The chain starts at the backup's redo, is unbroken, stored, and covers the target.
+                    let first = plan.chain[0].first;
+                    prop_assert_eq!(first, SegmentName::containing(tli(1), backup.start_lsn, SIZE));
+                    let mut next = first;
+                    for part in &plan.chain {
+                        prop_assert_eq!(part.first, next);
+                        let mut name = part.first;
+                        while name <= part.last {
+                            prop_assert!(world.catalog.segments.contains_key(&name));
+                            name = name.next(SIZE).unwrap();
+                        }
+                        next = name;
+                    }
+                    prop_assert!(plan.chain.last().unwrap().until_lsn >= plan.stop.through_lsn);
+                }
+                (Err(_), None) => {}
+                (plan, expected) => {
+                    let plan = plan.map(|plan| (plan.backup.id, plan.stop));
+                    prop_assert!(false, "{:?}: planned {:?}, expected {:?}", target, plan, expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_refusal_offers_can_be_reached(script in scripts(), target in targets()) {
+        let world = build(&script);
+        let Err(refusal) = world.plan(&target) else { return Ok(()) };
+        for suggestion in [refusal.before, refusal.after].into_iter().flatten() {
+            let mut words = suggestion.options.split_whitespace();
+            let target = match words.next().unwrap() {
+                "--latest" => RecoveryTarget::new(TargetKind::Latest),
+                "--immediate" => RecoveryTarget::new(TargetKind::Immediate),
+                "--to-lsn" => RecoveryTarget::new(TargetKind::Lsn(words.next().unwrap().parse().unwrap())),
+                other => panic!("{other}"),
+            };
+            let backup = words.next().map(|option| {
+                prop_assert_eq!(option, "--backup");
+                Ok(words.next().unwrap().to_owned())
+            });
+            let backup = backup.transpose()?;
+            let planned = world.plan_with(&target, &PlanOptions { backup });
+            prop_assert!(planned.is_ok(), "{}: {:?}", suggestion.options, planned);
+        }
+    }
+}
