@@ -17,6 +17,8 @@
 
 #![warn(missing_docs)]
 
+#[cfg(feature = "store")]
+pub mod archive;
 pub mod catalog;
 pub mod codec;
 pub mod error;

@@ -1,0 +1,3 @@
+//! Moves WAL files between the server's disk and the repositories.
+
+pub mod asked;
