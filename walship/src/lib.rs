@@ -21,6 +21,7 @@
 pub mod archive;
 pub mod catalog;
 pub mod codec;
+pub mod config;
 pub mod error;
 pub mod pg;
 #[cfg(feature = "replication")]
