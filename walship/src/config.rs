@@ -48,8 +48,8 @@ pub struct Config {
     pub accept_unsafe_store: bool,
     /// How long a fetch for a one-shot recovery keeps trying before it stops the recovery.
     pub restore_retry_ms: u64,
-    /// Where small things are remembered between calls; `None`: a folder of the user's own below the
-    /// system's folder for temporary files.
+    /// Where compressed bodies of segments above 64 MiB lie meanwhile; `None`: a folder of the user's own
+    /// below the system's folder for temporary files.
     pub state_dir: Option<PathBuf>,
     /// How to reach the server: a libpq connection string; `None`: libpq's variables and defaults.
     pub connection: Option<ConnectionString>,
@@ -95,8 +95,8 @@ pub struct Overrides {
     /// [env: WALSHIP_RESTORE_RETRY_MS] [default: 60000]
     #[cfg_attr(feature = "args", arg(long, value_name = "MS", hide_short_help = true))]
     pub restore_retry_ms: Option<u64>,
-    /// Folder for what is remembered between calls [env: WALSHIP_STATE_DIR] [default: walship-UID in the
-    /// system's folder for temporary files]
+    /// Folder for the compressed bodies of segments above 64 MiB on their way [env: WALSHIP_STATE_DIR]
+    /// [default: walship-UID in the system's folder for temporary files]
     #[cfg_attr(feature = "args", arg(long, value_name = "FOLDER", hide_short_help = true))]
     pub state_dir: Option<PathBuf>,
     /// Connection string or URI of the server, without a password; without it libpq's PG* variables apply
@@ -149,7 +149,7 @@ struct FileConfig {
 #[serde(untagged, expecting = "a repository is a URL, or a table with url and optionally s3 and limits")]
 enum FileRepository {
     Url(String),
-    Table(FileRepositoryTable),
+    Table(Box<FileRepositoryTable>),
 }
 
 #[derive(Debug, Deserialize)]
@@ -273,7 +273,7 @@ fn repositories(
     }
     let table = |entry| match entry {
         FileRepository::Url(url) => plain(url),
-        FileRepository::Table(table) => table,
+        FileRepository::Table(table) => *table,
     };
     Ok(file.into_iter().map(table).collect())
 }

@@ -17,11 +17,11 @@
 
 #![warn(missing_docs)]
 
-#[cfg(feature = "store")]
 pub mod archive;
 pub mod catalog;
 pub mod codec;
 pub mod config;
+pub mod durable;
 pub mod error;
 pub mod pg;
 #[cfg(feature = "replication")]

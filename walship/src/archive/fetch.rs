@@ -1,0 +1,363 @@
+//! Fetch: one WAL file from the repositories to where the server wants it; or the proven statement
+//! that it is not there; or an error. The three are never mixed up.
+//!
+//! *Absent* needs all of: the store says exactly that this key is not there; after that the lineage
+//! marker is read through the same root and is the same; and nothing later is stored on that timeline
+//! (a hole is an error, not an end).
+
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::time::{Instant, sleep};
+
+use crate::codec::ObjectHead;
+use crate::durable::TempFile;
+use crate::error::{Error, Result};
+use crate::pg::{SegmentName, TimelineHistory, TimelineId, WalFileName};
+use crate::repository::{ClusterRepository, LineageRepository};
+use crate::wal::page::PageHeader;
+
+use super::DataDirectory;
+use super::asked::{Answer, Asked, Order, Share, forks_inside, share_of};
+
+/// The pause between two attempts.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// How a file is fetched.
+#[derive(Debug, Clone, Default)]
+pub struct FetchOptions {
+    /// The lineage; `None`: that of the data directory that the file is for, else the newest.
+    pub lineage: Option<u32>,
+    /// How long to try again after errors that may pass.
+    pub retry: Duration,
+    /// Whether the asker is a standby, which may still follow a timeline that turns up now.
+    pub standby: bool,
+}
+
+/// What became of a fetch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum FetchOutcome {
+    /// The file is in place, whole and checked.
+    Delivered {
+        /// Its length.
+        bytes: u64,
+        /// Where it came from.
+        from: String,
+        /// Set when the file was cut at this offset: WAL behind it belongs to another timeline, and is zero.
+        cut_at: Option<u64>,
+    },
+    /// The file is proven not to be in any repository, and nothing behind it is; or nothing of it
+    /// belongs to the timeline that the server follows.
+    Absent,
+}
+
+/// Why a fetch gave no answer.
+#[derive(Debug)]
+pub struct FetchFailure {
+    /// What happened.
+    pub error: Error,
+    /// Whether the recovery has to stop even on a standby, because the failure could not be noted: the
+    /// server would take "not now" for leave to ask an older timeline.
+    pub must_stop: bool,
+}
+
+/// Gives the cluster's part of each repository, in the order in which they are to be tried; asked again
+/// for every attempt.
+#[async_trait::async_trait]
+pub trait OpenClusters: Send + Sync {
+    /// Returns them, or for each why it cannot be opened.
+    async fn open(&self) -> Vec<Result<ClusterRepository>>;
+}
+
+#[async_trait::async_trait]
+impl OpenClusters for Vec<ClusterRepository> {
+    async fn open(&self) -> Vec<Result<ClusterRepository>> {
+        self.iter().cloned().map(Ok).collect()
+    }
+}
+
+/// Fetches the WAL file `name` to `target`.
+///
+/// # Errors
+/// Anything but a delivered file or proven absence: outages, refusals, damage, a hole
+/// ([`Error::Missing`]), and an older timeline's segment while a newer one's answer is unknown.
+/// # Durability
+/// After [`FetchOutcome::Delivered`] the file has its name and survives a crash.
+pub async fn fetch_file(
+    clusters: &dyn OpenClusters,
+    name: WalFileName,
+    target: &Path,
+    options: &FetchOptions,
+) -> Result<FetchOutcome, FetchFailure> {
+    let directory = DataDirectory::of_wal_file(target);
+    let failed = |error: Error, must_stop| FetchFailure {
+        error: error.context(format!("fetching {name}")),
+        must_stop,
+    };
+    let mut asked = match &directory {
+        Some(directory) => Some(Asked::load(directory.path()).map_err(|error| failed(error, true))?),
+        None => None,
+    };
+    let request = Request { name, target, options, directory: directory.as_ref(), asked: asked.as_ref() };
+    let outcome = request.with_retries(clusters).await;
+    if let Some(asked) = &mut asked {
+        let answer = match &outcome {
+            Ok(FetchOutcome::Delivered { .. }) => Answer::Delivered,
+            Ok(FetchOutcome::Absent) => Answer::Absent,
+            Err(_) => Answer::Unknown,
+        };
+        asked.note(name, answer).map_err(|error| failed(error, true))?;
+    }
+    outcome.map_err(|error| failed(error, false))
+}
+
+/// What one repository has to say.
+enum Tried {
+    Delivered(FetchOutcome),
+    NotThere,
+    /// Nothing of the segment belongs to the timeline that the server follows.
+    NotOnThePath,
+}
+
+struct Request<'a> {
+    name: WalFileName,
+    target: &'a Path,
+    options: &'a FetchOptions,
+    directory: Option<&'a DataDirectory>,
+    asked: Option<&'a Asked>,
+}
+
+impl Request<'_> {
+    async fn with_retries(&self, clusters: &dyn OpenClusters) -> Result<FetchOutcome> {
+        if let Some(Order::Unknown { because_of }) = self.asked.map(|asked| asked.order(self.name)) {
+            return Err(Error::unavailable(format!(
+                "{because_of}, asked for before, could not be read: whether the server belongs on this timeline \
+                 is unknown"
+            ))
+            .with_safe("no server was led past a fork")
+            .with_next("See the error before this one; the server will ask again."));
+        }
+        let started = Instant::now();
+        loop {
+            let error = match self.attempt(clusters).await {
+                Ok(outcome) => return Ok(outcome),
+                Err(error) => error,
+            };
+            // What makes no sense now makes none later.
+            let lasting = matches!(error, Error::Invalid(_) | Error::Mismatch(_));
+            if lasting || started.elapsed() + RETRY_PAUSE > self.options.retry {
+                return Err(error);
+            }
+            sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    async fn attempt(&self, clusters: &dyn OpenClusters) -> Result<FetchOutcome> {
+        let mut failure = None;
+        let mut lineages = Vec::new();
+        for cluster in clusters.open().await {
+            let opened = match cluster {
+                Ok(cluster) => super::place::lineage(&cluster, self.directory, self.options.lineage).await,
+                Err(error) => Err(error),
+            };
+            let tried = match opened {
+                Ok(lineage) => {
+                    let tried = self.deliver_from(&lineage).await;
+                    lineages.push(lineage);
+                    tried
+                }
+                Err(error) => Err(error),
+            };
+            match tried {
+                Ok(Tried::Delivered(outcome)) => return Ok(outcome),
+                Ok(Tried::NotOnThePath) => return Ok(FetchOutcome::Absent),
+                Ok(Tried::NotThere) => {}
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        // One repository that cannot say is enough: it may be the one that has it.
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        if lineages.is_empty() {
+            return Err(Error::invalid("no repository is configured"));
+        }
+        for lineage in &lineages {
+            self.check_absence(lineage).await?;
+        }
+        Ok(FetchOutcome::Absent)
+    }
+
+    async fn deliver_from(&self, lineage: &LineageRepository) -> Result<Tried> {
+        let share = match self.share(lineage).await? {
+            Share::Nothing => return Ok(Tried::NotOnThePath),
+            share => share,
+        };
+        let temp = TempFile::beside(self.target)?;
+        let (read, forked) =
+            tokio::join!(lineage.get_wal_file(self.name, temp.file()), self.check_no_new_fork(lineage));
+        forked?;
+        let Some(head) = read? else { return Ok(Tried::NotThere) };
+        let checked = check_delivery(self.name, temp.file(), &head, lineage);
+        checked.map_err(|error| error.context(format!("the object in {}", lineage.location())))?;
+        let cut_at = match share {
+            Share::First(offset) => {
+                let failed = |error| Error::from_io("cutting the segment at the fork", error);
+                temp.file().set_len(offset).map_err(failed)?;
+                temp.file().set_len(head.envelope.plain_bytes).map_err(failed)?;
+                Some(offset)
+            }
+            Share::All | Share::Nothing => None,
+        };
+        temp.publish()?;
+        let bytes = head.envelope.plain_bytes;
+        Ok(Tried::Delivered(FetchOutcome::Delivered { bytes, from: lineage.location(), cut_at }))
+    }
+
+    /// Returns how much of this segment may be delivered after newer timelines' ones were absent.
+    async fn share(&self, lineage: &LineageRepository) -> Result<Share> {
+        let (WalFileName::Segment(segment), Some(Order::UpToSwitch(followed))) =
+            (self.name, self.asked.map(|asked| asked.order(self.name)))
+        else {
+            return Ok(Share::All);
+        };
+        let history = self.history_of(followed, lineage).await?.ok_or_else(|| {
+            Error::missing(format!(
+                "the server follows timeline {followed}, whose history file is stored nowhere: where that \
+                 timeline begins is unknown"
+            ))
+            .with_next(format!(
+                "Push {} from the pg_wal of a server that has it with `walship wal push`.",
+                WalFileName::History(followed)
+            ))
+        })?;
+        Ok(share_of(&history, segment, lineage.lineage().segment_size))
+    }
+
+    /// A standby that looked in vain for a newer timeline must hear of one that turned up since and
+    /// leaves this one inside this very segment, before it replays past the fork.
+    async fn check_no_new_fork(&self, lineage: &LineageRepository) -> Result<()> {
+        let WalFileName::Segment(segment) = self.name else { return Ok(()) };
+        let sought = self.asked.and_then(|asked| asked.newest_timeline_sought(segment));
+        let Some(sought) = sought.filter(|_| self.options.standby) else { return Ok(()) };
+        match lineage.history(sought).await? {
+            Some(history) if forks_inside(&history, segment, lineage.lineage().segment_size) => {
+                Err(Error::unavailable(format!(
+                    "timeline {sought} has turned up and begins inside this segment: the server has to look for \
+                     it first"
+                ))
+                .with_safe("the standby was not led past the fork")
+                .with_next("Nothing: the standby asks for the timeline's history file in its next round."))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns a history from the server's own pg_wal, else from the repository.
+    async fn history_of(
+        &self,
+        timeline: TimelineId,
+        lineage: &LineageRepository,
+    ) -> Result<Option<TimelineHistory>> {
+        let mut text = Vec::new();
+        let beside = self.target.with_file_name(WalFileName::History(timeline).to_string());
+        let read = File::open(beside)
+            .and_then(|file| file.take(TimelineHistory::MAX_BYTES as u64 + 1).read_to_end(&mut text));
+        let local =
+            read.ok().and_then(|_| TimelineHistory::parse(timeline, &String::from_utf8_lossy(&text)).ok());
+        match local {
+            Some(history) => Ok(Some(history)),
+            None => lineage.history(timeline).await,
+        }
+    }
+
+    /// Succeeds when the file may be called absent from this lineage.
+    async fn check_absence(&self, lineage: &LineageRepository) -> Result<()> {
+        lineage.confirm_marker().await?;
+        match self.name {
+            WalFileName::Segment(segment) => check_no_hole(segment, lineage).await,
+            // Timeline 1 has no history file.
+            WalFileName::History(timeline) if timeline != TimelineId::FIRST => {
+                match lineage.anything_after(self.name).await? {
+                    None => Ok(()),
+                    Some(later) => Err(Error::missing(format!(
+                        "{} is not in {}, but {later} is: without it the server would follow an older timeline",
+                        self.name,
+                        lineage.location()
+                    ))
+                    .with_safe("recovery was not led to an older timeline")
+                    .with_next(format!(
+                        "Push {} from the pg_wal of a server that has it with `walship wal push`.",
+                        self.name
+                    ))),
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Fails when something behind the segment is stored on its timeline.
+async fn check_no_hole(segment: SegmentName, lineage: &LineageRepository) -> Result<()> {
+    let name = WalFileName::Segment(segment);
+    let Some(later) = lineage.anything_after(name).await? else { return Ok(()) };
+    let size = lineage.lineage().segment_size;
+    // Before a timeline begins, its segments belong to its parent.
+    if segment.timeline != TimelineId::FIRST
+        && let Some(begin) = lineage.history(segment.timeline).await?.and_then(|history| history.begin_lsn())
+        && segment.number(size) < SegmentName::containing(segment.timeline, begin, size).number(size)
+    {
+        return Ok(());
+    }
+    let aside = lineage.incomplete_of(segment).await?;
+    let aside = match aside.first() {
+        Some(incomplete) => format!(" (an incomplete file of that name was kept apart as {incomplete})"),
+        None => String::new(),
+    };
+    Err(Error::missing(format!(
+        "segment {segment} is not in {}, but {later} is: a hole, not the end of the archive{aside}",
+        lineage.location()
+    ))
+    .with_safe("recovery was not ended early; nothing was promoted")
+    .with_next(format!(
+        "Look for {segment} in the pg_wal of the old primary or a standby and push it with `walship wal push`; \
+         `pitr info` shows which moments can be reached without it."
+    )))
+}
+
+/// Checks a decoded file once more against what it is delivered as.
+fn check_delivery(
+    name: WalFileName,
+    file: &File,
+    head: &ObjectHead,
+    lineage: &LineageRepository,
+) -> Result<()> {
+    let (WalFileName::Segment(segment) | WalFileName::Partial(segment)) = name else { return Ok(()) };
+    let ours = lineage.lineage();
+    if head.envelope.plain_bytes != ours.segment_size.bytes() {
+        return Err(Error::corrupt(format!(
+            "{name} has {} bytes, a segment {}",
+            head.envelope.plain_bytes,
+            ours.segment_size.bytes()
+        )));
+    }
+    let mut start = [0; PageHeader::LONG_LEN];
+    file.read_exact_at(&mut start, 0).map_err(|error| Error::from_io("reading back a segment", error))?;
+    let header = PageHeader::parse(&start).filter(PageHeader::is_plausible_first);
+    let fits = header.is_some_and(|header| {
+        header.address == segment.start(ours.segment_size)
+            && header.long.is_some_and(|long| {
+                long.system_identifier == ours.system_identifier
+                    && u64::from(long.segment_size) == ours.segment_size.bytes()
+            })
+    });
+    if !fits {
+        return Err(Error::corrupt(format!("the first page of {name} is not that segment's")));
+    }
+    Ok(())
+}

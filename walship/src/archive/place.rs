@@ -1,0 +1,130 @@
+//! The data directory that a WAL file's path lies in, and which cluster it says it is.
+
+use std::fs;
+use std::io::{self, Read as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::durable::folder_of;
+use crate::error::{Error, Result};
+use crate::pg::SegmentSize;
+use crate::pg::control::ControlData;
+#[cfg(feature = "store")]
+use crate::repository::{ClusterRepository, LineageRepository};
+
+/// A PostgreSQL data directory, known from the path of a file in its `pg_wal`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataDirectory {
+    path: PathBuf,
+}
+
+impl DataDirectory {
+    /// Returns the data directory whose `pg_wal` holds (or will hold) the file at `path`; `None` when
+    /// the file's folder has another name.
+    ///
+    /// `pg_wal` may be a link: the path's own words count, because they are what PostgreSQL says.
+    pub fn of_wal_file(path: &Path) -> Option<Self> {
+        let folder = path.parent()?;
+        (folder.file_name()? == "pg_wal").then(|| Self { path: folder_of(folder).to_owned() })
+    }
+
+    /// Returns its path; `.` when PostgreSQL runs the command in it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the system identifier in its pg_control and, where this version is known, the segment
+    /// size; `None` when the file cannot be read.
+    ///
+    /// Source: `src/include/catalog/pg_control.h`: the identifier comes first in every version.
+    pub fn identity(&self) -> Option<(u64, Option<SegmentSize>)> {
+        let mut bytes = Vec::new();
+        let file = fs::File::open(self.path.join("global/pg_control")).ok()?;
+        file.take(ControlData::FILE_LEN as u64).read_to_end(&mut bytes).ok()?;
+        let identifier = u64::from_le_bytes(*bytes.first_chunk()?);
+        (identifier != 0).then(|| (identifier, ControlData::parse(&bytes).ok().map(|data| data.segment_size)))
+    }
+}
+
+/// Returns this user's own folder for what is of no worth to anybody else: `state_dir`, or `walship-<uid>`
+/// in the system's folder for temporary files. Made when it is not there.
+///
+/// # Errors
+/// [`Error::Denied`] when it is a link, belongs to somebody else, or others may look into it.
+pub fn own_folder(state_dir: Option<&Path>) -> Result<PathBuf> {
+    let folder = match state_dir {
+        Some(folder) => folder.to_owned(),
+        None => std::env::temp_dir().join(format!("walship-{}", nix::unistd::geteuid())),
+    };
+    let shown = folder.display();
+    let advise = |error: Error| {
+        error.with_next("Set `state_dir` (WALSHIP_STATE_DIR) to a folder that this user owns alone.")
+    };
+    match fs::DirBuilder::new().mode(0o700).create(&folder) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(advise(Error::from_io(format!("making the folder {shown}"), error))),
+    }
+    let metadata = fs::symlink_metadata(&folder)
+        .map_err(|error| advise(Error::from_io(format!("looking at {shown}"), error)))?;
+    if !metadata.is_dir() || metadata.uid() != nix::unistd::geteuid().as_raw() || metadata.mode() & 0o077 != 0
+    {
+        return Err(advise(Error::denied(format!(
+            "{shown} has to be a folder that only this user can use (owner {}, mode {:04o})",
+            metadata.uid(),
+            metadata.mode() & 0o7777
+        ))));
+    }
+    Ok(folder)
+}
+
+#[cfg(feature = "store")]
+/// Returns the lineage in `cluster` that a data directory belongs to; without one, the chosen or the
+/// newest lineage.
+pub(super) async fn lineage(
+    cluster: &ClusterRepository,
+    directory: Option<&DataDirectory>,
+    chosen: Option<u32>,
+) -> Result<LineageRepository> {
+    if let Some(number) = chosen {
+        return cluster.lineage(number).await;
+    }
+    match directory.and_then(DataDirectory::identity) {
+        Some((identifier, Some(size))) => cluster.lineage_of(identifier, size).await,
+        Some((identifier, None)) => cluster.lineage_of_system(identifier).await,
+        None => cluster.newest_lineage().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_of_somebody_elses_is_refused() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().unwrap();
+        let open = folder.path().join("open");
+        fs::create_dir(&open).unwrap();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(matches!(own_folder(Some(&open)), Err(Error::Denied(_))));
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(folder.path(), &link).unwrap();
+        assert!(matches!(own_folder(Some(&link)), Err(Error::Denied(_))));
+        assert!(own_folder(Some(&folder.path().join("new"))).is_ok());
+    }
+
+    #[test]
+    fn data_directories_are_known_from_paths() {
+        for (path, expected) in [
+            ("pg_wal/RECOVERYXLOG", Some(".")),
+            ("/srv/pg/pg_wal/000000010000000000000001", Some("/srv/pg")),
+            ("./pg_wal/x", Some(".")),
+            ("/tmp/x", None),
+            ("x", None),
+        ] {
+            let found = DataDirectory::of_wal_file(Path::new(path));
+            assert_eq!(found.as_ref().map(DataDirectory::path), expected.map(Path::new), "{path}");
+        }
+    }
+}

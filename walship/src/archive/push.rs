@@ -1,0 +1,384 @@
+//! Push: one local WAL file into every repository, after the checks that let it take its key.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, Read as _, Seek as _, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use serde::Serialize;
+use tempfile::{NamedTempFile, TempPath};
+
+use crate::codec::{
+    Compression, Encoded, EncodedBody, EncodedObject, Envelope, ObjectHead, ObjectKind, PLAIN_BYTES_MAX,
+    encode_body,
+};
+use crate::error::{Error, Result};
+use crate::pg::{SegmentName, SegmentSize, TimelineHistory, TimelineId, WalFileName};
+use crate::repository::{ClusterRepository, LineageRepository, Put};
+use crate::wal::page::PageHeader;
+use crate::wal::scan::{SegmentScan, SegmentScanner, Verdict};
+
+use super::DataDirectory;
+
+/// Segments up to this size are compressed into memory, larger ones into a temporary file.
+const IN_MEMORY_BYTES_MAX: u64 = 64 << 20;
+
+/// How a file is pushed.
+#[derive(Debug, Clone)]
+pub struct PushOptions {
+    /// How it is compressed.
+    pub compression: Compression,
+    /// The lineage; `None`: the one of the file's system identifier, for files that say none that of
+    /// their data directory, else the newest.
+    pub lineage: Option<u32>,
+    /// Where the compressed bodies of large segments lie meanwhile.
+    pub spool_dir: PathBuf,
+}
+
+/// What became of a pushed file. It is durable in every repository.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PushReport {
+    /// The file's name.
+    pub file: String,
+    /// Whether the file stands under its name; otherwise it was kept apart as incomplete.
+    pub whole: bool,
+    /// Its length.
+    pub bytes: u64,
+    /// Its length as stored, compressed.
+    pub stored_bytes: u64,
+    /// Its BLAKE3 digest.
+    pub digest: String,
+    /// Where it is, and what was done for that.
+    pub repositories: Vec<RepositoryReport>,
+    /// What an operator should know although the push succeeded.
+    pub warnings: Vec<String>,
+}
+
+/// One repository's part in a [`PushReport`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RepositoryReport {
+    /// The lineage's folder.
+    pub location: String,
+    /// `stored`, `already stored` or `stored beside a damaged object`.
+    pub outcome: &'static str,
+}
+
+/// A WAL file, read, checked and compressed: not yet anywhere.
+#[derive(Debug)]
+pub struct EncodedFile {
+    path: PathBuf,
+    name: WalFileName,
+    encoded: Encoded,
+    compression: Compression,
+    body: EncodedBody,
+    /// For segments and `.partial` files.
+    scan: Option<SegmentScan>,
+    _spooled: Option<TempPath>,
+}
+
+/// Pushes the file at `path` into every cluster repository.
+///
+/// # Errors
+/// [`Error::Mismatch`] for a file that is not what its name says or belongs to another cluster,
+/// [`Error::Conflict`] when its name is taken by other content, and whatever disk and stores say.
+/// # Durability
+/// After `Ok` the file survives a crash in every repository.
+pub async fn push_file(
+    clusters: &[ClusterRepository],
+    path: &Path,
+    options: &PushOptions,
+) -> Result<PushReport> {
+    let (path_, options_) = (path.to_owned(), options.clone());
+    let encoded = tokio::task::spawn_blocking(move || encode_file(&path_, &options_))
+        .await
+        .map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))??;
+    push_encoded(clusters, &encoded, options).await
+}
+
+/// Reads, checks and compresses the file at `path`. Blocking.
+///
+/// # Errors
+/// As [`push_file`], without those of stores.
+pub fn encode_file(path: &Path, options: &PushOptions) -> Result<EncodedFile> {
+    let name = path
+        .file_name()
+        .and_then(|name| name.to_str())
+        .ok_or_else(|| Error::invalid(format!("{} is not the name of a file", path.display())))?
+        .parse::<WalFileName>()?;
+    encode(path, name, options).map_err(|error| error.context(format!("pushing {}", path.display())))
+}
+
+fn encode(path: &Path, name: WalFileName, options: &PushOptions) -> Result<EncodedFile> {
+    let mut file = open(path)?;
+    let plain_bytes = file.metadata().map_err(|error| Error::from_io("looking at it", error))?.len();
+    let bytes_max = ObjectKind::of(name).plain_bytes_max();
+    if plain_bytes > bytes_max {
+        return Err(Error::mismatch(format!(
+            "it has {plain_bytes} bytes, more than any such file ({bytes_max})"
+        )));
+    }
+    let mut scanner = match name {
+        WalFileName::Segment(segment) | WalFileName::Partial(segment) => {
+            Some(SegmentScanner::new(segment, declared_size(&mut file, plain_bytes)?))
+        }
+        WalFileName::History(_) | WalFileName::BackupHistory(..) => None,
+    };
+    let mut text = Vec::new();
+    let mut observe = |bytes: &[u8]| match &mut scanner {
+        Some(scanner) => scanner.push(bytes),
+        None => text.extend_from_slice(bytes),
+    };
+    let (encoded, body, spooled) = if plain_bytes > IN_MEMORY_BYTES_MAX {
+        let spool = NamedTempFile::new_in(&options.spool_dir).map_err(|error| {
+            Error::from_io(format!("creating a temporary file in {}", options.spool_dir.display()), error)
+        })?;
+        let mut sink = BufWriter::with_capacity(1 << 20, spool.as_file());
+        let encoded = encode_body(&mut file, plain_bytes, options.compression, &mut sink, &mut observe)?;
+        sink.flush().map_err(|error| Error::from_io("writing compressed data", error))?;
+        drop(sink);
+        let spooled = spool.into_temp_path();
+        (encoded, EncodedBody::Spooled(spooled.to_path_buf()), Some(spooled))
+    } else {
+        // Pages of this that are not written to take no memory.
+        let mut sink =
+            Vec::with_capacity(usize::try_from(plain_bytes + plain_bytes / 64 + 4096).unwrap_or(0));
+        let encoded = encode_body(&mut file, plain_bytes, options.compression, &mut sink, &mut observe)?;
+        (encoded, EncodedBody::Memory(Bytes::from(sink)), None)
+    };
+    if let WalFileName::History(timeline) = name {
+        check_history(timeline, &text)?;
+    }
+    let scan = scanner.map(SegmentScanner::finish);
+    if let Some(SegmentScan { verdict: Verdict::Mismatch { what }, .. }) = &scan {
+        return Err(Error::mismatch(format!("it is not the WAL that its name says: {what}"))
+            .with_safe("nothing was stored; PostgreSQL keeps the file in pg_wal and will ask again")
+            .with_next("Compare it with `pg_waldump`: it may be truncated, damaged, or from another cluster or place."));
+    }
+    if let Some(scan) = &scan {
+        check_ancestry(path, scan)?;
+    }
+    Ok(EncodedFile {
+        path: path.to_owned(),
+        name,
+        encoded,
+        compression: options.compression,
+        body,
+        scan,
+        _spooled: spooled,
+    })
+}
+
+/// Opens a regular file: no link, no device, no waiting for a pipe.
+fn open(path: &Path) -> Result<File> {
+    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(|error| {
+        Error::from_io("opening it", error)
+            .with_safe("nothing was stored")
+            .with_next("Check the path: archive_command needs %p, relative to the data directory.")
+    })?;
+    let metadata = file.metadata().map_err(|error| Error::from_io("looking at it", error))?;
+    if !metadata.is_file() {
+        return Err(Error::invalid("it is not a regular file"));
+    }
+    Ok(file)
+}
+
+/// Returns the segment size that the file's first page declares, or where it declares none, that of the file.
+fn declared_size(file: &mut File, plain_bytes: u64) -> Result<SegmentSize> {
+    let mut start = Vec::new();
+    file.take(PageHeader::LONG_LEN as u64)
+        .read_to_end(&mut start)
+        .and_then(|_| file.rewind())
+        .map_err(|error| Error::from_io("reading it", error))?;
+    let declared = PageHeader::parse(&start)
+        .filter(PageHeader::is_plausible_first)
+        .and_then(|header| SegmentSize::new(u64::from(header.long?.segment_size)));
+    Ok(declared.or(SegmentSize::new(plain_bytes)).unwrap_or(SegmentSize::DEFAULT))
+}
+
+fn check_history(timeline: TimelineId, text: &[u8]) -> Result<()> {
+    let text = std::str::from_utf8(text).map_err(|_| Error::mismatch("it is not text"))?;
+    let history =
+        TimelineHistory::parse(timeline, text).map_err(|error| Error::mismatch(error.to_string()))?;
+    if history.ancestors.is_empty() {
+        return Err(Error::mismatch(format!("it names no ancestor of timeline {timeline}")));
+    }
+    Ok(())
+}
+
+/// The first segment of a timeline carries its parent's pages: those of an ancestor, where the history
+/// file lies beside the segment and can tell.
+fn check_ancestry(path: &Path, scan: &SegmentScan) -> Result<()> {
+    let (own, first) = (scan.summary.segment.timeline, scan.summary.first_page_timeline);
+    if first == own {
+        return Ok(());
+    }
+    let beside = path.with_file_name(WalFileName::History(own).to_string());
+    let Ok(file) = File::open(beside) else { return Ok(()) };
+    let mut text = String::new();
+    let read = file.take(TimelineHistory::MAX_BYTES as u64 + 1).read_to_string(&mut text);
+    match read.ok().and_then(|_| TimelineHistory::parse(own, &text).ok()) {
+        Some(history) if !history.contains(first) => Err(Error::mismatch(format!(
+            "its first page belongs to timeline {first}, which is no ancestor of timeline {own}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Stores an encoded file in every cluster repository.
+///
+/// # Errors
+/// As [`push_file`]. The first failure is returned after every repository was tried.
+pub async fn push_encoded(
+    clusters: &[ClusterRepository],
+    file: &EncodedFile,
+    options: &PushOptions,
+) -> Result<PushReport> {
+    let puts = clusters.iter().map(|cluster| push_to(cluster, file, options.lineage));
+    let outcomes: Result<Vec<_>> = futures_util::future::join_all(puts).await.into_iter().collect();
+    let outcomes = outcomes.map_err(|error| error.context(format!("pushing {}", file.path.display())))?;
+    let mut report = PushReport {
+        file: file.name.to_string(),
+        whole: file.kind() != ObjectKind::Incomplete,
+        bytes: file.encoded.plain_bytes,
+        stored_bytes: file.encoded.body_bytes,
+        digest: file.encoded.digest.to_string(),
+        repositories: Vec::new(),
+        warnings: file.warnings(),
+    };
+    for (location, put) in outcomes {
+        let outcome = match put {
+            Put::Stored => "stored",
+            Put::AlreadyStored => "already stored",
+            Put::StoredBesideDamaged { copy, damage } => {
+                report
+                    .warnings
+                    .push(format!("a stored object is damaged ({damage}); a good copy is now at {copy}"));
+                "stored beside a damaged object"
+            }
+        };
+        report.repositories.push(RepositoryReport { location, outcome });
+    }
+    Ok(report)
+}
+
+async fn push_to(
+    cluster: &ClusterRepository,
+    file: &EncodedFile,
+    lineage: Option<u32>,
+) -> Result<(String, Put)> {
+    let lineage = match (&file.scan, lineage) {
+        (Some(scan), None) => {
+            cluster.lineage_of(scan.summary.system_identifier, scan.summary.segment_size).await?
+        }
+        (_, lineage) => {
+            let directory = DataDirectory::of_wal_file(&file.path);
+            super::place::lineage(cluster, directory.as_ref(), lineage).await?
+        }
+    };
+    let object = file.object(&lineage)?;
+    if let Some(scan) = &file.scan {
+        check_stored_ancestry(&lineage, scan).await?;
+    }
+    Ok((lineage.location(), lineage.put_wal_file(&object).await?))
+}
+
+async fn check_stored_ancestry(lineage: &LineageRepository, scan: &SegmentScan) -> Result<()> {
+    let (own, first) = (scan.summary.segment.timeline, scan.summary.first_page_timeline);
+    if first == own {
+        return Ok(());
+    }
+    match lineage.history(own).await? {
+        Some(history) if !history.contains(first) => Err(Error::mismatch(format!(
+            "its first page belongs to timeline {first}, which is no ancestor of timeline {own}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+impl EncodedFile {
+    /// Returns the file's name.
+    pub fn name(&self) -> WalFileName {
+        self.name
+    }
+
+    /// Returns what the file holds, for segments and `.partial` files.
+    pub fn scan(&self) -> Option<&SegmentScan> {
+        self.scan.as_ref()
+    }
+
+    fn kind(&self) -> ObjectKind {
+        match (self.name, &self.scan) {
+            (WalFileName::Segment(_), Some(SegmentScan { verdict: Verdict::Incomplete { .. }, .. })) => {
+                ObjectKind::Incomplete
+            }
+            (name, _) => ObjectKind::of(name),
+        }
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        match (self.name, self.scan.as_ref().map(|scan| &scan.verdict)) {
+            (WalFileName::Segment(name), Some(Verdict::Incomplete { valid_to, reason })) => vec![format!(
+                "{name} is not a whole segment: valid WAL ends at {valid_to} ({reason}). Its bytes were kept apart \
+                 and will not be served as the segment"
+            )],
+            (_, Some(Verdict::Undecoded { reason })) => {
+                vec![format!("{} was stored without knowing what it holds: {reason}", self.name)]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Returns the object to store in `lineage`.
+    fn object(&self, lineage: &LineageRepository) -> Result<EncodedObject> {
+        let scan = self.scan.as_ref();
+        let envelope = Envelope {
+            kind: self.kind(),
+            name: self.name,
+            codec: self.compression.codec(),
+            segment_size: scan.map_or(lineage.lineage().segment_size, |scan| scan.summary.segment_size),
+            system_identifier: scan.map_or(0, |scan| scan.summary.system_identifier),
+            plain_bytes: self.encoded.plain_bytes,
+            body_bytes: self.encoded.body_bytes,
+            body_crc: self.encoded.body_crc,
+            digest: self.encoded.digest,
+        };
+        let head = ObjectHead::encode(&envelope, scan.map(|scan| &scan.summary))?;
+        Ok(EncodedObject { envelope, head: head.into(), body: self.body.clone() })
+    }
+}
+
+/// Returns the object that holds a segment's bytes, as a push would store it: for tests and tools that
+/// have the bytes in memory.
+///
+/// # Errors
+/// [`Error::Mismatch`] when the bytes are not that segment.
+pub fn encode_segment(name: SegmentName, bytes: &[u8], compression: Compression) -> Result<EncodedObject> {
+    let size = SegmentSize::new(bytes.len() as u64)
+        .ok_or_else(|| Error::mismatch(format!("a segment never has {} bytes", bytes.len())))?;
+    let mut scanner = SegmentScanner::new(name, size);
+    let mut body = Vec::new();
+    let encoded =
+        encode_body(&mut &*bytes, size.bytes(), compression, &mut body, &mut |bytes| scanner.push(bytes))?;
+    let scan = scanner.finish();
+    let kind = match &scan.verdict {
+        Verdict::Whole | Verdict::Undecoded { .. } => ObjectKind::Segment,
+        Verdict::Incomplete { .. } => ObjectKind::Incomplete,
+        Verdict::Mismatch { what } => return Err(Error::mismatch(what.clone())),
+    };
+    let envelope = Envelope {
+        kind,
+        name: WalFileName::Segment(name),
+        codec: compression.codec(),
+        segment_size: size,
+        system_identifier: scan.summary.system_identifier,
+        plain_bytes: encoded.plain_bytes,
+        body_bytes: encoded.body_bytes,
+        body_crc: encoded.body_crc,
+        digest: encoded.digest,
+    };
+    let head = ObjectHead::encode(&envelope, Some(&scan.summary))?;
+    Ok(EncodedObject { envelope, head: head.into(), body: EncodedBody::Memory(body.into()) })
+}
+const _: () = assert!(IN_MEMORY_BYTES_MAX <= PLAIN_BYTES_MAX);
