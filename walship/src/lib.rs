@@ -18,6 +18,8 @@
 #![warn(missing_docs)]
 
 pub mod archive;
+#[cfg(feature = "replication")]
+pub mod backup;
 pub mod catalog;
 pub mod codec;
 pub mod config;

@@ -1,0 +1,273 @@
+//! The stream of a base backup taken in: cut into members, checksummed, packed; then compared with
+//! the server's own manifest.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+
+use crate::catalog::{BackupObject, Tablespace};
+use crate::error::{Error, Result};
+use crate::pg::backup_manifest::{BackupManifest, ManifestFile};
+use crate::pg::{BackupLabel, Oid, ParseError};
+use crate::replication::base_backup::AnnouncedTablespace;
+
+use super::members::{MemberKind, Splitter, Step};
+use super::pack::Packer;
+
+/// More files than any cluster has; what is remembered of each takes memory.
+const FILES_MAX: usize = 20_000_000;
+
+/// Everything that is known once the stream has ended.
+pub(crate) struct Received {
+    pub(crate) objects: Vec<BackupObject>,
+    pub(crate) manifest: BackupManifest,
+    pub(crate) manifest_bytes: Vec<u8>,
+    pub(crate) label: BackupLabel,
+    pub(crate) tablespaces: Vec<Tablespace>,
+    pub(crate) data_bytes: u64,
+}
+
+pub(crate) struct Intake {
+    splitter: Splitter,
+    manifest: Vec<u8>,
+    inner: Inner,
+}
+
+struct Inner {
+    packer: Packer,
+    tablespace: Option<Oid>,
+    tablespaces: Vec<Tablespace>,
+    sums: HashMap<PathBuf, Sum>,
+    current: Option<Current>,
+    label: Vec<u8>,
+    data_bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sum {
+    bytes: u64,
+    crc: u32,
+}
+
+struct Current {
+    path: PathBuf,
+    sum: Sum,
+    is_label: bool,
+}
+
+impl Intake {
+    pub(crate) fn new(packer: Packer, announced: &[AnnouncedTablespace]) -> Self {
+        let tablespaces = announced
+            .iter()
+            .filter_map(|space| space.outside.clone())
+            .map(|(oid, path)| Tablespace { oid, path, bytes: 0 })
+            .collect();
+        let inner = Inner {
+            packer,
+            tablespace: None,
+            tablespaces,
+            sums: HashMap::new(),
+            current: None,
+            label: Vec::new(),
+            data_bytes: 0,
+        };
+        Self { splitter: Splitter::new(), manifest: Vec::new(), inner }
+    }
+
+    /// Another archive begins: a tablespace's, or the data directory's.
+    pub(crate) fn begin_archive(&mut self, tablespace: Option<Oid>) -> Result<()> {
+        self.end_archive()?;
+        self.splitter = Splitter::new();
+        self.inner.tablespace = tablespace;
+        self.inner.packer.begin_archive(tablespace);
+        Ok(())
+    }
+
+    /// The archive that was begun last is over.
+    pub(crate) fn end_archive(&self) -> Result<()> {
+        self.splitter.finish().map_err(Error::from).map_err(damaged)
+    }
+
+    pub(crate) async fn data(&mut self, bytes: &Bytes) -> Result<()> {
+        let Self { splitter, inner, .. } = self;
+        splitter.push(bytes, &mut |step| inner.step(step)).map_err(damaged)?;
+        inner.packer.pump().await
+    }
+
+    pub(crate) fn manifest_data(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.manifest.len() + bytes.len() > BackupManifest::MAX_BYTES {
+            return Err(Error::corrupt("the server's backup manifest is too long to be held"));
+        }
+        self.manifest.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Gives up.
+    pub(crate) async fn abandon(self) {
+        self.inner.packer.abandon().await;
+    }
+
+    /// Stores what is left, and compares everything with the server's manifest.
+    pub(crate) async fn finish(self) -> Result<Received> {
+        let Self { manifest: manifest_bytes, mut inner, .. } = self;
+        let checked = parse_manifest(&manifest_bytes)
+            .and_then(|manifest| compare(&manifest, std::mem::take(&mut inner.sums)).map(|()| manifest));
+        let label = String::from_utf8_lossy(&inner.label).into_owned();
+        let checked = checked.and_then(|manifest| {
+            let label = BackupLabel::parse(&label).map_err(Error::from).map_err(damaged)?;
+            Ok((manifest, label))
+        });
+        match checked {
+            Ok((manifest, label)) => Ok(Received {
+                objects: inner.packer.finish().await?,
+                manifest,
+                manifest_bytes,
+                label,
+                tablespaces: inner.tablespaces,
+                data_bytes: inner.data_bytes,
+            }),
+            Err(error) => {
+                inner.packer.abandon().await;
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn step(&mut self, step: Step<'_>) -> Result<()> {
+        match step {
+            Step::Header(block, member) => {
+                self.packer.append(block);
+                if member.kind == MemberKind::File {
+                    let path = match self.tablespace {
+                        Some(oid) => Path::new("pg_tblspc").join(oid.to_string()).join(&member.path),
+                        None => member.path,
+                    };
+                    let is_label = path == Path::new("backup_label");
+                    self.current = Some(Current { path, sum: Sum { bytes: 0, crc: 0 }, is_label });
+                }
+            }
+            Step::Data(data) => {
+                self.packer.append(data);
+                self.data_bytes += data.len() as u64;
+                if let Some(space) =
+                    self.tablespaces.iter_mut().find(|space| Some(space.oid) == self.tablespace)
+                {
+                    space.bytes += data.len() as u64;
+                }
+                if let Some(current) = &mut self.current {
+                    current.sum.bytes += data.len() as u64;
+                    current.sum.crc = crc32c::crc32c_append(current.sum.crc, data);
+                    if current.is_label && self.label.len() + data.len() <= BackupLabel::MAX_BYTES {
+                        self.label.extend_from_slice(data);
+                    }
+                }
+            }
+            Step::Padding(data) => self.packer.append(data),
+            Step::End => {
+                self.packer.end_member();
+                if let Some(current) = self.current.take() {
+                    if self.sums.len() >= FILES_MAX {
+                        return Err(Error::invalid(format!("the cluster has more than {FILES_MAX} files")));
+                    }
+                    if self.sums.insert(current.path.clone(), current.sum).is_some() {
+                        return Err(ParseError::new(format!("{:?} comes twice", current.path)).into());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn parse_manifest(bytes: &[u8]) -> Result<BackupManifest> {
+    BackupManifest::parse(bytes).map_err(Error::from).map_err(damaged)
+}
+
+fn damaged(error: Error) -> Error {
+    match error {
+        Error::Invalid(_) => Error::corrupt(format!("the base backup arrived damaged: {error}"))
+            .with_safe("no backup was recorded; older backups are untouched")
+            .with_next(
+                "Take the backup again; if it happens again, check the network and the server's memory.",
+            ),
+        other => other,
+    }
+}
+
+/// Compares what was received with what the server says it sent: sizes, checksums, nothing missing,
+/// nothing more.
+fn compare(manifest: &BackupManifest, mut received: HashMap<PathBuf, Sum>) -> Result<()> {
+    let mut wrong = Vec::new();
+    for file in &manifest.files {
+        match received.remove(&file.path) {
+            None => wrong.push(format!("{:?} is missing", file.path)),
+            Some(sum) => wrong.extend(difference(file, sum)),
+        }
+    }
+    wrong.extend(received.keys().map(|path| format!("{path:?} is not in the manifest")));
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    let count = wrong.len();
+    wrong.sort();
+    wrong.truncate(5);
+    Err(damaged(Error::invalid(format!(
+        "{count} files differ from the server's manifest: {}",
+        wrong.join(", ")
+    ))))
+}
+
+fn difference(file: &ManifestFile, sum: Sum) -> Option<String> {
+    if file.bytes != sum.bytes {
+        return Some(format!("{:?} has {} bytes instead of {}", file.path, sum.bytes, file.bytes));
+    }
+    match file.matches_crc32c(sum.crc) {
+        Some(true) => None,
+        Some(false) => Some(format!("{:?} has another checksum", file.path)),
+        None => Some(format!("{:?} has no CRC-32C in the manifest", file.path)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::backup_manifest::ChecksumAlgorithm;
+    use crate::pg::{Lsn, TimelineId, WalRange};
+
+    #[test]
+    fn every_difference_from_the_manifest_is_found() {
+        let file = |path: &str, content: &[u8]| ManifestFile {
+            path: path.into(),
+            bytes: content.len() as u64,
+            checksum: Some((ChecksumAlgorithm::Crc32c, crc32c::crc32c(content).to_le_bytes().to_vec())),
+        };
+        let manifest = BackupManifest {
+            version: 1,
+            system_identifier: None,
+            files: vec![file("PG_VERSION", b"15\n"), file("base/1/2", b"page")],
+            wal_ranges: vec![WalRange { timeline: TimelineId::FIRST, start: Lsn(1), end: Lsn(2) }],
+        };
+        let received = |files: &[(&str, &[u8])]| -> HashMap<PathBuf, Sum> {
+            files
+                .iter()
+                .map(|(path, content)| {
+                    ((*path).into(), Sum { bytes: content.len() as u64, crc: crc32c::crc32c(content) })
+                })
+                .collect()
+        };
+        let sound: &[(&str, &[u8])] = &[("PG_VERSION", b"15\n"), ("base/1/2", b"page")];
+        assert!(compare(&manifest, received(sound)).is_ok());
+        for (files, what) in [
+            (&[("PG_VERSION", &b"15\n"[..])][..], "is missing"),
+            (&[("PG_VERSION", b"15\n"), ("base/1/2", b"pagE")], "another checksum"),
+            (&[("PG_VERSION", b"15\n"), ("base/1/2", b"pag")], "3 bytes instead of 4"),
+            (&[("PG_VERSION", b"15\n"), ("base/1/2", b"page"), ("x", b"")], "not in the manifest"),
+        ] {
+            let error = compare(&manifest, received(files)).unwrap_err();
+            assert!(matches!(error, Error::Corrupt(_)) && error.to_string().contains(what), "{error}");
+        }
+    }
+}

@@ -1,0 +1,448 @@
+//! Takes a base backup into the repository: `BASE_BACKUP` stream in, data objects, manifest and, last
+//! of all, the small record without which the backup does not exist.
+//!
+//! The order makes it safe: `started.json` first (its WAL is protected from then on), a temporary
+//! slot before the backup begins (WAL cannot be recycled under it), every file compared with the
+//! server's own manifest, all of its WAL seen in the repository, then the record. Killed at any
+//! point, it leaves objects that nobody takes for a backup. It restores nothing and deletes nothing.
+//!
+//! ```no_run
+//! use walship::backup::{BackupOptions, take_backup};
+//! use walship::replication::ConnectOptions;
+//!
+//! # async fn example(repository: walship::repository::LineageRepository) -> walship::Result<()> {
+//! let server = ConnectOptions::from_env_and_uri("postgresql://replicator@db1/")?;
+//! let record = take_backup(&[repository], &server, &BackupOptions::default(), &|event| println!("{event:?}")).await?;
+//! println!("{} is complete at {}", record.id, record.stop_lsn);
+//! # Ok(())
+//! # }
+//! ```
+
+mod intake;
+mod members;
+mod needed_wal;
+mod pack;
+mod progress;
+
+use std::time::{Duration, Instant};
+
+use chrono::Utc;
+
+use crate::catalog::BackupRecord;
+use crate::error::{Error, Result};
+use crate::pg::{Lsn, SegmentSize, TimelineId};
+use crate::replication::base_backup::BackupStart;
+use crate::replication::{
+    BackupPart, BaseBackup, BaseBackupOptions, Checkpoint, ConnectOptions, Connection, ManifestChecksums,
+    ServerError, SessionKind, SlotLifetime, SystemIdentity, create_slot, identify_system, show,
+};
+use crate::repository::{BackupStarted, LineageRepository, new_backup_id};
+use crate::wal::event::ServerLimits;
+
+use intake::{Intake, Received};
+use needed_wal::{needed_segments, wait_until_stored};
+use pack::{PackSettings, Packer};
+use progress::Meter;
+
+pub use progress::{BackupEvent, Transfer};
+
+/// How a backup is to be taken.
+#[derive(Debug, Clone)]
+pub struct BackupOptions {
+    /// The label.
+    pub label: String,
+    /// The checkpoint at its start.
+    pub checkpoint: Checkpoint,
+    /// The most kilobytes a second that the server sends.
+    pub max_rate_kb: Option<u32>,
+    /// How long to wait for the last WAL to be in the repository.
+    pub wal_timeout: Duration,
+    /// A data object is closed at the end of the first file past this many bytes of tar.
+    pub object_bytes: u64,
+    /// The zstd level.
+    pub level: i32,
+}
+
+impl Default for BackupOptions {
+    fn default() -> Self {
+        Self {
+            label: "walship".into(),
+            checkpoint: Checkpoint::Fast,
+            max_rate_kb: None,
+            wal_timeout: Duration::from_secs(600),
+            object_bytes: 256 << 20,
+            level: 1,
+        }
+    }
+}
+
+/// How long a server may be silent in the middle of a backup.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Returns who a server is: its identity and its segment size. For choosing the lineage.
+///
+/// # Errors
+/// What connecting or asking fails with; [`Error::Mismatch`] for a version that is not supported.
+pub async fn server_identity(server: &ConnectOptions) -> Result<(SystemIdentity, SegmentSize)> {
+    let mut session = Connection::connect(server, SessionKind::Replication).await?;
+    session.server_version()?;
+    let identity = identify_system(&mut session).await?;
+    let size = segment_size(&mut session).await?;
+    session.close().await;
+    Ok((identity, size))
+}
+
+/// Takes a base backup into every one of `repositories` and returns its record.
+///
+/// # Errors
+/// [`Error::Mismatch`] when the server is not the one that the lineage belongs to;
+/// [`Error::Corrupt`] when what arrives differs from the server's manifest;
+/// [`Error::Unavailable`] when the server or a store fails, or when the backup's WAL does not arrive
+/// in time. After any error the backup does not exist.
+/// # Durability
+/// After `Ok` the backup, its WAL and its record survive a crash of this machine.
+/// # Cancel safety
+/// Dropping the future ends the backup on the server too; no record is written.
+pub async fn take_backup(
+    repositories: &[LineageRepository],
+    server: &ConnectOptions,
+    options: &BackupOptions,
+    progress: &(dyn Fn(BackupEvent) + Send + Sync),
+) -> Result<BackupRecord> {
+    let started = Utc::now();
+    let mut session = Connection::connect(server, SessionKind::Replication).await?;
+    let about = examine(&mut session, repositories).await?;
+    if about.archive_mode == "off" {
+        progress(BackupEvent::Warning(
+            "archive_mode is off on this server: unless its WAL is streamed to the repository, the backup will \
+             wait in vain for it"
+                .into(),
+        ));
+    }
+    let random: u64 = rand::random();
+    hold_wal_back(&mut session, random, progress).await?;
+    let id = new_backup_id(started, random);
+    progress(BackupEvent::Checkpoint);
+    let command = BaseBackupOptions {
+        label: options.label.clone(),
+        checkpoint: options.checkpoint,
+        max_rate_kb: options.max_rate_kb,
+        // Links in the tar stream, not a file: a restore puts them where it wants, and the
+        // manifest then still describes every file.
+        tablespace_map: false,
+        manifest_checksums: ManifestChecksums::Crc32c,
+        verify_checksums: true,
+    };
+    let patience = about.checkpoint_patience.max(PATIENCE);
+    let (start, stream) = BaseBackup::start(&mut session, &command, patience, PATIENCE).await?;
+    for repository in repositories {
+        let document = BackupStarted {
+            format: 1,
+            id: id.clone(),
+            label: options.label.clone(),
+            timeline: start.timeline,
+            start_lsn: start.lsn,
+            host: hostname(),
+            started,
+        };
+        repository.put_backup_started(&document).await?;
+    }
+    let settings = PackSettings {
+        repositories: repositories.to_vec(),
+        id: id.clone(),
+        object_bytes: options.object_bytes.max(1 << 20),
+        level: options.level,
+    };
+    let (received, stop_lsn, stop_timeline) = receive(stream, &start, settings, progress).await?;
+    check(&received, &start, &about, stop_lsn)?;
+    let mut manifest_digest = String::new();
+    let (manifest_bytes, manifest_stored) = compress_manifest(received.manifest_bytes).await?;
+    for repository in repositories {
+        manifest_digest = repository.put_backup_manifest(&id, manifest_bytes.clone()).await?;
+    }
+    if about.from_standby {
+        switch_on_primary(server, &about.identity, progress).await;
+    }
+    let needed = needed_segments(&received.manifest.wal_ranges, about.segment_size)?;
+    let histories = histories(start.timeline, stop_timeline);
+    wait_until_stored(repositories, needed, histories, options.wal_timeout, &mut |missing| {
+        progress(BackupEvent::WaitingForWal { first: missing.first, segments: missing.segments });
+    })
+    .await?;
+    session.close().await;
+    let record = BackupRecord {
+        format: 1,
+        id,
+        label: options.label.clone(),
+        timeline: start.timeline,
+        start_lsn: start.lsn,
+        stop_timeline,
+        stop_lsn,
+        started,
+        finished: Utc::now(),
+        server_version: about.server_version,
+        from_standby: received.label.from_standby,
+        data_bytes: received.data_bytes,
+        stored_bytes: received.objects.iter().map(|object| object.stored_bytes).sum::<u64>()
+            + manifest_stored,
+        files: received.manifest.files.len() as u64,
+        tablespaces: received.tablespaces,
+        objects: received.objects,
+        limits: about.limits,
+        data_checksums: about.data_checksums,
+        manifest_digest,
+    };
+    for repository in repositories {
+        repository.put_backup_record(&record).await?;
+    }
+    Ok(record)
+}
+
+/// What is asked of the server before anything begins.
+struct About {
+    identity: SystemIdentity,
+    server_version: u32,
+    segment_size: SegmentSize,
+    limits: ServerLimits,
+    data_checksums: bool,
+    from_standby: bool,
+    archive_mode: String,
+    checkpoint_patience: Duration,
+}
+
+async fn examine(session: &mut Connection, repositories: &[LineageRepository]) -> Result<About> {
+    let server_version = session.server_version()?;
+    let identity = identify_system(session).await?;
+    let segment_size = segment_size(session).await?;
+    if repositories.is_empty() {
+        return Err(Error::invalid("no repository is given"));
+    }
+    for repository in repositories {
+        let lineage = repository.lineage();
+        if lineage.system_identifier != identity.system_identifier || lineage.segment_size != segment_size {
+            return Err(Error::mismatch(format!(
+                "the server has system identifier {} and segments of {segment_size}; {} is for {} with {}",
+                identity.system_identifier,
+                repository.location(),
+                lineage.system_identifier,
+                lineage.segment_size
+            ))
+            .with_next("Check that connection and cluster belong together; `walship init` shows both."));
+        }
+    }
+    let limits = ServerLimits {
+        max_connections: number(session, "max_connections").await?,
+        max_worker_processes: number(session, "max_worker_processes").await?,
+        max_wal_senders: number(session, "max_wal_senders").await?,
+        max_prepared_transactions: number(session, "max_prepared_transactions").await?,
+        max_locks_per_transaction: number(session, "max_locks_per_transaction").await?,
+        wal_level: match show(session, "wal_level").await?.as_str() {
+            "minimal" => 0,
+            "replica" => 1,
+            _ => 2,
+        },
+        wal_log_hints: show(session, "wal_log_hints").await? == "on",
+        track_commit_timestamp: show(session, "track_commit_timestamp").await? == "on",
+    };
+    let checkpoint_timeout = show(session, "checkpoint_timeout").await?;
+    Ok(About {
+        identity,
+        server_version,
+        segment_size,
+        limits,
+        data_checksums: show(session, "data_checksums").await? == "on",
+        from_standby: session.is_standby(),
+        archive_mode: show(session, "archive_mode").await?,
+        checkpoint_patience: 2 * parse_seconds(&checkpoint_timeout).unwrap_or(PATIENCE),
+    })
+}
+
+async fn segment_size(session: &mut Connection) -> Result<SegmentSize> {
+    let text = show(session, "wal_segment_size").await?;
+    parse_bytes(&text)
+        .and_then(SegmentSize::new)
+        .ok_or_else(|| Error::mismatch(format!("wal_segment_size = {text:?} is not understood")))
+}
+
+async fn number(session: &mut Connection, setting: &str) -> Result<i32> {
+    let text = show(session, setting).await?;
+    text.parse().map_err(|_| Error::mismatch(format!("{setting} = {text:?} is not understood")))
+}
+
+/// Makes a temporary slot, so that the server cannot recycle WAL before it is archived. A server
+/// without a free slot still keeps what `archive_command` has not yet taken.
+async fn hold_wal_back(
+    session: &mut Connection,
+    random: u64,
+    progress: &(dyn Fn(BackupEvent) + Send + Sync),
+) -> Result<()> {
+    match create_slot(session, &format!("walship_backup_{random:016x}"), SlotLifetime::Temporary).await {
+        Ok(()) => Ok(()),
+        // The server said no; the session is still good. Anything else is a broken connection.
+        Err(error) if ServerError::of(&error).is_some_and(|said| said.severity == "ERROR") => {
+            progress(BackupEvent::Warning(format!("no slot holds WAL back during the backup: {error}")));
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn receive(
+    mut stream: BaseBackup<'_>,
+    start: &BackupStart,
+    settings: PackSettings,
+    progress: &(dyn Fn(BackupEvent) + Send + Sync),
+) -> Result<(Received, Lsn, TimelineId)> {
+    let total_bytes = start.tablespaces.iter().map(|space| space.estimated_bytes).sum();
+    progress(BackupEvent::Started {
+        id: settings.id.clone(),
+        start_lsn: start.lsn,
+        timeline: start.timeline,
+        total_bytes,
+    });
+    let mut meter = Meter::new(total_bytes, Instant::now());
+    let mut intake = Intake::new(Packer::new(settings), &start.tablespaces);
+    let (lsn, timeline) = loop {
+        let taken = match stream.next().await {
+            Ok(BackupPart::Archive(tablespace)) => intake.begin_archive(tablespace),
+            Ok(BackupPart::Data(bytes)) => {
+                if let Some(transfer) = meter.add(bytes.len() as u64, Instant::now()) {
+                    progress(BackupEvent::Data(transfer));
+                }
+                intake.data(&bytes).await
+            }
+            Ok(BackupPart::Manifest) => intake.end_archive(),
+            Ok(BackupPart::ManifestData(bytes)) => intake.manifest_data(&bytes),
+            Ok(BackupPart::End { lsn, timeline }) => break (lsn, timeline),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = taken {
+            intake.abandon().await;
+            return Err(error);
+        }
+    };
+    progress(BackupEvent::Data(meter.now()));
+    Ok((intake.finish().await?, lsn, timeline))
+}
+
+/// Compares the three places that say where the backup starts and ends, and whose it is.
+fn check(received: &Received, start: &BackupStart, about: &About, stop_lsn: Lsn) -> Result<()> {
+    let disagree =
+        |what: String| Err(Error::corrupt(format!("the server's base backup contradicts itself: {what}")));
+    if received.label.start_lsn != start.lsn || received.label.timeline != start.timeline {
+        return disagree(format!(
+            "backup_label starts at {} on {:?}, the stream at {} on {:?}",
+            received.label.start_lsn, received.label.timeline, start.lsn, start.timeline
+        ));
+    }
+    if received.manifest.system_identifier.is_some_and(|found| found != about.identity.system_identifier) {
+        return disagree("its manifest names another system identifier".into());
+    }
+    let ranges = &received.manifest.wal_ranges;
+    let first = ranges.iter().map(|range| range.start).min();
+    let last = ranges.iter().map(|range| range.end).max();
+    if first != Some(start.lsn) || last != Some(stop_lsn) {
+        return disagree(format!("its manifest's WAL is not the WAL from {} to {stop_lsn}", start.lsn));
+    }
+    Ok(())
+}
+
+async fn compress_manifest(bytes: Vec<u8>) -> Result<(bytes::Bytes, u64)> {
+    let compressed = tokio::task::spawn_blocking(move || zstd::bulk::compress(&bytes, 3)).await;
+    let compressed = match compressed {
+        Ok(compressed) => compressed.map_err(|error| Error::from_io("compressing the manifest", error))?,
+        Err(error) => return Err(Error::unavailable(format!("compressing was cut off: {error}"))),
+    };
+    let stored = compressed.len() as u64;
+    Ok((compressed.into(), stored))
+}
+
+/// The history files without which this backup's timelines cannot be followed.
+fn histories(start: TimelineId, stop: TimelineId) -> Vec<TimelineId> {
+    let mut needed = vec![start, stop];
+    needed.dedup();
+    needed.retain(|timeline| *timeline != TimelineId::FIRST);
+    needed
+}
+
+/// A standby cannot make its primary finish a segment. Where the connection string leads to the
+/// primary too, ask it; a failure only means that the wait lasts until the segment is full.
+async fn switch_on_primary(
+    server: &ConnectOptions,
+    identity: &SystemIdentity,
+    progress: &(dyn Fn(BackupEvent) + Send + Sync),
+) {
+    let switch = async {
+        let mut primary = Connection::connect(&server.for_primary(), SessionKind::Ordinary).await?;
+        let rows = primary.query("SELECT system_identifier FROM pg_control_system()").await?;
+        if rows.get(0, 0) != Some(identity.system_identifier.to_string().as_str()) {
+            return Err(Error::mismatch("the primary that was found is another cluster's"));
+        }
+        primary.query("SELECT pg_switch_wal()").await?;
+        primary.close().await;
+        Ok(())
+    };
+    if let Err(error) = switch.await {
+        progress(BackupEvent::Warning(format!(
+            "the backup from a standby is complete when its primary ends the current segment; run SELECT \
+             pg_switch_wal() there ({error})"
+        )));
+    }
+}
+
+fn hostname() -> String {
+    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default()
+}
+
+/// Reads `16MB`, `1GB`, `8kB`, `512`.
+fn parse_bytes(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "" | "B" => 1,
+        "kB" => 1 << 10,
+        "MB" => 1 << 20,
+        "GB" => 1 << 30,
+        "TB" => 1 << 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+/// Reads `5min`, `30s`, `1h`, `1d`, `100ms`.
+fn parse_seconds(text: &str) -> Option<Duration> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: u64 = digits.parse().ok()?;
+    let unit = match &text[digits.len()..] {
+        "ms" => return Some(Duration::from_millis(number)),
+        "s" | "" => 1,
+        "min" => 60,
+        "h" => 3600,
+        "d" => 86400,
+        _ => return None,
+    };
+    number.checked_mul(unit).map(Duration::from_secs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_with_units_are_understood() {
+        assert_eq!(parse_bytes("16MB"), Some(16 << 20));
+        assert_eq!(parse_bytes("1GB"), Some(1 << 30));
+        assert_eq!(parse_bytes("x"), None);
+        assert_eq!(parse_bytes("18446744073709551615GB"), None);
+        assert_eq!(parse_seconds("5min"), Some(Duration::from_secs(300)));
+        assert_eq!(parse_seconds("1d"), Some(Duration::from_secs(86400)));
+        assert_eq!(parse_seconds("5 weeks"), None);
+    }
+
+    #[test]
+    fn only_timelines_with_a_past_need_a_history() {
+        let tli = |number| TimelineId::new(number).unwrap();
+        assert_eq!(histories(tli(1), tli(1)), []);
+        assert_eq!(histories(tli(2), tli(2)), [tli(2)]);
+        assert_eq!(histories(tli(1), tli(2)), [tli(2)]);
+    }
+}
