@@ -1,2 +1,54 @@
-//! stub
-fn main() {}
+//! `restore-cmd`: what stands in `restore_command`.
+//!
+//! Status 0: the file is in place, whole and checked. Status 1: proven absent, nothing else. All other
+//! failures stop a one-shot recovery (126) or make a standby ask again (75).
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::ExitCode;
+
+use walship::Error;
+use walship::agent::client::{become_walship, unanswered};
+
+const HELP: &str = "\
+Fetches a WAL file from the repository: the program for PostgreSQL's restore_command.
+
+Usage: restore-cmd [OPTIONS] NAME PATH
+
+    restore_command = 'restore-cmd %f %p'
+    restore_command = 'restore-cmd --config /etc/walship/main.toml %f %p'
+    restore_command = 'restore-cmd --repo s3://bucket/pg --cluster main %f %p'
+
+NAME is %f, PATH is %p. The options are those of `walship wal fetch`, which does the work: see its
+--help. `walship` is looked for in WALSHIP_BIN, beside this program, and in PATH.
+
+Exit status:
+  0    the file is in place, whole and checked
+  1    the file is proven not to be in the repository, and nothing behind it is
+  75   no answer, and the server is a standby: it asks again
+  126  no answer (outage, hole, damage, configuration): PostgreSQL stops the recovery
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    match arguments.first().and_then(|first| first.to_str()) {
+        Some("--help" | "-h") => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        Some("--version" | "-V") => {
+            println!("restore-cmd {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        _ => {}
+    }
+    let target = arguments.last().map(Path::new);
+    let name = arguments.iter().rev().nth(1).map(OsString::as_os_str);
+    let error = match (name, target) {
+        (Some(_), Some(_)) => become_walship("fetch", &arguments),
+        _ => Error::invalid("a file's name and a path are needed")
+            .with_next("Set restore_command = 'restore-cmd %f %p'; `restore-cmd --help` shows more."),
+    };
+    eprintln!("{}", error.report());
+    ExitCode::from(unanswered(name.map(OsStr::new), target))
+}

@@ -76,56 +76,56 @@ impl std::fmt::Debug for ConnectionString {
 #[cfg_attr(feature = "args", command(next_help_heading = "Configuration"))]
 pub struct Overrides {
     /// Configuration file [env: WALSHIP_CONFIG] [default: /etc/walship/walship.toml where it exists]
-    #[cfg_attr(feature = "args", arg(long, value_name = "FILE"))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "FILE"))]
     pub config: Option<PathBuf>,
     /// Repository: file:///srv/walship or s3://bucket/prefix; repeat for several, all required
     /// [env: WALSHIP_REPO]
-    #[cfg_attr(feature = "args", arg(long, value_name = "URL"))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "URL"))]
     pub repo: Vec<String>,
     /// The cluster's name in the repository [env: WALSHIP_CLUSTER]
-    #[cfg_attr(feature = "args", arg(long, value_name = "NAME"))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "NAME"))]
     pub cluster: Option<String>,
     /// How WAL is compressed: lz4, zstd or zstd:1 to zstd:19 [env: WALSHIP_COMPRESSION] [default: lz4]
-    #[cfg_attr(feature = "args", arg(long, value_name = "CODEC", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "CODEC", hide_short_help = true))]
     pub compression: Option<String>,
     /// Use a store that ignores or races conditional writes all the same [env: WALSHIP_ACCEPT_UNSAFE_STORE]
-    #[cfg_attr(feature = "args", arg(long, hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, hide_short_help = true))]
     pub accept_unsafe_store: bool,
     /// How long a fetch for a one-shot recovery keeps trying, in milliseconds
     /// [env: WALSHIP_RESTORE_RETRY_MS] [default: 60000]
-    #[cfg_attr(feature = "args", arg(long, value_name = "MS", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "MS", hide_short_help = true))]
     pub restore_retry_ms: Option<u64>,
     /// Folder for the compressed bodies of segments above 64 MiB on their way [env: WALSHIP_STATE_DIR]
     /// [default: walship-UID in the system's folder for temporary files]
-    #[cfg_attr(feature = "args", arg(long, value_name = "FOLDER", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "FOLDER", hide_short_help = true))]
     pub state_dir: Option<PathBuf>,
     /// Connection string or URI of the server, without a password; without it libpq's PG* variables apply
     /// [env: WALSHIP_CONNECTION]
-    #[cfg_attr(feature = "args", arg(long, value_name = "CONNINFO", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "CONNINFO", hide_short_help = true))]
     pub connection: Option<String>,
     /// Endpoint of an S3 compatible store [env: WALSHIP_S3_ENDPOINT]
-    #[cfg_attr(feature = "args", arg(long, value_name = "URL", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "URL", hide_short_help = true))]
     pub s3_endpoint: Option<String>,
     /// Region of the bucket [env: WALSHIP_S3_REGION]
-    #[cfg_attr(feature = "args", arg(long, value_name = "REGION", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "REGION", hide_short_help = true))]
     pub s3_region: Option<String>,
     /// How requests name the bucket: auto, path or virtual [env: WALSHIP_S3_ADDRESSING]
-    #[cfg_attr(feature = "args", arg(long, value_name = "STYLE", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "STYLE", hide_short_help = true))]
     pub s3_addressing: Option<String>,
     /// PEM file of further certificate authorities to trust [env: WALSHIP_S3_CA_FILE]
-    #[cfg_attr(feature = "args", arg(long, value_name = "FILE", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "FILE", hide_short_help = true))]
     pub s3_ca_file: Option<PathBuf>,
     /// Profile of AWS's shared configuration files [env: WALSHIP_S3_PROFILE]
-    #[cfg_attr(feature = "args", arg(long, value_name = "PROFILE", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "PROFILE", hide_short_help = true))]
     pub s3_profile: Option<String>,
     /// Milliseconds to connect to a store [env: WALSHIP_CONNECT_MS] [default: 5000]
-    #[cfg_attr(feature = "args", arg(long, value_name = "MS", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "MS", hide_short_help = true))]
     pub connect_ms: Option<u64>,
     /// Milliseconds for one request to a store [env: WALSHIP_REQUEST_MS] [default: 20000]
-    #[cfg_attr(feature = "args", arg(long, value_name = "MS", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "MS", hide_short_help = true))]
     pub request_ms: Option<u64>,
     /// Milliseconds for one call to a store with all its retries [env: WALSHIP_DEADLINE_MS] [default: 60000]
-    #[cfg_attr(feature = "args", arg(long, value_name = "MS", hide_short_help = true))]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "MS", hide_short_help = true))]
     pub deadline_ms: Option<u64>,
 }
 

@@ -17,6 +17,7 @@
 
 #![warn(missing_docs)]
 
+pub mod agent;
 pub mod archive;
 #[cfg(feature = "replication")]
 pub mod backup;

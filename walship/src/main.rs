@@ -1,2 +1,9 @@
-//! stub
-fn main() {}
+//! The `walship` command: creates and checks repositories, moves WAL files, takes base backups.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

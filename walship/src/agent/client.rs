@@ -1,0 +1,130 @@
+//! The thin commands' side: who asks, which status an unanswered question has, and handing the work to
+//! `walship` in the foreground.
+//!
+//! PostgreSQL reads exit statuses (`src/backend/access/transam/xlogarchive.c`, `wait_result_is_any_signal`):
+//! above 125, or a death by signal, stops a recovery; everything lower but 0 reads as "not in the archive".
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::archive::DataDirectory;
+use crate::archive::asked::{Answer, Asked};
+use crate::error::Error;
+use crate::pg::WalFileName;
+
+/// The status of a question that a one-shot recovery must not go on without.
+pub const STATUS_STOP: u8 = 126;
+
+/// The status of a question that a standby will ask again.
+pub const STATUS_ASK_AGAIN: u8 = 75;
+
+/// The status that means "absent".
+pub const STATUS_ABSENT: u8 = 1;
+
+/// Who asks for a WAL file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asker {
+    /// A standby: `standby.signal` is there (it wins over `recovery.signal`). It asks again.
+    Standby,
+    /// A server that recovers once, and promotes when it is told that there is no more.
+    OneShot,
+    /// No signal file: `pg_rewind -c`, or a person.
+    Other,
+}
+
+impl Asker {
+    /// Returns who wants a file at `target` (`%p`).
+    pub fn of(target: &Path) -> Self {
+        let Some(directory) = DataDirectory::of_wal_file(target) else { return Self::Other };
+        let has = |name: &str| directory.path().join(name).symlink_metadata().is_ok();
+        if has("standby.signal") {
+            Self::Standby
+        } else if has("recovery.signal") {
+            Self::OneShot
+        } else {
+            Self::Other
+        }
+    }
+
+    /// Returns the status of a question that could not be answered.
+    pub fn unanswered(self) -> u8 {
+        match self {
+            Self::Standby => STATUS_ASK_AGAIN,
+            Self::OneShot | Self::Other => STATUS_STOP,
+        }
+    }
+}
+
+/// Notes that the fetch of `name` to `target` gave no answer for a reason outside of the archive (no
+/// configuration, no program), and returns the status to end with.
+pub fn unanswered(name: Option<&OsStr>, target: Option<&Path>) -> u8 {
+    let Some(target) = target else { return STATUS_STOP };
+    let status = Asker::of(target).unanswered();
+    let name = name.and_then(OsStr::to_str).and_then(|name| name.parse::<WalFileName>().ok());
+    let (Some(name), Some(directory)) = (name, DataDirectory::of_wal_file(target)) else {
+        return if name.is_none() { STATUS_STOP } else { status };
+    };
+    let noted = Asked::load(directory.path()).and_then(|mut asked| asked.note(name, Answer::Unknown));
+    if noted.is_ok() { status } else { STATUS_STOP }
+}
+
+/// Becomes `walship wal <verb> <arguments>`; returns only when that failed, and why.
+///
+/// The program is `WALSHIP_BIN`, else `walship` beside this program, else the one in `PATH`.
+pub fn become_walship(verb: &str, arguments: &[OsString]) -> Error {
+    let program = walship();
+    let failure = Command::new(&program).arg("wal").arg(verb).args(arguments).exec();
+    Error::from_io(format!("{} cannot be started", program.display()), failure)
+        .with_safe("nothing was done")
+        .with_next("Install walship beside this program, or set WALSHIP_BIN to its path.")
+}
+
+fn walship() -> PathBuf {
+    if let Some(program) = env::var_os("WALSHIP_BIN").filter(|value| !value.is_empty()) {
+        return program.into();
+    }
+    let beside = env::current_exe().ok().map(|own| own.with_file_name("walship"));
+    beside.filter(|path| path.is_file()).unwrap_or_else(|| "walship".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn the_asker_is_known_by_the_signal_files() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("pg_wal")).unwrap();
+        let target = folder.path().join("pg_wal/RECOVERYXLOG");
+        assert_eq!((Asker::of(&target), Asker::of(&target).unanswered()), (Asker::Other, 126));
+        fs::write(folder.path().join("recovery.signal"), "").unwrap();
+        assert_eq!((Asker::of(&target), Asker::of(&target).unanswered()), (Asker::OneShot, 126));
+        fs::write(folder.path().join("standby.signal"), "").unwrap();
+        assert_eq!((Asker::of(&target), Asker::of(&target).unanswered()), (Asker::Standby, 75));
+        assert_eq!(Asker::of(&folder.path().join("elsewhere/x")), Asker::Other);
+    }
+
+    #[test]
+    fn an_unanswered_question_is_noted_or_stops() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("pg_wal")).unwrap();
+        fs::write(folder.path().join("standby.signal"), "").unwrap();
+        fs::write(folder.path().join("postmaster.pid"), "1\n/data\n17\n").unwrap();
+        let target = folder.path().join("pg_wal/RECOVERYXLOG");
+        let name = OsStr::new("000000020000000000000005");
+        assert_eq!(unanswered(Some(name), Some(&target)), 75);
+        let asked = Asked::load(folder.path()).unwrap();
+        let older = "000000010000000000000005".parse().unwrap();
+        assert!(matches!(asked.order(older), crate::archive::asked::Order::Unknown { .. }));
+        assert_eq!(unanswered(Some(OsStr::new("../x")), Some(&target)), 126);
+        assert_eq!(unanswered(Some(name), None), 126);
+        fs::create_dir(folder.path().join("pgsql_tmp_walship_asked").with_extension("new")).unwrap();
+        let other = OsStr::new("000000020000000000000006");
+        assert_eq!(unanswered(Some(other), Some(&target)), 126, "not noted");
+    }
+}

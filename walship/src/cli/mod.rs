@@ -1,0 +1,142 @@
+//! Words in, words out: arguments to calls, reports to text or JSON, errors to exit statuses.
+
+mod check;
+mod init;
+mod open;
+mod server;
+mod wal;
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::io::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use walship::config::{Config, Overrides};
+use walship::error::{Error, Result};
+
+const STATUSES: &str = "\
+Exit status:
+  0  done
+  1  failed; the message says what happened, what is still safe and what to do
+  2  the command line makes no sense
+`walship wal push --help` and `walship wal fetch --help` have their own.";
+
+/// PostgreSQL WAL archiving and point-in-time recovery you can prove.
+#[derive(Debug, Parser)]
+#[command(name = "walship", version, after_help = STATUSES)]
+struct Cli {
+    #[command(flatten)]
+    overrides: Overrides,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Create the repository and the cluster in it, and check the server's settings
+    Init(init::Args),
+    /// Find out what is wrong, and say how to mend it
+    Check(check::Args),
+    /// Push or fetch one WAL file: what archive-cmd and restore-cmd do
+    #[command(subcommand)]
+    Wal(wal::Command),
+}
+
+/// Runs the command in the arguments.
+pub(crate) fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let fetch = wal::FetchCall::in_arguments(&arguments);
+    let status = catch_unwind(AssertUnwindSafe(|| run(&arguments, fetch.as_ref())));
+    // 101, the status of a panic, would read as "absent".
+    let status = status.unwrap_or(if fetch.is_some() { walship::agent::client::STATUS_STOP } else { 1 });
+    let _ = std::io::stdout().flush();
+    // Not waiting for threads that hang in a system call on a dead mount.
+    std::process::exit(i32::from(status))
+}
+
+fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return match (error.use_stderr(), fetch) {
+                (false, _) => 0,
+                (true, Some(call)) => call.unanswered(),
+                (true, None) => 2,
+            };
+        }
+    };
+    log_to_stderr();
+    let overrides = &cli.overrides;
+    let done = match cli.command {
+        Command::Init(args) => block_on(init::run(&args, overrides)),
+        Command::Check(args) => block_on(check::run(&args, overrides)),
+        Command::Wal(wal::Command::Push(args)) => block_on(wal::push(&args, overrides)),
+        Command::Wal(wal::Command::Fetch(args)) => return wal::fetch(&args, overrides),
+    };
+    match done {
+        Ok(status) => status,
+        Err(error) => {
+            say_error(&error);
+            1
+        }
+    }
+}
+
+/// Runs a future to its end on this thread.
+fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::from_io("starting the runtime", error))?;
+    let result = runtime.block_on(future);
+    runtime.shutdown_background();
+    result
+}
+
+/// Prints an error's three lines; a closed standard error is no second error.
+fn say_error(error: &Error) {
+    say(&error.report());
+}
+
+/// Prints a line to standard error.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Prints a report: as JSON, or the text.
+fn print_report(report: &impl serde::Serialize, json: bool, text: impl FnOnce() -> String) -> Result<()> {
+    let text = if json {
+        serde_json::to_string_pretty(report)
+            .map_err(|error| Error::invalid(format!("the report cannot be written as JSON: {error}")))?
+    } else {
+        text()
+    };
+    let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+    Ok(())
+}
+
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("WALSHIP_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("walship=warn"));
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
+/// Reads the configuration.
+fn config(overrides: &Overrides) -> Result<Config> {
+    Config::load(overrides)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,35 @@
+//! Opens what the configuration names.
+
+use walship::archive::fetch::OpenClusters;
+use walship::config::Config;
+use walship::error::Result;
+use walship::repository::{ClusterName, ClusterRepository};
+use walship::storage::{self, StorageConfig};
+
+/// The cluster's part of every configured repository, opened when asked for.
+pub(crate) struct Configured<'a> {
+    repositories: &'a [StorageConfig],
+    cluster: ClusterName,
+}
+
+impl<'a> Configured<'a> {
+    pub(crate) fn new(config: &'a Config) -> Result<Self> {
+        Ok(Self { repositories: &config.repositories, cluster: config.cluster.parse()? })
+    }
+
+    /// Returns them all, or the first reason why not.
+    pub(crate) async fn open_all(&self) -> Result<Vec<ClusterRepository>> {
+        self.open().await.into_iter().collect()
+    }
+}
+
+#[async_trait::async_trait]
+impl OpenClusters for Configured<'_> {
+    async fn open(&self) -> Vec<Result<ClusterRepository>> {
+        let open = self
+            .repositories
+            .iter()
+            .map(async |config| ClusterRepository::open(storage::open(config)?, &self.cluster).await);
+        futures_util::future::join_all(open).await
+    }
+}

@@ -1,0 +1,162 @@
+//! `walship wal push PATH` and `walship wal fetch NAME PATH`.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use walship::agent::client::{self, Asker};
+use walship::archive::fetch::{FetchFailure, FetchOptions, FetchOutcome, fetch_file};
+use walship::archive::own_folder;
+use walship::archive::push::{PushOptions, encode_file, push_encoded};
+use walship::config::Overrides;
+use walship::error::{Error, Result};
+use walship::pg::WalFileName;
+
+use super::open::Configured;
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Store one WAL file in every repository
+    #[command(after_help = "\
+Exit status:
+  0      the file is durable in every repository
+  1-125  it is not; PostgreSQL keeps it and asks again")]
+    Push(PushArgs),
+    /// Fetch one WAL file, or prove that it is not there
+    #[command(after_help = "\
+Exit status:
+  0    the file is in place, whole and checked
+  1    the file is proven not to be in any repository, and nothing behind it is
+  75   no answer, and standby.signal lies beside the pg_wal of PATH: the standby asks again
+  126  no answer (outage, hole, damage, configuration, usage): PostgreSQL stops the recovery")]
+    Fetch(FetchArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct PushArgs {
+    /// The file: %p of archive_command
+    path: PathBuf,
+    /// Push into this lineage, by number, instead of finding it by the system identifier
+    #[arg(long, value_name = "NUMBER")]
+    lineage: Option<u32>,
+    /// Print what was done as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct FetchArgs {
+    /// The file's name: %f of restore_command
+    name: OsString,
+    /// Where to put it: %p of restore_command
+    path: PathBuf,
+    /// Fetch from this lineage, by number, instead of that of PATH's data directory, else the newest
+    #[arg(long, value_name = "NUMBER")]
+    lineage: Option<u32>,
+    /// Print what was done as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Pushes one file. Silent when nothing needs to be said: PostgreSQL's log holds the output.
+pub(super) async fn push(args: &PushArgs, overrides: &Overrides) -> Result<u8> {
+    let config = super::config(overrides)?;
+    let spool_dir = match &config.state_dir {
+        Some(folder) => own_folder(Some(folder))?,
+        None => std::env::temp_dir(),
+    };
+    let options = PushOptions { compression: config.compression, lineage: args.lineage, spool_dir };
+    let (path, encode_options) = (args.path.clone(), options.clone());
+    let encode = tokio::task::spawn_blocking(move || encode_file(&path, &encode_options));
+    let configured = Configured::new(&config)?;
+    let (encoded, clusters) = tokio::join!(encode, configured.open_all());
+    let encoded =
+        encoded.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))??;
+    let report = push_encoded(&clusters?, &encoded, &options).await?;
+    for warning in &report.warnings {
+        super::say(&format!("warning: {warning}"));
+    }
+    if args.json {
+        super::print_report(&report, true, String::new)?;
+    }
+    Ok(0)
+}
+
+/// Fetches one file and returns the exit status, which is the answer.
+pub(super) fn fetch(args: &FetchArgs, overrides: &Overrides) -> u8 {
+    match try_fetch(args, overrides) {
+        Ok(Fetched::Answered(outcome)) => {
+            if args.json {
+                let _ = super::print_report(&outcome, true, String::new);
+            }
+            match outcome {
+                FetchOutcome::Delivered { .. } => 0,
+                FetchOutcome::Absent => {
+                    if Asker::of(&args.path) != Asker::Standby && !args.json {
+                        super::say(&format!("{} is not in the repository", args.name.display()));
+                    }
+                    client::STATUS_ABSENT
+                }
+            }
+        }
+        Ok(Fetched::Failed(failure)) => {
+            super::say_error(&failure.error);
+            if failure.must_stop { client::STATUS_STOP } else { Asker::of(&args.path).unanswered() }
+        }
+        Err(error) => {
+            super::say_error(&error);
+            client::unanswered(Some(&args.name), Some(&args.path))
+        }
+    }
+}
+
+enum Fetched {
+    Answered(FetchOutcome),
+    Failed(FetchFailure),
+}
+
+/// An `Err` is a failure that was not noted yet.
+fn try_fetch(args: &FetchArgs, overrides: &Overrides) -> Result<Fetched> {
+    let name = args.name.to_str().ok_or_else(|| Error::invalid("the file's name is not UTF-8"))?;
+    let name: WalFileName = name.parse()?;
+    let config = super::config(overrides)?;
+    let asker = Asker::of(&args.path);
+    let options = FetchOptions {
+        lineage: args.lineage,
+        // A standby asks again by itself.
+        retry: if asker == Asker::Standby {
+            Duration::ZERO
+        } else {
+            Duration::from_millis(config.restore_retry_ms)
+        },
+        standby: asker == Asker::Standby,
+    };
+    let clusters = Configured::new(&config)?;
+    super::block_on(async {
+        Ok(match fetch_file(&clusters, name, &args.path, &options).await {
+            Ok(outcome) => Fetched::Answered(outcome),
+            Err(failure) => Fetched::Failed(failure),
+        })
+    })
+}
+
+/// A `wal fetch` in arguments that may make no sense otherwise: its failure must not read as "absent".
+pub(super) struct FetchCall {
+    name: Option<OsString>,
+    target: Option<PathBuf>,
+}
+
+impl FetchCall {
+    /// Returns the call, if the arguments hold one.
+    pub(super) fn in_arguments(arguments: &[OsString]) -> Option<Self> {
+        let at = arguments.windows(2).position(|pair| pair[0] == "wal" && pair[1] == "fetch")?;
+        let mut rest = arguments.get(at + 2..)?.iter().rev();
+        let target = rest.next().map(PathBuf::from);
+        Some(Self { target, name: rest.next().cloned() })
+    }
+
+    /// Returns the status for a call that could not be carried out.
+    pub(super) fn unanswered(&self) -> u8 {
+        client::unanswered(self.name.as_deref().map(OsStr::new), self.target.as_deref().map(Path::new))
+    }
+}
