@@ -1,0 +1,39 @@
+//! Prints the tables of `docs/benchmarks.md`; `benches/run` builds and calls it.
+
+use walship_benches::measure;
+use walship_benches::tables::{self, Effort};
+
+/// A table's title and what makes it.
+type Table = (&'static str, fn(Effort) -> String);
+
+const TABLES: [Table; 3] = [
+    ("Record decoding", tables::decoding),
+    ("Codecs", tables::codecs),
+    ("Segment objects", tables::encoding),
+];
+
+fn main() {
+    measure::be_the_small_process_if_asked();
+    let mut effort = Effort { rounds: 15, long_rounds: 5 };
+    let mut wanted = Vec::new();
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--quick" => effort = Effort { rounds: 3, long_rounds: 1 },
+            "-h" | "--help" => {
+                println!("usage: walship-bench [--quick] [TABLE...]\n\ntables:");
+                TABLES.iter().for_each(|(title, _)| println!("  {title}"));
+                return;
+            }
+            table if TABLES.iter().any(|(title, _)| *title == table) => wanted.push(argument),
+            other => {
+                eprintln!("walship-bench: there is no table {other:?}; see --help");
+                std::process::exit(2);
+            }
+        }
+    }
+    for (title, make) in TABLES {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == title) {
+            println!("### {title}\n{}", make(effort));
+        }
+    }
+}
