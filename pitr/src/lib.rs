@@ -15,6 +15,8 @@
 
 #![warn(missing_docs)]
 
+pub mod cli;
+pub mod execute;
 pub mod plan;
 pub mod recovery_settings;
 pub mod target;

@@ -1,2 +1,5 @@
-//! stub
-fn main() {}
+//! The `pitr` command.
+
+fn main() -> std::process::ExitCode {
+    pitr::cli::run()
+}

@@ -12,6 +12,7 @@ mod extras;
 mod reach;
 mod refusal;
 mod walk;
+mod windows;
 
 #[cfg(test)]
 pub(crate) mod tests;
@@ -28,6 +29,7 @@ use walship::wal::summary::SegmentSummary;
 pub use chain::{Chain, ChainEnding, ChainStep, Gap, build_chain, gaps_of};
 pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};
+pub use windows::{Window, windows};
 
 use crate::target::{RecoveryTarget, TimelineChoice};
 

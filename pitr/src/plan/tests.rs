@@ -273,6 +273,11 @@ pub(crate) fn plain_plan(target: &RecoveryTarget) -> RestorePlan {
     World::plain().plan(target).unwrap()
 }
 
+/// Returns the refusal of `target` in the same world.
+pub(crate) fn plain_refusal(target: &RecoveryTarget) -> Refusal {
+    *World::plain().plan(target).unwrap_err()
+}
+
 fn time(micros: i64) -> RecoveryTarget {
     RecoveryTarget::new(TargetKind::Time { time: at(micros), zone: Zone::Utc })
 }
@@ -712,7 +717,7 @@ proptest! {
                     let commits = || world.records[&tli(1)].iter().filter_map(|r| r.event.as_ref()).filter(|e| {
                         matches!(e.kind, EventKind::Commit { .. }) && e.lsn >= backup.start_lsn
                     });
-                    let last = commits().filter(|e| e.lsn < cut).next_back().map(|e| e.lsn);
+                    let last = commits().rfind(|e| e.lsn < cut).map(|e| e.lsn);
                     prop_assert_eq!(plan.last_included.map(|e| e.lsn), last);
                     if let Some(first) = plan.first_excluded {
                         prop_assert_eq!(Some(first.lsn), commits().find(|e| e.lsn >= cut).map(|e| e.lsn));

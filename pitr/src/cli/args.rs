@@ -1,0 +1,220 @@
+//! The command line as it is typed.
+
+use std::path::PathBuf;
+
+use chrono::{FixedOffset, Local, NaiveDateTime, Offset as _, TimeZone as _};
+use clap::{Parser, Subcommand, ValueEnum};
+use walship::Result;
+use walship::config::Overrides;
+
+use crate::recovery_settings::{RestoreAs, TargetAction};
+use crate::target::{RecoveryTarget, TargetWords};
+
+const STATUSES: &str = "Exit status:
+  0  done
+  1  failed: store not reachable, access denied, disk full
+  2  usage: the command line or the configuration makes no sense
+  3  no valid plan: the target cannot be reached (the nearest ones that can are named)
+  4  damage found: something stored is not what it was";
+
+const PLAN_EXAMPLES: &str = "Examples:
+  pitr plan --to-time '2026-03-01 14:29:59.8 Europe/Berlin'
+  pitr plan --to-xid 48213 --exclusive
+  pitr plan --to-lsn 16/B374D848 --timeline 2
+  pitr plan --latest --json | jq .plan.last_included
+";
+
+const RESTORE_EXAMPLES: &str = "Examples:
+  pitr restore --to-time '2026-03-01 14:29:59.8+01' -D /srv/restored
+  pitr restore --to-xid 48213 --exclusive -D /srv/restored --tablespace-mapping 16385=/srv/ts1
+  pitr restore --latest -D /var/lib/postgresql/17/main --as production
+";
+
+const INFO_EXAMPLES: &str = "Examples:
+  pitr info
+  pitr info --json | jq '.timelines[].windows'
+";
+
+/// Recover PostgreSQL to a chosen commit from a walship repository
+#[derive(Debug, Parser)]
+#[command(name = "pitr", version, after_help = STATUSES, disable_help_subcommand = true)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Show lineages, timelines, backups, and from when to when every commit can be reached
+    #[command(after_help = [INFO_EXAMPLES, STATUSES].join("\n"))]
+    Info(InfoArgs),
+    /// Say how a target would be reached: what will be there, what not, from which backup
+    #[command(after_help = [PLAN_EXAMPLES, STATUSES].join("\n"))]
+    Plan(PlanArgs),
+    /// Restore a data directory that PostgreSQL recovers from to exactly the planned transaction
+    #[command(after_help = [RESTORE_EXAMPLES, STATUSES].join("\n"))]
+    Restore(RestoreArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct InfoArgs {
+    #[command(flatten)]
+    pub(super) source: SourceArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct PlanArgs {
+    #[command(flatten)]
+    pub(super) target: TargetArgs,
+    #[command(flatten)]
+    pub(super) source: SourceArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct RestoreArgs {
+    /// Where to restore to: a folder that is empty or does not exist
+    #[arg(short = 'D', long, value_name = "DIR")]
+    pub(super) data_dir: PathBuf,
+    #[command(flatten)]
+    pub(super) target: TargetArgs,
+    /// What the restored server is to be: a copy archives nothing and subscribes to nothing
+    #[arg(long = "as", value_enum, default_value_t = AsWord::Copy, value_name = "WHAT")]
+    pub(super) restore_as: AsWord,
+    /// What PostgreSQL does at the target [default: promote for a copy, pause for production]
+    #[arg(long, value_enum, value_name = "ACTION")]
+    pub(super) target_action: Option<ActionWord>,
+    /// Put a tablespace elsewhere, by its path or oid; may be repeated
+    #[arg(long, value_name = "OLD=NEW")]
+    pub(super) tablespace_mapping: Vec<String>,
+    /// Let replay use tablespace folders that exist on this host
+    #[arg(long)]
+    pub(super) accept_tablespace_paths: bool,
+    /// The restore-cmd program for restore_command [default: the one beside this program]
+    #[arg(long, value_name = "PATH")]
+    pub(super) restore_cmd: Option<PathBuf>,
+    /// Check everything and say what would be done, but write nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    #[command(flatten)]
+    pub(super) source: SourceArgs,
+}
+
+/// What every command has.
+#[derive(Debug, clap::Args)]
+pub(super) struct SourceArgs {
+    /// The lineage [default: the newest]
+    #[arg(long, value_name = "NUMBER")]
+    pub(super) lineage: Option<u32>,
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) overrides: Overrides,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Target (exactly one)")]
+pub(super) struct TargetArgs {
+    /// The last moment to keep, with an offset or a zone
+    #[arg(long, value_name = "TIME")]
+    to_time: Option<String>,
+    /// The WAL record that starts at this position or first after it
+    #[arg(long, value_name = "LSN")]
+    to_lsn: Option<String>,
+    /// The end of this transaction
+    #[arg(long, value_name = "XID")]
+    to_xid: Option<String>,
+    /// A restore point made with pg_create_restore_point()
+    #[arg(long, value_name = "NAME")]
+    to_name: Option<String>,
+    /// Everything that is archived
+    #[arg(long)]
+    latest: bool,
+    /// The moment the backup is consistent
+    #[arg(long)]
+    immediate: bool,
+    /// Stop just before the target (time, LSN, xid)
+    #[arg(long, help_heading = "Target details")]
+    exclusive: bool,
+    /// The timeline to follow: a number or "latest" [default: latest]
+    #[arg(long, value_name = "N", help_heading = "Target details")]
+    timeline: Option<String>,
+    /// Restore from this backup [default: the newest that serves the target]
+    #[arg(long, value_name = "ID", help_heading = "Target details")]
+    pub(super) backup: Option<String>,
+}
+
+impl TargetArgs {
+    /// Returns the target.
+    pub(super) fn target(&self) -> Result<RecoveryTarget> {
+        let words = TargetWords {
+            time: self.to_time.clone(),
+            lsn: self.to_lsn.clone(),
+            xid: self.to_xid.clone(),
+            name: self.to_name.clone(),
+            latest: self.latest,
+            immediate: self.immediate,
+            timeline: self.timeline.clone(),
+            exclusive: self.exclusive,
+        };
+        Ok(words.parse(local_offset)?)
+    }
+}
+
+/// Returns the offset of this machine's zone at a local time, to name a likely reading.
+fn local_offset(naive: NaiveDateTime) -> Option<FixedOffset> {
+    Local.from_local_datetime(&naive).earliest().map(|time| time.offset().fix())
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum AsWord {
+    Copy,
+    Production,
+}
+
+impl From<AsWord> for RestoreAs {
+    fn from(word: AsWord) -> Self {
+        match word {
+            AsWord::Copy => Self::Copy,
+            AsWord::Production => Self::Production,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum ActionWord {
+    Pause,
+    Promote,
+    Shutdown,
+}
+
+impl From<ActionWord> for TargetAction {
+    fn from(word: ActionWord) -> Self {
+        match word {
+            ActionWord::Pause => Self::Pause,
+            ActionWord::Promote => Self::Promote,
+            ActionWord::Shutdown => Self::Shutdown,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn every_help_ends_with_an_example_and_the_statuses() {
+        for name in ["info", "plan", "restore"] {
+            let mut command = Args::command();
+            let help = command.find_subcommand_mut(name).unwrap().render_help().to_string();
+            assert!(help.contains(&format!("\n  pitr {name}")), "{help}");
+            assert!(help.trim_end().ends_with("not what it was"), "{help}");
+        }
+    }
+}

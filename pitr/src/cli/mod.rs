@@ -1,0 +1,72 @@
+//! The `pitr` command line: words in, words out. People and programs get the same values.
+
+mod args;
+mod info;
+mod output;
+mod plan;
+mod restore;
+mod source;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use walship::Error;
+
+use args::{Args, Command};
+
+/// Done.
+const DONE: u8 = 0;
+/// Something failed.
+const FAILED: u8 = 1;
+/// The command line or the configuration makes no sense.
+const USAGE: u8 = 2;
+/// No plan leads to the target.
+const NO_PLAN: u8 = 3;
+/// Something stored is damaged.
+const DAMAGED: u8 = 4;
+
+/// Runs the program and returns its exit status.
+pub fn run() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            // Nothing can be done when even this cannot be printed.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { USAGE } else { DONE });
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("{}", Error::from_io("starting the runtime", error).report());
+            return ExitCode::from(FAILED);
+        }
+    };
+    let status = runtime.block_on(async {
+        match args.command {
+            Command::Info(info) => info::run(&info).await,
+            Command::Plan(plan) => plan::run(&plan).await,
+            Command::Restore(restore) => restore::run(&restore).await,
+        }
+    });
+    ExitCode::from(match status {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("{}", output::clean(&error.report()));
+            status_of(&error)
+        }
+    })
+}
+
+/// Returns the exit status of an error.
+fn status_of(error: &Error) -> u8 {
+    match error {
+        Error::Invalid(_) => USAGE,
+        Error::Corrupt(_) | Error::Conflict(_) => DAMAGED,
+        Error::Unavailable(_)
+        | Error::Denied(_)
+        | Error::Missing(_)
+        | Error::Mismatch(_)
+        | Error::LocalIo(_) => FAILED,
+    }
+}

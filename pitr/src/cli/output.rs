@@ -1,0 +1,265 @@
+//! Plans, refusals and reports as text for people and as JSON for programs.
+
+use std::fmt::Write as _;
+use std::io::IsTerminal as _;
+
+use chrono::{DateTime, Utc};
+use serde_json::{Value, json};
+
+use crate::plan::{Refusal, RestorePlan, TransactionEnd};
+use crate::target::{TargetKind, Zone};
+
+/// How much is emphasised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Style {
+    Plain,
+    Colour,
+}
+
+impl Style {
+    /// Returns colour for a terminal whose user did not refuse it.
+    pub(super) fn of_stdout() -> Self {
+        let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+            || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        if std::io::stdout().is_terminal() && !refused { Self::Colour } else { Self::Plain }
+    }
+
+    pub(super) fn bold(self, text: &str) -> String {
+        self.wrap("1", text)
+    }
+
+    fn green(self, text: &str) -> String {
+        self.wrap("32", text)
+    }
+
+    fn yellow(self, text: &str) -> String {
+        self.wrap("33", text)
+    }
+
+    fn wrap(self, code: &str, text: &str) -> String {
+        match self {
+            Self::Plain => text.to_owned(),
+            Self::Colour => format!("\x1b[{code}m{text}\x1b[0m"),
+        }
+    }
+}
+
+/// Returns text that cannot command a terminal: control characters but line feeds become `?`.
+pub(super) fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect()
+}
+
+/// Returns a number of bytes in a unit that people read.
+pub(super) fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = count as f64 / 1024.0;
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    for unit in UNITS {
+        if value < 1000.0 || unit == "PiB" {
+            return if value < 10.0 { format!("{value:.1} {unit}") } else { format!("{value:.0} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{count} B")
+}
+
+/// Returns the plan for people. `next` is the command to paste.
+pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) -> String {
+    let zone = match plan.target.kind {
+        TargetKind::Time { zone, .. } => zone,
+        _ => Zone::Utc,
+    };
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "  {}  {}", style.bold(&format!("{name:<13}")), clean(&value));
+    };
+    line(
+        "Cluster",
+        format!("{} (lineage {}, system {})", plan.cluster, plan.lineage, plan.system_identifier),
+    );
+    line("Target", plan.target.to_string());
+    // Escapes of our own pass the cleaning in disguise.
+    let disguised = |text: String| text.replace('\x1b', "\u{e000}");
+    match &plan.last_included {
+        Some(end) => {
+            let there = format!("every commit up to and including transaction {}", end.xid);
+            line("Will be there", disguised(style.green(&there)));
+            line("", detail(end, zone));
+        }
+        None => line(
+            "Will be there",
+            "what the backup holds; no commit lies between its start and the target".to_owned(),
+        ),
+    }
+    match &plan.first_excluded {
+        Some(end) => {
+            let not = format!("transaction {} and everything after it", end.xid);
+            line("Will NOT be", disguised(style.yellow(&not)));
+            line("", detail(end, zone));
+        }
+        None => line("Will NOT be", "nothing that is archived is left out".to_owned()),
+    }
+    let timelines: Vec<String> = plan.timeline_path.iter().map(|part| part.timeline.to_string()).collect();
+    line(
+        "Recovery",
+        format!(
+            "ends at {} on timeline {}{}",
+            plan.stop.final_lsn,
+            plan.timeline_path.last().map_or(plan.timeline, |part| part.timeline),
+            if timelines.len() > 1 {
+                format!(" (by way of {})", timelines.join(" > "))
+            } else {
+                String::new()
+            }
+        ),
+    );
+    let backup = &plan.backup;
+    line(
+        "Backup",
+        format!(
+            "{} of {}, PostgreSQL {}, {} in {} files",
+            backup.id,
+            zone.text(backup.started),
+            version(backup.server_version),
+            bytes(backup.data_bytes),
+            backup.files
+        ),
+    );
+    for part in &plan.chain {
+        let run = match part.segments {
+            1 => format!("{} (1 segment)", part.first),
+            count => format!("{} to {} ({count} segments)", part.first, part.last),
+        };
+        line("WAL", run);
+    }
+    line(
+        "To fetch",
+        format!(
+            "{} of backup and {} of WAL; {} of WAL to replay",
+            bytes(plan.backup_fetch_bytes),
+            bytes(plan.wal_fetch_bytes),
+            bytes(plan.wal_replay_bytes)
+        ),
+    );
+    let mut list = |title: &str, items: &[String]| {
+        if items.is_empty() {
+            return;
+        }
+        let _ = writeln!(text, "\n{}", style.bold(title));
+        for item in items {
+            let _ = writeln!(text, "  - {}", clean(item));
+        }
+    };
+    list("Why", &plan.reasons);
+    list("Take care", &plan.warnings);
+    if let Some(next) = next {
+        let _ = writeln!(text, "\n{}\n  {}", style.bold("Next"), clean(next));
+    }
+    let head = style.bold("Restore plan");
+    format!("{head}\n{}", text.replace('\u{e000}', "\x1b"))
+}
+
+/// Returns when and where a transaction was committed, for people.
+fn detail(end: &TransactionEnd, zone: Zone) -> String {
+    let drops = match end.dropped_relations {
+        0 => String::new(),
+        1 => "; it drops 1 relation".to_owned(),
+        count => format!("; it drops {count} relations"),
+    };
+    format!("committed {} (record at {}{drops})", zone.both(end.time), end.lsn)
+}
+
+/// Returns the refusal for people, in the form of an error report.
+pub(super) fn refusal_text(refusal: &Refusal) -> String {
+    let mut text = format!("error: {}\nsafe:  nothing was started\n", refusal.reason);
+    let mut label = "next:  ";
+    let mut say = |line: String| {
+        let _ = writeln!(text, "{label}{line}");
+        label = "       ";
+    };
+    if let Some(before) = &refusal.before {
+        say(format!("nearest before: {}   ({})", before.options, before.what));
+    }
+    if let Some(after) = &refusal.after {
+        say(format!("nearest after:  {}   ({})", after.options, after.what));
+    }
+    for hint in &refusal.hints {
+        say(hint.clone());
+    }
+    if refusal.before.is_none() && refusal.after.is_none() && refusal.hints.is_empty() {
+        say("Look at `pitr info` for what can be reached.".to_owned());
+    }
+    clean(text.trim_end())
+}
+
+/// Returns the plan for programs.
+pub(super) fn plan_json(plan: &RestorePlan) -> Value {
+    json!({ "outcome": "plan", "target": plan.target.to_string(), "plan": plan })
+}
+
+/// Returns the refusal for programs.
+pub(super) fn refusal_json(refusal: &Refusal) -> Value {
+    json!({ "outcome": "refused", "refusal": refusal })
+}
+
+/// Prints JSON.
+pub(super) fn print_json(value: &Value) {
+    // Printing a value of strings, numbers and lists cannot fail but for a closed pipe.
+    println!("{value:#}");
+}
+
+/// Returns a server version as people write it: `17.4`.
+pub(super) fn version(number: u32) -> String {
+    format!("{}.{}", number / 10_000, number % 10_000)
+}
+
+/// Returns a time for tables.
+pub(super) fn short_time(time: DateTime<Utc>) -> String {
+    time.format("%Y-%m-%d %H:%M:%SZ").to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::{plain_plan, plain_refusal};
+    use crate::target::{RecoveryTarget, StopSide};
+
+    #[test]
+    fn a_plan_reads_well() {
+        let (time, zone) = crate::target::parse_time("2026-03-01 13:00:20 Europe/Berlin", |_| None).unwrap();
+        let target = RecoveryTarget {
+            stop: StopSide::Exclusive,
+            ..RecoveryTarget::new(TargetKind::Time { time, zone })
+        };
+        let plan = plain_plan(&target);
+        let next = "pitr restore --to-time '2026-03-01 12:00:20Z' --exclusive -D DIR";
+        insta::assert_snapshot!(plan_text(&plan, Some(next), Style::Plain));
+        let json = serde_json::to_string_pretty(&plan_json(&plan)).unwrap();
+        insta::assert_snapshot!("plan_json", json);
+        assert!(plan_text(&plan, None, Style::Colour).contains("\x1b[32m"));
+    }
+
+    #[test]
+    fn a_refusal_offers_what_can_be_pasted() {
+        let late = plain_refusal(&RecoveryTarget::new(TargetKind::Name("before\u{1b}[2J".into())));
+        insta::assert_snapshot!(refusal_text(&late));
+        let early = plain_refusal(&RecoveryTarget::new(TargetKind::Xid(1001)));
+        insta::assert_snapshot!("refusal_before_the_first", refusal_text(&early));
+    }
+
+    #[test]
+    fn sizes_and_versions_read_well() {
+        for (count, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (16 << 20, "16 MiB"),
+            (1_200_000_000, "1.1 GiB"),
+        ] {
+            assert_eq!(bytes(count), text);
+        }
+        assert_eq!(version(170_004), "17.4");
+    }
+}

@@ -1,0 +1,59 @@
+//! `pitr plan`.
+
+use walship::Result;
+use walship::config::Overrides;
+
+use super::args::PlanArgs;
+use super::output::{self, Style};
+use super::source::Source;
+use super::{DONE, NO_PLAN};
+use crate::execute::{Planned, make_plan};
+use crate::plan::{PlanOptions, Refusal, RestorePlan};
+use crate::target::shell_word;
+
+pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
+    let target = args.target.target()?;
+    let source = Source::open(&args.source).await?;
+    let options = PlanOptions { backup: args.target.backup.clone() };
+    match make_plan(&source.repository, &source.catalog, &target, &options).await? {
+        Planned::Plan(plan) => {
+            if args.source.json {
+                output::print_json(&output::plan_json(&plan));
+            } else {
+                let next = restore_command_line(&plan, args.source.lineage, &args.source.overrides);
+                print!("{}", output::plan_text(&plan, Some(&next), Style::of_stdout()));
+            }
+            Ok(DONE)
+        }
+        Planned::Refused(refusal) => Ok(refused(&refusal, args.source.json)),
+    }
+}
+
+/// Reports a refusal and returns its exit status.
+pub(super) fn refused(refusal: &Refusal, json: bool) -> u8 {
+    if json {
+        output::print_json(&output::refusal_json(refusal));
+    }
+    eprintln!("{}", output::refusal_text(refusal));
+    NO_PLAN
+}
+
+/// Returns the command that carries a plan out, everything that was chosen pinned.
+fn restore_command_line(plan: &RestorePlan, lineage: Option<u32>, overrides: &Overrides) -> String {
+    let mut words = vec!["pitr restore".to_owned(), plan.target_options.clone()];
+    words.push(format!("--backup {}", shell_word(&plan.backup.id)));
+    if let Some(lineage) = lineage {
+        words.push(format!("--lineage {lineage}"));
+    }
+    if let Some(config) = &overrides.config {
+        words.push(format!("--config {}", shell_word(&config.to_string_lossy())));
+    }
+    for repository in &overrides.repo {
+        words.push(format!("--repo {}", shell_word(repository)));
+    }
+    if let Some(cluster) = &overrides.cluster {
+        words.push(format!("--cluster {}", shell_word(cluster)));
+    }
+    words.push("-D DIR".to_owned());
+    words.join(" ")
+}

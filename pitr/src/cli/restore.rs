@@ -1,0 +1,192 @@
+//! `pitr restore`.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+use walship::{Error, Result};
+
+use super::DONE;
+use super::args::RestoreArgs;
+use super::output::{self, Style};
+use super::plan::refused;
+use super::source::{Source, restore_cmd, restore_cmd_arguments};
+use crate::execute::restore::check;
+use crate::execute::{Planned, Progress, RestoreOptions, RestoreReport, make_plan, restore};
+use crate::plan::{PlanOptions, RestorePlan};
+use crate::recovery_settings::{RestoreAs, SettingsOptions, TargetAction, restore_command};
+use crate::target::{TargetKind, shell_word};
+
+/// How often progress is shown on a terminal.
+const REDRAW: Duration = Duration::from_millis(200);
+
+/// How often a line of progress is printed elsewhere.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
+    let target = args.target.target()?;
+    let options = options(args)?;
+    let source = Source::open(&args.source).await?;
+    let plan_options = PlanOptions { backup: args.target.backup.clone() };
+    let plan = match make_plan(&source.repository, &source.catalog, &target, &plan_options).await? {
+        Planned::Plan(plan) => plan,
+        Planned::Refused(refusal) => return Ok(refused(&refusal, args.source.json)),
+    };
+    let style = Style::of_stdout();
+    if !args.source.json {
+        print!("{}", output::plan_text(&plan, None, style));
+    }
+    let report = if args.dry_run {
+        check(&plan, &options)?
+    } else {
+        let progress = Arc::new(Progress::default());
+        let shown = progress.clone();
+        tokio::select! {
+            report = restore(&source.repository, &plan, &options, progress) => report?,
+            () = show(&shown, plan.backup.data_bytes) => unreachable_end()?,
+        }
+    };
+    if args.source.json {
+        let value = json!({
+            "outcome": if args.dry_run { "would_restore" } else { "restored" },
+            "report": report,
+            "plan": plan,
+        });
+        output::print_json(&value);
+    } else {
+        print!("{}", report_text(&report, &plan, &options, args.dry_run, style));
+    }
+    Ok(DONE)
+}
+
+/// Progress never ends by itself; if it did, the restore would be unattended.
+fn unreachable_end() -> Result<RestoreReport> {
+    Err(Error::local_io("the progress display ended before the restore"))
+}
+
+fn options(args: &RestoreArgs) -> Result<RestoreOptions> {
+    let restore_as = RestoreAs::from(args.restore_as);
+    let action = args.target_action.map_or(
+        match restore_as {
+            RestoreAs::Copy => TargetAction::Promote,
+            RestoreAs::Production => TargetAction::Pause,
+        },
+        TargetAction::from,
+    );
+    let program = restore_cmd(args.restore_cmd.as_deref())?;
+    let command = restore_command(&program, &restore_cmd_arguments(&args.source.overrides)?);
+    Ok(RestoreOptions {
+        data_dir: args.data_dir.clone(),
+        tablespaces: mappings(&args.tablespace_mapping)?,
+        accept_tablespace_paths: args.accept_tablespace_paths,
+        settings: SettingsOptions { restore_as, action, restore_command: command },
+    })
+}
+
+fn mappings(words: &[String]) -> Result<BTreeMap<String, PathBuf>> {
+    let mut mappings = BTreeMap::new();
+    for word in words {
+        let (old, new) = word
+            .split_once('=')
+            .filter(|(old, new)| !old.is_empty() && !new.is_empty())
+            .ok_or_else(|| {
+                Error::invalid(format!("{word:?} is no tablespace mapping"))
+                    .with_next("Write OLD=NEW, both absolute paths, or OID=NEW.")
+            })?;
+        if mappings.insert(old.to_owned(), PathBuf::from(new)).is_some() {
+            return Err(Error::invalid(format!("tablespace {old:?} is mapped twice")));
+        }
+    }
+    Ok(mappings)
+}
+
+/// Shows progress until it is dropped: a bar on a terminal, now and then a line elsewhere.
+async fn show(progress: &Progress, total: u64) {
+    let started = Instant::now();
+    let bar = std::io::stderr().is_terminal().then(|| {
+        let bar = ProgressBar::new(total);
+        let style =
+            ProgressStyle::with_template("  {bar:30} {bytes} of {total_bytes}  {bytes_per_sec}  {eta} left");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        Finish(bar)
+    });
+    let mut next_line = started + LINE_EVERY;
+    loop {
+        tokio::time::sleep(REDRAW).await;
+        let written = progress.written_bytes.load(Ordering::Relaxed);
+        match &bar {
+            Some(bar) => bar.0.set_position(written),
+            None if Instant::now() >= next_line => {
+                next_line += LINE_EVERY;
+                let seconds = started.elapsed().as_secs().max(1);
+                let rate = written / seconds;
+                let left = total.saturating_sub(written) / rate.max(1);
+                eprintln!(
+                    "restored {} of {}, {}/s, about {left} s left",
+                    output::bytes(written),
+                    output::bytes(total),
+                    output::bytes(rate)
+                );
+            }
+            None => {}
+        }
+    }
+}
+
+/// Clears the bar when the restore ends, however it ends.
+struct Finish(ProgressBar);
+
+impl Drop for Finish {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+fn report_text(
+    report: &RestoreReport,
+    plan: &RestorePlan,
+    options: &RestoreOptions,
+    dry_run: bool,
+    style: Style,
+) -> String {
+    let mut lines = Vec::new();
+    lines.push(String::new());
+    let done = if dry_run { "Would restore" } else { "Restored" };
+    lines.push(format!(
+        "{} {} in {} files to {}",
+        style.bold(done),
+        output::bytes(report.data_bytes),
+        report.files,
+        report.data_dir.display()
+    ));
+    for (oid, path) in &report.tablespaces {
+        lines.push(format!("  tablespace {oid} in {}", path.display()));
+    }
+    if dry_run {
+        lines.push("  Nothing was written.".to_owned());
+    }
+    lines.push(String::new());
+    lines.push(style.bold("Next"));
+    for note in &report.notes {
+        lines.push(format!("  - {}", output::clean(note)));
+    }
+    let start = format!("pg_ctl -D {} -w start", shell_word(&report.data_dir.to_string_lossy()));
+    lines.push(format!("  - start it: {start}"));
+    if plan.target.kind != TargetKind::Latest {
+        lines.push(match options.settings.action {
+            TargetAction::Pause => {
+                "  - it pauses read-only at the target: look, then SELECT pg_wal_replay_resume() to open it"
+                    .to_owned()
+            }
+            TargetAction::Promote => "  - it opens for writing at the target, on a new timeline".to_owned(),
+            TargetAction::Shutdown => "  - it stops at the target".to_owned(),
+        });
+    }
+    lines.push(String::new());
+    lines.join("\n")
+}

@@ -1,0 +1,114 @@
+//! From the configuration to one lineage and its catalog, and back to a `restore_command`.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use walship::catalog::Catalog;
+use walship::config::{Config, DEFAULT_PATH, Overrides};
+use walship::repository::{ClusterName, ClusterRepository, LineageRepository, load_catalog};
+use walship::{Error, Result, storage};
+
+use super::args::SourceArgs;
+
+/// One lineage, opened, and what it holds.
+pub(super) struct Source {
+    pub(super) repository: LineageRepository,
+    pub(super) catalog: Catalog,
+}
+
+impl Source {
+    /// Opens the lineage in the first configured repository that can be read.
+    pub(super) async fn open(args: &SourceArgs) -> Result<Self> {
+        let (repository, _) = open_lineages(args).await?;
+        let catalog = load_catalog(&repository).await?;
+        Ok(Self { repository, catalog })
+    }
+}
+
+/// Returns the chosen lineage and the cluster that it belongs to.
+pub(super) async fn open_lineages(args: &SourceArgs) -> Result<(LineageRepository, ClusterRepository)> {
+    let config = Config::load(&args.overrides)?;
+    let cluster: ClusterName = config.cluster.parse()?;
+    let mut first_error = None;
+    for place in &config.repositories {
+        let opened = async {
+            let cluster = ClusterRepository::open(storage::open(place)?, &cluster).await?;
+            let lineage = match args.lineage {
+                Some(number) => cluster.lineage(number).await?,
+                None => cluster.newest_lineage().await?,
+            };
+            Ok((lineage, cluster))
+        };
+        match opened.await {
+            Ok(opened) => return Ok(opened),
+            Err(error) => {
+                if first_error.is_none() {
+                    first_error = Some(error);
+                }
+            }
+        }
+    }
+    Err(first_error.unwrap_or_else(|| Error::invalid("no repository is configured")))
+}
+
+/// Returns the arguments that lead `restore-cmd` to the same repository when PostgreSQL runs it: its
+/// environment will be the server's, so what came by flag or variable is spelled out. Secrets are not.
+pub(super) fn restore_cmd_arguments(overrides: &Overrides) -> Result<Vec<String>> {
+    let mut arguments = Vec::new();
+    let config = overrides.config.clone().or_else(|| env::var_os("WALSHIP_CONFIG").map(PathBuf::from));
+    if let Some(config) = config {
+        let path = std::path::absolute(&config)
+            .map_err(|error| Error::from_io(format!("resolving {}", config.display()), error))?;
+        if path != Path::new(DEFAULT_PATH) {
+            arguments.extend(["--config".to_owned(), text(&path)?]);
+        }
+    }
+    let repositories = match (&*overrides.repo, env::var("WALSHIP_REPO")) {
+        ([], Ok(list)) => list.split([',', ' ']).filter(|url| !url.is_empty()).map(str::to_owned).collect(),
+        (flags, _) => flags.to_vec(),
+    };
+    for url in repositories {
+        arguments.extend(["--repo".to_owned(), url]);
+    }
+    let path_text = |path: &Option<PathBuf>| path.as_deref().map(text).transpose();
+    for (flag, variable, value) in [
+        ("--cluster", "WALSHIP_CLUSTER", overrides.cluster.clone()),
+        ("--s3-endpoint", "WALSHIP_S3_ENDPOINT", overrides.s3_endpoint.clone()),
+        ("--s3-region", "WALSHIP_S3_REGION", overrides.s3_region.clone()),
+        ("--s3-addressing", "WALSHIP_S3_ADDRESSING", overrides.s3_addressing.clone()),
+        ("--s3-ca-file", "WALSHIP_S3_CA_FILE", path_text(&overrides.s3_ca_file)?),
+        ("--s3-profile", "WALSHIP_S3_PROFILE", overrides.s3_profile.clone()),
+    ] {
+        if let Some(value) = value.or_else(|| env::var(variable).ok()).filter(|value| !value.is_empty()) {
+            arguments.extend([flag.to_owned(), value]);
+        }
+    }
+    Ok(arguments)
+}
+
+/// Returns the absolute path of `restore-cmd`: the one given, or the one beside this program.
+///
+/// # Errors
+/// [`Error::Missing`] when it is not there: the restored server could not recover.
+pub(super) fn restore_cmd(given: Option<&Path>) -> Result<String> {
+    let path = match given {
+        Some(path) => path.to_owned(),
+        None => {
+            let own = env::current_exe().map_err(|error| Error::from_io("finding this program", error))?;
+            own.with_file_name("restore-cmd")
+        }
+    };
+    let absolute = std::path::absolute(&path)
+        .map_err(|error| Error::from_io(format!("resolving {}", path.display()), error))?;
+    if !absolute.is_file() {
+        return Err(Error::missing(format!("{} is not there", absolute.display()))
+            .with_next("Install restore-cmd beside pitr, or name it with --restore-cmd."));
+    }
+    text(&absolute)
+}
+
+fn text(path: &Path) -> Result<String> {
+    let text = path.to_str().filter(|text| !text.contains(['\n', '\r']));
+    text.map(str::to_owned)
+        .ok_or_else(|| Error::invalid(format!("{} cannot stand in a configuration file", path.display())))
+}

@@ -1,0 +1,183 @@
+//! Loads the evidence that the planner asks for until it has an answer.
+
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use walship::catalog::Catalog;
+use walship::pg::{Lsn, SegmentName, SegmentSize};
+use walship::repository::LineageRepository;
+use walship::wal::events::EventReader;
+use walship::wal::reader::Reader;
+use walship::{Error, Result};
+
+use crate::plan::{
+    Evidence, Outcome, PlanOptions, RecordBounds, RecordRequest, Refusal, RestorePlan, SegmentRequest, plan,
+};
+use crate::target::RecoveryTarget;
+
+/// How many summaries are read at once.
+const READS_MAX: usize = 16;
+
+/// The planner's answer.
+#[derive(Debug, Clone)]
+pub enum Planned {
+    /// The plan.
+    Plan(Box<RestorePlan>),
+    /// The target cannot be reached.
+    Refused(Box<Refusal>),
+}
+
+/// Returns the plan for `target`, reading what the planner needs to know from the repository.
+///
+/// Summaries cost one ranged GET each; whole segments are read only where the exact record decides, one
+/// at a time.
+///
+/// # Errors
+/// What the repository answers; [`Error::Corrupt`] when WAL that decides cannot be read to its end.
+pub async fn make_plan(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    target: &RecoveryTarget,
+    options: &PlanOptions,
+) -> Result<Planned> {
+    let mut evidence = Evidence::default();
+    loop {
+        match plan(catalog, &evidence, target, options) {
+            Outcome::Plan(plan) => return Ok(Planned::Plan(plan)),
+            Outcome::Refused(refusal) => return Ok(Planned::Refused(refusal)),
+            Outcome::NeedSummaries(names) => load_summaries(repository, names, &mut evidence).await?,
+            Outcome::NeedEvents(requests) => {
+                for request in requests {
+                    let events = load_events(repository, &request).await?;
+                    evidence.events.insert(request.segment, events);
+                }
+            }
+            Outcome::NeedRecord(request) => {
+                let found = load_record(repository, &request).await?;
+                evidence.records.insert((request.request.segment, request.at), found);
+            }
+        }
+    }
+}
+
+async fn load_summaries(
+    repository: &LineageRepository,
+    names: Vec<SegmentName>,
+    evidence: &mut Evidence,
+) -> Result<()> {
+    let reads = names.into_iter().map(|name| async move {
+        let summary = repository.segment_summary(name).await?.ok_or_else(|| vanished(repository, name))?;
+        let ours = repository.lineage();
+        if summary.segment_size != ours.segment_size
+            || ![0, ours.system_identifier].contains(&summary.system_identifier)
+        {
+            return Err(Error::mismatch(format!(
+                "segment {name} in {} belongs to another cluster (system identifier {})",
+                repository.location(),
+                summary.system_identifier
+            )));
+        }
+        Ok((name, summary))
+    });
+    let read: Vec<_> = futures_util::stream::iter(reads).buffer_unordered(READS_MAX).try_collect().await?;
+    evidence.summaries.extend(read);
+    Ok(())
+}
+
+async fn segment_bytes(repository: &LineageRepository, name: SegmentName) -> Result<Vec<u8>> {
+    repository.segment_bytes(name).await?.ok_or_else(|| vanished(repository, name))
+}
+
+/// Returns all events that start in the segment, following its last record into the next ones.
+async fn load_events(
+    repository: &LineageRepository,
+    request: &SegmentRequest,
+) -> Result<Vec<walship::wal::WalEvent>> {
+    let size = repository.lineage().segment_size;
+    let mut reader = EventReader::new(size);
+    let mut events = Vec::new();
+    let end = request.segment.end(size);
+    let bytes = segment_bytes(repository, request.segment).await?;
+    if let Err(broken) = reader.segment(request.segment, &bytes, |event| events.push(event)) {
+        return Err(unreadable(repository, broken.segment, broken.lsn, &broken.what));
+    }
+    drop(bytes);
+    for &name in &request.following {
+        let bytes = segment_bytes(repository, name).await?;
+        let mut past = false;
+        let read = reader.segment(name, &bytes, |event| {
+            if event.lsn < end {
+                events.push(event);
+            } else {
+                past = true;
+            }
+        });
+        // What lies behind the record that was followed is of no interest here, damage included.
+        if past || read.is_err() {
+            break;
+        }
+    }
+    Ok(events)
+}
+
+/// Returns the first record that starts in the segment at or after a position.
+async fn load_record(
+    repository: &LineageRepository,
+    request: &RecordRequest,
+) -> Result<Option<RecordBounds>> {
+    let size = repository.lineage().segment_size;
+    let first = request.request.segment;
+    let mut search = RecordSearch::new(first, size, request.at);
+    for &name in std::iter::once(&first).chain(&request.request.following) {
+        let bytes = segment_bytes(repository, name).await?;
+        if search.segment(name, &bytes) {
+            break;
+        }
+    }
+    if search.found.is_none()
+        && let Some(stop) = search.reader.stop()
+        && stop.lsn < first.end(size)
+    {
+        return Err(unreadable(repository, first, stop.lsn, &stop.reason.to_string()));
+    }
+    Ok(search.found)
+}
+
+struct RecordSearch {
+    reader: Reader,
+    at: Lsn,
+    end: Lsn,
+    found: Option<RecordBounds>,
+}
+
+impl RecordSearch {
+    fn new(first: SegmentName, size: SegmentSize, at: Lsn) -> Self {
+        let reader = Reader::new(first.start(size), first.timeline, size);
+        Self { reader, at, end: first.end(size), found: None }
+    }
+
+    /// Reads one segment; returns whether there is nothing more to look for.
+    fn segment(&mut self, name: SegmentName, bytes: &[u8]) -> bool {
+        let Self { reader, at, end, found } = self;
+        let mut past = false;
+        reader.set_timeline_limit(name.timeline);
+        reader.push(bytes, |record, _| {
+            if record.lsn >= *end {
+                past = true;
+            } else if record.lsn >= *at && found.is_none() {
+                *found = Some(RecordBounds { lsn: record.lsn, end_lsn: record.end_lsn });
+            }
+        });
+        past || found.is_some() || reader.stop().is_some()
+    }
+}
+
+fn vanished(repository: &LineageRepository, name: SegmentName) -> Error {
+    Error::unavailable(format!(
+        "segment {name} was listed in {} a moment ago and is not there any more",
+        repository.location()
+    ))
+}
+
+fn unreadable(repository: &LineageRepository, name: SegmentName, lsn: Lsn, what: &str) -> Error {
+    Error::corrupt(format!("segment {name} in {} cannot be read past {lsn}: {what}", repository.location()))
+        .with_next("Plan for a target before this position, or use another copy of the repository.")
+}

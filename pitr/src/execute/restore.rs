@@ -1,0 +1,473 @@
+//! Restores a data directory from a plan.
+//!
+//! PostgreSQL cannot start from a half-restored folder: `global/pg_control` is written last, after
+//! every other file is checked, in place and durable. Until then a marker file says what the folder is.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use serde::Serialize;
+use tokio::sync::mpsc;
+use walship::catalog::BackupObject;
+use walship::pg::Oid;
+use walship::pg::backup_manifest::BackupManifest;
+use walship::pg::control::ControlData;
+use walship::repository::LineageRepository;
+use walship::{Error, Result};
+
+use super::unpack::{Arriving, CONTROL_FILE, Destination, create, unpack};
+use crate::plan::RestorePlan;
+use crate::recovery_settings::{RestoreAs, SIGNAL_FILE, SettingsOptions, auto_conf};
+
+/// The file that marks a folder whose restore is not complete.
+pub const INCOMPLETE_MARKER: &str = "walship-restore-incomplete";
+
+/// How many objects are fetched and unpacked at once.
+const OBJECTS_MAX: usize = 4;
+
+/// How much of an object one request fetches.
+const RANGE_BYTES: u64 = 4 << 20;
+
+/// How many fetched ranges of one object wait to be unpacked.
+const RANGES_WAITING: usize = 2;
+
+/// The longest manifest that is unpacked.
+const MANIFEST_BYTES_MAX: u64 = BackupManifest::MAX_BYTES as u64;
+
+/// Space that is kept free beside the files: for the WAL that recovery fetches.
+const SPARE_BYTES: u64 = 128 << 20;
+
+/// The longest `postgresql.auto.conf` that is read.
+const AUTO_CONF_BYTES_MAX: u64 = 1 << 20;
+
+/// Folders that PostgreSQL wants and whose contents are never restored.
+const EMPTY_FOLDERS: &[&str] = &["pg_wal", "pg_wal/archive_status", "pg_replslot"];
+
+/// What the operator decides about a restore.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RestoreOptions {
+    /// Where the data directory goes; absent or empty.
+    pub data_dir: PathBuf,
+    /// Where tablespaces go, by the path or oid they had.
+    pub tablespaces: BTreeMap<String, PathBuf>,
+    /// Whether replay may use tablespace folders that exist on this host.
+    pub accept_tablespace_paths: bool,
+    /// The recovery settings.
+    pub settings: SettingsOptions,
+}
+
+/// How far a restore is; read it at any time.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes fetched from the repository.
+    pub fetched_bytes: AtomicU64,
+    /// Bytes written into files.
+    pub written_bytes: AtomicU64,
+    /// Files written and checked.
+    pub files: AtomicU64,
+}
+
+/// What was done, or with a dry run would be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RestoreReport {
+    /// The data directory.
+    pub data_dir: PathBuf,
+    /// The folders of the tablespaces by oid.
+    pub tablespaces: BTreeMap<Oid, PathBuf>,
+    /// Files in the backup.
+    pub files: u64,
+    /// Their bytes.
+    pub data_bytes: u64,
+    /// What to know or do before PostgreSQL is started.
+    pub notes: Vec<String>,
+}
+
+/// Checks everything that can be checked before a byte is fetched, and says what a restore would do.
+///
+/// # Errors
+/// [`Error::Invalid`] for a folder that is not empty or a mapping that makes no sense,
+/// [`Error::LocalIo`] when space is short.
+pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreReport> {
+    let data_dir = std::path::absolute(&options.data_dir)
+        .map_err(|error| Error::from_io(format!("resolving {}", options.data_dir.display()), error))?;
+    check_empty(&data_dir)?;
+    let tablespaces = map_tablespaces(plan, options, &data_dir)?;
+    for path in tablespaces.values() {
+        check_empty(path)?;
+    }
+    let mut notes = replayed_tablespaces(plan, options)?;
+    check_space(plan, &data_dir, &tablespaces)?;
+    if nix::unistd::geteuid().is_root() {
+        notes.push(format!(
+            "the files belong to root, and PostgreSQL does not run as root: chown -R postgres: {}",
+            data_dir.display()
+        ));
+    }
+    if options.settings.restore_as == RestoreAs::Production {
+        notes
+            .push("take a new base backup once the server is up, and re-create its replication slots".into());
+    }
+    Ok(RestoreReport {
+        data_dir,
+        tablespaces,
+        files: plan.backup.files,
+        data_bytes: plan.backup.data_bytes,
+        notes,
+    })
+}
+
+/// Restores the plan's backup and writes the settings that make PostgreSQL recover to its target.
+///
+/// # Errors
+/// As [`check`]; [`Error::Corrupt`] when anything stored is not what the server's manifest says. After an
+/// error the folder is incomplete, marked so, and PostgreSQL refuses to start from it.
+/// # Durability
+/// After `Ok` every file survives a crash.
+/// # Cancel safety
+/// Dropping the future leaves an incomplete, marked folder.
+pub async fn restore(
+    repository: &LineageRepository,
+    plan: &RestorePlan,
+    options: &RestoreOptions,
+    progress: Arc<Progress>,
+) -> Result<RestoreReport> {
+    let mut report = check(plan, options)?;
+    let stored = repository.get_backup_manifest(&plan.backup).await?;
+    let (manifest_bytes, manifest) = blocking(move || read_manifest(&stored)).await?;
+    if manifest.system_identifier.is_some_and(|id| id != repository.lineage().system_identifier) {
+        return Err(Error::mismatch("the backup's manifest belongs to another cluster"));
+    }
+
+    let data_dir = report.data_dir.clone();
+    prepare(&data_dir, &report.tablespaces)?;
+    let tablespaces: HashMap<Oid, PathBuf> =
+        report.tablespaces.iter().map(|(oid, path)| (*oid, path.clone())).collect();
+    let destination = Arc::new(Destination::new(data_dir.clone(), tablespaces, manifest, progress.clone()));
+    let objects = plan.backup.objects.iter().map(|object| {
+        let (destination, progress) = (destination.clone(), progress.clone());
+        fetch_object(repository, &plan.backup.id, object, destination, progress)
+    });
+    futures_util::stream::iter(objects).buffer_unordered(OBJECTS_MAX).try_collect::<()>().await?;
+
+    let control_file = destination.finish()?;
+    let control = ControlData::parse(&control_file)?;
+    if control.system_identifier != repository.lineage().system_identifier {
+        return Err(Error::mismatch(format!(
+            "the backup's pg_control has system identifier {}, the lineage {}",
+            control.system_identifier,
+            repository.lineage().system_identifier
+        )));
+    }
+    let (plan, settings) = (plan.clone(), options.settings.clone());
+    let folders: Vec<PathBuf> = report.tablespaces.values().cloned().collect();
+    let has_configuration = data_dir.join("postgresql.conf").exists();
+    if !has_configuration {
+        report.notes.push(
+            "the backup holds no postgresql.conf (its server keeps it elsewhere): put one beside the data \
+             before starting PostgreSQL"
+                .to_owned(),
+        );
+    }
+    blocking(move || complete(&data_dir, &folders, &plan, &settings, &manifest_bytes, &control_file)).await?;
+    Ok(report)
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::local_io(format!("a thread of the restore ended early: {error}"))),
+    }
+}
+
+/// Returns the manifest's bytes and what they say.
+fn read_manifest(stored: &[u8]) -> Result<(Vec<u8>, BackupManifest)> {
+    let unreadable =
+        |error: io::Error| Error::corrupt(format!("the backup's manifest cannot be unpacked: {error}"));
+    let mut bytes = Vec::new();
+    let decoder = zstd::stream::read::Decoder::new(stored).map_err(unreadable)?;
+    io::copy(&mut io::Read::take(decoder, MANIFEST_BYTES_MAX + 1), &mut bytes).map_err(unreadable)?;
+    let manifest = BackupManifest::parse(&bytes).map_err(|error| Error::corrupt(error.to_string()))?;
+    Ok((bytes, manifest))
+}
+
+/// Fetches one object range by range while a thread unpacks what has come.
+async fn fetch_object(
+    repository: &LineageRepository,
+    id: &str,
+    object: &BackupObject,
+    destination: Arc<Destination>,
+    progress: Arc<Progress>,
+) -> Result<()> {
+    let (sender, chunks) = mpsc::channel(RANGES_WAITING);
+    let arriving = Arriving {
+        chunks,
+        current: Bytes::new(),
+        hasher: blake3::Hasher::new(),
+        failed: Arc::new(Mutex::new(None)),
+    };
+    let owned = object.clone();
+    let unpacking = blocking(move || unpack(&destination, &owned, arriving));
+    let fetching = async {
+        let mut offset = 0;
+        while offset < object.stored_bytes {
+            let length = RANGE_BYTES.min(object.stored_bytes - offset);
+            let chunk = repository.read_backup_object_range(id, &object.name, offset, length).await;
+            let chunk = chunk.and_then(|chunk| {
+                if chunk.is_empty() || chunk.len() as u64 > length {
+                    return Err(Error::corrupt(format!(
+                        "{} has fewer bytes than the backup's record says ({})",
+                        object.name, object.stored_bytes
+                    )));
+                }
+                Ok(chunk)
+            });
+            let ended = chunk.is_err();
+            if let Ok(chunk) = &chunk {
+                offset += chunk.len() as u64;
+                progress.fetched_bytes.fetch_add(chunk.len() as u64, std::sync::atomic::Ordering::Relaxed);
+            }
+            // A closed channel means that unpacking failed; its error is the one to report.
+            if sender.send(chunk).await.is_err() || ended {
+                break;
+            }
+        }
+        drop(sender);
+    };
+    let (result, ()) = tokio::join!(unpacking, fetching);
+    result
+}
+
+fn check_empty(path: &Path) -> Result<()> {
+    let refused = |what: String| {
+        Err(Error::invalid(what)
+            .with_safe("nothing was written")
+            .with_next("Restore into a folder that is empty or does not exist yet."))
+    };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::from_io(format!("looking at {}", path.display()), error)),
+        Ok(meta) if !meta.is_dir() => return refused(format!("{} is not a folder", path.display())),
+        Ok(_) => {}
+    }
+    if path.join(INCOMPLETE_MARKER).exists() {
+        return refused(format!("{} holds a restore that did not complete", path.display()));
+    }
+    let mut entries =
+        fs::read_dir(path).map_err(|error| Error::from_io(format!("reading {}", path.display()), error))?;
+    match entries.next() {
+        None => Ok(()),
+        Some(_) => refused(format!("{} is not empty", path.display())),
+    }
+}
+
+/// Returns where each of the backup's tablespaces goes.
+fn map_tablespaces(
+    plan: &RestorePlan,
+    options: &RestoreOptions,
+    data_dir: &Path,
+) -> Result<BTreeMap<Oid, PathBuf>> {
+    let mut unused = options.tablespaces.clone();
+    let mut mapped = BTreeMap::new();
+    for tablespace in &plan.backup.tablespaces {
+        let asked = unused.remove(&tablespace.oid.to_string()).or_else(|| unused.remove(&tablespace.path));
+        let path = asked.unwrap_or_else(|| PathBuf::from(&tablespace.path));
+        let sound = path.is_absolute() && !path.components().any(|part| part.as_os_str() == "..");
+        if !sound || path.starts_with(data_dir) || data_dir.starts_with(&path) {
+            return Err(Error::invalid(format!(
+                "tablespace {} cannot go to {}: it needs an absolute path outside the data directory",
+                tablespace.oid,
+                path.display()
+            )));
+        }
+        if mapped.values().any(|other: &PathBuf| other.starts_with(&path) || path.starts_with(other)) {
+            return Err(Error::invalid(format!(
+                "tablespace {} cannot go to {}: another one goes there",
+                tablespace.oid,
+                path.display()
+            )));
+        }
+        mapped.insert(tablespace.oid, path);
+    }
+    match unused.keys().next() {
+        None => Ok(mapped),
+        Some(name) => Err(Error::invalid(format!("the backup has no tablespace {name:?}"))
+            .with_next("Give the oid or the exact path; `pitr plan --json` lists the backup's tablespaces.")),
+    }
+}
+
+/// Returns what to know about the tablespaces that replay creates.
+fn replayed_tablespaces(plan: &RestorePlan, options: &RestoreOptions) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    for tablespace in &plan.tablespace_paths {
+        let path = Path::new(&tablespace.path);
+        if fs::symlink_metadata(path).is_ok() {
+            if !options.accept_tablespace_paths {
+                return Err(Error::invalid(format!(
+                    "replay creates tablespace {} in {:?}, and that exists on this host: a server may be using it",
+                    tablespace.oid, tablespace.path
+                ))
+                .with_safe("nothing was written")
+                .with_next(
+                    "Restore on another host, or confirm with --accept-tablespace-paths that nobody uses it.",
+                ));
+            }
+        } else {
+            notes.push(format!(
+                "replay creates tablespace {} in {:?}: make that folder, empty and owned by the server's user, \
+                 before starting PostgreSQL",
+                tablespace.oid, tablespace.path
+            ));
+        }
+    }
+    Ok(notes)
+}
+
+fn check_space(plan: &RestorePlan, data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Result<()> {
+    let mut needs: BTreeMap<u64, (u64, PathBuf)> = BTreeMap::new();
+    let in_tablespaces: u64 = plan.backup.tablespaces.iter().map(|tablespace| tablespace.bytes).sum();
+    let own = plan.backup.data_bytes.saturating_sub(in_tablespaces);
+    let wal = SPARE_BYTES.min(plan.wal_replay_bytes);
+    let mut need = |path: &Path, bytes: u64| -> Result<()> {
+        let existing = nearest_existing(path);
+        let meta = fs::metadata(&existing)
+            .map_err(|error| Error::from_io(format!("looking at {}", existing.display()), error))?;
+        let entry = needs.entry(meta.dev()).or_insert((0, existing));
+        entry.0 = entry.0.saturating_add(bytes);
+        Ok(())
+    };
+    need(data_dir, own.saturating_add(wal))?;
+    for tablespace in &plan.backup.tablespaces {
+        if let Some(path) = tablespaces.get(&tablespace.oid) {
+            need(path, tablespace.bytes)?;
+        }
+    }
+    for (bytes, path) in needs.values() {
+        let space = nix::sys::statvfs::statvfs(path).map_err(|error| {
+            Error::from_io(format!("asking for free space at {}", path.display()), error.into())
+        })?;
+        #[allow(clippy::useless_conversion, reason = "the types differ between platforms")]
+        let free = u64::from(space.blocks_available()).saturating_mul(u64::from(space.fragment_size()));
+        if free < *bytes {
+            return Err(Error::local_io(format!(
+                "the restore needs {bytes} bytes at {}, and {free} are free",
+                path.display()
+            ))
+            .with_safe("nothing was written")
+            .with_next("Free space, or restore to another file system."));
+        }
+    }
+    Ok(())
+}
+
+fn nearest_existing(path: &Path) -> PathBuf {
+    path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/")).to_owned()
+}
+
+/// Makes the folders and links, and marks the data directory as incomplete.
+fn prepare(data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Result<()> {
+    make_private(data_dir)?;
+    let mut marker = create(&data_dir.join(INCOMPLETE_MARKER), 0o600)?;
+    marker
+        .write_all(
+            b"This folder holds a restore by pitr that has not completed. Do not start PostgreSQL here.\n",
+        )
+        .and_then(|()| marker.sync_all())
+        .map_err(|error| Error::from_io(format!("writing {INCOMPLETE_MARKER}"), error))?;
+    let links = data_dir.join("pg_tblspc");
+    make_private(&links)?;
+    for (oid, path) in tablespaces {
+        make_private(path)?;
+        std::os::unix::fs::symlink(path, links.join(oid.to_string()))
+            .map_err(|error| Error::from_io(format!("linking tablespace {oid}"), error))?;
+    }
+    Ok(())
+}
+
+/// Makes a folder of mode 0700, or takes one that is there and gives it that mode.
+fn make_private(path: &Path) -> Result<()> {
+    let failed = |error| Error::from_io(format!("creating {}", path.display()), error);
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed)
+}
+
+/// Writes settings and signal file, syncs all, and only then lets PostgreSQL start.
+fn complete(
+    data_dir: &Path,
+    tablespaces: &[PathBuf],
+    plan: &RestorePlan,
+    settings: &SettingsOptions,
+    manifest: &[u8],
+    control_file: &[u8],
+) -> Result<()> {
+    for folder in EMPTY_FOLDERS {
+        let path = data_dir.join(folder);
+        if !path.exists() {
+            make_private(&path)?;
+        }
+    }
+    write(&data_dir.join("backup_manifest"), manifest)?;
+    let auto_conf_path = data_dir.join("postgresql.auto.conf");
+    let existing = read_bounded(&auto_conf_path)?;
+    if existing.is_some() {
+        let gone = fs::remove_file(&auto_conf_path);
+        gone.map_err(|error| Error::from_io("replacing postgresql.auto.conf", error))?;
+    }
+    write(&auto_conf_path, &auto_conf(plan, settings, &existing.unwrap_or_default()))?;
+    let standby = data_dir.join("standby.signal");
+    match fs::remove_file(&standby) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::from_io("removing standby.signal", error));
+        }
+        _ => {}
+    }
+    let signal = data_dir.join(SIGNAL_FILE);
+    if !signal.exists() {
+        write(&signal, b"")?;
+    }
+    let global = data_dir.join("global");
+    let temporary = global.join("pg_control.walship");
+    write(&temporary, control_file)?;
+    sync_file_system(data_dir)?;
+    for folder in tablespaces {
+        sync_file_system(folder)?;
+    }
+    let marker = data_dir.join(INCOMPLETE_MARKER);
+    fs::rename(&temporary, data_dir.join(CONTROL_FILE))
+        .and_then(|()| File::open(&global)?.sync_all())
+        .and_then(|()| fs::remove_file(&marker))
+        .and_then(|()| File::open(data_dir)?.sync_all())
+        .map_err(|error| Error::from_io("completing the restore", error))
+}
+
+fn write(path: &Path, content: &[u8]) -> Result<()> {
+    let mut file = create(path, 0o600)?;
+    file.write_all(content).map_err(|error| Error::from_io(format!("writing {}", path.display()), error))
+}
+
+fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>> {
+    let failed = |error| Error::from_io(format!("reading {}", path.display()), error);
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(failed)?,
+    };
+    let mut content = Vec::new();
+    io::copy(&mut io::Read::take(file, AUTO_CONF_BYTES_MAX), &mut content).map_err(failed)?;
+    if content.len() as u64 == AUTO_CONF_BYTES_MAX {
+        return Err(Error::corrupt(format!("{} is longer than any such file", path.display())));
+    }
+    Ok(Some(content))
+}
+
+/// Makes everything on the folder's file system durable, once for all files.
+fn sync_file_system(folder: &Path) -> Result<()> {
+    let failed = |error| Error::from_io(format!("syncing {}", folder.display()), error);
+    let file = File::open(folder).map_err(failed)?;
+    nix::unistd::syncfs(&file).map_err(|error| failed(error.into()))
+}

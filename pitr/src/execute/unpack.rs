@@ -1,0 +1,295 @@
+//! Unpacks one data object of a backup: zstd frames of tar, every name and every byte checked.
+//!
+//! The object is hostile until checked: names must be the manifest's, nothing is written through a
+//! link, no file is written twice, and a file's size and checksum must be what the server said.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use walship::catalog::BackupObject;
+use walship::pg::Oid;
+use walship::pg::backup_manifest::{BackupManifest, ManifestFile, check_path};
+use walship::{Error, Result};
+
+use super::restore::Progress;
+
+/// The file without which PostgreSQL does not start; kept in memory and written last.
+pub(super) const CONTROL_FILE: &str = "global/pg_control";
+
+/// The longest `pg_control` that is kept in memory; PostgreSQL's has 8192 bytes.
+const CONTROL_FILE_BYTES_MAX: u64 = 1 << 16;
+
+/// How much is read from the tar stream at once.
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// Where things go and what they must be; shared by the threads that unpack.
+#[derive(Debug)]
+pub(super) struct Destination {
+    data_dir: PathBuf,
+    tablespaces: HashMap<Oid, PathBuf>,
+    expected: HashMap<PathBuf, ManifestFile>,
+    state: Mutex<State>,
+    progress: Arc<Progress>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    written: HashSet<PathBuf>,
+    control_file: Option<Vec<u8>>,
+}
+
+impl Destination {
+    pub(super) fn new(
+        data_dir: PathBuf,
+        tablespaces: HashMap<Oid, PathBuf>,
+        manifest: BackupManifest,
+        progress: Arc<Progress>,
+    ) -> Self {
+        let expected = manifest.files.into_iter().map(|file| (file.path.clone(), file)).collect();
+        Self { data_dir, tablespaces, expected, state: Mutex::default(), progress }
+    }
+
+    /// Returns the bytes of `pg_control`, once every file of the manifest was written.
+    pub(super) fn finish(&self) -> Result<Vec<u8>> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(missing) = self.expected.keys().find(|path| !state.written.contains(*path)) {
+            return Err(damaged(format!("the backup does not hold {missing:?}, which its manifest lists")));
+        }
+        state.control_file.take().ok_or_else(|| damaged("the backup does not hold global/pg_control"))
+    }
+
+    /// Takes a name once.
+    fn claim(&self, name: &Path) -> Result<&ManifestFile> {
+        let file = self
+            .expected
+            .get(name)
+            .ok_or_else(|| damaged(format!("the backup holds {name:?}, which its manifest does not list")))?;
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if !state.written.insert(name.to_owned()) {
+            return Err(damaged(format!("the backup holds {name:?} twice")));
+        }
+        Ok(file)
+    }
+}
+
+/// The stored bytes of an object as they arrive, as something to read from.
+pub(super) struct Arriving {
+    pub(super) chunks: mpsc::Receiver<Result<Bytes>>,
+    pub(super) current: Bytes,
+    pub(super) hasher: blake3::Hasher,
+    /// The error that ended the arrival, for the caller: `io::Error` would lose its answers.
+    pub(super) failed: Arc<Mutex<Option<Error>>>,
+}
+
+impl Read for Arriving {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() {
+            match self.chunks.blocking_recv() {
+                None => return Ok(0),
+                Some(Ok(chunk)) => {
+                    self.hasher.update(&chunk);
+                    self.current = chunk;
+                }
+                Some(Err(error)) => {
+                    let text = error.to_string();
+                    *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                    return Err(io::Error::other(text));
+                }
+            }
+        }
+        let length = buffer.len().min(self.current.len());
+        buffer[..length].copy_from_slice(&self.current.split_to(length));
+        Ok(length)
+    }
+}
+
+/// Writes what an object holds. Blocking; for a thread of its own.
+pub(super) fn unpack(destination: &Destination, object: &BackupObject, arriving: Arriving) -> Result<()> {
+    let failed = arriving.failed.clone();
+    let result = unpack_stream(destination, object, arriving);
+    // When the download broke off, that is the cause, whatever the unpacking made of it.
+    match failed.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some(error) => Err(error),
+        None => result.map_err(|error| error.context(format!("backup object {}", object.name))),
+    }
+}
+
+fn unpack_stream(destination: &Destination, object: &BackupObject, arriving: Arriving) -> Result<()> {
+    let unreadable = |error: io::Error| damaged(format!("it cannot be unpacked: {error}"));
+    let decoder = zstd::stream::read::Decoder::new(arriving).map_err(unreadable)?;
+    // No stream is longer than its record says: a small object cannot fill the disk.
+    let mut archive = tar::Archive::new(decoder.take(object.tar_bytes));
+    for entry in archive.entries().map_err(unreadable)? {
+        let mut entry = entry.map_err(unreadable)?;
+        let name = entry.path().map_err(unreadable)?.into_owned();
+        let name = PathBuf::from(Path::new(&name).components().as_path());
+        let name = name.strip_prefix(".").map(Path::to_owned).unwrap_or(name);
+        let kind = entry.header().entry_type();
+        if name.as_os_str().is_empty() && kind.is_dir() {
+            continue;
+        }
+        check_path(&name).map_err(|error| damaged(error.to_string()))?;
+        let mode = entry.header().mode().unwrap_or(0o600);
+        let place = place_of(destination, object.tablespace, &name)?;
+        match kind {
+            tar::EntryType::Directory => make_dir(&place.local, mode)?,
+            tar::EntryType::Regular => write_file(destination, &place, mode, &mut entry)?,
+            // The links of tablespaces are made from the plan, never from the archive.
+            tar::EntryType::Symlink if is_tablespace_link(destination, object.tablespace, &name) => {}
+            other => {
+                return Err(damaged(format!("{name:?} is neither a file nor a folder ({other:?})")));
+            }
+        }
+    }
+    // Read to the very end: the digest covers every stored byte.
+    let mut padded = archive.into_inner();
+    io::copy(&mut padded, &mut io::sink()).map_err(unreadable)?;
+    let mut decoder = padded.into_inner();
+    let rest = io::copy(&mut decoder, &mut io::sink()).map_err(unreadable)?;
+    let mut arriving = decoder.finish().into_inner();
+    let behind = io::copy(&mut arriving, &mut io::sink()).map_err(unreadable)?;
+    if rest > 0 || behind > 0 {
+        return Err(damaged("it is longer than the backup's record says"));
+    }
+    let digest = arriving.hasher.finalize().to_hex().to_string();
+    if digest != object.digest {
+        return Err(damaged(format!(
+            "it has the digest {digest}, the backup's record says {}",
+            object.digest
+        )));
+    }
+    Ok(())
+}
+
+/// Where an entry goes, and its name in the manifest.
+struct Place {
+    local: PathBuf,
+    listed: PathBuf,
+}
+
+fn place_of(destination: &Destination, tablespace: Option<Oid>, name: &Path) -> Result<Place> {
+    let Some(oid) = tablespace else {
+        let under_link = name.starts_with("pg_tblspc")
+            && destination.tablespaces.keys().any(|oid| {
+                name.starts_with(Path::new("pg_tblspc").join(oid.to_string()))
+                    && name.components().count() > 2
+            });
+        if under_link {
+            return Err(damaged(format!("{name:?} would be written through a tablespace's link")));
+        }
+        return Ok(Place { local: destination.data_dir.join(name), listed: name.to_owned() });
+    };
+    let root = destination
+        .tablespaces
+        .get(&oid)
+        .ok_or_else(|| damaged(format!("it belongs to tablespace {oid}, which the backup does not list")))?;
+    let listed = Path::new("pg_tblspc").join(oid.to_string()).join(name);
+    Ok(Place { local: root.join(name), listed })
+}
+
+fn is_tablespace_link(destination: &Destination, tablespace: Option<Oid>, name: &Path) -> bool {
+    tablespace.is_none()
+        && name.parent() == Some(Path::new("pg_tblspc"))
+        && name
+            .file_name()
+            .and_then(|oid| oid.to_str()?.parse::<Oid>().ok())
+            .is_some_and(|oid| destination.tablespaces.contains_key(&oid))
+}
+
+fn make_dir(path: &Path, mode: u32) -> Result<()> {
+    // The link of a tablespace stands where some servers send a folder.
+    if fs::symlink_metadata(path).is_ok() {
+        return Ok(());
+    }
+    let mode = 0o700 | (mode & 0o050);
+    DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .map_err(|error| Error::from_io(format!("creating {}", path.display()), error))
+}
+
+fn write_file(
+    destination: &Destination,
+    place: &Place,
+    mode: u32,
+    entry: &mut tar::Entry<'_, impl Read>,
+) -> Result<()> {
+    let file = destination.claim(&place.listed)?;
+    if entry.size() != file.bytes {
+        return Err(damaged(format!(
+            "{:?} has {} bytes, the manifest says {}",
+            place.listed,
+            entry.size(),
+            file.bytes
+        )));
+    }
+    if let Some(parent) = place.local.parent()
+        && !parent.exists()
+    {
+        make_dir(parent, 0o700)?;
+    }
+    let is_control_file = place.listed == Path::new(CONTROL_FILE);
+    if is_control_file && file.bytes > CONTROL_FILE_BYTES_MAX {
+        return Err(damaged(format!("{CONTROL_FILE} has {} bytes", file.bytes)));
+    }
+    let mut kept = Vec::new();
+    let mut output = match is_control_file {
+        true => None,
+        false => Some(create(&place.local, 0o600 | (mode & 0o040))?),
+    };
+    let mut crc = 0;
+    let mut written = 0;
+    let mut buffer = vec![0; BUFFER_BYTES.min(usize::try_from(file.bytes).unwrap_or(BUFFER_BYTES).max(1))];
+    loop {
+        let length = entry
+            .read(&mut buffer)
+            .map_err(|error| damaged(format!("{:?} cannot be unpacked: {error}", place.listed)))?;
+        if length == 0 {
+            break;
+        }
+        crc = crc32c::crc32c_append(crc, &buffer[..length]);
+        written += length as u64;
+        match &mut output {
+            Some(output) => output
+                .write_all(&buffer[..length])
+                .map_err(|error| Error::from_io(format!("writing {}", place.local.display()), error))?,
+            None => kept.extend_from_slice(&buffer[..length]),
+        }
+        destination.progress.written_bytes.fetch_add(length as u64, Ordering::Relaxed);
+    }
+    if written != file.bytes {
+        return Err(damaged(format!("{:?} ends after {written} of {} bytes", place.listed, file.bytes)));
+    }
+    if file.matches_crc32c(crc) == Some(false) {
+        return Err(damaged(format!("{:?} does not match the checksum in the manifest", place.listed)));
+    }
+    destination.progress.files.fetch_add(1, Ordering::Relaxed);
+    if is_control_file {
+        destination.state.lock().unwrap_or_else(PoisonError::into_inner).control_file = Some(kept);
+    }
+    Ok(())
+}
+
+/// Creates a file that must not exist, not even as a link.
+pub(super) fn create(path: &Path, mode: u32) -> Result<File> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)
+        .map_err(|error| Error::from_io(format!("creating {}", path.display()), error))
+}
+
+fn damaged(what: impl Into<String>) -> Error {
+    Error::corrupt(what)
+        .with_safe("the repository is unchanged; the restored folder is incomplete and PostgreSQL refuses it")
+        .with_next("Restore from another backup: `pitr restore ... --backup ID`, `pitr info` lists them.")
+}

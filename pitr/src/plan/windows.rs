@@ -1,0 +1,80 @@
+//! The windows of a timeline: the spans in which every commit can be reached.
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use walship::catalog::Catalog;
+use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
+
+use super::chain::{Chain, ChainEnding, Gap, begin_of, build_chain};
+
+/// A span on the way to one timeline in which every commit can be reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Window {
+    /// The timeline that it ends on.
+    pub timeline: TimelineId,
+    /// Where it begins: the first backup is consistent there.
+    pub from_lsn: Lsn,
+    /// When that backup was complete.
+    pub from_time: DateTime<Utc>,
+    /// The first backup.
+    pub first_backup: String,
+    /// The newest backup in it.
+    pub newest_backup: String,
+    /// How many backups begin in it.
+    pub backups: u64,
+    /// Where it ends.
+    pub until_lsn: Lsn,
+    /// The last segment that is used.
+    pub last_segment: Option<SegmentName>,
+    /// The gap that ends it; `None` when the archive ends there.
+    pub gap: Option<Gap>,
+}
+
+/// Returns the windows that end on `timeline`, in WAL order; none when its history is not stored.
+///
+/// A window that begins on an ancestor and leads into the timeline is one of them, a window that
+/// ends before the timeline begins is the ancestor's.
+pub fn windows(catalog: &Catalog, timeline: TimelineId) -> Vec<Window> {
+    let Some(history) = catalog.history(timeline) else { return Vec::new() };
+    let begin = begin_of(&history, timeline).unwrap_or(Lsn(0));
+    let mut windows: Vec<Window> = Vec::new();
+    for backup in &catalog.backups {
+        let on_path = history.timeline_of(backup.start_lsn) == backup.timeline
+            && history.timeline_of(Lsn(backup.stop_lsn.0.saturating_sub(1))) == backup.stop_timeline;
+        if !on_path {
+            continue;
+        }
+        if let Some(window) = windows.last_mut()
+            && backup.start_lsn < window.until_lsn
+        {
+            // Inside the run of the one before: the same window, unless it was too short for its own backup.
+            if backup.stop_lsn <= window.until_lsn {
+                window.newest_backup.clone_from(&backup.id);
+                window.backups += 1;
+            }
+            continue;
+        }
+        let chain = build_chain(catalog, &history, backup.start_lsn);
+        if chain.end() >= backup.stop_lsn && chain.end() > begin {
+            windows.push(window_of(&history, backup, &chain));
+        }
+    }
+    windows
+}
+
+fn window_of(history: &TimelineHistory, backup: &walship::catalog::BackupRecord, chain: &Chain) -> Window {
+    Window {
+        timeline: history.timeline,
+        from_lsn: backup.stop_lsn,
+        from_time: backup.finished,
+        first_backup: backup.id.clone(),
+        newest_backup: backup.id.clone(),
+        backups: 1,
+        until_lsn: chain.end(),
+        last_segment: chain.steps.last().map(|step| step.segment),
+        gap: match &chain.ending {
+            ChainEnding::Gap(gap) => Some(gap.clone()),
+            ChainEnding::EndOfArchive => None,
+        },
+    }
+}
