@@ -3,5 +3,6 @@
 // Helpers of tests may fail loudly, as the tests themselves.
 #![allow(clippy::unwrap_used)]
 
+mod backup;
 mod harness;
 mod replication;
