@@ -6,3 +6,4 @@
 mod backup;
 mod harness;
 mod replication;
+mod waldump_oracle;
