@@ -581,7 +581,7 @@ impl Theirs {
                 format!("storage truncate {relation} to {}", rest.split(' ').next()?)
             }
             ("Heap", "TRUNCATE" | "TRUNCATE+INIT") => {
-                let (_, relations) = rest.split_once("relids")?;
+                let (_, relations) = rest.rsplit_once("relids")?;
                 let digits = |c: char| c.is_ascii_digit();
                 let oids: Vec<&str> =
                     relations.split(|c| !digits(c)).filter(|part| !part.is_empty()).collect();

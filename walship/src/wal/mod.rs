@@ -17,9 +17,14 @@ pub mod reader;
 pub mod record;
 pub mod scan;
 pub mod summary;
+#[cfg(any(test, feature = "test-util"))]
+pub mod testing;
 pub mod xact;
 
 pub use event::{EventKind, WalEvent};
 pub use events::events_of;
 pub use scan::{SegmentScan, SegmentScanner, Verdict};
 pub use summary::SegmentSummary;
+
+#[cfg(test)]
+mod tests;

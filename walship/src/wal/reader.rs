@@ -391,7 +391,7 @@ impl Reader {
                     return Ok(None);
                 }
                 let end = start + len;
-                self.complete(pending, at + end as u64, layout, give)?;
+                self.complete(pending, plus(at, end).0, layout, give)?;
                 Ok(self.after_record(at, end))
             }
             _ => bad,
@@ -421,7 +421,7 @@ impl Reader {
             return None;
         }
         let end = start + rest.len();
-        leading.end = Some(Lsn(at + end as u64));
+        leading.end = Some(plus(at, end));
         // A switch record whose header was split by the segment boundary: what is here ends with its info
         // code, resource manager and CRC, and no record follows.
         let tail = rest.len().checked_sub(8).and_then(|from| rest.get(from..));
@@ -430,7 +430,7 @@ impl Reader {
             && tail.is_some_and(|tail| tail[0] == super::decode::xlog::SWITCH && tail[1..4] == [0; 3])
             && u32_at(page, align8(end as u64) as usize) == Some(0);
         if is_switch {
-            self.skip_segment(Lsn(at + end as u64));
+            self.skip_segment(plus(at, end));
         }
         self.after_record(at, end)
     }
@@ -439,7 +439,7 @@ impl Reader {
     /// on this page.
     fn after_record(&mut self, at: u64, end: usize) -> Option<usize> {
         let next = align8(end as u64);
-        self.valid_to = Lsn(at + next);
+        self.valid_to = plus(at, next as usize);
         if matches!(self.state, State::Skip(_)) {
             return None;
         }
@@ -467,7 +467,7 @@ impl Reader {
     ) {
         debug_assert!(pos >= start);
         while let Some(total) = u32_at(page, pos) {
-            let lsn = Lsn(at + pos as u64);
+            let lsn = plus(at, pos);
             let rest = &page[pos..];
             if total == 0 {
                 return self.stop_at(lsn.0, StopReason::Zeros);
@@ -500,7 +500,7 @@ impl Reader {
             }
             let end = pos + bytes.len();
             self.prev = Some(lsn);
-            let end_lsn = Lsn(at + end as u64);
+            let end_lsn = plus(at, end);
             if header.is_switch() {
                 self.skip_segment(end_lsn);
             }
@@ -580,6 +580,11 @@ impl Pending {
         self.got += bytes.len() as u32;
         Ok(())
     }
+}
+
+/// Returns the position `offset` bytes into the page at `at`; stays at the end of the LSN space.
+fn plus(at: u64, offset: usize) -> Lsn {
+    Lsn(at.saturating_add(offset as u64))
 }
 
 /// Returns how many of a record's bytes anyone may ask for: all, when it matters to planning; else the
