@@ -45,8 +45,11 @@ pub mod bins;
 pub mod cache;
 pub mod postgres;
 pub mod process;
+pub mod proxy;
+pub mod s3_inprocess;
 pub mod stage;
 pub mod wait;
+pub mod weed;
 
 /// Whether the full counts of the campaign are asked for, rather than the quick ones.
 pub fn campaign() -> bool {

@@ -7,3 +7,5 @@ mod backup;
 mod harness;
 mod replication;
 mod waldump_oracle;
+mod storage;
+mod storage_folder;

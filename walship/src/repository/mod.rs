@@ -24,6 +24,7 @@ mod backups;
 mod document;
 mod layout;
 mod load_catalog;
+pub mod probe;
 mod segments;
 mod stored;
 

@@ -46,6 +46,11 @@ pub use settings::{AddressingStyle, Limits, Location, S3Settings, Secret, Storag
 pub fn open(config: &StorageConfig) -> Result<Arc<dyn Storage>> {
     match config.location()? {
         Location::Folder(root) => Ok(Arc::new(fs::FsStorage::open(&root)?.with_limits(config.limits))),
+        #[cfg(feature = "s3")]
+        Location::S3 { bucket, prefix } => {
+            Ok(Arc::new(s3::S3Storage::new(s3::S3Options::new(bucket, prefix, config))?))
+        }
+        #[cfg(not(feature = "s3"))]
         Location::S3 { .. } => {
             Err(Error::invalid(format!("{} needs a build with the s3 feature", config.url)))
         }

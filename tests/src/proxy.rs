@@ -1,0 +1,202 @@
+//! A TCP proxy on the loopback that misbehaves on demand, for any protocol behind it.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{oneshot, watch};
+
+/// What the proxy does to connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing.
+    Pass,
+    /// Each piece of what the server sends comes this much later.
+    Latency(Duration),
+    /// Connections are reset after this many bytes from the server (counted per connection).
+    ResetAfter(u64),
+    /// Connections are closed in order after this many bytes from the server.
+    CloseAfter(u64),
+    /// Connections are reset after this many bytes to the server.
+    ResetUploadAfter(u64),
+    /// Both directions together carry at most this many bytes a second.
+    Throttle(u64),
+    /// Everything is swallowed, nothing comes back, connections stay open.
+    BlackHole,
+    /// New connections are closed at once and open ones reset.
+    Refuse,
+}
+
+/// A running proxy; dropping it closes everything.
+pub struct Proxy {
+    address: SocketAddr,
+    mode: watch::Sender<Mode>,
+    target: Arc<Mutex<SocketAddr>>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Proxy {
+    /// Starts a proxy in front of `target`, on a free port and in threads of its own.
+    ///
+    /// # Panics
+    /// When no port of the loopback can be had.
+    pub fn start(target: SocketAddr) -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        listener.set_nonblocking(true).expect("a listener can be made non-blocking");
+        let address = listener.local_addr().expect("a listener has an address");
+        let (mode, seen) = watch::channel(Mode::Pass);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let target = Arc::new(Mutex::new(target));
+        let ahead = Arc::clone(&target);
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("a runtime for the proxy");
+            runtime.block_on(async move {
+                let listener = TcpListener::from_std(listener).expect("the listener can be used");
+                tokio::select! {
+                    () = accept(listener, ahead, seen) => {}
+                    _ = stopped => {}
+                }
+            });
+        });
+        Self { address, mode, target, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// Returns the address to connect to.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Returns the URL of an HTTP server behind it.
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Misbehaves like this from now on, open connections included.
+    pub fn set(&self, mode: Mode) {
+        self.mode.send_replace(mode);
+    }
+
+    /// Connects to another server from the next connection on.
+    pub fn set_target(&self, target: SocketAddr) {
+        *self.target.lock().unwrap_or_else(PoisonError::into_inner) = target;
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(());
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, target: Arc<Mutex<SocketAddr>>, mode: watch::Receiver<Mode>) {
+    loop {
+        let Ok((client, _)) = listener.accept().await else { continue };
+        let target = *target.lock().unwrap_or_else(PoisonError::into_inner);
+        tokio::spawn(connection(client, target, mode.clone()));
+    }
+}
+
+/// Which way bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Up,
+    Down,
+}
+
+async fn connection(client: TcpStream, target: SocketAddr, mode: watch::Receiver<Mode>) {
+    if *mode.borrow() == Mode::Refuse {
+        return reset(&client);
+    }
+    let Ok(server) = TcpStream::connect(target).await else { return reset(&client) };
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+    let (mut from_client, mut to_client) = client.into_split();
+    let (mut from_server, mut to_server) = server.into_split();
+    let ended = tokio::select! {
+        ended = pump(&mut from_client, &mut to_server, Way::Up, mode.clone()) => ended,
+        ended = pump(&mut from_server, &mut to_client, Way::Down, mode.clone()) => ended,
+        () = refused(mode.clone()) => Ended::Reset,
+    };
+    if ended == Ended::Reset
+        && let Ok(client) = from_client.reunite(to_client)
+    {
+        reset(&client);
+    }
+}
+
+/// Closes with a RST instead of a FIN as soon as the socket is dropped.
+fn reset(socket: &TcpStream) {
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    let _ = setsockopt(socket, sockopt::Linger, &linger);
+}
+
+async fn refused(mut mode: watch::Receiver<Mode>) {
+    if mode.wait_for(|mode| *mode == Mode::Refuse).await.is_err() {
+        std::future::pending().await
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Ended {
+    Closed,
+    Reset,
+}
+
+async fn pump(
+    from: &mut (impl tokio::io::AsyncRead + Unpin),
+    to: &mut (impl tokio::io::AsyncWrite + Unpin),
+    way: Way,
+    mut mode: watch::Receiver<Mode>,
+) -> Ended {
+    let mut buffer = vec![0; 16 << 10];
+    let mut carried = 0_u64;
+    loop {
+        let bytes = match from.read(&mut buffer).await {
+            Ok(0) | Err(_) => return Ended::Closed,
+            Ok(bytes) => bytes,
+        };
+        let current = *mode.borrow();
+        let mut passed = bytes;
+        let mut end = None;
+        match (current, way) {
+            (Mode::Latency(time), Way::Down) => tokio::time::sleep(time).await,
+            (Mode::Throttle(a_second), _) => {
+                tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / a_second.max(1) as f64)).await;
+            }
+            (Mode::ResetAfter(most), Way::Down) | (Mode::ResetUploadAfter(most), Way::Up)
+                if carried + bytes as u64 > most =>
+            {
+                passed = usize::try_from(most.saturating_sub(carried)).unwrap_or(0);
+                end = Some(Ended::Reset);
+            }
+            (Mode::CloseAfter(most), Way::Down) if carried + bytes as u64 > most => {
+                passed = usize::try_from(most.saturating_sub(carried)).unwrap_or(0);
+                end = Some(Ended::Closed);
+            }
+            (Mode::BlackHole, _) => {
+                // What was swallowed stays lost: the connection cannot be used any more.
+                let _ = mode.wait_for(|mode| *mode != Mode::BlackHole).await;
+                return Ended::Reset;
+            }
+            _ => {}
+        }
+        if to.write_all(&buffer[..passed]).await.is_err() {
+            return Ended::Closed;
+        }
+        carried += passed as u64;
+        if let Some(end) = end {
+            return end;
+        }
+    }
+}
