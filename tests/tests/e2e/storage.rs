@@ -41,7 +41,9 @@ async fn a_folder_conforms() {
 async fn s3_conforms() {
     let server = S3Server::start();
     conformance::run(storage::open(&server.config("")).unwrap().as_ref()).await;
-    conformance::run(storage::open(&server.config("some/prefix")).unwrap().as_ref()).await;
+    let storage = storage::open(&server.config("some/prefix")).unwrap();
+    conformance::run(storage.as_ref()).await;
+    conformance::byte_order_across_folders(storage.as_ref()).await;
     assert_eq!(server.open_uploads(), 0, "no upload is left open");
     assert!(server.objects().keys().any(|key| key.starts_with("some/prefix/conformance/")));
 }
@@ -115,7 +117,8 @@ async fn absent_is_said_only_for_exactly_that_answer() {
         (None, Expected::Absent),
         (Some(Fault::S3(404, "NoSuchKey")), Expected::Absent),
         (Some(Fault::S3(404, "NoSuchBucket")), Expected::Missing),
-        (Some(Fault::S3(404, "NotFound")), Expected::Invalid),
+        (Some(Fault::S3(404, "NotFound")), Expected::Unavailable),
+        (Some(Fault::S3(404, "NoSuchVersion")), Expected::Invalid),
         (Some(Fault::Proxy(404)), Expected::Unavailable),
         (Some(Fault::Bare(404)), Expected::Unavailable),
         (Some(Fault::DeleteMarker), Expected::Missing),

@@ -148,5 +148,6 @@ mod tests {
     #[tokio::test]
     async fn it_conforms() {
         crate::storage::conformance::run(&MemoryStorage::new()).await;
+        crate::storage::conformance::byte_order_across_folders(&MemoryStorage::new()).await;
     }
 }

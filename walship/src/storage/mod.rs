@@ -306,6 +306,10 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// `page` is a key, not a token: a former page's `next` (which is the last key of that page), or
     /// any text at all, whether such a key exists or not (S3: `start-after`). So "is anything stored
     /// after this one?" is a single request.
+    ///
+    /// Some S3 stores keep folders and sort name by name (SeaweedFS: `a/b` before `a.b`). There a page
+    /// is sorted, and paging leaves nothing out, but "after" is meant in the store's own order. Where
+    /// no folder's name is the beginning of a file's beside it, the two orders are the same.
     async fn list(&self, prefix: &str, page: Option<&str>) -> Result<ListPage>;
 
     /// Removes an object; success also when it is not there. Tidying only: nothing relies on it.
@@ -342,7 +346,7 @@ pub trait Upload: Send {
     async fn abort(self: Box<Self>);
 }
 
-/// Returns every object under `prefix`, all pages.
+/// Returns every object under `prefix`, all pages, in byte order of keys.
 ///
 /// # Errors
 /// [`Error::Invalid`] when there are more than `max_objects`.
@@ -361,7 +365,10 @@ pub async fn list_all(storage: &dyn Storage, prefix: &str, max_objects: usize) -
         }
         match listed.next {
             Some(next) => page = Some(next),
-            None => return Ok(objects),
+            None => {
+                objects.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+                return Ok(objects);
+            }
         }
     }
 }

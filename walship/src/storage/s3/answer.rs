@@ -44,7 +44,11 @@ impl Answer {
         };
         let status = service.raw().status().as_u16();
         let deleted = service.raw().headers().get("x-amz-delete-marker") == Some("true");
-        let code = service.err().code().unwrap_or_default().to_owned();
+        let code = match service.err().code().unwrap_or_default() {
+            // The SDK's own word for a 404 without a body.
+            "NotFound" => String::new(),
+            code => code.to_owned(),
+        };
         let message = service.err().message().unwrap_or_default();
         let text = format!("the store answered {}", sentence(status, &code, message));
         match (status, code.as_str()) {

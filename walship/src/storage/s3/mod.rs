@@ -31,6 +31,9 @@ use upload::S3Upload;
 /// How many objects a page of a listing holds.
 const PAGE_OBJECTS: i32 = 1000;
 
+/// More than any object holds (S3: 5 TiB, others up to 50).
+const OBJECT_BYTES_MAX: u64 = 1 << 47;
+
 /// What opens an [`S3Storage`].
 #[derive(Debug, Clone)]
 pub struct S3Options {
@@ -156,7 +159,7 @@ impl S3Storage {
         let mut request =
             self.client().await?.get_object().bucket(self.bucket()).key(self.full(key.as_str()));
         if let Some((offset, length)) = range {
-            request = request.range(format!("bytes={offset}-{}", offset.saturating_add(length - 1)));
+            request = request.range(format!("bytes={offset}-{}", offset + length - 1));
         }
         // Set beside the SDK, so that the sum is checked here: the SDK's own check has no error of its own.
         let request = request.customize().mutate_request(|request| {
@@ -266,9 +269,9 @@ impl S3Storage {
                     self.location()
                 )));
             };
-            if last.is_some_and(|last| last >= key) {
+            if last.is_some_and(|last| last >= key && by_folder(last) >= by_folder(key)) {
                 return Err(Error::invalid(format!(
-                    "the store at {} does not list keys in byte order: it cannot hold a repository",
+                    "the store at {} lists keys in no order: it cannot hold a repository",
                     self.location()
                 )));
             }
@@ -288,6 +291,7 @@ impl S3Storage {
             Some(true) => last.map(str::to_owned),
             _ => None,
         };
+        objects.sort_unstable_by(|a, b| a.key.cmp(&b.key));
         Ok(ListPage { objects, next })
     }
 }
@@ -324,8 +328,9 @@ impl Storage for S3Storage {
     }
 
     async fn get_range(&self, key: &ObjectKey, offset: u64, length: u64) -> Result<Option<Bytes>> {
-        // S3 knows no empty range: one byte tells whether the object is there.
-        let asked = length.max(1);
+        // S3 knows no empty range: one byte tells whether the object is there. Numbers that no
+        // object reaches are not sent: a store that cannot read them may answer "past the end".
+        let (offset, asked) = (offset.min(OBJECT_BYTES_MAX), length.clamp(1, OBJECT_BYTES_MAX));
         let got = retried(self.inner.options.limits, length.min(1 << 30), self.doing("reading", key), |_| {
             self.get_once(key, Some((offset, asked)), asked)
         })
@@ -433,6 +438,12 @@ async fn feed(upload: &mut S3Upload, body: Arc<PutBody>) -> Result<()> {
         upload.write(piece).await?;
     }
     reader.await.map_err(|error| Error::local_io(format!("a worker thread ended early: {error}")))?
+}
+
+/// What sorts a key as stores do that keep folders (SeaweedFS): name by name, so that `a/b` comes
+/// before `a.b`.
+fn by_folder(key: &str) -> Vec<&str> {
+    key.split('/').collect()
 }
 
 /// The CRC32 of `bytes` as S3's headers spell it.
