@@ -44,6 +44,7 @@ async fn s3_conforms() {
     let storage = storage::open(&server.config("some/prefix")).unwrap();
     conformance::run(storage.as_ref()).await;
     conformance::byte_order_across_folders(storage.as_ref()).await;
+    conformance::one_upload_wins(storage.as_ref()).await;
     assert_eq!(server.open_uploads(), 0, "no upload is left open");
     assert!(server.objects().keys().any(|key| key.starts_with("some/prefix/conformance/")));
 }
@@ -65,14 +66,15 @@ async fn the_probe_passes_sound_stores_and_finds_others() {
     let storage = storage::open(&server.config("p")).unwrap();
     let broken = async || -> Vec<Promise> {
         let report = probe(storage.as_ref()).await.unwrap();
-        assert_eq!(report.findings.len(), 4);
+        assert_eq!(report.findings.len(), 5);
         assert_eq!(report.verdict().is_ok(), report.is_safe());
         report.findings.iter().filter(|f| f.broken.is_some()).map(|f| f.promise).collect()
     };
     assert_eq!(broken().await, []);
     assert!(server.objects().is_empty() && server.open_uploads() == 0, "probe objects are tidied away");
     server.set_conditional_writes(ConditionalWrites::Ignored);
-    assert_eq!(broken().await, [Promise::OneWriterWins, Promise::OneUploadWins]);
+    let all = [Promise::OneWriterWins, Promise::UploadsAreConditional, Promise::OneUploadWins];
+    assert_eq!(broken().await, all);
     server.set_conditional_writes(ConditionalWrites::Raced);
     assert_eq!(broken().await, [Promise::OneWriterWins, Promise::OneUploadWins]);
     server.heal();
@@ -217,7 +219,7 @@ async fn transient_answers_are_tried_again() {
 async fn a_conflict_of_multipart_uploads_starts_anew() {
     let server = S3Server::start();
     let storage = storage::open(&server.config("")).unwrap();
-    let body = Bytes::from(vec![7; 40 << 20]);
+    let body = Bytes::from(vec![7; 65 << 20]);
     let mut conflicts = 1;
     server.set_faults(move |seen| {
         let completes = seen.method == "POST" && seen.query.contains("uploadId");

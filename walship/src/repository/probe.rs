@@ -37,10 +37,22 @@ pub enum Promise {
     AbsentIsSaid,
     /// Of many conditional writes to one key at once exactly one succeeds, and its content is what is read.
     OneWriterWins,
-    /// The same when uploads in parts are completed.
+    /// An upload in parts to a taken key changes nothing.
+    UploadsAreConditional,
+    /// Of several uploads in parts that are completed at once exactly one succeeds.
     OneUploadWins,
     /// Content that does not match its checksum is refused.
     WrongChecksumIsRefused,
+}
+
+impl Promise {
+    /// Returns whether a store that breaks it is refused.
+    ///
+    /// Uploads that race do not refuse a store (SeaweedFS 4.48 lets two win at times): what is
+    /// stored in parts are backups, whose keys hold random ids, and WAL files above 64 MiB.
+    pub fn is_essential(self) -> bool {
+        self != Self::OneUploadWins
+    }
 }
 
 impl fmt::Display for Promise {
@@ -48,6 +60,7 @@ impl fmt::Display for Promise {
         f.write_str(match self {
             Self::AbsentIsSaid => "a key that was never written is absent",
             Self::OneWriterWins => "one of many conditional writes wins",
+            Self::UploadsAreConditional => "a conditional multipart completion leaves a taken key alone",
             Self::OneUploadWins => "one of many conditional multipart completions wins",
             Self::WrongChecksumIsRefused => "content with a wrong checksum is refused",
         })
@@ -64,9 +77,19 @@ pub struct ProbeReport {
 }
 
 impl ProbeReport {
-    /// Returns whether every promise was kept.
+    /// Returns whether every essential promise was kept.
     pub fn is_safe(&self) -> bool {
-        self.findings.iter().all(|finding| finding.broken.is_none())
+        self.broken(true).is_empty()
+    }
+
+    /// Returns what was seen of promises that are broken and do not refuse the store: worth a warning.
+    pub fn cautions(&self) -> Vec<String> {
+        self.broken(false)
+    }
+
+    fn broken(&self, essential: bool) -> Vec<String> {
+        let these = self.findings.iter().filter(|finding| finding.promise.is_essential() == essential);
+        these.filter_map(|f| Some(format!("{}: {}", f.promise, f.broken.as_ref()?))).collect()
     }
 
     /// Returns nothing when the store is safe, else the error that refuses it.
@@ -74,11 +97,7 @@ impl ProbeReport {
     /// # Errors
     /// [`Error::Invalid`] with everything that was seen.
     pub fn verdict(&self) -> Result<()> {
-        let broken: Vec<String> = self
-            .findings
-            .iter()
-            .filter_map(|finding| Some(format!("{}: {}", finding.promise, finding.broken.as_ref()?)))
-            .collect();
+        let broken = self.broken(true);
         if broken.is_empty() {
             return Ok(());
         }
@@ -103,7 +122,7 @@ impl ProbeReport {
 pub async fn probe(storage: &dyn Storage) -> Result<ProbeReport> {
     let mut findings = vec![absent_is_said(storage).await?, one_writer_wins(storage).await?];
     if let Some(store) = storage.probe() {
-        findings.push(one_upload_wins(storage, store).await?);
+        findings.extend(uploads(storage, store).await?);
         findings.push(wrong_checksum_is_refused(storage, store).await?);
     }
     Ok(ProbeReport { location: storage.location(), findings })
@@ -135,7 +154,7 @@ async fn one_writer_wins(storage: &dyn Storage) -> Result<Finding> {
     Ok(Finding { promise: Promise::OneWriterWins, broken: broken? })
 }
 
-async fn one_upload_wins(storage: &dyn Storage, store: &dyn StoreProbe) -> Result<Finding> {
+async fn uploads(storage: &dyn Storage, store: &dyn StoreProbe) -> Result<[Finding; 2]> {
     let key = random_key()?;
     let bodies: Vec<Bytes> = (0..UPLOADS).map(body).collect();
     let mut uploads = Vec::new();
@@ -150,16 +169,19 @@ async fn one_upload_wins(storage: &dyn Storage, store: &dyn StoreProbe) -> Resul
         Err(error) if error.is_transient() => Ok(PutOutcome::Exists),
         outcome => outcome,
     });
-    let mut outcomes: Vec<_> = outcomes.collect();
-    // Racing is not all: a store may also forget the condition when it has all the time in the world.
-    let (late, mut bodies) = (body(UPLOADS), bodies);
-    let mut upload = store.start_multipart(&key).await?;
-    upload.write(late.clone()).await?;
-    outcomes.push(upload.finish().await);
-    bodies.push(late);
-    let broken = judged(storage, &key, &bodies, outcomes).await;
+    let raced = judged(storage, &key, &bodies, outcomes.collect()).await?;
+    let before = storage.get(&key, 1 << 20).await?;
+    let mut late = store.start_multipart(&key).await?;
+    late.write(body(UPLOADS)).await?;
+    let outcome = late.finish().await?;
+    let kept = before == storage.get(&key, 1 << 20).await?;
     tidy(storage, &key).await;
-    Ok(Finding { promise: Promise::OneUploadWins, broken: broken? })
+    let overwritten =
+        (outcome == PutOutcome::Stored || !kept).then(|| "an upload replaced what was there".to_owned());
+    Ok([
+        Finding { promise: Promise::UploadsAreConditional, broken: overwritten },
+        Finding { promise: Promise::OneUploadWins, broken: raced },
+    ])
 }
 
 async fn wrong_checksum_is_refused(storage: &dyn Storage, store: &dyn StoreProbe) -> Result<Finding> {

@@ -149,5 +149,6 @@ mod tests {
     async fn it_conforms() {
         crate::storage::conformance::run(&MemoryStorage::new()).await;
         crate::storage::conformance::byte_order_across_folders(&MemoryStorage::new()).await;
+        crate::storage::conformance::one_upload_wins(&MemoryStorage::new()).await;
     }
 }

@@ -280,6 +280,7 @@ mod tests {
         let storage = FsStorage::create_root(&root).unwrap();
         crate::storage::conformance::run(&storage).await;
         crate::storage::conformance::byte_order_across_folders(&storage).await;
+        crate::storage::conformance::one_upload_wins(&storage).await;
         let left = std::fs::read_dir(root.join(TMP)).unwrap().count();
         assert_eq!(left, 0, "no temporary is left behind");
     }

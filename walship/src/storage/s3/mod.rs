@@ -31,6 +31,9 @@ use upload::S3Upload;
 /// How many objects a page of a listing holds.
 const PAGE_OBJECTS: i32 = 1000;
 
+/// What is longer is stored in parts: an attempt that fails late costs one part then, not everything.
+const WHOLE_BYTES_MAX: u64 = 64 << 20;
+
 /// More than any object holds (S3: 5 TiB, others up to 50).
 const OBJECT_BYTES_MAX: u64 = 1 << 47;
 
@@ -304,7 +307,7 @@ impl Storage for S3Storage {
 
     async fn put_if_absent(&self, key: &ObjectKey, body: PutBody) -> Result<PutOutcome> {
         let options = &self.inner.options;
-        if body.len() > 4 * options.part_bytes as u64 {
+        if body.len() > WHOLE_BYTES_MAX {
             return self.put_in_parts(key, body).await;
         }
         let bytes = body.read().await?;
