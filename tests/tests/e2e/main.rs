@@ -6,6 +6,6 @@
 mod backup;
 mod harness;
 mod replication;
-mod waldump_oracle;
 mod storage;
 mod storage_folder;
+mod waldump_oracle;
