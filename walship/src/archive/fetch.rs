@@ -302,25 +302,37 @@ impl Request<'_> {
     }
 }
 
-/// Fails when something behind the segment is stored on its timeline.
+/// Fails when WAL behind the segment is known: stored on its own timeline, or by the history of a
+/// timeline that left this one in a later segment.
 async fn check_no_hole(segment: SegmentName, lineage: &LineageRepository) -> Result<()> {
     let name = WalFileName::Segment(segment);
-    let Some(later) = lineage.anything_after(name).await? else { return Ok(()) };
     let size = lineage.lineage().segment_size;
-    // Before a timeline begins, its segments belong to its parent.
-    if segment.timeline != TimelineId::FIRST
-        && let Some(begin) = lineage.history(segment.timeline).await?.and_then(|history| history.begin_lsn())
-        && segment.number(size) < SegmentName::containing(segment.timeline, begin, size).number(size)
-    {
-        return Ok(());
-    }
+    let proof = match lineage.anything_after(name).await? {
+        Some(later) => {
+            // Before a timeline begins, its segments belong to its parent.
+            if segment.timeline != TimelineId::FIRST
+                && let Some(begin) =
+                    lineage.history(segment.timeline).await?.and_then(|history| history.begin_lsn())
+                && segment.number(size) < SegmentName::containing(segment.timeline, begin, size).number(size)
+            {
+                return Ok(());
+            }
+            format!("{later} is")
+        }
+        None => match left_behind(segment, lineage).await? {
+            Some(descendant) => {
+                format!("timeline {descendant} left timeline {} only behind it", segment.timeline)
+            }
+            None => return Ok(()),
+        },
+    };
     let aside = lineage.incomplete_of(segment).await?;
     let aside = match aside.first() {
         Some(incomplete) => format!(" (an incomplete file of that name was kept apart as {incomplete})"),
         None => String::new(),
     };
     Err(Error::missing(format!(
-        "segment {segment} is not in {}, but {later} is: a hole, not the end of the archive{aside}",
+        "segment {segment} is not in {}, but {proof}: a hole, not the end of the archive{aside}",
         lineage.location()
     ))
     .with_safe("recovery was not ended early; nothing was promoted")
@@ -328,6 +340,16 @@ async fn check_no_hole(segment: SegmentName, lineage: &LineageRepository) -> Res
         "Look for {segment} in the pg_wal of the old primary or a standby and push it with `walship wal push`; \
          `pitr info` shows which moments can be reached without it."
     )))
+}
+
+/// Returns a timeline that left the segment's own in a later segment: the parent had WAL up to there.
+async fn left_behind(segment: SegmentName, lineage: &LineageRepository) -> Result<Option<TimelineId>> {
+    let size = lineage.lineage().segment_size;
+    let histories = lineage.histories_above(segment.timeline).await?;
+    let behind = |switch| SegmentName::containing(segment.timeline, switch, size) > segment;
+    let descendant =
+        histories.iter().find(|history| history.switch_lsn_of(segment.timeline).is_some_and(behind));
+    Ok(descendant.map(|history| history.timeline))
 }
 
 /// Checks a decoded file once more against what it is delivered as.

@@ -171,6 +171,11 @@ impl LineageLayout {
         format!("{}/wal/{}.history~", self.base, timeline.hex())
     }
 
+    /// A text that sorts after all that is stored of a timeline, and before everything of later ones.
+    pub(super) fn after_timeline(&self, timeline: TimelineId) -> String {
+        format!("{}/wal/{}/~", self.base, timeline.hex())
+    }
+
     /// Reads a key back; `None` for anything that this format does not name.
     pub(super) fn parse_wal(&self, key: &ObjectKey) -> Option<WalKey> {
         let rest = key.as_str().strip_prefix(&self.base)?.strip_prefix("/wal/")?;
@@ -367,6 +372,8 @@ mod tests {
         assert!(own.as_str() > mark.as_str());
         let older = layout.segment("00000001FFFFFFFF00000001".parse().unwrap()).unwrap();
         assert!(older.as_str() < mark.as_str());
+        let end = layout.after_timeline(TimelineId::FIRST);
+        assert!(older.as_str() < end.as_str() && end.as_str() < history.as_str());
     }
 
     #[test]

@@ -143,6 +143,35 @@ impl LineageRepository {
         Ok(page.objects.first().map(|meta| self.shown(&meta.key)))
     }
 
+    /// Returns the stored histories of all timelines above `timeline`, in ascending order. One request
+    /// for each timeline and one for its history file.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when one of them cannot be read.
+    pub async fn histories_above(&self, timeline: TimelineId) -> Result<Vec<TimelineHistory>> {
+        let mut histories = Vec::new();
+        let mut behind = timeline;
+        loop {
+            let mark = self.layout.after_timeline(behind);
+            let page = self.storage.list(&self.layout.wal_prefix(), Some(&mark)).await?;
+            let Some(next) =
+                page.objects.iter().find_map(|meta| Some(self.layout.parse_wal(&meta.key)?.name.timeline()))
+            else {
+                match page.next {
+                    Some(_) if !page.objects.is_empty() => {
+                        return Err(Error::invalid(format!(
+                            "{} holds a page of foreign objects behind timeline {behind}",
+                            self.location()
+                        )));
+                    }
+                    _ => return Ok(histories),
+                }
+            };
+            histories.extend(self.history(next).await?);
+            behind = next;
+        }
+    }
+
     /// Returns where a segment's bytes were put aside as incomplete, if they were.
     pub async fn incomplete_of(&self, name: SegmentName) -> Result<Vec<String>> {
         let prefix = self.layout.variants_prefix(name, ObjectKind::Incomplete);
