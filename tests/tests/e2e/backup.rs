@@ -18,6 +18,7 @@ use walship::replication::{ConnectOptions, Origin};
 use walship::repository::{ClusterRepository, LineageRepository, Repository, load_catalog};
 use walship::storage::fs::FsStorage;
 use walship_tests::postgres::{PgServer, PgServerBuilder, StopMode, majors, primary_major};
+use walship_tests::stage::Stage;
 use walship_tests::{process, wait};
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -307,4 +308,65 @@ fn a_backup_from_a_standby_is_complete_when_the_primary_has_switched() {
     assert!(record.from_standby);
     let catalog = place.runtime.block_on(load_catalog(&lineage)).unwrap();
     assert_eq!(catalog.backups, [record]);
+}
+
+/// The names of the records in a stage's catalog of backups.
+fn records(stage: &Stage) -> Vec<String> {
+    let folder = stage.repository_dir().join(stage.cluster()).join("0001/backups/catalog");
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[test]
+fn the_command_takes_a_backup_and_a_killed_one_leaves_no_record() {
+    let stage = Stage::folder("main");
+    let server = stage.archiving(PgServer::builder(primary_major())).start();
+    stage.ok(&mut stage.walship_on(&server, &["init"]));
+    server.psql("CREATE TABLE t AS SELECT g, repeat(md5(g::text), 8) AS t FROM generate_series(1, 100000) g");
+
+    // Killed at several moments: before, amid and after the data. The rate makes it last.
+    let mut begun = 0;
+    for pause_ms in [50, 150, 400, 800, 1500] {
+        let mut command = stage.walship_on(&server, &["backup", "--max-rate", "10M"]);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(pause_ms));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        begun += 1;
+        assert_eq!(records(&stage), Vec::<String>::new(), "after {pause_ms} ms");
+    }
+    let backups = stage.repository_dir().join("main/0001/backups");
+    let left: Vec<_> = fs::read_dir(&backups).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(!left.is_empty() && left.len() <= begun, "{left:?}");
+    wait::until("the killed sessions' slots are gone", || {
+        server.psql("SELECT count(*) FROM pg_replication_slots") == "0"
+    });
+
+    let output = stage.run(&mut stage.walship_on(&server, &["backup", "--label", "nightly", "--json"]));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    assert!(errors.contains("starts at"), "{errors}");
+    let record: BackupRecord = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(record.label, "nightly");
+    assert_eq!(records(&stage).len(), 1);
+
+    // By argument, with a password: refused without repeating it.
+    let output = stage.run(&mut stage.walship(&["backup", "postgresql://postgres:hunter2@127.0.0.1/"]));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(
+        errors.contains("password") && errors.contains(".pgpass") && !errors.contains("hunter2"),
+        "{errors}"
+    );
+    assert_eq!(stage.run(&mut stage.walship(&["backup", "--max-rate", "5"])).status.code(), Some(2));
+
+    // Without a server: an error, and nothing changes.
+    let port = server.port();
+    drop(server);
+    let uri = format!("host=127.0.0.1 port={port} user=postgres");
+    let output = stage.run(&mut stage.walship(&["backup", &uri]));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot be reached"));
+    assert_eq!(records(&stage).len(), 1);
 }

@@ -176,7 +176,10 @@ mod tests {
         *header.as_bytes()
     }
 
-    fn split(bytes: &[u8], piece: usize) -> Result<(Vec<(Member, Vec<u8>)>, Vec<u8>), ParseError> {
+    /// The members with their content, and the stream as it was handed on.
+    type Split = (Vec<(Member, Vec<u8>)>, Vec<u8>);
+
+    fn split(bytes: &[u8], piece: usize) -> Result<Split, ParseError> {
         let mut splitter = Splitter::new();
         let (mut members, mut whole) = (Vec::new(), Vec::new());
         for chunk in bytes.chunks(piece) {

@@ -1,5 +1,6 @@
 //! Words in, words out: arguments to calls, reports to text or JSON, errors to exit statuses.
 
+mod backup;
 mod check;
 mod init;
 mod open;
@@ -37,6 +38,8 @@ struct Cli {
 enum Command {
     /// Create the repository and the cluster in it, and check the server's settings
     Init(init::Args),
+    /// Take a base backup into every repository
+    Backup(backup::Args),
     /// Find out what is wrong, and say how to mend it
     Check(check::Args),
     /// Push or fetch one WAL file: what archive-cmd and restore-cmd do
@@ -72,6 +75,7 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
     let overrides = &cli.overrides;
     let done = match cli.command {
         Command::Init(args) => block_on(init::run(&args, overrides)),
+        Command::Backup(args) => block_on_threads(backup::run(&args, overrides)),
         Command::Check(args) => block_on(check::run(&args, overrides)),
         Command::Wal(wal::Command::Push(args)) => block_on(wal::push(&args, overrides)),
         Command::Wal(wal::Command::Fetch(args)) => return wal::fetch(&args, overrides),
@@ -88,6 +92,18 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
 /// Runs a future to its end on this thread.
 fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::from_io("starting the runtime", error))?;
+    let result = runtime.block_on(future);
+    runtime.shutdown_background();
+    result
+}
+
+/// Runs a future that spawns tasks, on a few threads.
+fn block_on_threads<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|error| Error::from_io("starting the runtime", error))?;

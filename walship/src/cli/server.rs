@@ -50,14 +50,18 @@ pub(crate) struct Setting {
     pub(crate) applied: bool,
 }
 
+/// Returns how to reach the configured server.
+pub(crate) fn options(config: &Config) -> Result<ConnectOptions> {
+    match &config.connection {
+        Some(connection) if connection.is_argument => ConnectOptions::from_env_and_uri(&connection.text),
+        Some(connection) => ConnectOptions::from_private(&connection.text),
+        None => ConnectOptions::from_private(""),
+    }
+}
+
 /// Connects to the configured server.
 pub(crate) async fn connect(config: &Config) -> Result<Connection> {
-    let options = match &config.connection {
-        Some(connection) if connection.is_argument => ConnectOptions::from_env_and_uri(&connection.text)?,
-        Some(connection) => ConnectOptions::from_private(&connection.text)?,
-        None => ConnectOptions::from_private("")?,
-    };
-    Connection::connect(&options, SessionKind::Ordinary).await
+    Connection::connect(&options(config)?, SessionKind::Ordinary).await
 }
 
 /// Returns who the connected server is.

@@ -1,0 +1,193 @@
+//! `walship backup`.
+
+use std::io::IsTerminal as _;
+use std::time::Duration;
+
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use walship::backup::{BackupEvent, BackupOptions, server_identity, take_backup};
+use walship::catalog::BackupRecord;
+use walship::config::{Config, Overrides};
+use walship::error::Result;
+use walship::replication::{Checkpoint, ConnectOptions};
+
+use super::open::Configured;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  walship backup 'host=db1 user=replicator'
+  walship backup --label nightly --max-rate 50M postgresql://replicator@db1,db2/?target_session_attrs=prefer-standby
+
+The user needs the REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The password comes
+from ~/.pgpass or PGPASSWORD, never from the command line. The backup is complete, and counts, when its WAL is in
+the repository too: archive_command must be at work.")]
+pub(super) struct Args {
+    /// The server: a URI or keyword=value pairs [default: --connection, the configuration, PG* variables]
+    #[arg(value_name = "CONNINFO")]
+    conninfo: Vec<String>,
+    /// A name for the backup, one line
+    #[arg(long, default_value = "walship")]
+    label: String,
+    /// Checkpoint at once, or spread over minutes to spare the server
+    #[arg(long, value_enum, default_value_t = CheckpointArg::Fast)]
+    checkpoint: CheckpointArg,
+    /// At most this much a second: kilobytes, or with k or M [e.g. 50M]
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    max_rate: Option<u32>,
+    /// Seconds to wait for the last WAL to be in the repository
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    wal_timeout: u64,
+    /// zstd level
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=19))]
+    level: i32,
+    /// Print the backup's record as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum CheckpointArg {
+    Fast,
+    Spread,
+}
+
+/// Reads a rate in kilobytes a second: `1024`, `1024k`, `50M`.
+fn parse_rate(text: &str) -> std::result::Result<u32, String> {
+    let (digits, factor) = match text.strip_suffix(['M', 'm']) {
+        Some(digits) => (digits, 1024),
+        None => (text.strip_suffix(['k', 'K']).unwrap_or(text), 1),
+    };
+    digits
+        .parse::<u32>()
+        .ok()
+        .and_then(|number| number.checked_mul(factor))
+        .filter(|rate| (32..=1_048_576).contains(rate))
+        .ok_or_else(|| "not a rate from 32k to 1024M".to_owned())
+}
+
+/// Takes the backup.
+pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
+    let config = super::config(overrides)?;
+    let server = connect_options(args, &config)?;
+    let clusters = Configured::new(&config)?.open_all().await?;
+    let (identity, segment_size) = server_identity(&server).await?;
+    let mut lineages = Vec::new();
+    for cluster in &clusters {
+        lineages.push(cluster.lineage_of(identity.system_identifier, segment_size).await?);
+    }
+    let options = BackupOptions {
+        label: args.label.clone(),
+        checkpoint: match args.checkpoint {
+            CheckpointArg::Fast => Checkpoint::Fast,
+            CheckpointArg::Spread => Checkpoint::Spread,
+        },
+        max_rate_kb: args.max_rate,
+        wal_timeout: Duration::from_secs(args.wal_timeout),
+        level: args.level,
+        ..BackupOptions::default()
+    };
+    let view = View::new();
+    let taken = take_backup(&lineages, &server, &options, &|event| view.show(&event)).await;
+    view.bar.finish_and_clear();
+    let record = taken?;
+    super::print_report(&record, args.json, || text(&record))?;
+    Ok(0)
+}
+
+fn connect_options(args: &Args, config: &Config) -> Result<ConnectOptions> {
+    if !args.conninfo.is_empty() {
+        return ConnectOptions::from_env_and_uri(&args.conninfo.join(" "));
+    }
+    super::server::options(config)
+}
+
+fn text(record: &BackupRecord) -> String {
+    let took = (record.finished - record.started).to_std().unwrap_or_default();
+    format!(
+        "backup {} is complete\n  from {} to {} on timeline {}\n  {} files, {}, stored as {} in {:.1} s",
+        record.id,
+        record.start_lsn,
+        record.stop_lsn,
+        record.stop_timeline,
+        record.files,
+        HumanBytes(record.data_bytes),
+        HumanBytes(record.stored_bytes),
+        took.as_secs_f64(),
+    )
+}
+
+/// A bar on a terminal, a few lines elsewhere.
+struct View {
+    bar: ProgressBar,
+    is_terminal: bool,
+}
+
+impl View {
+    fn new() -> Self {
+        let is_terminal = std::io::stderr().is_terminal();
+        let bar = if is_terminal { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+        Self { bar, is_terminal }
+    }
+
+    fn show(&self, event: &BackupEvent) {
+        match event {
+            BackupEvent::Checkpoint => self.say("waiting for the server's checkpoint".into()),
+            BackupEvent::Started { id, start_lsn, total_bytes, .. } => {
+                let total = HumanBytes(*total_bytes);
+                if self.is_terminal {
+                    self.bar.println(format!("backup {id} starts at {start_lsn}, about {total}"));
+                    if let Ok(style) = ProgressStyle::with_template("{wide_bar} {percent:>3} %  {msg}") {
+                        self.bar.set_style(style);
+                    }
+                    self.bar.set_length(*total_bytes);
+                } else {
+                    super::say(&format!("backup {id} starts at {start_lsn}, about {total}"));
+                }
+            }
+            BackupEvent::Data(transfer) => {
+                self.bar.set_length(transfer.total_bytes.max(transfer.done_bytes));
+                self.bar.set_position(transfer.done_bytes);
+                let left =
+                    transfer.left.map(|left| format!(", {} left", HumanDuration(left))).unwrap_or_default();
+                self.bar.set_message(format!(
+                    "{} of about {}, {}/s{left}",
+                    HumanBytes(transfer.done_bytes),
+                    HumanBytes(transfer.total_bytes),
+                    HumanBytes(transfer.bytes_per_second)
+                ));
+            }
+            BackupEvent::WaitingForWal { first, segments } => self.say(match first {
+                Some(first) => format!("waiting for WAL in the repository: {first} ({segments} missing)"),
+                None => "waiting for the timeline's history file in the repository".to_owned(),
+            }),
+            BackupEvent::Warning(warning) => {
+                let line = format!("warning: {warning}");
+                if self.is_terminal { self.bar.println(line) } else { super::say(&line) }
+            }
+        }
+    }
+
+    fn say(&self, text: String) {
+        if self.is_terminal {
+            self.bar.set_message(text);
+            self.bar.tick();
+        } else {
+            super::say(&text);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_read_as_pg_basebackup_does() {
+        assert_eq!(parse_rate("1024"), Ok(1024));
+        assert_eq!(parse_rate("32k"), Ok(32));
+        assert_eq!(parse_rate("50M"), Ok(51_200));
+        for text in ["", "31", "2000M", "1G", "-5", "99999999999M"] {
+            assert!(parse_rate(text).is_err(), "{text}");
+        }
+    }
+}
