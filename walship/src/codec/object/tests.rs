@@ -194,3 +194,33 @@ proptest! {
         let _ = ObjectHead::decode(&body);
     }
 }
+
+/// The worked hexdump in docs/repository-format.md is this object, byte for byte.
+#[test]
+fn the_documented_hexdump_is_true() {
+    let plain = b"1\t0/5000000\tno recovery target specified\n";
+    let mut body = Vec::new();
+    let encoded =
+        encode_body(&mut &plain[..], plain.len() as u64, Compression::Lz4, &mut body, &mut |_| ()).unwrap();
+    let envelope = Envelope {
+        kind: ObjectKind::History,
+        name: "00000002.history".parse().unwrap(),
+        codec: Codec::Lz4,
+        segment_size: SegmentSize::DEFAULT,
+        system_identifier: 0,
+        plain_bytes: encoded.plain_bytes,
+        body_bytes: encoded.body_bytes,
+        body_crc: encoded.body_crc,
+        digest: encoded.digest,
+    };
+    let mut object = ObjectHead::encode(&envelope, None).unwrap();
+    object.extend(body);
+    let line = |(number, bytes): (usize, &[u8])| {
+        let hex: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let text = bytes.iter().map(|byte| if (32..127).contains(byte) { char::from(*byte) } else { '.' });
+        format!("    {:08x}  {:<47}  {}\n", number * 16, hex.join(" "), text.collect::<String>())
+    };
+    let dump: String = object.chunks(16).enumerate().map(line).collect();
+    let document = include_str!("../../../../docs/repository-format.md");
+    assert!(document.contains(&dump), "docs/repository-format.md should hold:\n{dump}");
+}
