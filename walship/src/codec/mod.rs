@@ -5,6 +5,7 @@
 //! is allocated, and whatever fails a check is [`Error::Corrupt`](crate::Error::Corrupt).
 //! `docs/repository-format.md` is the specification.
 
+mod beside;
 mod compress;
 mod digest;
 mod envelope;

@@ -2,19 +2,18 @@
 
 use std::io::{self, BufRead, Read, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::error::{Error, Result};
 
+use super::beside::beside;
 use super::compress::{Compressor, Decompressor};
 use super::{Compression, Digest, Envelope};
 
 /// The longest original file that is ever stored or decoded: the largest WAL segment.
 pub const PLAIN_BYTES_MAX: u64 = 1 << 30;
-
-/// How much is read at once: large enough for BLAKE3's wide rounds, small enough to stay in cache.
-const CHUNK_BYTES: usize = 256 << 10;
 
 /// What encoding a body has found out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +50,8 @@ pub enum EncodedBody {
 
 /// Reads `source` once to its end and writes its compressed form to `sink`; `observe` sees every byte.
 ///
+/// Digest and `observe` work on a second thread beside the compressor, which takes longer than both.
+///
 /// # Errors
 /// [`Error::Mismatch`] when the source does not hold exactly `plain_bytes` bytes (a file that changes
 /// while it is read); [`Error::LocalIo`] when reading or writing fails.
@@ -59,32 +60,39 @@ pub fn encode_body(
     plain_bytes: u64,
     compression: Compression,
     sink: &mut dyn Write,
-    observe: &mut dyn FnMut(&[u8]),
+    observe: &mut (dyn FnMut(&[u8]) + Send),
 ) -> Result<Encoded> {
     let sink_failed = |error| Error::from_io("writing compressed data", error);
     let sink = Counting { inner: sink, bytes: 0, crc: crc32fast::Hasher::new() };
     let mut compressor = Compressor::new(compression, plain_bytes, sink).map_err(sink_failed)?;
     let mut hasher = blake3::Hasher::new();
-    let mut chunk = vec![0; CHUNK_BYTES];
-    let mut read_bytes = 0u64;
-    loop {
-        let filled = fill(source, &mut chunk).map_err(|error| Error::from_io("reading", error))?;
-        read_bytes += filled as u64;
-        if read_bytes > plain_bytes || (filled < chunk.len() && read_bytes < plain_bytes) {
-            return Err(Error::mismatch(format!(
-                "it was expected to hold {plain_bytes} bytes, but {} came",
-                if read_bytes > plain_bytes { "more".to_owned() } else { format!("only {read_bytes}") }
-            ))
-            .with_next("Something changes the file while it is read; find out what writes to it."));
-        }
-        let bytes = &chunk[..filled];
+    let mut watch = |bytes: &[u8]| {
         hasher.update(bytes);
         observe(bytes);
-        compressor.write_all(bytes).map_err(sink_failed)?;
-        if filled < chunk.len() {
-            break;
+    };
+    beside(plain_bytes, &mut watch, |watcher| {
+        let mut read_bytes = 0u64;
+        loop {
+            let mut chunk = watcher.buffer();
+            let buffer = Arc::make_mut(&mut chunk);
+            let filled = fill(source, buffer).map_err(|error| Error::from_io("reading", error))?;
+            read_bytes += filled as u64;
+            if read_bytes > plain_bytes || (filled < buffer.len() && read_bytes < plain_bytes) {
+                return Err(Error::mismatch(format!(
+                    "it was expected to hold {plain_bytes} bytes, but {} came",
+                    if read_bytes > plain_bytes { "more".to_owned() } else { format!("only {read_bytes}") }
+                ))
+                .with_next("Something changes the file while it is read; find out what writes to it."));
+            }
+            let last = filled < buffer.len();
+            watcher.watch(&chunk, filled);
+            compressor.write_all(&chunk[..filled]).map_err(sink_failed)?;
+            watcher.done(chunk);
+            if last {
+                return Ok(());
+            }
         }
-    }
+    })?;
     let sink = compressor.finish().map_err(sink_failed)?;
     sink.inner.flush().map_err(sink_failed)?;
     Ok(Encoded {
@@ -108,22 +116,28 @@ pub fn decode_body(envelope: &Envelope, body: &mut dyn BufRead, sink: &mut dyn W
     let mut hasher = blake3::Hasher::new();
     let mut written = 0u64;
     let mut decompressor = Decompressor::new(envelope.codec, &mut source).map_err(damaged)?;
-    let mut chunk = vec![0; CHUNK_BYTES];
-    loop {
-        let read = decompressor.read(&mut chunk).map_err(damaged)?;
-        if read == 0 {
-            break;
+    let mut digest = |bytes: &[u8]| {
+        hasher.update(bytes);
+    };
+    beside(envelope.plain_bytes, &mut digest, |watcher| {
+        loop {
+            let mut chunk = watcher.buffer();
+            let read = decompressor.read(Arc::make_mut(&mut chunk).as_mut_slice()).map_err(damaged)?;
+            if read == 0 {
+                return Ok(());
+            }
+            written += read as u64;
+            if written > envelope.plain_bytes {
+                return Err(Error::corrupt(format!(
+                    "it decodes to more than the {} bytes that its envelope declares",
+                    envelope.plain_bytes
+                )));
+            }
+            watcher.watch(&chunk, read);
+            sink.write_all(&chunk[..read]).map_err(|error| Error::from_io("writing decoded data", error))?;
+            watcher.done(chunk);
         }
-        written += read as u64;
-        if written > envelope.plain_bytes {
-            return Err(Error::corrupt(format!(
-                "it decodes to more than the {} bytes that its envelope declares",
-                envelope.plain_bytes
-            )));
-        }
-        hasher.update(&chunk[..read]);
-        sink.write_all(&chunk[..read]).map_err(|error| Error::from_io("writing decoded data", error))?;
-    }
+    })?;
     decompressor.into_source();
     if source.left != 0 {
         return Err(Error::corrupt(format!(
