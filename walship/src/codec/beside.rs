@@ -9,7 +9,7 @@ use crate::error::Result;
 
 /// How much is handed over at once: large enough for BLAKE3's wide rounds and to make a hand-over
 /// cheap, small enough to stay in cache.
-const CHUNK_BYTES: usize = 256 << 10;
+pub(super) const CHUNK_BYTES: usize = 256 << 10;
 /// How many chunks there are: one in each thread's hands and two on the way, to even out both.
 const CHUNKS: usize = 4;
 /// Below this a thread costs more than it saves.
@@ -116,7 +116,7 @@ mod tests {
                 }
                 Ok(7)
             });
-            assert_eq!(answer, Ok(7));
+            assert_eq!(answer.unwrap(), 7);
             assert_eq!(seen, (0..100u8).flat_map(|number| [number; 3]).collect::<Vec<_>>());
         }
     }

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::codec::beside::CHUNK_BYTES;
 use crate::codec::{Codec, ObjectHead, ObjectKind};
 use crate::pg::SegmentSize;
 
