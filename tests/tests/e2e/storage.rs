@@ -40,7 +40,6 @@ async fn a_folder_conforms() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s3_conforms() {
     let server = S3Server::start();
-    conformance::run(storage::open(&server.config("")).unwrap().as_ref()).await;
     let storage = storage::open(&server.config("some/prefix")).unwrap();
     conformance::run(storage.as_ref()).await;
     conformance::byte_order_across_folders(storage.as_ref()).await;

@@ -2,7 +2,7 @@
 //!
 //! Every write is conditional (`If-None-Match: *`) and carries a CRC32 that the store checks.
 //! "Not there" is said only for the error code `NoSuchKey`: a missing bucket, a proxy's page, a
-//! refused request and a delete marker are errors (see [`answer`]). The SDK's own retries are off:
+//! refused request and a delete marker are errors (see `answer`). The SDK's own retries are off:
 //! [`super::retry`] is the one place that tries again.
 
 mod answer;
