@@ -50,7 +50,9 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         }
     }
     for repository in &config.repositories {
-        if let Err(error) = check_repository(repository, &name, identity.as_ref(), &mut findings).await {
+        if let Err(error) =
+            check_repository(repository, &config, &name, identity.as_ref(), &mut findings).await
+        {
             findings.failed(&error);
         }
     }
@@ -116,6 +118,7 @@ async fn check_archiver(connection: &mut Connection, findings: &mut Findings) ->
 
 async fn check_repository(
     config: &StorageConfig,
+    whole: &Config,
     name: &ClusterName,
     server: Option<&Identity>,
     findings: &mut Findings,
@@ -124,6 +127,10 @@ async fn check_repository(
     let location = storage.location();
     let cluster = ClusterRepository::open(storage, name).await?;
     findings.good(format!("{location} holds cluster \"{name}\""));
+    for warning in super::open::probe(&**cluster.storage(), whole.accept_unsafe_store).await? {
+        findings.add(Weight::Advice, format!("{location}: {warning}"), None);
+    }
+    findings.good(format!("{location} was tried: conditional writes, checksums, what is absent"));
     let lineage = match server {
         Some(server) => cluster.lineage_of(server.system_identifier, server.segment_size).await?,
         None => cluster.newest_lineage().await?,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use walship::config::Overrides;
+use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
 use walship::repository::{ClusterName, ClusterRepository, LineageRepository, Repository};
 use walship::storage::{self, StorageConfig};
@@ -49,6 +49,8 @@ struct RepositoryReport {
     lineage: u32,
     /// Whether this call has registered the lineage.
     registered: bool,
+    /// What the store does less well than it could.
+    warnings: Vec<String>,
 }
 
 pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
@@ -66,7 +68,7 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
     let now = Utc::now();
     let mut repositories = Vec::new();
     for repository in &config.repositories {
-        repositories.push(init_one(repository, &name, &identity, args.new_lineage, now).await?);
+        repositories.push(init_one(repository, &config, &name, &identity, args.new_lineage, now).await?);
     }
     let mut settings = Vec::new();
     if let Some(connection) = &mut connection {
@@ -82,15 +84,22 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
 
 async fn init_one(
     config: &StorageConfig,
+    whole: &Config,
     name: &ClusterName,
     server: &Identity,
     new_lineage: bool,
     now: DateTime<Utc>,
 ) -> Result<RepositoryReport> {
     let storage = storage::create_root(config)?;
+    let warnings = super::open::probe(&*storage, whole.accept_unsafe_store).await?;
     let cluster = Repository::create(storage, now).await?.create_cluster(name, now).await?;
     let (lineage, registered) = lineage(&cluster, server, new_lineage, now).await?;
-    Ok(RepositoryReport { location: lineage.location(), lineage: lineage.lineage().number, registered })
+    Ok(RepositoryReport {
+        location: lineage.location(),
+        lineage: lineage.lineage().number,
+        registered,
+        warnings,
+    })
 }
 
 /// Returns the server's lineage and whether it was registered now.
@@ -125,6 +134,9 @@ fn text(report: &Report, connected: bool) -> String {
     for repository in &report.repositories {
         let done = if repository.registered { "ready, newly registered" } else { "ready, known already" };
         text += &format!("{}: {done}\n", repository.location);
+        for warning in &repository.warnings {
+            text += &format!("  warning: {warning}\n");
+        }
     }
     if connected {
         text += "settings of the server:\n";

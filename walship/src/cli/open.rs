@@ -33,3 +33,17 @@ impl OpenClusters for Configured<'_> {
         futures_util::future::join_all(open).await
     }
 }
+
+/// Tries a store out and returns what is worth a warning.
+///
+/// # Errors
+/// The verdict on a store that breaks an essential promise, unless `accept_unsafe`: then it is a warning.
+pub(crate) async fn probe(storage: &dyn storage::Storage, accept_unsafe: bool) -> Result<Vec<String>> {
+    let report = walship::repository::probe::probe(storage).await?;
+    let mut warnings = report.cautions();
+    match report.verdict() {
+        Err(error) if accept_unsafe => warnings.push(format!("{error}; accepted by accept_unsafe_store")),
+        verdict => verdict?,
+    }
+    Ok(warnings)
+}
