@@ -204,7 +204,7 @@ fn a_backup_with_tablespaces_is_verified_by_stock_tools_and_starts() {
         assert_eq!(server.psql("SELECT count(*) FROM pg_replication_slots"), "0");
 
         let catalog = place.runtime.block_on(load_catalog(&lineage)).unwrap();
-        assert_eq!(catalog.backups, [record.clone()]);
+        assert_eq!(catalog.backups, std::slice::from_ref(&record));
         assert!(catalog.unfinished_backups.is_empty());
         let last = walship::pg::SegmentName::containing(
             record.stop_timeline,

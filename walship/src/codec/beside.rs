@@ -54,14 +54,17 @@ pub(super) fn beside<T>(
     })
 }
 
+/// Sees every byte that is read, in order.
+type Watch<'a> = &'a mut (dyn FnMut(&[u8]) + Send);
+
 /// Where the bytes go that are to be watched.
 pub(super) enum Watcher<'a> {
-    Here { watch: RefCell<&'a mut (dyn FnMut(&[u8]) + Send)>, spare: Cell<Option<Chunk>> },
+    Here { watch: RefCell<Watch<'a>>, spare: Cell<Option<Chunk>> },
     Beside { read_in: SyncSender<(Chunk, usize)>, free: Receiver<Chunk> },
 }
 
 impl<'a> Watcher<'a> {
-    fn here(watch: &'a mut (dyn FnMut(&[u8]) + Send)) -> Self {
+    fn here(watch: Watch<'a>) -> Self {
         Self::Here { watch: RefCell::new(watch), spare: Cell::new(None) }
     }
 
