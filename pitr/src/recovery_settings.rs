@@ -133,6 +133,10 @@ pub fn settings(
         settings.push(("hot_standby", "on".to_owned()));
     }
     settings.push(("restore_command", options.restore_command.clone()));
+    if plan.gap_behind.is_some() && plan.backup.server_version >= 150_000 {
+        // Reading ahead would ask for the missing segment, and that stops recovery short of the target.
+        settings.push(("recovery_prefetch", "off".to_owned()));
+    }
     settings.push(("recovery_min_apply_delay", "0".to_owned()));
     for name in [
         "archive_cleanup_command",

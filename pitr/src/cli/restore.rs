@@ -30,8 +30,9 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     let target = args.target.target()?;
-    let options = options(args)?;
+    let program = restore_cmd(args.restore_cmd.as_deref())?;
     let source = Source::open(&args.source).await?;
+    let options = options(args, &program, source.catalog.lineage.number)?;
     let plan_options = PlanOptions { backup: args.target.backup.clone() };
     let plan = match make_plan(&source.repository, &source.catalog, &target, &plan_options).await? {
         Planned::Plan(plan) => plan,
@@ -69,7 +70,7 @@ fn unreachable_end() -> Result<RestoreReport> {
     Err(Error::local_io("the progress display ended before the restore"))
 }
 
-fn options(args: &RestoreArgs) -> Result<RestoreOptions> {
+fn options(args: &RestoreArgs, program: &str, lineage: u32) -> Result<RestoreOptions> {
     let restore_as = RestoreAs::from(args.restore_as);
     let action = args.target_action.map_or(
         match restore_as {
@@ -78,8 +79,7 @@ fn options(args: &RestoreArgs) -> Result<RestoreOptions> {
         },
         TargetAction::from,
     );
-    let program = restore_cmd(args.restore_cmd.as_deref())?;
-    let command = restore_command(&program, &restore_cmd_arguments(&args.source.overrides)?);
+    let command = restore_command(program, &restore_cmd_arguments(&args.source.overrides, lineage)?);
     Ok(RestoreOptions {
         data_dir: args.data_dir.clone(),
         tablespaces: mappings(&args.tablespace_mapping)?,

@@ -53,8 +53,9 @@ pub(super) async fn open_lineages(args: &SourceArgs) -> Result<(LineageRepositor
 
 /// Returns the arguments that lead `restore-cmd` to the same repository when PostgreSQL runs it: its
 /// environment will be the server's, so what came by flag or variable is spelled out. Secrets are not.
-pub(super) fn restore_cmd_arguments(overrides: &Overrides) -> Result<Vec<String>> {
-    let mut arguments = Vec::new();
+pub(super) fn restore_cmd_arguments(overrides: &Overrides, lineage: u32) -> Result<Vec<String>> {
+    // Pinned: a lineage that is registered later must not serve this recovery.
+    let mut arguments = vec!["--lineage".to_owned(), lineage.to_string()];
     let config = overrides.config.clone().or_else(|| env::var_os("WALSHIP_CONFIG").map(PathBuf::from));
     if let Some(config) = config {
         let path = std::path::absolute(&config)

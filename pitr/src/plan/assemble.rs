@@ -3,7 +3,7 @@
 use walship::pg::TimelineHistory;
 use walship::wal::event::{EventKind, WalEvent};
 
-use super::chain::begin_of;
+use super::chain::{ChainEnding, begin_of};
 use super::extras;
 use super::reach::{Reach, Stop, StopKind};
 use super::walk::{Seek, Walk};
@@ -62,10 +62,14 @@ pub(crate) fn assemble(
         backup_fetch_bytes: backup.stored_bytes,
         wal_segments: used.len() as u64,
         wal_fetch_bytes: used.iter().map(|step| step.stored_bytes).sum(),
-        wal_replay_bytes: stop.final_lsn.bytes_since(backup.start_lsn),
+        wal_replay_bytes: replay_bytes(&walk, last, &stop)?,
         limits: notable.limits,
         tablespace_paths: notable.tablespace_paths,
         open_prepared,
+        gap_behind: match &candidate.chain.ending {
+            ChainEnding::Gap(gap) => Some(gap.clone()),
+            ChainEnding::EndOfArchive => None,
+        },
         reasons: Vec::new(),
         warnings: Vec::new(),
         stop,
@@ -80,6 +84,16 @@ fn last_step(candidate: &Candidate<'_>, stop: &Stop) -> usize {
     let steps = &candidate.chain.steps;
     let needed = steps.partition_point(|step| step.to < stop.through_lsn);
     needed.min(steps.len().saturating_sub(1))
+}
+
+/// Returns how much WAL is replayed; what a switch left empty is not counted.
+fn replay_bytes(walk: &Walk<'_>, last: usize, stop: &Stop) -> Result<u64, Halt> {
+    let mut bytes = 0;
+    for (at, step) in walk.chain.steps.iter().enumerate().take(last + 1) {
+        let end = walk.summary(at)?.end_of_wal.min(step.to).min(stop.final_lsn);
+        bytes += end.bytes_since(step.from);
+    }
+    Ok(bytes)
 }
 
 fn parts(steps: &[ChainStep], size: walship::pg::SegmentSize) -> Vec<ChainPart> {

@@ -137,6 +137,8 @@ pub struct RestorePlan {
     /// Prepared transactions that are open at the target, as far as the WAL since the backup shows;
     /// `None` when there are too many to look for.
     pub open_prepared: Option<Vec<OpenPrepared>>,
+    /// The gap that ends the WAL behind the target; recovery must not read ahead into it.
+    pub gap_behind: Option<Gap>,
     /// Why this timeline, this backup, this stop.
     pub reasons: Vec<String>,
     /// What to know before restoring.

@@ -5,6 +5,7 @@
 //! (`recoveryStopsAfter`: inclusive LSN and xid, names). A stop before the backup's end is an error:
 //! "requested recovery stop point is before consistent recovery point".
 
+use chrono::{DateTime, Utc};
 use serde::Serialize;
 use walship::pg::Lsn;
 use walship::wal::event::{EventKind, WalEvent};
@@ -128,7 +129,12 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
             Ok(checked(stop, consistent))
         }
         TargetKind::Time { time, .. } => {
-            let past = |t: chrono::DateTime<chrono::Utc>| if inclusive { t > *time } else { t >= *time };
+            // What was committed before the redo position is in the backup whatever its time, and replay
+            // does not look at it: a backup that began after the target would silently give too much.
+            if began(&walk, candidate)?.is_some_and(|began| began > *time) {
+                return Ok(Reach::BeforeConsistency { lsn: candidate.backup.start_lsn });
+            }
+            let past = |t: DateTime<Utc>| if inclusive { t > *time } else { t >= *time };
             let found = walk.first(
                 0,
                 &Seek {
@@ -164,6 +170,25 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
             Ok(found.map_or(Reach::NotReached, |(_, event)| checked(after(event), consistent)))
         }
     }
+}
+
+/// Returns when the backup's checkpoint began, by the server's clock; commits in the backup are not
+/// later (a checkpoint's time has whole seconds, rounded down).
+fn began(walk: &Walk<'_>, candidate: &Candidate<'_>) -> Result<Option<DateTime<Utc>>, Halt> {
+    let backup = candidate.backup;
+    for (at, step) in candidate.chain.steps.iter().enumerate() {
+        if step.from >= backup.stop_lsn {
+            break;
+        }
+        let checkpoint = walk.notable(at)?.into_iter().find_map(|event| match event.kind {
+            EventKind::Checkpoint { redo, time, .. } if redo == backup.start_lsn => Some(time),
+            _ => None,
+        });
+        if checkpoint.is_some() {
+            return Ok(checkpoint);
+        }
+    }
+    Ok(None)
 }
 
 fn before(event: &WalEvent) -> Stop {

@@ -363,6 +363,33 @@ fn a_target_before_consistency_takes_an_older_backup_or_is_refused() {
 }
 
 #[test]
+fn a_backup_that_began_after_the_target_time_does_not_serve_it() {
+    let mut world = World::new();
+    world.push(tli(1), 64, commit(10, 1_000_000));
+    world.push(tli(1), 64, commit(11, 9_000_000));
+    let start = world.push(tli(1), 64, None);
+    let checkpoint = EventKind::Checkpoint {
+        redo: start,
+        time: at(10_000_000),
+        timeline: tli(1),
+        shutdown: false,
+        next_full_xid: 12,
+    };
+    world.push(tli(1), 120, Some((0, checkpoint)));
+    world.push(tli(1), 64, None);
+    let stop = world.end(tli(1));
+    world.backup("b1", tli(1), start, stop);
+    world.push(tli(1), 64, commit(12, 20_000_000));
+    world.push(tli(1), 2 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    // Transaction 11 is in the backup: a state of second 5 cannot be had from it.
+    let refusal = world.plan(&time(5_000_000)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::BeforeFirst);
+    assert_eq!(refusal.after.unwrap().options, "--immediate --backup b1");
+    assert_eq!(neighbours(&world.plan(&time(15_000_000)).unwrap()), (None, Some(12)));
+}
+
+#[test]
 fn a_gap_is_named_and_both_sides_are_offered() {
     let mut world = World::plain();
     let records = world.records[&tli(1)].clone();
