@@ -5,6 +5,7 @@
 
 mod backup;
 mod harness;
+mod main_job;
 mod replication;
 mod storage;
 mod storage_folder;
