@@ -63,7 +63,7 @@ pub enum Order {
     /// Nothing: answer with what the repository holds.
     AsStored,
     /// The server follows this newer timeline, which has no such segment: whatever lies behind the
-    /// switch point must not be delivered ([`cut_off`]).
+    /// switch point must not be delivered ([`share_of`]).
     UpToSwitch(TimelineId),
     /// A newer timeline's answer was "unknown", so this one is too, whatever is stored.
     Unknown {

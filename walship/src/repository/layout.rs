@@ -166,11 +166,6 @@ impl LineageLayout {
         format!("{}/wal/{}{name}/", self.base, folder(WalFileName::Segment(name)))
     }
 
-    /// A text that sorts after every key of this history file, and before all WAL of its timeline.
-    pub(super) fn after_history(&self, timeline: TimelineId) -> String {
-        format!("{}/wal/{}.history~", self.base, timeline.hex())
-    }
-
     /// A text that sorts after all that is stored of a timeline, and before everything of later ones.
     pub(super) fn after_timeline(&self, timeline: TimelineId) -> String {
         format!("{}/wal/{}/~", self.base, timeline.hex())
@@ -364,14 +359,8 @@ mod tests {
                 assert!(key.as_str() > mark.as_str(), "{key}");
             }
         }
-        let mark = layout.after_history(TimelineId::new(2).unwrap());
         let history = layout.history(TimelineId::new(2).unwrap()).unwrap();
-        assert!(copy_of(&history, &digest).unwrap().as_str() < mark.as_str());
-        assert!(layout.history(TimelineId::new(3).unwrap()).unwrap().as_str() > mark.as_str());
-        let own = layout.segment("000000020000000000000001".parse().unwrap()).unwrap();
-        assert!(own.as_str() > mark.as_str());
         let older = layout.segment("00000001FFFFFFFF00000001".parse().unwrap()).unwrap();
-        assert!(older.as_str() < mark.as_str());
         let end = layout.after_timeline(TimelineId::FIRST);
         assert!(older.as_str() < end.as_str() && end.as_str() < history.as_str());
     }

@@ -129,18 +129,24 @@ impl LineageRepository {
 
     /// Returns a stored object that lies behind `name` on its timeline, if there is one: any later
     /// segment, whole or not; for a history file, any WAL of its timeline and anything of later ones.
-    /// One request.
+    /// One request, for a history file up to two.
     pub async fn anything_after(&self, name: WalFileName) -> Result<Option<String>> {
-        let (prefix, mark) = match name {
+        match name {
             WalFileName::Segment(segment)
             | WalFileName::Partial(segment)
             | WalFileName::BackupHistory(segment, _) => {
-                (self.layout.timeline_prefix(segment.timeline), self.layout.after_segment(segment))
+                let prefix = self.layout.timeline_prefix(segment.timeline);
+                let page = self.storage.list(&prefix, Some(&self.layout.after_segment(segment))).await?;
+                Ok(page.objects.first().map(|meta| self.shown(&meta.key)))
             }
-            WalFileName::History(timeline) => (self.layout.wal_prefix(), self.layout.after_history(timeline)),
-        };
-        let page = self.storage.list(&prefix, Some(&mark)).await?;
-        Ok(page.objects.first().map(|meta| self.shown(&meta.key)))
+            WalFileName::History(timeline) => {
+                let own = self.storage.list(&self.layout.timeline_prefix(timeline), None).await?;
+                match own.objects.first() {
+                    Some(meta) => Ok(Some(self.shown(&meta.key))),
+                    None => Ok(self.first_above(timeline).await?.map(|(_, location)| location)),
+                }
+            }
+        }
     }
 
     /// Returns the stored histories of all timelines above `timeline`, in ascending order. One request
@@ -151,24 +157,30 @@ impl LineageRepository {
     pub async fn histories_above(&self, timeline: TimelineId) -> Result<Vec<TimelineHistory>> {
         let mut histories = Vec::new();
         let mut behind = timeline;
-        loop {
-            let mark = self.layout.after_timeline(behind);
-            let page = self.storage.list(&self.layout.wal_prefix(), Some(&mark)).await?;
-            let Some(next) =
-                page.objects.iter().find_map(|meta| Some(self.layout.parse_wal(&meta.key)?.name.timeline()))
-            else {
-                match page.next {
-                    Some(_) if !page.objects.is_empty() => {
-                        return Err(Error::invalid(format!(
-                            "{} holds a page of foreign objects behind timeline {behind}",
-                            self.location()
-                        )));
-                    }
-                    _ => return Ok(histories),
-                }
-            };
+        while let Some((next, _)) = self.first_above(behind).await? {
             histories.extend(self.history(next).await?);
             behind = next;
+        }
+        Ok(histories)
+    }
+
+    /// Returns the next timeline above `timeline` of which anything is stored, and where.
+    async fn first_above(&self, timeline: TimelineId) -> Result<Option<(TimelineId, String)>> {
+        let prefix = self.layout.wal_prefix();
+        let mut mark = self.layout.after_timeline(timeline);
+        loop {
+            let page = self.storage.list(&prefix, Some(&mark)).await?;
+            // Stores that keep folders list `00000002/` before `00000002.history`, others after it: both
+            // orders end the search at the first key of a timeline above.
+            let found = page.objects.iter().find_map(|meta| {
+                let above = self.layout.parse_wal(&meta.key)?.name.timeline();
+                (above > timeline).then(|| (above, self.shown(&meta.key)))
+            });
+            match (found, page.next) {
+                (Some(found), _) => return Ok(Some(found)),
+                (None, Some(next)) => mark = next,
+                (None, None) => return Ok(None),
+            }
         }
     }
 
