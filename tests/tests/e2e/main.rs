@@ -6,6 +6,7 @@
 mod backup;
 mod harness;
 mod main_job;
+mod pitr;
 mod replication;
 mod storage;
 mod storage_folder;
