@@ -2,10 +2,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
+
+use nix::fcntl::AT_FDCWD;
 
 use crate::error::{Error, Result};
 
@@ -15,13 +18,17 @@ const NAME_END: &str = ".walship-tmp";
 /// A temporary file this old belongs to nobody any more.
 const STALE: Duration = Duration::from_secs(3600);
 
-/// A file that is being written beside the place where it will appear; removed when dropped before.
+/// A file that is being written where it will appear; it is gone when it is dropped before that.
+///
+/// Where the file system can, it has no name until then: a process that is killed (PostgreSQL stops
+/// its `restore_command` with SIGTERM) leaves nothing behind. Elsewhere it has a temporary name.
 #[derive(Debug)]
 pub struct TempFile {
     file: File,
     path: PathBuf,
     target: PathBuf,
-    published: bool,
+    /// Whether there is something at `path` to be removed.
+    named: bool,
 }
 
 impl TempFile {
@@ -35,11 +42,15 @@ impl TempFile {
             .ok_or_else(|| Error::invalid(format!("{} is not the name of a file", target.display())))?;
         let folder = folder_of(target);
         remove_stale(folder, name);
+        let unnamed = open_unnamed(folder);
         for _ in 0..1000 {
             let number = COUNTER.fetch_add(1, Ordering::Relaxed);
             let path = folder.join(format!("{name}.{}-{number}{NAME_END}", std::process::id()));
+            if let Some(file) = unnamed {
+                return Ok(Self { file, path, target: target.to_owned(), named: false });
+            }
             match OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path) {
-                Ok(file) => return Ok(Self { file, path, target: target.to_owned(), published: false }),
+                Ok(file) => return Ok(Self { file, path, target: target.to_owned(), named: true }),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(Error::from_io(format!("creating {}", path.display()), error)),
             }
@@ -60,19 +71,38 @@ impl TempFile {
         let failed =
             |doing: &str, path: &Path, error| Error::from_io(format!("{doing} {}", path.display()), error);
         self.file.sync_all().map_err(|error| failed("syncing", &self.path, error))?;
+        if !self.named {
+            let _ = fs::remove_file(&self.path);
+            let flags = nix::fcntl::AtFlags::AT_SYMLINK_FOLLOW;
+            nix::unistd::linkat(AT_FDCWD, &*in_proc(&self.file), AT_FDCWD, &self.path, flags)
+                .map_err(|errno| failed("naming", &self.path, errno.into()))?;
+            self.named = true;
+        }
         fs::rename(&self.path, &self.target).map_err(|error| failed("renaming to", &self.target, error))?;
-        self.published = true;
+        self.named = false;
         sync_folder(folder_of(&self.target))
     }
 }
 
 impl Drop for TempFile {
     fn drop(&mut self) {
-        if !self.published {
+        if self.named {
             // Nothing relies on it; what stays is removed later.
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Returns a file without a name in `folder`; `None` where there is no such thing, or no way to name it.
+fn open_unnamed(folder: &Path) -> Option<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600).custom_flags(nix::libc::O_TMPFILE);
+    options.open(folder).ok().filter(|file| in_proc(file).exists())
+}
+
+/// The path under which the kernel shows an open file.
+fn in_proc(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Writes a small file whole or not at all.
