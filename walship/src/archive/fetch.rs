@@ -199,10 +199,11 @@ impl Request<'_> {
             share => share,
         };
         let temp = TempFile::beside(self.target)?;
-        let (read, forked) =
-            tokio::join!(lineage.get_wal_file(self.name, temp.file()), self.check_no_new_fork(lineage));
-        forked?;
-        let Some(head) = read? else { return Ok(Tried::NotThere) };
+        let Some(head) = lineage.get_wal_file(self.name, temp.file()).await? else {
+            return Ok(Tried::NotThere);
+        };
+        // Only now: a timeline that turned up while the segment was read has to be seen.
+        self.check_no_new_fork(lineage).await?;
         let checked = check_delivery(self.name, temp.file(), &head, lineage);
         checked.map_err(|error| error.context(format!("the object in {}", lineage.location())))?;
         let cut_at = match share {
