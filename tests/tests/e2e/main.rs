@@ -7,6 +7,7 @@ mod backup;
 mod harness;
 mod main_job;
 mod pitr;
+mod recovery;
 mod replication;
 mod storage;
 mod storage_folder;
