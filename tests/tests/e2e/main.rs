@@ -11,4 +11,5 @@ mod recovery;
 mod replication;
 mod storage;
 mod storage_folder;
+mod wal_files;
 mod waldump_oracle;
