@@ -152,10 +152,13 @@ fn unpack_stream(destination: &Destination, object: &BackupObject, arriving: Arr
     let mut padded = archive.into_inner();
     io::copy(&mut padded, &mut io::sink()).map_err(unreadable)?;
     let mut decoder = padded.into_inner();
-    let rest = io::copy(&mut decoder, &mut io::sink()).map_err(unreadable)?;
+    let rest = decoder.read(&mut [0]).map_err(unreadable)?;
+    if rest > 0 {
+        return Err(damaged("it is longer than the backup's record says"));
+    }
     let mut arriving = decoder.finish().into_inner();
     let behind = io::copy(&mut arriving, &mut io::sink()).map_err(unreadable)?;
-    if rest > 0 || behind > 0 {
+    if behind > 0 {
         return Err(damaged("it is longer than the backup's record says"));
     }
     let digest = arriving.hasher.finalize().to_hex().to_string();
