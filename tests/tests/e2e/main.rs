@@ -5,6 +5,7 @@
 
 mod backup;
 mod harness;
+mod kill;
 mod main_job;
 mod pitr;
 mod recovery;
