@@ -146,6 +146,12 @@ impl Layout {
         LAYOUTS.iter().find(|layout| layout.page_magic == magic)
     }
 
+    /// Returns whether a page magic is that of a known version, or could be that of a newer one.
+    pub fn is_known_or_newer(magic: u16) -> bool {
+        let newest = LAYOUTS.iter().map(|layout| layout.page_magic).max().unwrap_or(u16::MAX);
+        Self::for_magic(magic).is_some() || (newest < magic && magic <= 0xD2FF)
+    }
+
     /// Returns the layout of a major version; `None` for one that is not known here.
     pub fn for_major(major: u32) -> Option<&'static Self> {
         LAYOUTS.iter().find(|layout| layout.major == major)
@@ -171,6 +177,16 @@ mod tests {
             assert_eq!(Layout::for_magic(layout.page_magic), Some(layout));
         }
         assert!(Layout::for_magic(0xD106).is_none(), "13 is not supported");
+        for (magic, plausible) in [
+            (0xD106, false),
+            (0xD10D, true),
+            (0xD111, false),
+            (0xD118, true),
+            (0xD119, true),
+            (0xD398, false),
+        ] {
+            assert_eq!(Layout::is_known_or_newer(magic), plausible, "{magic:#06X}");
+        }
         assert_eq!(rmgr::name(21), Some("LogicalMessage"));
         assert_eq!(rmgr::name(22), None);
     }

@@ -3,6 +3,7 @@
 //! Source: `src/include/access/xlog_internal.h`, XLogPageHeaderData and XLogLongPageHeaderData.
 
 use super::bytes::{u16_at, u32_at, u64_at};
+use super::layout::Layout;
 use crate::pg::{Lsn, SegmentSize};
 
 /// The WAL page size of every PostgreSQL that was not built with another one on purpose.
@@ -102,11 +103,11 @@ impl PageHeader {
         self.flags & flags::FIRST_IS_OVERWRITE_CONTRECORD != 0
     }
 
-    /// Returns whether this looks like the header of a segment's first page of *some* PostgreSQL,
-    /// whatever its magic: the magic of an unknown version has the usual high byte, the header is long,
-    /// and its sizes are legal.
+    /// Returns whether this looks like the header of a segment's first page of a known PostgreSQL or a
+    /// newer one: magics only grow, so one that lies between the known ones is damage. The header is
+    /// long, and its sizes are legal.
     pub fn is_plausible_first(&self) -> bool {
-        let family = matches!(self.magic >> 8, 0xD0..=0xD2);
+        let family = Layout::is_known_or_newer(self.magic);
         let sizes = self.long.is_some_and(|long| {
             SegmentSize::new(u64::from(long.segment_size)).is_some()
                 && long.page_size.is_power_of_two()
