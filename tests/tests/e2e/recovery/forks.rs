@@ -6,17 +6,16 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 
-use tempfile::TempDir;
 use walship_tests::postgres::{self, PgServer, StopMode};
 use walship_tests::s3_inprocess::Fault as S3Fault;
 use walship_tests::{bins, wait};
 
-use super::site::{self, Kind, REPORT, Site, base_backup, copy_tree, create_repository};
+use super::site::{self, Kind, REPORT, Site, base_backup, copy_tree, create_repository, kept_until_the_end};
 
 /// An archive with a fork inside a segment. Timeline 1 has a row of an old primary that went on behind
 /// the switch; timeline 2 has a row of the promoted standby.
 pub(super) struct Forked {
-    home: TempDir,
+    home: PathBuf,
     /// The segment with the fork, on timeline 1 and on timeline 2.
     pub(super) fork: [String; 2],
     after: [String; 2],
@@ -78,17 +77,17 @@ impl Forked {
             assert!(server.stop(StopMode::Fast).success(), "{}", server.log());
             copy_tree(server.data_dir(), &home.path().join(kept));
         }
-        Self { home, fork: [fork, fork_2], after: [after, after_2], failures }
+        Self { home: kept_until_the_end(home), fork: [fork, fork_2], after: [after, after_2], failures }
     }
 
     pub(super) fn repository(&self) -> PathBuf {
-        self.home.path().join("scene")
+        self.home.join("scene")
     }
 
     /// The data directory of the old (`"old"`) or the new primary (`"new"`), cleanly stopped, and the
     /// repository with everything that they archived before they were gone.
     pub(super) fn stopped(&self, which: &str) -> (PathBuf, PathBuf) {
-        (self.home.path().join(which), self.home.path().join("repo"))
+        (self.home.join(which), self.home.join("repo"))
     }
 
     /// The segments behind the one with the fork, on timeline 1 and on timeline 2.
@@ -98,7 +97,7 @@ impl Forked {
 
     pub(super) fn restored(&self, site: &Site, signal: &str) -> PathBuf {
         let data = site.home().join("data");
-        copy_tree(&self.home.path().join("base"), &data);
+        copy_tree(&self.home.join("base"), &data);
         fs::write(data.join(signal), "").unwrap();
         data
     }

@@ -11,13 +11,13 @@ use std::sync::{LazyLock, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
 use walship_tests::postgres::{self, PgServer, StopMode};
 use walship_tests::s3_inprocess::Fault as S3Fault;
 use walship_tests::{bins, process, wait};
 
 use site::{
     Fault, Kind, REPORT, Site, assert_never_promoted, base_backup, control, copy_tree, create_repository,
+    kept_until_the_end,
 };
 
 /// How many rows the origin wrote, one into each of its segments.
@@ -27,7 +27,7 @@ const BROKEN_ROW: usize = 3;
 
 /// An archive of one timeline and the base backup that it begins with.
 struct Origin {
-    home: TempDir,
+    home: PathBuf,
     /// The segment that holds the n-th row's commit; the first is of row 1.
     segments: Vec<String>,
     /// A position that only the last segment reaches.
@@ -57,17 +57,17 @@ impl Origin {
             segments.push(server.switch_wal());
         }
         server.wait_until_archived(segments.last().unwrap());
-        Self { home, segments, target }
+        Self { home: kept_until_the_end(home), segments, target }
     }
 
     fn repository(&self) -> PathBuf {
-        self.home.path().join("repo")
+        self.home.join("repo")
     }
 
     /// A data directory to recover, with this signal file.
     fn restored(&self, site: &Site, signal: &str) -> PathBuf {
         let data = site.home().join("data");
-        copy_tree(&self.home.path().join("base"), &data);
+        copy_tree(&self.home.join("base"), &data);
         fs::write(data.join(signal), "").unwrap();
         data
     }
@@ -142,6 +142,7 @@ fn one_shot_recovery_stops_at_a_fault_of_seaweedfs() {
 }
 
 fn one_shot_recovery_stops(kind: Kind) {
+    let _weed = (kind == Kind::Weed).then(site::weed);
     let mut cases = Vec::new();
     for (major, fault) in faults_of(kind) {
         cases.push((major, fault, Until::TheEnd));
@@ -215,6 +216,7 @@ fn a_standby_keeps_asking_seaweedfs_and_catches_up() {
 }
 
 fn a_standby_catches_up(kind: Kind) {
+    let _weed = (kind == Kind::Weed).then(site::weed);
     side_by_side(&faults_of(kind), |(major, fault)| a_standby_catches_up_after(kind, major, fault));
 }
 

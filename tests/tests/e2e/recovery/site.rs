@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -51,13 +53,15 @@ pub(super) struct Site {
     kind: Kind,
     home: TempDir,
     pub(super) s3: Option<Arc<S3Server>>,
+    weed: Option<Arc<WeedServer>>,
 }
 
 impl Site {
     /// A copy of the folder repository `origin` in a store of this kind.
     pub(super) fn new(kind: Kind, origin: &Path) -> Self {
         let home = tempfile::Builder::new().prefix("walship-site").tempdir().unwrap();
-        let site = Self { kind, home, s3: (kind == Kind::S3).then(|| Arc::new(S3Server::start())) };
+        let s3 = (kind == Kind::S3).then(|| Arc::new(S3Server::start()));
+        let site = Self { kind, home, s3, weed: (kind == Kind::Weed).then(weed) };
         match kind {
             Kind::Folder => copy_tree(origin, &site.root()),
             Kind::S3 | Kind::Weed => site.put_all(&objects_of_folder(origin)),
@@ -89,7 +93,7 @@ impl Site {
         match self.kind {
             Kind::Folder => None,
             Kind::S3 => self.s3.as_ref().map(|server| server.endpoint()),
-            Kind::Weed => Some(weed().endpoint()),
+            Kind::Weed => self.weed.as_ref().map(|server| server.endpoint()),
         }
     }
 
@@ -284,7 +288,7 @@ pub(super) fn base_backup(server: &PgServer, into: &Path) {
 }
 
 pub(super) fn copy_tree(from: &Path, to: &Path) {
-    process::run_ok(std::process::Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(to));
+    process::run_ok(Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(to));
 }
 
 fn objects_of_folder(root: &Path) -> BTreeMap<String, Bytes> {
@@ -306,9 +310,28 @@ fn objects_of_folder(root: &Path) -> BTreeMap<String, Bytes> {
     objects
 }
 
-fn weed() -> &'static WeedServer {
-    static WEED: OnceLock<WeedServer> = OnceLock::new();
-    WEED.get_or_init(WeedServer::start)
+/// The one SeaweedFS of all who need it now; whoever will need it several times keeps it.
+pub(super) fn weed() -> Arc<WeedServer> {
+    static WEED: Mutex<Weak<WeedServer>> = Mutex::new(Weak::new());
+    let mut weed = WEED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    weed.upgrade().unwrap_or_else(|| {
+        let started = Arc::new(WeedServer::start());
+        *weed = Arc::downgrade(&started);
+        started
+    })
+}
+
+/// Keeps a folder until this process ends, however it ends: what is made once for all tests is never
+/// dropped, so a process that sees the end of its input removes it.
+pub(super) fn kept_until_the_end(folder: TempDir) -> PathBuf {
+    let path = folder.keep();
+    let mut janitor = Command::new("sh");
+    janitor.args(["-c", "cat > /dev/null; rm -rf \"$1\"", "sh"]).arg(&path);
+    janitor.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    // Not stopped by a ^C in the terminal, which ends the tests.
+    janitor.process_group(0);
+    std::mem::forget(janitor.spawn().unwrap());
+    path
 }
 
 pub(super) fn block_on<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
