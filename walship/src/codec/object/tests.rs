@@ -84,10 +84,12 @@ fn every_truncation_and_extension_is_corrupt() {
 }
 
 #[test]
-fn every_flipped_bit_is_corrupt() {
+fn a_flipped_bit_is_corrupt() {
     for compression in COMPRESSIONS {
         let (envelope, body) = encode(&compressible(3000), compression);
-        for bit in 0..body.len() * 8 {
+        let ends = |byte: usize| byte < 24 || byte + 12 >= body.len();
+        // Every bit of the frame's header and end, one of each byte between them.
+        for bit in (0..body.len() * 8).filter(|bit| ends(bit / 8) || bit % 8 == bit / 8 % 8) {
             let mut flipped = body.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert!(matches!(decode(&envelope, &flipped), Err(Error::Corrupt(_))), "{compression} bit {bit}");
