@@ -14,7 +14,7 @@
 //!     Contender::new("CRC-32C", in_process(|| { std::hint::black_box(crc32c::crc32c(&bytes)); })),
 //!     Contender::new("BLAKE3", in_process(|| { std::hint::black_box(blake3::hash(&bytes)); })),
 //! ]);
-//! assert_eq!(rows[0].cpu_ratio, 1.0);
+//! assert_eq!(rows.len(), 2);
 //! ```
 
 #![warn(missing_docs)]
