@@ -74,7 +74,8 @@ pub struct HistoryEntry {
 pub struct TimelineHistory {
     /// The timeline whose history this is.
     pub timeline: TimelineId,
-    /// Its ancestors, oldest first, with strictly growing timeline ids; empty for timeline 1.
+    /// Its ancestors, oldest first, with strictly growing timeline ids and switch points that do not go
+    /// backwards; empty for timeline 1.
     pub ancestors: Vec<HistoryEntry>,
 }
 
@@ -89,9 +90,13 @@ impl TimelineHistory {
 
     /// Parses the text of `<timeline>.history`.
     ///
+    /// Switch points may go backwards: a server that recovers along timeline 2 and stops before it begins
+    /// writes a copy of 2's history and its own earlier switch point behind it. What a later line cuts off
+    /// never happened on this path, so no ancestor's switch point is kept beyond a later one's.
+    ///
     /// # Errors
     /// [`ParseError`] for a line PostgreSQL would refuse: no id, no LSN, ids that do not grow, an
-    /// ancestor that is not older than the timeline itself; also for switch points that go backwards.
+    /// ancestor that is not older than the timeline itself.
     /// Source: `src/backend/access/transam/timeline.c`, readTimeLineHistory.
     pub fn parse(timeline: TimelineId, text: &str) -> Result<Self, ParseError> {
         if text.len() > Self::MAX_BYTES {
@@ -115,9 +120,6 @@ impl TimelineHistory {
                 if id <= last.timeline {
                     return Err(bad("timeline ids do not grow"));
                 }
-                if switch_lsn < last.switch_lsn {
-                    return Err(bad("switch points go backwards"));
-                }
             }
             ancestors.push(HistoryEntry { timeline: id, switch_lsn, reason: reason.trim().to_owned() });
         }
@@ -125,6 +127,11 @@ impl TimelineHistory {
             return Err(ParseError::new(format!(
                 "history file of {timeline:?} names an ancestor that is not older"
             )));
+        }
+        let mut cut_at = Lsn(u64::MAX);
+        for entry in ancestors.iter_mut().rev() {
+            cut_at = cut_at.min(entry.switch_lsn);
+            entry.switch_lsn = cut_at;
         }
         Ok(Self { timeline, ancestors })
     }
@@ -200,8 +207,21 @@ mod tests {
     }
 
     #[test]
+    fn a_switch_point_that_goes_backwards_cuts_off_what_came_before() {
+        // Recovered along timeline 2, which begins at 0/7000000, and stopped before that.
+        let text = "1\t0/7000000\tno recovery target specified\n\n2\t0/5000000\tafter LSN 0/4FFFFD8\n";
+        let history = TimelineHistory::parse(tli(3), text).unwrap();
+        assert_eq!(history.timeline_of(Lsn(0x0500_0000 - 1)), tli(1));
+        for lsn in [0x0500_0000, 0x0600_0000, 0x0700_0000, 0x0800_0000] {
+            assert_eq!(history.timeline_of(Lsn(lsn)), tli(3), "{lsn:X}");
+        }
+        assert_eq!(history.switch_lsn_of(tli(1)), Some(Lsn(0x0500_0000)));
+        assert_eq!(history.begin_lsn(), Some(Lsn(0x0500_0000)));
+    }
+
+    #[test]
     fn history_refuses_nonsense() {
-        for text in ["x 0/1", "1", "1\tzz", "2\t0/1\n1\t0/2", "1\t0/5\n2\t0/4", "5\t0/1", "0\t0/1"] {
+        for text in ["x 0/1", "1", "1\tzz", "2\t0/1\n1\t0/2", "5\t0/1", "0\t0/1"] {
             assert!(TimelineHistory::parse(tli(5), text).is_err(), "{text:?}");
         }
     }
