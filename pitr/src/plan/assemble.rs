@@ -3,11 +3,13 @@
 use walship::pg::TimelineHistory;
 use walship::wal::event::{EventKind, WalEvent};
 
-use super::chain::{ChainEnding, begin_of};
+use super::chain::{Chain, ChainEnding, begin_of, oldest_way};
 use super::extras;
 use super::reach::{Reach, Stop, StopKind};
 use super::walk::{Seek, Walk};
-use super::{Candidate, ChainPart, ChainStep, Halt, Question, RestorePlan, TimelinePart, TransactionEnd};
+use super::{
+    Candidate, ChainPart, ChainStep, Gap, Halt, Question, RestorePlan, TimelinePart, TransactionEnd,
+};
 use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, utc_text};
 
 /// Any commit, in summaries and as an event.
@@ -26,8 +28,7 @@ pub(crate) fn assemble(
     let backup = candidate.backup;
     let walk =
         Walk { chain: &candidate.chain, evidence: question.evidence, size: catalog.lineage.segment_size };
-    let last = last_step(candidate, &stop);
-    let used = &candidate.chain.steps[..=last];
+    let last = last_step(&candidate.chain, &stop);
 
     let notable = extras::notable(&walk, last, &stop, backup.limits)?;
     let before = walk.last(last, stop.cut_lsn, &COMMITS)?;
@@ -45,7 +46,14 @@ pub(crate) fn assemble(
     let open_prepared = extras::open_prepared(&walk, last, &stop)?;
     let drop = extras::half_done_drop(&walk, last, &stop)?;
 
-    let timeline = question.history.timeline;
+    let older = match stop.kind {
+        StopKind::EndOfWal => None,
+        _ => oldest_way(catalog, question.history, backup.stop_timeline, backup.start_lsn, stop.through_lsn),
+    };
+    let (history, chain) =
+        older.as_ref().map_or((question.history, &candidate.chain), |(history, chain)| (history, chain));
+    let used = &chain.steps[..=last_step(chain, &stop)];
+    let timeline = history.timeline;
     let pinned = RecoveryTarget { timeline: TimelineChoice::Number(timeline), ..question.target.clone() };
     let mut plan = RestorePlan {
         cluster: catalog.cluster.clone(),
@@ -54,7 +62,7 @@ pub(crate) fn assemble(
         target: question.target.clone(),
         target_options: pinned.options(),
         timeline,
-        timeline_path: path_between(question.history, candidate, &stop),
+        timeline_path: path_between(history, candidate, &stop),
         backup: backup.clone(),
         chain: parts(used, catalog.lineage.segment_size),
         last_included,
@@ -66,10 +74,7 @@ pub(crate) fn assemble(
         limits: notable.limits,
         tablespace_paths: notable.tablespace_paths,
         open_prepared,
-        gap_behind: match &candidate.chain.ending {
-            ChainEnding::Gap(gap) => Some(gap.clone()),
-            ChainEnding::EndOfArchive => None,
-        },
+        gap_behind: gap_of(chain).or_else(|| gap_of(&candidate.chain)),
         reasons: Vec::new(),
         warnings: Vec::new(),
         stop,
@@ -80,8 +85,8 @@ pub(crate) fn assemble(
 }
 
 /// Returns the number of the last step that recovery reads.
-fn last_step(candidate: &Candidate<'_>, stop: &Stop) -> usize {
-    let steps = &candidate.chain.steps;
+fn last_step(chain: &Chain, stop: &Stop) -> usize {
+    let steps = &chain.steps;
     let needed = steps.partition_point(|step| step.to < stop.through_lsn);
     needed.min(steps.len().saturating_sub(1))
 }
@@ -94,6 +99,13 @@ fn replay_bytes(walk: &Walk<'_>, last: usize, stop: &Stop) -> Result<u64, Halt> 
         bytes += end.bytes_since(step.from);
     }
     Ok(bytes)
+}
+
+fn gap_of(chain: &Chain) -> Option<Gap> {
+    match &chain.ending {
+        ChainEnding::Gap(gap) => Some(gap.clone()),
+        ChainEnding::EndOfArchive => None,
+    }
 }
 
 fn parts(steps: &[ChainStep], size: walship::pg::SegmentSize) -> Vec<ChainPart> {
@@ -134,11 +146,20 @@ fn reasons(
 ) -> Vec<String> {
     let mut reasons = Vec::new();
     let others = question.catalog.timelines().len() > 1;
+    let asked = question.history.timeline;
     match question.target.timeline {
-        TimelineChoice::Latest if others => reasons
-            .push(format!("timeline {} is the latest that is stored; it is pinned by number", plan.timeline)),
-        TimelineChoice::Latest => reasons.push(format!("timeline {} is the only one", plan.timeline)),
-        TimelineChoice::Number(_) => reasons.push(format!("timeline {} was asked for", plan.timeline)),
+        TimelineChoice::Latest if others => {
+            reasons.push(format!("timeline {asked} is the latest that is stored; it is pinned by number"))
+        }
+        TimelineChoice::Latest => reasons.push(format!("timeline {asked} is the only one")),
+        TimelineChoice::Number(_) => reasons.push(format!("timeline {asked} was asked for")),
+    }
+    if plan.timeline != asked {
+        reasons.push(format!(
+            "recovery stops before timeline {asked} leaves timeline {older}: {older} is pinned, so that the new \
+             timeline does not name {asked} as its ancestor",
+            older = plan.timeline
+        ));
     }
     let backup = candidate.backup;
     reasons.push(match passed_over.first() {

@@ -107,6 +107,31 @@ pub fn build_chain(catalog: &Catalog, history: &TimelineHistory, start: Lsn) -> 
     }
 }
 
+/// Returns the oldest timeline on the way along `history` whose own WAL leads from `start` through
+/// `through`, with that WAL; `None` when only `history`'s own timeline does.
+///
+/// A server that recovers along a timeline and stops before it begins writes that timeline into its new
+/// history as an ancestor, which it never was.
+pub(crate) fn oldest_way(
+    catalog: &Catalog,
+    history: &TimelineHistory,
+    from: TimelineId,
+    start: Lsn,
+    through: Lsn,
+) -> Option<(TimelineHistory, Chain)> {
+    let older =
+        history.ancestors.iter().filter(|entry| entry.timeline >= from && entry.switch_lsn >= through);
+    older.filter_map(|entry| catalog.history(entry.timeline)).find_map(|older| {
+        let same_way = older.ancestors.iter().all(|entry| {
+            history
+                .switch_lsn_of(entry.timeline)
+                .is_some_and(|lsn| lsn.min(through) == entry.switch_lsn.min(through))
+        });
+        let chain = build_chain(catalog, &older, start);
+        (same_way && chain.end() >= through).then_some((older, chain))
+    })
+}
+
 /// Returns the copy of the segment at `at` that recovery uses, if one that holds `at` is stored.
 fn stored_copy(
     catalog: &Catalog,

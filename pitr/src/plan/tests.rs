@@ -551,6 +551,31 @@ fn a_plan_follows_one_path_through_a_fork() {
 }
 
 #[test]
+fn a_stop_before_the_fork_pins_the_older_timeline() {
+    let (mut world, switch) = forked();
+    let fork = SegmentName::containing(tli(2), switch, SIZE);
+    for target in [xid(1020), on(2, xid(1020)), time(20_000_000), exclusive(xid(1039))] {
+        let plan = world.plan(&target).unwrap();
+        assert_eq!(plan.timeline, tli(1), "{target:?}");
+        assert!(plan.target_options.ends_with("--timeline 1"), "{}", plan.target_options);
+        assert!(plan.chain.iter().all(|part| part.first.timeline == tli(1)), "{:?}", plan.chain);
+        assert_eq!(plan.timeline_path.len(), 1);
+        assert!(plan.reasons.iter().any(|reason| reason.contains("1 is pinned")), "{:?}", plan.reasons);
+    }
+    // The first commit behind the stop is that of the path that was asked for.
+    assert_eq!(neighbours(&world.plan(&xid(1039)).unwrap()), (Some(1039), Some(6000)));
+    assert_eq!(world.plan(&exclusive(xid(6000))).unwrap().timeline, tli(2));
+    assert_eq!(world.plan(&RecoveryTarget::new(TargetKind::Latest)).unwrap().timeline, tli(2));
+    // PostgreSQL asks for the child's copy first, which is a hole: the parent's serves up to the switch.
+    let child = world.catalog.segments.remove(&fork).unwrap();
+    assert_eq!(world.plan(&xid(1039)).unwrap().timeline, tli(1));
+    // Only the child's copy of the segment with the fork is stored.
+    world.catalog.segments.insert(fork, child);
+    world.catalog.segments.remove(&fork.on(tli(1)));
+    assert_eq!(world.plan(&xid(1039)).unwrap().timeline, tli(2));
+}
+
+#[test]
 fn a_backup_beyond_the_fork_is_not_on_the_path() {
     let (mut world, switch) = forked();
     let late = world.records[&tli(1)].iter().find(|record| record.lsn > switch).unwrap().lsn;

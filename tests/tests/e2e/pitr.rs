@@ -239,6 +239,56 @@ fn hole(major: u32) {
     assert!(text.contains(&format!("gap      segment {missing} is missing")), "{text}");
 }
 
+#[test]
+fn a_production_restored_to_before_a_fork_goes_on_archiving() {
+    let stage = Stage::folder("main");
+    let mut first =
+        stage.archiving(PgServer::builder(primary_major())).setting("track_commit_timestamp", "on").start();
+    stage.init(&first);
+    first.psql("create table t (id bigint primary key)");
+    stage.backup(&first);
+    let early = insert(&first, 1);
+    first.archive_now();
+    insert(&first, 2);
+    first.archive_now();
+    assert!(first.stop(StopMode::Fast).success());
+
+    let restored = |name: &str, target: &[&str]| {
+        let dir = stage.path().join(name);
+        let mut args = vec!["restore", "--as", "production", "-D", dir.to_str().unwrap()];
+        args.extend(target);
+        stage.ok(&mut stage.pitr(&args));
+        let server = stage.archiving(stage.recovering(&dir)).start();
+        server.wait_for("select pg_is_in_recovery()", "f");
+        server
+    };
+    let mut second = restored("second", &["--latest"]);
+    insert(&second, 3);
+    assert!(second.archive_now().starts_with("00000002"));
+    assert!(second.stop(StopMode::Fast).success());
+
+    // Before timeline 2 begins: not its child.
+    let target = ["--to-xid", &*early.xid, "--target-action", "promote"];
+    let third = restored("third", &target);
+    insert(&third, 4);
+    assert!(third.archive_now().starts_with("00000003"));
+    assert_eq!(third.psql("select string_agg(id::text, ',' order by id) from t").trim(), "1,4");
+    let history = find(&stage.repository_dir(), "00000003.history").expect("the history file is archived");
+    assert!(fs::metadata(history).unwrap().len() > 0);
+    let plan = json(&stage.ok(&mut stage.pitr(&["plan", "--latest", "--json"])));
+    let path: Vec<_> = plan["plan"]["timeline_path"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|part| part["timeline"].as_u64())
+        .collect();
+    assert_eq!(path, [Some(1), Some(3)], "{plan:#}");
+    assert_eq!(
+        plan["plan"]["last_included"]["xid"].to_string(),
+        third.psql("select xmin from t where id = 4").trim()
+    );
+}
+
 fn find(dir: &std::path::Path, name: &str) -> Option<PathBuf> {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
