@@ -116,10 +116,8 @@ impl TimelineHistory {
             let rest = rest.trim_start();
             let (lsn, reason) = rest.split_once(|c: char| c.is_whitespace()).unwrap_or((rest, ""));
             let switch_lsn = lsn.parse::<Lsn>().map_err(|_| bad("no switch point"))?;
-            if let Some(last) = ancestors.last() {
-                if id <= last.timeline {
-                    return Err(bad("timeline ids do not grow"));
-                }
+            if ancestors.last().is_some_and(|last| id <= last.timeline) {
+                return Err(bad("timeline ids do not grow"));
             }
             ancestors.push(HistoryEntry { timeline: id, switch_lsn, reason: reason.trim().to_owned() });
         }
