@@ -5,7 +5,7 @@
 //! (`recoveryStopsAfter`: inclusive LSN and xid, names). A stop before the backup's end is an error:
 //! "requested recovery stop point is before consistent recovery point".
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use walship::pg::Lsn;
 use walship::wal::event::{EventKind, WalEvent};
@@ -13,6 +13,12 @@ use walship::wal::event::{EventKind, WalEvent};
 use super::walk::{Seek, Walk};
 use super::{Candidate, ChainEnding, Halt, Question};
 use crate::target::{StopSide, TargetKind};
+
+/// How long after a checkpoint's time its redo position may be fixed: the time has whole seconds,
+/// rounded down, and is taken a moment before.
+///
+/// Source: `src/backend/access/transam/xlog.c`, CreateCheckPoint.
+const CHECKPOINT_LAG: TimeDelta = TimeDelta::seconds(2);
 
 /// Where and why recovery stops.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -131,9 +137,10 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
         TargetKind::Time { time, .. } => {
             // What was committed before the redo position is in the backup whatever its time, and replay
             // does not look at it: a backup that began after the target would silently give too much.
-            if began(&walk, candidate)?.is_some_and(|began| began > *time) {
+            // A backup whose checkpoint is not found cannot tell, and does not serve.
+            let Some(began) = began(&walk, candidate)?.filter(|began| began <= time) else {
                 return Ok(Reach::BeforeConsistency { lsn: candidate.backup.start_lsn });
-            }
+            };
             let past = |t: DateTime<Utc>| if inclusive { t > *time } else { t >= *time };
             let found = walk.first(
                 0,
@@ -142,7 +149,18 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
                     matches: &|event| event.kind.stop_time().is_some_and(past),
                 },
             )?;
-            Ok(found.map_or(Reach::NotReached, |(_, event)| checked(before(event), consistent)))
+            let Some((at, event)) = found else { return Ok(Reach::NotReached) };
+            if began.checked_add_signed(CHECKPOINT_LAG).is_none_or(|fixed| fixed > *time) {
+                // Only WAL can tell that redo was fixed by then: a record behind it that is no later.
+                let earlier = Seek {
+                    maybe: &|summary| summary.min_time.is_some_and(|min| !past(min.time)),
+                    matches: &|event| event.kind.stop_time().is_some_and(|t| !past(t)),
+                };
+                if walk.last(at, event.lsn, &earlier)?.is_none() {
+                    return Ok(Reach::BeforeConsistency { lsn: candidate.backup.start_lsn });
+                }
+            }
+            Ok(checked(before(event), consistent))
         }
         TargetKind::Xid(xid) => {
             let found = walk.first(
@@ -172,8 +190,8 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
     }
 }
 
-/// Returns when the backup's checkpoint began, by the server's clock; commits in the backup are not
-/// later (a checkpoint's time has whole seconds, rounded down).
+/// Returns when the backup's checkpoint began, by the server's clock; what was committed before its redo
+/// position is not later than that by more than [`CHECKPOINT_LAG`].
 fn began(walk: &Walk<'_>, candidate: &Candidate<'_>) -> Result<Option<DateTime<Utc>>, Halt> {
     let backup = candidate.backup;
     for (at, step) in candidate.chain.steps.iter().enumerate() {

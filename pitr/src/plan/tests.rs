@@ -48,6 +48,22 @@ fn restore_point(name: &str, micros: i64) -> Option<(Xid, EventKind)> {
     Some((0, EventKind::RestorePoint { time: at(micros), name: name.into() }))
 }
 
+fn checkpoint(redo: Lsn, micros: i64) -> Option<(Xid, EventKind)> {
+    let kind = EventKind::Checkpoint {
+        redo,
+        time: at(micros),
+        timeline: tli(1),
+        shutdown: false,
+        next_full_xid: 12,
+    };
+    Some((0, kind))
+}
+
+fn has_checkpoint(records: &[WalRecord], start: Lsn, stop: Lsn) -> bool {
+    let is_it = |event: &WalEvent| matches!(event.kind, EventKind::Checkpoint { redo, .. } if redo == start);
+    records.iter().any(|r| r.lsn >= start && r.lsn < stop && r.event.as_ref().is_some_and(is_it))
+}
+
 /// A made-up WAL: records of any length, some of which are events, on one or more timelines.
 #[derive(Debug, Clone)]
 struct World {
@@ -107,7 +123,17 @@ impl World {
         switch_lsn
     }
 
+    /// Adds a backup; one of its uneventful records becomes its checkpoint, long ago.
     fn backup(&mut self, id: &str, timeline: TimelineId, start: Lsn, stop: Lsn) {
+        let records = self.records.get_mut(&timeline).unwrap();
+        if !has_checkpoint(records, start, stop)
+            && let Some(record) =
+                records.iter_mut().find(|r| r.lsn >= start && r.end <= stop && r.event.is_none())
+        {
+            let (lsn, end_lsn) = (record.lsn, record.end);
+            record.event =
+                Some(WalEvent { lsn, end_lsn, xid: 0, kind: checkpoint(start, -3_600_000_000).unwrap().1 });
+        }
         self.catalog.backups.push(BackupRecord {
             format: 1,
             id: id.into(),
@@ -368,18 +394,11 @@ fn a_backup_that_began_after_the_target_time_does_not_serve_it() {
     world.push(tli(1), 64, commit(10, 1_000_000));
     world.push(tli(1), 64, commit(11, 9_000_000));
     let start = world.push(tli(1), 64, None);
-    let checkpoint = EventKind::Checkpoint {
-        redo: start,
-        time: at(10_000_000),
-        timeline: tli(1),
-        shutdown: false,
-        next_full_xid: 12,
-    };
-    world.push(tli(1), 120, Some((0, checkpoint)));
+    world.push(tli(1), 120, checkpoint(start, 10_000_000));
     world.push(tli(1), 64, None);
     let stop = world.end(tli(1));
     world.backup("b1", tli(1), start, stop);
-    world.push(tli(1), 64, commit(12, 20_000_000));
+    let twelve = world.push(tli(1), 64, commit(12, 20_000_000));
     world.push(tli(1), 2 * SIZE.bytes(), None);
     world.archive(tli(1));
     // Transaction 11 is in the backup: a state of second 5 cannot be had from it.
@@ -387,6 +406,27 @@ fn a_backup_that_began_after_the_target_time_does_not_serve_it() {
     assert_eq!(refusal.kind, RefusalKind::BeforeFirst);
     assert_eq!(refusal.after.unwrap().options, "--immediate --backup b1");
     assert_eq!(neighbours(&world.plan(&time(15_000_000)).unwrap()), (None, Some(12)));
+    // The checkpoint's time is rounded down, and taken a moment before redo is fixed.
+    assert_eq!(world.plan(&time(11_999_999)).unwrap_err().kind, RefusalKind::BeforeFirst);
+    assert!(world.plan(&time(12_000_000)).is_ok());
+    // A commit behind the redo position tells that it was fixed before that.
+    let set = |world: &mut World, micros| {
+        let records = world.records.get_mut(&tli(1)).unwrap();
+        let event = records.iter_mut().find(|record| record.lsn == twelve).unwrap().event.as_mut().unwrap();
+        event.kind = commit(12, micros).unwrap().1;
+    };
+    set(&mut world, 10_500_000);
+    world.push(tli(1), 64, commit(13, 20_000_000));
+    world.push(tli(1), SIZE.bytes(), None);
+    world.archive(tli(1));
+    assert_eq!(neighbours(&world.plan(&time(10_600_000)).unwrap()), (Some(12), Some(13)));
+    assert_eq!(world.plan(&time(10_400_000)).unwrap_err().kind, RefusalKind::BeforeFirst);
+    // Nobody can tell when a backup began whose checkpoint is not there.
+    for record in world.records.get_mut(&tli(1)).unwrap() {
+        record.event.take_if(|event| matches!(event.kind, EventKind::Checkpoint { .. }));
+    }
+    assert_eq!(world.plan(&time(15_000_000)).unwrap_err().kind, RefusalKind::BeforeFirst);
+    assert!(world.plan(&xid(12)).is_ok());
 }
 
 #[test]
@@ -625,6 +665,10 @@ fn simulate(world: &World, backup: &BackupRecord, target: &RecoveryTarget) -> Op
     let later = world.catalog.segments.keys().any(|name| *name > end);
     let end = end.start(SIZE);
     let consistent = backup.stop_lsn;
+    let by_time = matches!(target.kind, TargetKind::Time { .. });
+    if by_time && !has_checkpoint(&world.records[&tli(1)], backup.start_lsn, backup.stop_lsn) {
+        return None;
+    }
     let inclusive = target.stop == StopSide::Inclusive;
     let mut replayed = backup.start_lsn;
     for record in &world.records[&tli(1)] {
