@@ -147,6 +147,13 @@ pub fn settings(
     ] {
         settings.push((name, String::new()));
     }
+    if plan.backup.server_version < 160_000 {
+        // A file that lies there already would end recovery before the target.
+        settings.push(("promote_trigger_file", String::new()));
+    }
+    if plan.backup.server_version >= 170_000 {
+        settings.push(("synchronized_standby_slots", String::new()));
+    }
     if options.restore_as == RestoreAs::Copy {
         settings.push(("archive_mode", "off".to_owned()));
         if plan.backup.server_version >= 150_000 {
@@ -282,11 +289,20 @@ mod tests {
     }
 
     #[test]
-    fn archive_library_is_only_named_where_it_exists() {
-        let mut plan = plain_plan(&xid_target());
-        plan.backup.server_version = 140_012;
-        let text = auto_conf(&plan, &options(RestoreAs::Copy), b"");
-        assert!(!String::from_utf8(text).unwrap().contains("archive_library"));
+    fn settings_are_only_named_where_they_exist() {
+        for (version, library, trigger, slots) in [
+            (140_012, false, true, false),
+            (150_010, true, true, false),
+            (160_001, true, false, false),
+            (170_004, true, false, true),
+        ] {
+            let mut plan = plain_plan(&xid_target());
+            plan.backup.server_version = version;
+            let text = String::from_utf8(auto_conf(&plan, &options(RestoreAs::Copy), b"")).unwrap();
+            assert_eq!(text.contains("archive_library = ''"), library, "{version}");
+            assert_eq!(text.contains("promote_trigger_file = ''"), trigger, "{version}");
+            assert_eq!(text.contains("synchronized_standby_slots = ''"), slots, "{version}");
+        }
     }
 
     #[test]
