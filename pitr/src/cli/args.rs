@@ -27,7 +27,7 @@ const PLAN_EXAMPLES: &str = "Examples:
 const RESTORE_EXAMPLES: &str = "Examples:
   pitr restore --to-time '2026-03-01 14:29:59.8+01' -D /srv/restored
   pitr restore --to-xid 48213 --exclusive -D /srv/restored --tablespace-mapping 16385=/srv/ts1
-  pitr restore --latest -D /var/lib/postgresql/17/main --as production
+  pitr restore --to-time '2026-03-01 14:29:59.8Z' -D /var/lib/postgresql/17/main --as production
 ";
 
 const INFO_EXAMPLES: &str = "Examples:
@@ -80,7 +80,8 @@ pub(super) struct RestoreArgs {
     /// What the restored server is to be: a copy archives nothing and subscribes to nothing
     #[arg(long = "as", value_enum, default_value_t = AsWord::Copy, value_name = "WHAT")]
     pub(super) restore_as: AsWord,
-    /// What PostgreSQL does at the target [default: promote for a copy, pause for production]
+    /// What PostgreSQL does at the target [default: promote for a copy, pause for production; at --latest it
+    /// always promotes]
     #[arg(long, value_enum, value_name = "ACTION")]
     pub(super) target_action: Option<ActionWord>,
     /// Put a tablespace elsewhere, by its path or oid; may be repeated

@@ -32,7 +32,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     let target = args.target.target()?;
     let program = restore_cmd(args.restore_cmd.as_deref())?;
     let source = Source::open(&args.source).await?;
-    let options = options(args, &program, source.catalog.lineage.number)?;
+    let options = options(args, &program, source.catalog.lineage.number, target.kind == TargetKind::Latest)?;
     let plan_options = PlanOptions { backup: args.target.backup.clone() };
     let plan = match make_plan(&source.repository, &source.catalog, &target, &plan_options).await? {
         Planned::Plan(plan) => plan,
@@ -70,15 +70,9 @@ fn unreachable_end() -> Result<RestoreReport> {
     Err(Error::local_io("the progress display ended before the restore"))
 }
 
-fn options(args: &RestoreArgs, program: &str, lineage: u32) -> Result<RestoreOptions> {
+fn options(args: &RestoreArgs, program: &str, lineage: u32, latest: bool) -> Result<RestoreOptions> {
     let restore_as = RestoreAs::from(args.restore_as);
-    let action = args.target_action.map_or(
-        match restore_as {
-            RestoreAs::Copy => TargetAction::Promote,
-            RestoreAs::Production => TargetAction::Pause,
-        },
-        TargetAction::from,
-    );
+    let action = action(restore_as, latest, args.target_action.map(TargetAction::from))?;
     let command = restore_command(program, &restore_cmd_arguments(&args.source.overrides, lineage)?);
     Ok(RestoreOptions {
         data_dir: args.data_dir.clone(),
@@ -86,6 +80,27 @@ fn options(args: &RestoreArgs, program: &str, lineage: u32) -> Result<RestoreOpt
         accept_tablespace_paths: args.accept_tablespace_paths,
         settings: SettingsOptions { restore_as, action, restore_command: command },
     })
+}
+
+/// Returns what PostgreSQL does at the target.
+///
+/// # Errors
+/// [`Error::Invalid`] for what it would not do: without a recovery target it ends recovery at the end of
+/// the WAL and opens, whatever `recovery_target_action` says.
+fn action(restore_as: RestoreAs, latest: bool, asked: Option<TargetAction>) -> Result<TargetAction> {
+    match (asked, restore_as) {
+        (Some(TargetAction::Promote), _) | (None, RestoreAs::Copy) => Ok(TargetAction::Promote),
+        (None, RestoreAs::Production) if latest => Ok(TargetAction::Promote),
+        (None, RestoreAs::Production) => Ok(TargetAction::Pause),
+        (Some(action), _) if latest => Err(Error::invalid(format!(
+            "--target-action {} does not go with --latest: without a target PostgreSQL opens for writing at \
+             the end of the WAL",
+            action.word()
+        ))
+        .with_safe("nothing was written")
+        .with_next("Leave it out, or give the last transaction as a target: `pitr plan --latest` names it.")),
+        (Some(action), _) => Ok(action),
+    }
 }
 
 fn mappings(words: &[String]) -> Result<BTreeMap<String, PathBuf>> {
@@ -177,16 +192,40 @@ fn report_text(
     }
     let start = format!("pg_ctl -D {} -w start", shell_word(&report.data_dir.to_string_lossy()));
     lines.push(format!("  - start it: {start}"));
-    if plan.target.kind != TargetKind::Latest {
-        lines.push(match options.settings.action {
-            TargetAction::Pause => {
-                "  - it pauses read-only at the target: look, then SELECT pg_wal_replay_resume() to open it"
-                    .to_owned()
-            }
-            TargetAction::Promote => "  - it opens for writing at the target, on a new timeline".to_owned(),
-            TargetAction::Shutdown => "  - it stops at the target".to_owned(),
-        });
-    }
+    lines.push(match options.settings.action {
+        _ if plan.target.kind == TargetKind::Latest => {
+            "  - it opens for writing at the end of the archived WAL, on a new timeline".to_owned()
+        }
+        TargetAction::Pause => {
+            "  - it pauses read-only at the target, unless hot_standby is turned off at its start: look, then \
+             SELECT pg_wal_replay_resume() to open it"
+                .to_owned()
+        }
+        TargetAction::Promote => "  - it opens for writing at the target, on a new timeline".to_owned(),
+        TargetAction::Shutdown => "  - it stops at the target".to_owned(),
+    });
     lines.push(String::new());
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latest_promotes_and_is_not_promised_to_do_otherwise() {
+        use RestoreAs::{Copy, Production};
+        use TargetAction::{Pause, Promote, Shutdown};
+        for (restore_as, latest, asked, expected) in [
+            (Copy, false, None, Some(Promote)),
+            (Production, false, None, Some(Pause)),
+            (Production, true, None, Some(Promote)),
+            (Production, true, Some(Promote), Some(Promote)),
+            (Copy, false, Some(Shutdown), Some(Shutdown)),
+            (Copy, true, Some(Shutdown), None),
+            (Production, true, Some(Pause), None),
+        ] {
+            assert_eq!(action(restore_as, latest, asked).ok(), expected, "{restore_as:?} {latest} {asked:?}");
+        }
+    }
 }
