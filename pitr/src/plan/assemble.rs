@@ -8,7 +8,8 @@ use super::extras;
 use super::reach::{Reach, Stop, StopKind};
 use super::walk::{Seek, Walk};
 use super::{
-    Candidate, ChainPart, ChainStep, Gap, Halt, Question, RestorePlan, TimelinePart, TransactionEnd,
+    Candidate, ChainPart, ChainStep, Gap, Halt, Question, RefusalKind, RestorePlan, TimelinePart,
+    TransactionEnd,
 };
 use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, utc_text};
 
@@ -33,15 +34,9 @@ pub(crate) fn assemble(
     let notable = extras::notable(&walk, last, &stop, backup.limits)?;
     let before = walk.last(last, stop.cut_lsn, &COMMITS)?;
     let last_included = before.and_then(|(_, event)| TransactionEnd::of(event));
-    let first_excluded = match stop.kind {
-        StopKind::EndOfWal => None,
-        _ => {
-            let from = candidate.chain.step_of(stop.cut_lsn).unwrap_or(last);
-            let cut = stop.cut_lsn;
-            let after = |event: &WalEvent| event.lsn >= cut && (COMMITS.matches)(event);
-            walk.first(from, &Seek { maybe: COMMITS.maybe, matches: &after })?
-                .and_then(|(_, event)| TransactionEnd::of(event))
-        }
+    let behind = match stop.kind {
+        StopKind::EndOfWal => Behind::default(),
+        _ => first_excluded(&walk, last, &stop)?,
     };
     let open_prepared = extras::open_prepared(&walk, last, &stop)?;
     let drop = extras::half_done_drop(&walk, last, &stop)?;
@@ -66,7 +61,7 @@ pub(crate) fn assemble(
         backup: backup.clone(),
         chain: parts(used, catalog.lineage.segment_size),
         last_included,
-        first_excluded,
+        first_excluded: behind.first,
         backup_fetch_bytes: backup.stored_bytes,
         wal_segments: used.len() as u64,
         wal_fetch_bytes: used.iter().map(|step| step.stored_bytes).sum(),
@@ -80,8 +75,37 @@ pub(crate) fn assemble(
         stop,
     };
     plan.reasons = reasons(question, candidate, &plan, passed_over);
-    plan.warnings = warnings(question, &walk, &plan, drop.as_ref(), passed_over)?;
+    plan.warnings = warnings(question, &walk, &plan, drop.as_ref(), passed_over);
+    plan.warnings.extend(behind.unchecked);
     Ok(plan)
+}
+
+/// What is known of the WAL behind the stop.
+#[derive(Default)]
+struct Behind {
+    first: Option<TransactionEnd>,
+    /// Why not all of it is.
+    unchecked: Option<String>,
+}
+
+/// Returns the first commit behind the stop. Recovery does not need that WAL: where it cannot be decoded
+/// the search ends with a warning.
+fn first_excluded(walk: &Walk<'_>, last: usize, stop: &Stop) -> Result<Behind, Halt> {
+    let after = |event: &WalEvent| event.lsn >= stop.cut_lsn && (COMMITS.matches)(event);
+    let from = walk.chain.step_of(stop.cut_lsn).unwrap_or(last);
+    match walk.first(from, &Seek { maybe: COMMITS.maybe, matches: &after }) {
+        Ok(found) => {
+            Ok(Behind { first: found.and_then(|(_, event)| TransactionEnd::of(event)), unchecked: None })
+        }
+        Err(Halt::Refuse(refusal)) if refusal.kind == RefusalKind::Undecoded => Ok(Behind {
+            first: None,
+            unchecked: Some(format!(
+                "which commit comes first behind the stop is not known ({}); recovery does not read so far",
+                refusal.reason
+            )),
+        }),
+        Err(halt) => Err(halt),
+    }
 }
 
 /// Returns the number of the last step that recovery reads.
@@ -219,7 +243,7 @@ fn warnings(
     plan: &RestorePlan,
     drop: Option<&WalEvent>,
     passed_over: &[(Candidate<'_>, Reach)],
-) -> Result<Vec<String>, Halt> {
+) -> Vec<String> {
     let mut warnings = Vec::new();
     if let Some(event) = drop {
         let what = match &event.kind {
@@ -263,30 +287,26 @@ fn warnings(
         );
     }
     if let TargetKind::Name(wanted) = &question.target.kind {
-        warnings.extend(same_name(walk, plan, wanted)?);
+        warnings.extend(same_name(walk, plan, wanted));
     }
-    Ok(warnings)
+    warnings
 }
 
-/// Returns a warning when a later restore point has the same name.
-fn same_name(walk: &Walk<'_>, plan: &RestorePlan, wanted: &str) -> Result<Option<String>, Halt> {
+/// Returns a warning when a later restore point has the same name, as far as the summaries tell that are
+/// known anyway.
+fn same_name(walk: &Walk<'_>, plan: &RestorePlan, wanted: &str) -> Option<String> {
     let cut = plan.stop.cut_lsn;
-    let again = |event: &WalEvent| {
+    let again = |event: &&WalEvent| {
         event.lsn >= cut && matches!(&event.kind, EventKind::RestorePoint { name, .. } if name == wanted)
     };
-    let from = walk.chain.step_of(cut).unwrap_or(0);
-    let found = walk.first(
-        from,
-        &Seek {
-            maybe: &|summary| summary.events_truncated || summary.events.iter().any(again),
-            matches: &again,
-        },
-    )?;
-    Ok(found.map(|(_, event)| {
-        format!(
-            "another restore point has this name, at {}; recovery stops at the first: use --to-lsn {} to \
-             reach the other",
-            event.lsn, event.lsn
-        )
-    }))
+    let steps = &walk.chain.steps[walk.chain.step_of(cut).unwrap_or(0)..];
+    let event = steps.iter().find_map(|step| match walk.evidence.events.get(&step.segment) {
+        Some(events) => events.iter().find(again),
+        None => walk.evidence.summaries.get(&step.segment)?.events.iter().find(again),
+    })?;
+    Some(format!(
+        "another restore point has this name, at {}; recovery stops at the first: use --to-lsn {} to reach \
+         the other",
+        event.lsn, event.lsn
+    ))
 }

@@ -31,7 +31,7 @@ pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};
 pub use windows::{Window, windows};
 
-use crate::target::{RecoveryTarget, TimelineChoice};
+use crate::target::{RecoveryTarget, TargetKind, TimelineChoice};
 
 /// What the caller has loaded so far of what the WAL holds.
 #[derive(Debug, Clone, Default)]
@@ -278,14 +278,25 @@ fn try_plan(
     let question = Question { catalog, evidence, target, history: &history };
     let backups = usable_backups(&question, options)?;
     let mut passed_over = Vec::new();
+    // An older backup may reach the target before WAL that cannot be decoded.
+    let content_decides = matches!(target.kind, TargetKind::Xid(_) | TargetKind::Name(_));
+    let mut undecoded = None;
     for backup in backups {
         let candidate = Candidate { backup, chain: build_chain(catalog, &history, backup.start_lsn) };
-        match reach::reach(&question, &candidate)? {
-            reach::Reach::Stop(stop) => {
+        match reach::reach(&question, &candidate) {
+            Ok(reach::Reach::Stop(stop)) => {
                 return assemble::assemble(&question, &candidate, stop, &passed_over);
             }
-            failed => passed_over.push((candidate, failed)),
+            Ok(failed) => passed_over.push((candidate, failed)),
+            Err(Halt::Refuse(refusal)) if content_decides && refusal.kind == RefusalKind::Undecoded => {
+                undecoded = undecoded.or(Some(refusal));
+                passed_over.push((candidate, reach::Reach::NotReached));
+            }
+            Err(halt) => return Err(halt),
         }
+    }
+    if let Some(refusal) = undecoded {
+        return Err(Halt::Refuse(refusal));
     }
     Err(refusal::explain(&question, &passed_over))
 }

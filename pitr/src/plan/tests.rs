@@ -8,7 +8,7 @@ use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::summary::{Counts, Fragment, SegmentEnding, SegmentSummary, StopTime};
 
 use super::*;
-use crate::target::{StopSide, TargetKind, Zone};
+use crate::target::{StopSide, Zone};
 
 const SIZE: SegmentSize = SegmentSize::MIN;
 const START: u64 = 0x0300_0000;
@@ -69,6 +69,7 @@ fn has_checkpoint(records: &[WalRecord], start: Lsn, stop: Lsn) -> bool {
 struct World {
     records: BTreeMap<TimelineId, Vec<WalRecord>>,
     catalog: Catalog,
+    undecoded: Vec<SegmentName>,
 }
 
 #[derive(Debug, Clone)]
@@ -97,7 +98,7 @@ impl World {
             backups: vec![],
             unfinished_backups: vec![],
         };
-        Self { records: BTreeMap::from([(tli(1), vec![])]), catalog }
+        Self { records: BTreeMap::from([(tli(1), vec![])]), catalog, undecoded: vec![] }
     }
 
     fn end(&self, timeline: TimelineId) -> Lsn {
@@ -201,7 +202,10 @@ impl World {
             first_page_timeline: name.timeline,
             first_record: starts.map(|record| record.lsn),
             end_of_wal: end,
-            ending: SegmentEnding::Full,
+            ending: match self.undecoded.contains(&name) {
+                true => SegmentEnding::Undecoded { reason: "a test".into() },
+                false => SegmentEnding::Full,
+            },
             leading: leading.map(|record| Fragment {
                 lsn: start,
                 record_bytes: record.end.0.min(end.0) - start.0,
@@ -492,6 +496,32 @@ fn xid_matches_the_end_of_that_transaction_only() {
     let plan = world.plan(&xid(31)).unwrap();
     assert_eq!(plan.open_prepared.unwrap()[0].gid, "g");
     assert_eq!(world.plan(&xid(32)).unwrap().open_prepared.unwrap(), vec![]);
+}
+
+#[test]
+fn wal_that_cannot_be_decoded_is_no_obstacle_behind_the_stop() {
+    let mut world = World::new();
+    let start = world.push(tli(1), 64, None);
+    let stop = world.end(tli(1));
+    world.backup("old", tli(1), start, stop);
+    world.push(tli(1), 64, commit(10, 1));
+    world.push(tli(1), 64, restore_point("here", 2));
+    world.push(tli(1), 2 * SIZE.bytes(), None);
+    let start = world.push(tli(1), 64, None);
+    let stop = world.end(tli(1));
+    world.backup("new", tli(1), start, stop);
+    world.push(tli(1), 64, commit(11, 100));
+    world.push(tli(1), 2 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    world.undecoded.push(SegmentName::containing(tli(1), start, SIZE));
+    for target in [xid(10), name("here")] {
+        let plan = world.plan(&target).unwrap();
+        assert_eq!((&*plan.backup.id, &plan.first_excluded), ("old", &None), "{target:?}");
+        let warned = plan.warnings.iter().any(|warning| warning.contains("is not known"));
+        assert!(warned, "{target:?}: {:?}", plan.warnings);
+    }
+    assert_eq!(world.plan(&xid(11)).unwrap_err().kind, RefusalKind::Undecoded);
+    assert_eq!(world.plan(&xid(99)).unwrap_err().kind, RefusalKind::Undecoded);
 }
 
 #[test]

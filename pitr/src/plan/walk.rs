@@ -122,7 +122,12 @@ impl<'a> Walk<'a> {
             return Ok(Crossing::Nothing);
         }
         let step = self.chain.steps[at];
-        Ok(match join(summary, self.decoded(at + 1)?) {
+        let next = self.summary(at + 1)?;
+        if matches!(next.ending, SegmentEnding::Undecoded { .. }) {
+            // The record may still be read; who goes on behind it is refused there.
+            return Ok(Crossing::ReadSegments);
+        }
+        Ok(match join(summary, next) {
             Joined::Event(event) if event.lsn >= step.from && event.lsn < step.to => Crossing::Event(event),
             Joined::Event(_) | Joined::None | Joined::NotOfInterest => Crossing::Nothing,
             Joined::ReadSegments => Crossing::ReadSegments,
