@@ -145,6 +145,13 @@ pub async fn restore(
         return Err(Error::mismatch("the backup's manifest belongs to another cluster"));
     }
 
+    if manifest.files.iter().any(|file| file.path.starts_with("pg_twophase")) {
+        report.notes.push(
+            "the backup holds prepared transactions: look into pg_prepared_xacts once the server is up"
+                .to_owned(),
+        );
+    }
+
     let data_dir = report.data_dir.clone();
     prepare(&data_dir, &report.tablespaces)?;
     let tablespaces: HashMap<Oid, PathBuf> =

@@ -5,10 +5,9 @@ use std::collections::BTreeMap;
 
 use walship::pg::{Lsn, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
-use walship::wal::summary::SegmentSummary;
 
 use super::reach::{Stop, StopKind};
-use super::walk::Walk;
+use super::walk::{Seek, Walk};
 use super::{Halt, OpenPrepared, Refusal, RefusalKind, TablespacePath};
 
 /// How many segments are read at most to find prepared transactions that stay open.
@@ -83,7 +82,11 @@ pub(crate) fn open_prepared(
 ) -> Result<Option<Vec<OpenPrepared>>, Halt> {
     let mut wanted = Vec::new();
     for at in 0..=last {
-        if walk.decoded(at)?.counts.prepares > 0 {
+        let prepares = Seek {
+            maybe: &|summary| summary.counts.prepares > 0,
+            matches: &|event| matches!(event.kind, EventKind::Prepare { .. }),
+        };
+        if walk.must_read(at, &prepares)? {
             wanted.push(at);
         }
     }
@@ -96,10 +99,13 @@ pub(crate) fn open_prepared(
     let Some(&first) = wanted.first() else { return Ok(Some(Vec::new())) };
     for at in first..=last {
         if walk.loaded(at).is_none() {
-            let may_end_one = |summary: &SegmentSummary| {
-                summary.ended_xids.is_some_and(|(low, high)| open.range(low..=high).next().is_some())
+            let ends = Seek {
+                maybe: &|summary| {
+                    summary.ended_xids.is_some_and(|(low, high)| open.range(low..=high).next().is_some())
+                },
+                matches: &|event| event.kind.ended_xid(event.xid).is_some_and(|xid| open.contains_key(&xid)),
             };
-            if open.is_empty() || !may_end_one(walk.decoded(at)?) {
+            if open.is_empty() || !walk.must_read(at, &ends)? {
                 continue;
             }
             read += 1;

@@ -499,6 +499,32 @@ fn xid_matches_the_end_of_that_transaction_only() {
 }
 
 #[test]
+fn prepared_transactions_are_seen_across_segment_boundaries() {
+    let mut world = World::new();
+    let start = world.push(tli(1), 64, None);
+    let stop = world.end(tli(1));
+    world.backup("b1", tli(1), start, stop);
+    let to_the_end = |world: &mut World| {
+        let at = world.end(tli(1));
+        let end = SegmentName::containing(tli(1), at, SIZE).end(SIZE);
+        world.push(tli(1), end.0 - at.0 - 32, None);
+    };
+    to_the_end(&mut world);
+    let prepare = EventKind::Prepare { time: at(1), prepared_xid: 31, gid: "g".into() };
+    world.push(tli(1), 64, Some((31, prepare)));
+    world.push(tli(1), 64, commit(40, 2));
+    to_the_end(&mut world);
+    let ended =
+        EventKind::Commit { time: at(3), prepared_xid: Some(31), subxids: vec![], dropped_relations: vec![] };
+    world.push(tli(1), 64, Some((0, ended)));
+    world.push(tli(1), 64, commit(41, 4));
+    world.push(tli(1), 2 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    assert_eq!(world.plan(&xid(40)).unwrap().open_prepared.unwrap().len(), 1);
+    assert_eq!(world.plan(&xid(41)).unwrap().open_prepared.unwrap(), vec![]);
+}
+
+#[test]
 fn wal_that_cannot_be_decoded_is_no_obstacle_behind_the_stop() {
     let mut world = World::new();
     let start = world.push(tli(1), 64, None);
