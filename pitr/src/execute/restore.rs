@@ -25,6 +25,7 @@ use walship::{Error, Result};
 use super::unpack::{Arriving, CONTROL_FILE, Destination, create, unpack};
 use crate::plan::RestorePlan;
 use crate::recovery_settings::{RestoreAs, SIGNAL_FILE, SettingsOptions, auto_conf};
+use crate::target::shell_word;
 
 /// The file that marks a folder whose restore is not complete.
 pub const INCOMPLETE_MARKER: &str = "walship-restore-incomplete";
@@ -105,9 +106,11 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
     let mut notes = replayed_tablespaces(plan, options)?;
     check_space(plan, &data_dir, &tablespaces)?;
     if nix::unistd::geteuid().is_root() {
+        let folders = std::iter::once(&data_dir).chain(tablespaces.values());
+        let folders: Vec<_> = folders.map(|path| shell_word(&path.to_string_lossy())).collect();
         notes.push(format!(
             "the files belong to root, and PostgreSQL does not run as root: chown -R postgres: {}",
-            data_dir.display()
+            folders.join(" ")
         ));
     }
     if options.settings.restore_as == RestoreAs::Production {
@@ -338,7 +341,8 @@ fn replayed_tablespaces(plan: &RestorePlan, options: &RestoreOptions) -> Result<
 
 fn check_space(plan: &RestorePlan, data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Result<()> {
     let mut needs: BTreeMap<u64, (u64, PathBuf)> = BTreeMap::new();
-    let in_tablespaces: u64 = plan.backup.tablespaces.iter().map(|tablespace| tablespace.bytes).sum();
+    let in_tablespaces =
+        plan.backup.tablespaces.iter().fold(0u64, |sum, tablespace| sum.saturating_add(tablespace.bytes));
     let own = plan.backup.data_bytes.saturating_sub(in_tablespaces);
     let wal = SPARE_BYTES.min(plan.wal_replay_bytes);
     let mut need = |path: &Path, bytes: u64| -> Result<()> {
@@ -397,9 +401,13 @@ fn prepare(data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Result<()> 
     Ok(())
 }
 
-/// Makes a folder of mode 0700, or takes one that is there and gives it that mode.
+/// Makes a folder of mode 0700, or takes one that is there and gives it that mode. Folders above it that
+/// do not exist are made as the umask allows: PostgreSQL's user has to get through them.
 fn make_private(path: &Path) -> Result<()> {
     let failed = |error| Error::from_io(format!("creating {}", path.display()), error);
+    if let Some(parent) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(failed)?;
+    }
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed)
 }
@@ -477,4 +485,24 @@ fn sync_file_system(folder: &Path) -> Result<()> {
     let failed = |error| Error::from_io(format!("syncing {}", folder.display()), error);
     let file = File::open(folder).map_err(failed)?;
     nix::unistd::syncfs(&file).map_err(|error| failed(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_folder_itself_is_private() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("a/b/data");
+        make_private(&path).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&path), 0o700);
+        for parent in ["a", "a/b"] {
+            let probe = home.path().join("probe");
+            DirBuilder::new().mode(0o755).create(&probe).unwrap();
+            assert_eq!(mode(&home.path().join(parent)), mode(&probe));
+            fs::remove_dir(&probe).unwrap();
+        }
+    }
 }
