@@ -83,14 +83,15 @@ pub fn compete(rounds: usize, mut contenders: Vec<Contender<'_>>) -> Vec<Row> {
     rows.collect()
 }
 
-/// Returns a runner that calls `work` on this thread.
+/// Returns a runner that calls `work`; CPU time is that of all threads, so nothing else may run in this
+/// process meanwhile.
 pub fn in_process<'a>(mut work: impl FnMut() + 'a) -> impl FnMut(usize) -> Measurement + 'a {
     move |_| {
-        let cpu_before = thread_cpu();
+        let cpu_before = own_cpu();
         let started = Instant::now();
         work();
         let wall = started.elapsed();
-        Measurement { wall, cpu: thread_cpu().saturating_sub(cpu_before), peak_bytes: None }
+        Measurement { wall, cpu: own_cpu().saturating_sub(cpu_before), peak_bytes: None }
     }
 }
 
@@ -182,8 +183,8 @@ pub fn table(rows: &[Row], bytes: Option<u64>) -> String {
     text
 }
 
-fn thread_cpu() -> Duration {
-    cpu_of(&getrusage(UsageWho::RUSAGE_THREAD).expect("a thread may ask for its own use"))
+fn own_cpu() -> Duration {
+    cpu_of(&getrusage(UsageWho::RUSAGE_SELF).expect("a process may ask for its own use"))
 }
 
 fn cpu_of(usage: &Usage) -> Duration {

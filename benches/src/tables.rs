@@ -1,8 +1,12 @@
 //! The tables of `docs/benchmarks.md`, one function each.
 
+mod backup;
 mod codec;
+mod process;
 
+pub use backup::backups;
 pub use codec::{codecs, decoding, encoding};
+pub use process::processes;
 
 /// How thorough a run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

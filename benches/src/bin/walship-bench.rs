@@ -6,10 +6,12 @@ use walship_benches::tables::{self, Effort};
 /// A table's title and what makes it.
 type Table = (&'static str, fn(Effort) -> String);
 
-const TABLES: [Table; 3] = [
+const TABLES: [Table; 5] = [
     ("Record decoding", tables::decoding),
     ("Codecs", tables::codecs),
     ("Segment objects", tables::encoding),
+    ("One segment, whole processes", tables::processes),
+    ("Base backup and restore", tables::backups),
 ];
 
 fn main() {
