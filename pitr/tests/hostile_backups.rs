@@ -220,6 +220,38 @@ async fn nothing_is_written_through_a_tablespace_link() {
 }
 
 #[tokio::test]
+async fn only_what_postgres_puts_there_is_unpacked() {
+    for name in ["pg_wal/000000010000000000000002", "pg_replslot/slot/state"] {
+        Scene::new(&[(name, b"x")], &file(name, b"x")).await.is_damaged("a backup holds no such file").await;
+    }
+    for (name, words) in [
+        ("evil", "not in a folder that PostgreSQL makes"),
+        ("PG_15_/1/2", "not in a folder that PostgreSQL makes"),
+        ("PG_15_202209061/1/2", "which its manifest lists"),
+    ] {
+        let listed = format!("pg_tblspc/16385/{name}");
+        let files: &[(&str, &[u8])] = &[("PG_VERSION", b"15\n"), (&listed, b"x")];
+        let mut scene = Scene::new(files, &file(name, b"x")).await;
+        let place = scene.home.path().join("ts");
+        scene.record.tablespaces =
+            vec![Tablespace { oid: 16_385, path: place.to_str().unwrap().into(), bytes: 1 }];
+        scene.record.objects[0].tablespace = Some(16_385);
+        let error = scene.restore().await;
+        assert!(error.to_string().contains(words), "{name}: {error}");
+        assert!(!place.join("evil").exists());
+    }
+}
+
+#[tokio::test]
+async fn names_beyond_a_header_are_refused_before_they_are_read() {
+    let long = vec![b'a'; 4 << 20];
+    for kind in [tar::EntryType::GNULongName, tar::EntryType::XHeader] {
+        let tar = [member("././@LongLink", kind, "", &long), file("PG_VERSION", b"15\n")].concat();
+        Scene::new(&[("PG_VERSION", b"15\n")], &tar).await.is_damaged("").await;
+    }
+}
+
+#[tokio::test]
 async fn contents_other_than_the_manifests_are_damage() {
     let good: &[(&str, &[u8])] = &[("PG_VERSION", b"15\n")];
     Scene::new(good, &file("PG_VERSION", b"16\n")).await.is_damaged("does not match the checksum").await;

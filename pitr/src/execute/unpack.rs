@@ -26,6 +26,9 @@ pub(super) const CONTROL_FILE: &str = "global/pg_control";
 /// The longest `pg_control` that is kept in memory; PostgreSQL's has 8192 bytes.
 const CONTROL_FILE_BYTES_MAX: u64 = 1 << 16;
 
+/// Folders that come empty: WAL is fetched from the archive, and slots are not restored.
+const NEVER_FILLED: &[&str] = &["pg_wal", "pg_replslot"];
+
 /// How much is read from the tar stream at once.
 const BUFFER_BYTES: usize = 256 << 10;
 
@@ -126,7 +129,8 @@ fn unpack_stream(destination: &Destination, object: &BackupObject, arriving: Arr
     let decoder = zstd::stream::read::Decoder::new(arriving).map_err(unreadable)?;
     // No stream is longer than its record says: a small object cannot fill the disk.
     let mut archive = tar::Archive::new(decoder.take(object.tar_bytes));
-    for entry in archive.entries().map_err(unreadable)? {
+    // Raw: extensions that carry long names or sizes are never written, and would be kept in memory.
+    for entry in archive.entries().map_err(unreadable)?.raw(true) {
         let mut entry = entry.map_err(unreadable)?;
         let name = entry.path().map_err(unreadable)?.into_owned();
         let name = PathBuf::from(Path::new(&name).components().as_path());
@@ -140,6 +144,9 @@ fn unpack_stream(destination: &Destination, object: &BackupObject, arriving: Arr
         let place = place_of(destination, object.tablespace, &name)?;
         match kind {
             tar::EntryType::Directory => make_dir(&place.local, mode)?,
+            tar::EntryType::Regular if NEVER_FILLED.iter().any(|folder| place.listed.starts_with(folder)) => {
+                return Err(damaged(format!("a backup holds no such file as {name:?}")));
+            }
             tar::EntryType::Regular => write_file(destination, &place, mode, &mut entry)?,
             // The links of tablespaces are made from the plan, never from the archive.
             tar::EntryType::Symlink if is_tablespace_link(destination, object.tablespace, &name) => {}
@@ -193,8 +200,20 @@ fn place_of(destination: &Destination, tablespace: Option<Oid>, name: &Path) -> 
         .tablespaces
         .get(&oid)
         .ok_or_else(|| damaged(format!("it belongs to tablespace {oid}, which the backup does not list")))?;
+    if !name.iter().next().and_then(|first| first.to_str()).is_some_and(is_version_folder) {
+        return Err(damaged(format!("{name:?} is not in a folder that PostgreSQL makes in a tablespace")));
+    }
     let listed = Path::new("pg_tblspc").join(oid.to_string()).join(name);
     Ok(Place { local: root.join(name), listed })
+}
+
+/// Returns whether this is a name like `PG_15_202209061`.
+///
+/// Source: `src/include/common/relpath.h`, TABLESPACE_VERSION_DIRECTORY.
+fn is_version_folder(name: &str) -> bool {
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let versions = name.strip_prefix("PG_").and_then(|rest| rest.split_once('_'));
+    versions.is_some_and(|(major, catalog)| number(major) && number(catalog))
 }
 
 fn is_tablespace_link(destination: &Destination, tablespace: Option<Oid>, name: &Path) -> bool {
