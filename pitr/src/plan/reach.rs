@@ -198,7 +198,8 @@ fn began(walk: &Walk<'_>, candidate: &Candidate<'_>) -> Result<Option<DateTime<U
         if step.from >= backup.stop_lsn {
             break;
         }
-        let checkpoint = walk.notable(at)?.into_iter().find_map(|event| match event.kind {
+        let mut inside = walk.notable(at)?.into_iter().filter(|event| event.lsn < backup.stop_lsn);
+        let checkpoint = inside.find_map(|event| match event.kind {
             EventKind::Checkpoint { redo, time, .. } if redo == backup.start_lsn => Some(time),
             _ => None,
         });
