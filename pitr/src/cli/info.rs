@@ -71,9 +71,9 @@ pub(super) async fn run(args: &InfoArgs) -> Result<u8> {
     if args.source.json {
         let value = serde_json::to_value(&info)
             .map_err(|error| Error::invalid(format!("what is stored cannot be shown as JSON: {error}")))?;
-        output::print_json(&value);
+        output::print_json(&value)?;
     } else {
-        print!("{}", text(&info, Style::of_stdout()));
+        output::print(&text(&info, Style::of_stdout()))?;
     }
     Ok(DONE)
 }

@@ -42,6 +42,11 @@ pub fn run() -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
+    let json = match &args.command {
+        Command::Info(info) => info.source.json,
+        Command::Plan(plan) => plan.source.json,
+        Command::Restore(restore) => restore.source.json,
+    };
     let status = runtime.block_on(async {
         match args.command {
             Command::Info(info) => info::run(&info).await,
@@ -52,6 +57,10 @@ pub fn run() -> ExitCode {
     ExitCode::from(match status {
         Ok(status) => status,
         Err(error) => {
+            if json {
+                // The status and the text below say it as well.
+                let _ = output::print_json(&output::error_json(&error));
+            }
             eprintln!("{}", output::clean(&error.report()));
             status_of(&error)
         }

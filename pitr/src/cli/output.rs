@@ -5,6 +5,7 @@ use std::io::IsTerminal as _;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
+use walship::{Error, Result};
 
 use crate::plan::{Refusal, RestorePlan, TransactionEnd};
 use crate::target::{TargetKind, Zone};
@@ -204,10 +205,44 @@ pub(super) fn refusal_json(refusal: &Refusal) -> Value {
     json!({ "outcome": "refused", "refusal": refusal })
 }
 
+/// Prints text to standard output; a reader that has gone away has seen enough.
+pub(super) fn print(text: &str) -> Result<()> {
+    print_to(&mut std::io::stdout().lock(), text)
+}
+
+fn print_to(output: &mut impl std::io::Write, text: &str) -> Result<()> {
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::from_io("writing to standard output", error))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Prints JSON.
-pub(super) fn print_json(value: &Value) {
-    // Printing a value of strings, numbers and lists cannot fail but for a closed pipe.
-    println!("{value:#}");
+pub(super) fn print_json(value: &Value) -> Result<()> {
+    print(&format!("{value:#}\n"))
+}
+
+/// Returns an error for programs.
+pub(super) fn error_json(error: &Error) -> Value {
+    let kind = match error {
+        Error::Unavailable(_) => "unavailable",
+        Error::Denied(_) => "denied",
+        Error::Missing(_) => "missing",
+        Error::Conflict(_) => "conflict",
+        Error::Corrupt(_) => "corrupt",
+        Error::Mismatch(_) => "mismatch",
+        Error::Invalid(_) => "invalid",
+        Error::LocalIo(_) => "local_io",
+    };
+    json!({
+        "outcome": "error",
+        "kind": kind,
+        "error": error.to_string(),
+        "safe": error.safe(),
+        "next": error.next(),
+    })
 }
 
 /// Returns a server version as people write it: `17.4`.
@@ -247,6 +282,28 @@ mod tests {
         insta::assert_snapshot!(refusal_text(&late));
         let early = plain_refusal(&RecoveryTarget::new(TargetKind::Xid(1001)));
         insta::assert_snapshot!("refusal_before_the_first", refusal_text(&early));
+    }
+
+    #[test]
+    fn a_reader_that_has_gone_is_no_error_and_a_full_disk_is() {
+        struct Broken(std::io::ErrorKind);
+        impl std::io::Write for Broken {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(self.0.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        assert!(print_to(&mut Broken(std::io::ErrorKind::BrokenPipe), "x").is_ok());
+        assert!(print_to(&mut Broken(std::io::ErrorKind::StorageFull), "x").is_err());
+    }
+
+    #[test]
+    fn programs_get_errors_too() {
+        let value = error_json(&Error::missing("it is gone").with_next("Look."));
+        assert_eq!((&value["outcome"], &value["kind"]), (&json!("error"), &json!("missing")));
+        assert_eq!((&value["error"], &value["next"]), (&json!("it is gone"), &json!("Look.")));
     }
 
     #[test]

@@ -18,33 +18,32 @@ pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
     match make_plan(&source.repository, &source.catalog, &target, &options).await? {
         Planned::Plan(plan) => {
             if args.source.json {
-                output::print_json(&output::plan_json(&plan));
+                output::print_json(&output::plan_json(&plan))?;
             } else {
-                let next = restore_command_line(&plan, args.source.lineage, &args.source.overrides);
-                print!("{}", output::plan_text(&plan, Some(&next), Style::of_stdout()));
+                let next = restore_command_line(&plan, &args.source.overrides);
+                output::print(&output::plan_text(&plan, Some(&next), Style::of_stdout()))?;
             }
             Ok(DONE)
         }
-        Planned::Refused(refusal) => Ok(refused(&refusal, args.source.json)),
+        Planned::Refused(refusal) => refused(&refusal, args.source.json),
     }
 }
 
 /// Reports a refusal and returns its exit status.
-pub(super) fn refused(refusal: &Refusal, json: bool) -> u8 {
+pub(super) fn refused(refusal: &Refusal, json: bool) -> Result<u8> {
     if json {
-        output::print_json(&output::refusal_json(refusal));
+        output::print_json(&output::refusal_json(refusal))?;
     }
     eprintln!("{}", output::refusal_text(refusal));
-    NO_PLAN
+    Ok(NO_PLAN)
 }
 
 /// Returns the command that carries a plan out, everything that was chosen pinned.
-fn restore_command_line(plan: &RestorePlan, lineage: Option<u32>, overrides: &Overrides) -> String {
+fn restore_command_line(plan: &RestorePlan, overrides: &Overrides) -> String {
     let mut words = vec!["pitr restore".to_owned(), plan.target_options.clone()];
     words.push(format!("--backup {}", shell_word(&plan.backup.id)));
-    if let Some(lineage) = lineage {
-        words.push(format!("--lineage {lineage}"));
-    }
+    // A lineage that is registered later must not be meant by it.
+    words.push(format!("--lineage {}", plan.lineage));
     if let Some(config) = &overrides.config {
         words.push(format!("--config {}", shell_word(&config.to_string_lossy())));
     }

@@ -36,11 +36,11 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     let plan_options = PlanOptions { backup: args.target.backup.clone() };
     let plan = match make_plan(&source.repository, &source.catalog, &target, &plan_options).await? {
         Planned::Plan(plan) => plan,
-        Planned::Refused(refusal) => return Ok(refused(&refusal, args.source.json)),
+        Planned::Refused(refusal) => return refused(&refusal, args.source.json),
     };
     let style = Style::of_stdout();
     if !args.source.json {
-        print!("{}", output::plan_text(&plan, None, style));
+        output::print(&output::plan_text(&plan, None, style))?;
     }
     let report = if args.dry_run {
         check(&plan, &options)?
@@ -58,9 +58,9 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
             "report": report,
             "plan": plan,
         });
-        output::print_json(&value);
+        output::print_json(&value)?;
     } else {
-        print!("{}", report_text(&report, &plan, &options, args.dry_run, style));
+        output::print(&report_text(&report, &plan, &options, args.dry_run, style))?;
     }
     Ok(DONE)
 }

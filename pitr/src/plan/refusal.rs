@@ -180,11 +180,21 @@ fn consistent_point(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
     let what = format!("the backup of {}, consistent at {}", utc_text(backup.finished), backup.stop_lsn);
     // Recovery notices consistency when it reads the record behind it.
     if walk.record_at(backup.stop_lsn)?.is_some() {
-        return Ok(Some(Suggestion { options: format!("--immediate --backup {}", backup.id), what }));
+        let options = format!("--immediate --backup {}{}", backup.id, asked_timeline(question));
+        return Ok(Some(Suggestion { options, what }));
     }
     let ends =
         candidate.chain.ending == ChainEnding::EndOfArchive && walk.end_of_records()? >= backup.stop_lsn;
-    Ok(ends.then(|| Suggestion { options: format!("--latest --backup {}", backup.id), what }))
+    let options = format!("--latest --backup {}{}", backup.id, asked_timeline(question));
+    Ok(ends.then_some(Suggestion { options, what }))
+}
+
+/// Returns the option that keeps a suggestion on the timeline that was asked for.
+fn asked_timeline(question: &Question<'_>) -> String {
+    match question.target.timeline {
+        TimelineChoice::Number(timeline) => format!(" --timeline {timeline}"),
+        TimelineChoice::Latest => String::new(),
+    }
 }
 
 /// Returns the last commit that can be reached on this chain, as a target.
@@ -197,10 +207,7 @@ fn last_reachable(
     if chain.end() < candidate.backup.stop_lsn || chain.steps.is_empty() {
         return Ok(None);
     }
-    let timeline = match question.target.timeline {
-        TimelineChoice::Number(timeline) => format!(" --timeline {timeline}"),
-        TimelineChoice::Latest => String::new(),
-    };
+    let timeline = asked_timeline(question);
     let last = walk.last(chain.steps.len() - 1, chain.end(), &COMMITS)?;
     let commit =
         last.map(|(_, event)| event).filter(|event| aligned(event.end_lsn) >= candidate.backup.stop_lsn);

@@ -409,6 +409,8 @@ fn a_backup_that_began_after_the_target_time_does_not_serve_it() {
     let refusal = world.plan(&time(5_000_000)).unwrap_err();
     assert_eq!(refusal.kind, RefusalKind::BeforeFirst);
     assert_eq!(refusal.after.unwrap().options, "--immediate --backup b1");
+    let refusal = world.plan(&on(1, time(5_000_000))).unwrap_err();
+    assert_eq!(refusal.after.unwrap().options, "--immediate --backup b1 --timeline 1");
     assert_eq!(neighbours(&world.plan(&time(15_000_000)).unwrap()), (None, Some(12)));
     // The checkpoint's time is rounded down, and taken a moment before redo is fixed.
     assert_eq!(world.plan(&time(11_999_999)).unwrap_err().kind, RefusalKind::BeforeFirst);
