@@ -4,10 +4,11 @@
 //! keeps it, counts the failure and asks again.
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use walship::Error;
-use walship::agent::client::become_walship;
+use walship::agent::client::become_push;
 
 const HELP: &str = "\
 Stores a WAL file in the repository: the program for PostgreSQL's archive_command.
@@ -28,24 +29,29 @@ Exit status:
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    match arguments.first().and_then(|first| first.to_str()) {
-        Some("--help" | "-h") => {
-            print!("{HELP}");
-            return ExitCode::SUCCESS;
+    // Beside other arguments they are a mistake in archive_command: status 0 would give WAL away.
+    if let [only] = &*arguments {
+        match only.to_str() {
+            Some("--help" | "-h") => return said(HELP),
+            Some("--version" | "-V") => {
+                return said(concat!("archive-cmd ", env!("CARGO_PKG_VERSION"), "\n"));
+            }
+            _ => {}
         }
-        Some("--version" | "-V") => {
-            println!("archive-cmd {}", env!("CARGO_PKG_VERSION"));
-            return ExitCode::SUCCESS;
-        }
-        Some(_) => {}
-        None if arguments.is_empty() => {
+    }
+    let (status, error) = match &*arguments {
+        [] => {
             let error = Error::invalid("no file is named")
                 .with_next("Set archive_command = 'archive-cmd %p'; `archive-cmd --help` shows more.");
-            eprintln!("{}", error.report());
-            return ExitCode::from(2);
+            (2, error)
         }
-        None => {}
-    }
-    eprintln!("{}", become_walship("push", &arguments).report());
-    ExitCode::from(3)
+        arguments => (3, become_push(arguments)),
+    };
+    let _ = writeln!(std::io::stderr(), "{}", error.report());
+    ExitCode::from(status)
+}
+
+fn said(text: &str) -> ExitCode {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
 }

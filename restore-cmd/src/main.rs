@@ -4,11 +4,13 @@
 //! failures stop a one-shot recovery (126) or make a standby ask again (75).
 
 use std::ffi::{OsStr, OsString};
+use std::io::Write as _;
+use std::panic::catch_unwind;
 use std::path::Path;
 use std::process::ExitCode;
 
 use walship::Error;
-use walship::agent::client::{become_walship, unanswered};
+use walship::agent::client::{STATUS_STOP, run_fetch, unanswered};
 
 const HELP: &str = "\
 Fetches a WAL file from the repository: the program for PostgreSQL's restore_command.
@@ -30,25 +32,41 @@ Exit status:
 ";
 
 fn main() -> ExitCode {
+    // 101, the status of a panic, would read as "absent".
+    ExitCode::from(catch_unwind(answer).unwrap_or(STATUS_STOP))
+}
+
+fn answer() -> u8 {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    match arguments.first().and_then(|first| first.to_str()) {
-        Some("--help" | "-h") => {
-            print!("{HELP}");
-            return ExitCode::SUCCESS;
+    // Beside other arguments they are a mistake in restore_command: status 0 would promise a file.
+    if let [only] = &*arguments {
+        match only.to_str() {
+            Some("--help" | "-h") => return said(HELP),
+            Some("--version" | "-V") => {
+                return said(concat!("restore-cmd ", env!("CARGO_PKG_VERSION"), "\n"));
+            }
+            _ => {}
         }
-        Some("--version" | "-V") => {
-            println!("restore-cmd {}", env!("CARGO_PKG_VERSION"));
-            return ExitCode::SUCCESS;
-        }
-        _ => {}
     }
     let target = arguments.last().map(Path::new);
     let name = arguments.iter().rev().nth(1).map(OsString::as_os_str);
     let error = match (name, target) {
-        (Some(_), Some(_)) => become_walship("fetch", &arguments),
+        (Some(_), Some(_)) => match run_fetch(&arguments) {
+            Ok(Some(status)) => return status,
+            Ok(None) => Error::unavailable("walship ended without an answer")
+                .with_next("Run `walship wal fetch` by hand with the same arguments to see why."),
+            Err(error) => error,
+        },
         _ => Error::invalid("a file's name and a path are needed")
             .with_next("Set restore_command = 'restore-cmd %f %p'; `restore-cmd --help` shows more."),
     };
-    eprintln!("{}", error.report());
-    ExitCode::from(unanswered(name.map(OsStr::new), target))
+    // First the note for the questions to come, then words: standard error may be full or closed.
+    let status = unanswered(name.map(OsStr::new), target);
+    let _ = writeln!(std::io::stderr(), "{}", error.report());
+    status
+}
+
+fn said(text: &str) -> u8 {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    0
 }

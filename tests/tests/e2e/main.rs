@@ -12,5 +12,6 @@ mod recovery;
 mod replication;
 mod storage;
 mod storage_folder;
+mod thin;
 mod wal_files;
 mod waldump_oracle;

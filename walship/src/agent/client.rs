@@ -6,9 +6,9 @@
 
 use std::env;
 use std::ffi::{OsStr, OsString};
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 
 use crate::archive::DataDirectory;
 use crate::archive::asked::{Answer, Asked};
@@ -23,6 +23,13 @@ pub const STATUS_ASK_AGAIN: u8 = 75;
 
 /// The status that means "absent".
 pub const STATUS_ABSENT: u8 = 1;
+
+/// Set to [`STATUS_ABSENT_TO_US`] by `restore-cmd` for the `walship wal fetch` that it starts.
+pub const ABSENT_STATUS_VARIABLE: &str = "WALSHIP_ABSENT_STATUS";
+
+/// The status by which `walship wal fetch` says "absent" to `restore-cmd`. A dynamic linker that cannot
+/// start a program ends it with 1, and so does many a wrapper: their 1 must not reach PostgreSQL.
+pub const STATUS_ABSENT_TO_US: u8 = 73;
 
 /// Who asks for a WAL file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,12 +78,53 @@ pub fn unanswered(name: Option<&OsStr>, target: Option<&Path>) -> u8 {
     if noted.is_ok() { status } else { STATUS_STOP }
 }
 
-/// Becomes `walship wal <verb> <arguments>`; returns only when that failed, and why.
+/// Becomes `walship wal push <arguments>`; returns only when that failed, and why.
 ///
 /// The program is `WALSHIP_BIN`, else `walship` beside this program, else the one in `PATH`.
-pub fn become_walship(verb: &str, arguments: &[OsString]) -> Error {
+pub fn become_push(arguments: &[OsString]) -> Error {
     let program = walship();
-    let failure = Command::new(&program).arg("wal").arg(verb).args(arguments).exec();
+    let failure = Command::new(&program).args(["wal", "push"]).args(arguments).exec();
+    not_started(&program, failure)
+}
+
+/// Runs `walship wal fetch <arguments>` and returns the status for PostgreSQL, or `None` when the call gave
+/// no answer: it ended in a way that no fetch ends. The program is found as in [`become_push`].
+///
+/// # Errors
+/// [`Error::LocalIo`] or [`Error::Denied`] when it cannot be started.
+pub fn run_fetch(arguments: &[OsString]) -> Result<Option<u8>, Error> {
+    let program = walship();
+    let status = Command::new(&program)
+        .args(["wal", "fetch"])
+        .args(arguments)
+        .env(ABSENT_STATUS_VARIABLE, STATUS_ABSENT_TO_US.to_string())
+        .status()
+        .map_err(|failure| not_started(&program, failure))?;
+    Ok(status_for_postgres(status))
+}
+
+/// Returns what PostgreSQL is told after `walship wal fetch` ended so; `None`: no answer.
+fn status_for_postgres(status: ExitStatus) -> Option<u8> {
+    match (status.code(), status.signal()) {
+        (Some(0), _) => Some(0),
+        (Some(code), _) if code == i32::from(STATUS_ABSENT_TO_US) => Some(STATUS_ABSENT),
+        (Some(code), _) if code == i32::from(STATUS_ASK_AGAIN) => Some(STATUS_ASK_AGAIN),
+        (Some(code), _) if code == i32::from(STATUS_STOP) => Some(STATUS_STOP),
+        // A server that stops signals the whole group, and reads 128 + the signal as the signal itself.
+        (None, Some(signal @ (1 | 2 | 3 | 15))) => u8::try_from(128 + signal).ok(),
+        _ => None,
+    }
+}
+
+/// Returns the status with which `walship wal fetch` says "absent" to whoever started it.
+pub fn absent_status() -> u8 {
+    match env::var(ABSENT_STATUS_VARIABLE) {
+        Ok(value) if value == STATUS_ABSENT_TO_US.to_string() => STATUS_ABSENT_TO_US,
+        _ => STATUS_ABSENT,
+    }
+}
+
+fn not_started(program: &Path, failure: std::io::Error) -> Error {
     Error::from_io(format!("{} cannot be started", program.display()), failure)
         .with_safe("nothing was done")
         .with_next("Install walship beside this program, or set WALSHIP_BIN to its path.")
@@ -107,6 +155,21 @@ mod tests {
         fs::write(folder.path().join("standby.signal"), "").unwrap();
         assert_eq!((Asker::of(&target), Asker::of(&target).unanswered()), (Asker::Standby, 75));
         assert_eq!(Asker::of(&folder.path().join("elsewhere/x")), Asker::Other);
+    }
+
+    #[test]
+    fn only_a_fetchs_own_statuses_reach_postgres() {
+        let exited = |code: i32| status_for_postgres(ExitStatus::from_raw(code << 8));
+        assert_eq!(exited(0), Some(0));
+        assert_eq!(exited(73), Some(1));
+        assert_eq!((exited(75), exited(126)), (Some(75), Some(126)));
+        // A linker's or a wrapper's failure, a usage error of an older version, a panic, a shell's 127.
+        for code in [1, 2, 74, 101, 127, 255] {
+            assert_eq!(exited(code), None, "{code}");
+        }
+        let killed = |signal: i32| status_for_postgres(ExitStatus::from_raw(signal));
+        assert_eq!((killed(15), killed(3)), (Some(143), Some(131)));
+        assert_eq!((killed(9), killed(11)), (None, None));
     }
 
     #[test]

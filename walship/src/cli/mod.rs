@@ -17,6 +17,9 @@ use clap::{Parser, Subcommand};
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
 
+/// `walship wal push --help`: what is longer stands in `archive_command` and moves WAL.
+const WAL_HELP_ARGUMENTS: usize = 4;
+
 const STATUSES: &str = "\
 Exit status:
   0  done
@@ -64,10 +67,13 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
-            return match (error.use_stderr(), fetch) {
-                (false, _) => 0,
-                (true, Some(call)) => call.unanswered(),
-                (true, None) => 2,
+            // `archive_command` with a stray -h in it must not give WAL away by status 0.
+            let moves_wal = fetch.is_some() || wal::is_push(arguments);
+            let only_asked = !error.use_stderr() && (!moves_wal || arguments.len() == WAL_HELP_ARGUMENTS);
+            return match fetch {
+                _ if only_asked => 0,
+                Some(call) => call.unanswered(),
+                None => 2,
             };
         }
     };

@@ -95,7 +95,7 @@ pub(super) fn fetch(args: &FetchArgs, overrides: &Overrides) -> u8 {
                     if Asker::of(&args.path) != Asker::Standby && !args.json {
                         super::say(&format!("{} is not in the repository", args.name.display()));
                     }
-                    client::STATUS_ABSENT
+                    client::absent_status()
                 }
             }
         }
@@ -138,6 +138,11 @@ fn try_fetch(args: &FetchArgs, overrides: &Overrides) -> Result<Fetched> {
             Err(failure) => Fetched::Failed(failure),
         })
     })
+}
+
+/// Whether these are arguments of `wal push`, even if they make no sense otherwise.
+pub(super) fn is_push(arguments: &[OsString]) -> bool {
+    arguments.windows(2).any(|pair| pair[0] == "wal" && pair[1] == "push")
 }
 
 /// A `wal fetch` in arguments that may make no sense otherwise: its failure must not read as "absent".
