@@ -36,16 +36,17 @@ pub use settings::{AddressingStyle, Limits, Location, S3Settings, Secret, Storag
 
 /// Returns the storage that `config` names.
 ///
-/// A folder must exist. S3 is not contacted: credentials are looked for and connections made by
-/// the first call that needs them.
+/// Nothing is contacted: a folder is looked at (it must exist), credentials are looked for and
+/// connections made by the first call that needs them, within that call's deadline. So a network
+/// mount that hangs costs one call's time, not this one without end.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a URL or settings that make no sense (also `s3://` in a build without
-/// the `s3` feature); [`Error::Unavailable`] when the folder is not there.
+/// the `s3` feature); [`Error::LocalIo`] when the file of certificate authorities cannot be read.
 #[cfg(feature = "store")]
 pub fn open(config: &StorageConfig) -> Result<Arc<dyn Storage>> {
     match config.location()? {
-        Location::Folder(root) => Ok(Arc::new(fs::FsStorage::open(&root)?.with_limits(config.limits))),
+        Location::Folder(root) => Ok(Arc::new(fs::FsStorage::at(&root).with_limits(config.limits))),
         #[cfg(feature = "s3")]
         Location::S3 { bucket, prefix } => {
             Ok(Arc::new(s3::S3Storage::new(s3::S3Options::new(bucket, prefix, config))?))

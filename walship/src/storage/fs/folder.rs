@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat};
@@ -25,15 +25,14 @@ pub(super) const FOLDER_MODE: u32 = 0o750;
 #[derive(Debug)]
 pub(super) struct Root {
     path: PathBuf,
-    had_tmp: bool,
+    /// Whether the first call found the folder of temporaries.
+    had_tmp: OnceLock<bool>,
 }
 
 impl Root {
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        let mut root = Self { path: path.to_owned(), had_tmp: false };
-        let opened = root.descriptor()?;
-        root.had_tmp = has_tmp(&opened);
-        Ok(root)
+    /// Returns the root without a look at it: that may block without end.
+    pub(super) fn at(path: &Path) -> Self {
+        Self { path: path.to_owned(), had_tmp: OnceLock::new() }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -47,7 +46,8 @@ impl Root {
             Errno::ENOENT => self.not_there(),
             errno => self.failed("cannot open the repository folder", "", errno),
         })?;
-        if self.had_tmp && !has_tmp(&opened) {
+        let has_tmp = has_tmp(&opened);
+        if *self.had_tmp.get_or_init(|| has_tmp) && !has_tmp {
             return Err(self.not_there());
         }
         Ok(opened)

@@ -38,17 +38,27 @@ pub struct FsStorage {
 }
 
 impl FsStorage {
-    /// Returns the storage in an existing folder.
+    /// Returns the storage in a folder that is looked at by the first call, within that call's deadline.
+    ///
+    /// A folder that is not there is that call's [`Error::Unavailable`].
+    pub fn at(root: &Path) -> Self {
+        Self {
+            root: Arc::new(Root::at(root)),
+            limits: Limits::default(),
+            tidied: Arc::new(AtomicBool::new(false)),
+        }
+    }
+
+    /// Returns the storage in an existing folder. Blocks, on a dead network mount without end:
+    /// [`FsStorage::at`] does not.
     ///
     /// # Errors
     /// [`Error::Unavailable`] when the folder is not there (it may not be mounted);
     /// [`Error::Denied`] or [`Error::LocalIo`] when it cannot be opened.
     pub fn open(root: &Path) -> Result<Self> {
-        Ok(Self {
-            root: Arc::new(Root::open(root)?),
-            limits: Limits::default(),
-            tidied: Arc::new(AtomicBool::new(false)),
-        })
+        let storage = Self::at(root);
+        storage.root.descriptor()?;
+        Ok(storage)
     }
 
     /// Makes the folder where it is not there yet, and what a storage needs in it; its parent must exist.
@@ -283,5 +293,19 @@ mod tests {
         crate::storage::conformance::one_upload_wins(&storage).await;
         let left = std::fs::read_dir(root.join(TMP)).unwrap().count();
         assert_eq!(left, 0, "no temporary is left behind");
+    }
+
+    #[tokio::test]
+    async fn a_folder_is_looked_at_by_the_first_call() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("repository");
+        let config = crate::storage::StorageConfig::new(format!("file://{}", root.display()));
+        let storage = crate::storage::open(&config).unwrap();
+        let key = ObjectKey::new("a").unwrap();
+        assert!(matches!(storage.get(&key, 1).await, Err(Error::Unavailable(_))));
+        FsStorage::create_root(&root).unwrap();
+        assert_eq!(storage.get(&key, 1).await.unwrap(), None);
+        std::fs::remove_dir(root.join(TMP)).unwrap();
+        assert!(matches!(storage.get(&key, 1).await, Err(Error::Unavailable(_))), "unmounted since");
     }
 }
