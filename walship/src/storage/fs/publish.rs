@@ -72,10 +72,8 @@ impl Temporary {
         match link {
             Ok(()) => return Ok(PutOutcome::Stored),
             // On NFS the answer to a link that was made may be lost and the repeated request be
-            // told that the name is taken: two names mean that one of them is this key.
-            Err(Errno::EEXIST) if fstat(&self.file).is_ok_and(|stat| stat.st_nlink > 1) => {
-                return Ok(PutOutcome::Stored);
-            }
+            // told that the name is taken: by this very file then.
+            Err(Errno::EEXIST) if self.is_at(folders, name) => return Ok(PutOutcome::Stored),
             Err(Errno::EEXIST) => return Ok(PutOutcome::Exists),
             // What file systems without hard links answer.
             Err(Errno::EPERM | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EMLINK | Errno::EINVAL) => {}
@@ -92,6 +90,12 @@ impl Temporary {
             .with_next("Keep the repository on another file system: here one archiver could overwrite another's segments unnoticed.")),
             Err(errno) => Err(folders.failed("cannot rename to", name, errno)),
         }
+    }
+
+    /// Whether this name is one of the file's.
+    fn is_at(&self, folders: &Folders, name: &str) -> bool {
+        let there = fstatat(folders.last(), name, AtFlags::AT_SYMLINK_NOFOLLOW);
+        matches!((fstat(&self.file), there), (Ok(own), Ok(there)) if (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino))
     }
 
     fn failed(&self, what: &str, error: std::io::Error) -> Error {
@@ -138,6 +142,32 @@ fn is_ours(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::ObjectKey;
+
+    #[test]
+    fn a_second_name_elsewhere_is_not_the_key() {
+        let folder = tempfile::tempdir().unwrap();
+        super::super::folder::create_root(folder.path()).unwrap();
+        let root = Arc::new(Root::at(folder.path()));
+        let key = ObjectKey::new("a").unwrap();
+        let path = KeyPath::new(&key).unwrap();
+        let temporary = || {
+            let mut temporary = Temporary::create(&root).unwrap();
+            temporary.write(b"mine").unwrap();
+            temporary
+        };
+        // As a backup tool that copies the folder with hard links would.
+        let copied = temporary();
+        std::fs::hard_link(folder.path().join(TMP).join(&copied.name), folder.path().join("copy")).unwrap();
+        std::fs::write(folder.path().join("a"), "theirs").unwrap();
+        assert_eq!(copied.publish(&path).unwrap(), PutOutcome::Exists);
+        assert_eq!(std::fs::read(folder.path().join("a")).unwrap(), b"theirs");
+        // The link was made, its answer lost, and the request repeated.
+        std::fs::remove_file(folder.path().join("a")).unwrap();
+        let repeated = temporary();
+        std::fs::hard_link(folder.path().join(TMP).join(&repeated.name), folder.path().join("a")).unwrap();
+        assert_eq!(repeated.publish(&path).unwrap(), PutOutcome::Stored);
+    }
 
     #[test]
     fn only_own_names_are_tidied() {
