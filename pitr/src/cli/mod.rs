@@ -54,6 +54,8 @@ pub fn run() -> ExitCode {
             Command::Restore(restore) => restore::run(&restore).await,
         }
     });
+    // Not waiting for threads that hang in a system call on a dead mount.
+    runtime.shutdown_background();
     ExitCode::from(match status {
         Ok(status) => status,
         Err(error) => {

@@ -174,9 +174,12 @@ impl Storage for FsStorage {
 
     async fn confirm(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>> {
         let name = key.clone();
-        self.run(format!("confirming {key}"), 1 << 30, move |root| {
-            let path = KeyPath::new(&name)?;
-            let Some((folders, file, bytes)) = open_object(root, &path)? else { return Ok(None) };
+        let what = || format!("confirming {key}");
+        let opened = self.run(what(), 0, move |root| open_object(root, &KeyPath::new(&name)?)).await?;
+        let Some((folders, file, bytes)) = opened else { return Ok(None) };
+        // How long a sync may take depends on the length, which is known only now.
+        let name = key.clone();
+        self.run(what(), bytes, move |root| {
             file.sync_all().map_err(|error| root.failed("cannot sync", name.as_str(), error))?;
             folders.sync()?;
             Ok(Some(ObjectMeta { key: name, bytes }))
