@@ -178,6 +178,8 @@ async fn transient_answers_are_tried_again() {
         ("internal", Fault::S3(500, "InternalError")),
         ("throttled", Fault::Bare(429)),
         ("gateway", Fault::Proxy(504)),
+        ("friendly", Fault::Proxy(200)),
+        ("empty", Fault::Bare(200)),
         ("conflict", Fault::S3(409, "ConditionalRequestConflict")),
         ("corrupted", Fault::S3(400, "BadDigest")),
     ] {
@@ -190,6 +192,11 @@ async fn transient_answers_are_tried_again() {
         let outcome = storage.put_if_absent(&key(name), Bytes::from_static(b"body").into()).await;
         assert_eq!(outcome.unwrap(), PutOutcome::Stored, "{name}");
     }
+    // A page with status 200 that comes every time is never taken for a stored object.
+    server.set_faults(|_| Some(Fault::Proxy(200)));
+    let never = open(server.config("")).put_if_absent(&key("never"), Bytes::from_static(b"x").into()).await;
+    assert!(matches!(never, Err(Error::Unavailable(_))), "{never:?}");
+    server.heal();
     // An answer that is lost leaves the object there: the caller has to compare.
     let mut lose = true;
     server.set_faults(move |_| std::mem::take(&mut lose).then_some(Fault::AnswerLost));

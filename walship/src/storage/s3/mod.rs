@@ -139,6 +139,7 @@ impl S3Storage {
         let request = if self.over_tls().await? { request.disable_payload_signing() } else { request };
         match request.send().await {
             Ok(stored) => match stored.checksum_crc32() {
+                _ if !is_answer(stored.e_tag()) => Err(no_answer()),
                 Some(other) if other != checksum => Err(Error::corrupt(format!(
                     "the store says that it stored {key} with checksum {other}, sent was {checksum}"
                 ))),
@@ -297,6 +298,17 @@ impl S3Storage {
         objects.sort_unstable_by(|a, b| a.key.cmp(&b.key));
         Ok(ListPage { objects, next })
     }
+}
+
+/// Whether what was answered to a write comes from a store: it names an entity tag, which the page
+/// of a proxy or load balancer between does not, even with status 200.
+fn is_answer(e_tag: Option<&str>) -> bool {
+    e_tag.is_some_and(|tag| !tag.trim_matches('"').is_empty())
+}
+
+/// The error of a write that nobody knows to have reached the store.
+fn no_answer() -> Error {
+    Error::unavailable("the answer to the write is no S3 answer: it names no ETag")
 }
 
 #[async_trait]

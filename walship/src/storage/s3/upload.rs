@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::task::JoinSet;
 
 use super::answer::Answer;
-use super::{S3Storage, crc32};
+use super::{S3Storage, crc32, is_answer, no_answer};
 use crate::error::{Error, Result};
 use crate::storage::retry::retried;
 use crate::storage::{ObjectKey, PutBody, PutOutcome, Storage as _, Upload};
@@ -127,6 +127,7 @@ impl S3Upload {
                     .send()
                     .await;
                 match answer.map_err(|error| Answer::of(error, storage)) {
+                    Ok(stored) if !is_answer(stored.e_tag()) => Err(no_answer()),
                     Ok(_) => Ok(Ok(PutOutcome::Stored)),
                     Err(Answer::Taken) => Ok(Ok(PutOutcome::Exists)),
                     // Completed by an earlier attempt whose answer was lost? Then something is there now.
@@ -173,6 +174,9 @@ async fn put_part(
             .customize();
         let request = if storage.over_tls().await? { request.disable_payload_signing() } else { request };
         let stored = request.send().await.map_err(|error| Answer::of(error, &storage).into_error())?;
+        if !is_answer(stored.e_tag()) {
+            return Err(no_answer());
+        }
         Ok(CompletedPart::builder()
             .part_number(number)
             .set_e_tag(stored.e_tag().map(str::to_owned))
