@@ -10,6 +10,8 @@ use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
+use nix::sys::signal::Signal;
+
 use crate::archive::DataDirectory;
 use crate::archive::asked::{Answer, Asked};
 use crate::error::Error;
@@ -97,7 +99,7 @@ pub fn run_fetch(arguments: &[OsString]) -> Result<Option<u8>, Error> {
     let status = Command::new(&program)
         .args(["wal", "fetch"])
         .args(arguments)
-        .env(ABSENT_STATUS_VARIABLE, STATUS_ABSENT_TO_US.to_string())
+        .env(ABSENT_STATUS_VARIABLE, format!("{STATUS_ABSENT_TO_US} {}", std::process::id()))
         .status()
         .map_err(|failure| not_started(&program, failure))?;
     Ok(status_for_postgres(status))
@@ -116,12 +118,25 @@ fn status_for_postgres(status: ExitStatus) -> Option<u8> {
     }
 }
 
-/// Returns the status with which `walship wal fetch` says "absent" to whoever started it.
-pub fn absent_status() -> u8 {
-    match env::var(ABSENT_STATUS_VARIABLE) {
-        Ok(value) if value == STATUS_ABSENT_TO_US.to_string() => STATUS_ABSENT_TO_US,
-        _ => STATUS_ABSENT,
+/// Called by `walship wal fetch`: returns the status with which it says "absent" to whoever started it. When
+/// that is `restore-cmd`, this process dies with it from now on: it must not put a file in place
+/// when the server has asked for another one since.
+///
+/// # Errors
+/// [`Error::LocalIo`] when `restore-cmd` is gone already.
+pub fn bound_to_starter() -> Result<u8, Error> {
+    let value = env::var(ABSENT_STATUS_VARIABLE).unwrap_or_default();
+    let Some((status, starter)) = value.split_once(' ') else { return Ok(STATUS_ABSENT) };
+    if status != STATUS_ABSENT_TO_US.to_string() {
+        return Ok(STATUS_ABSENT);
     }
+    let gone = |why: String| Error::local_io(format!("the restore-cmd that started this is gone: {why}"));
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(|errno| gone(errno.to_string()))?;
+    let parent = nix::unistd::getppid().to_string();
+    if parent != starter {
+        return Err(gone(format!("the parent is process {parent}, not {starter}")));
+    }
+    Ok(STATUS_ABSENT_TO_US)
 }
 
 fn not_started(program: &Path, failure: std::io::Error) -> Error {

@@ -84,8 +84,9 @@ pub(super) async fn push(args: &PushArgs, overrides: &Overrides) -> Result<u8> {
 
 /// Fetches one file and returns the exit status, which is the answer.
 pub(super) fn fetch(args: &FetchArgs, overrides: &Overrides) -> u8 {
-    match try_fetch(args, overrides) {
-        Ok(Fetched::Answered(outcome)) => {
+    let bound = client::bound_to_starter();
+    match bound.and_then(|absent| Ok((absent, try_fetch(args, overrides)?))) {
+        Ok((absent, Fetched::Answered(outcome))) => {
             if args.json {
                 let _ = super::print_report(&outcome, true, String::new);
             }
@@ -95,11 +96,11 @@ pub(super) fn fetch(args: &FetchArgs, overrides: &Overrides) -> u8 {
                     if Asker::of(&args.path) != Asker::Standby && !args.json {
                         super::say(&format!("{} is not in the repository", args.name.display()));
                     }
-                    client::absent_status()
+                    absent
                 }
             }
         }
-        Ok(Fetched::Failed(failure)) => {
+        Ok((_, Fetched::Failed(failure))) => {
             super::say_error(&failure.error);
             if failure.must_stop { client::STATUS_STOP } else { Asker::of(&args.path).unanswered() }
         }

@@ -147,6 +147,8 @@ impl Killer {
         };
         let ended = match (output.status.signal(), output.status.success()) {
             (Some(9), _) => Ended::Killed,
+            // The kill came to the walship that restore-cmd had started.
+            _ if said(&output).contains("walship ended without an answer") => Ended::Killed,
             (_, true) => Ended::Done,
             _ => Ended::Failed(said(&output)),
         };
