@@ -26,7 +26,7 @@ pub const STATUS_ASK_AGAIN: u8 = 75;
 /// The status that means "absent".
 pub const STATUS_ABSENT: u8 = 1;
 
-/// Set to [`STATUS_ABSENT_TO_US`] by `restore-cmd` for the `walship wal fetch` that it starts.
+/// Set by `restore-cmd` for the `walship wal fetch` that it starts: [`STATUS_ABSENT_TO_US`], a space, its own pid.
 pub const ABSENT_STATUS_VARIABLE: &str = "WALSHIP_ABSENT_STATUS";
 
 /// The status by which `walship wal fetch` says "absent" to `restore-cmd`. A dynamic linker that cannot
