@@ -35,7 +35,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     max_rate: Option<u32>,
     /// Seconds to wait for the last WAL to be in the repository
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    // A year at most: no clock can hold a time much further ahead.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(..=31_536_000))]
     wal_timeout: u64,
     /// zstd level
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=19))]
@@ -188,6 +189,20 @@ mod tests {
         assert_eq!(parse_rate("50M"), Ok(51_200));
         for text in ["", "31", "2000M", "1G", "-5", "99999999999M"] {
             assert!(parse_rate(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_wait_for_wal_is_bounded() {
+        #[derive(clap::Parser)]
+        struct Alone {
+            #[command(flatten)]
+            args: Args,
+        }
+        let parse = |text: &str| <Alone as clap::Parser>::try_parse_from(["backup", "--wal-timeout", text]);
+        assert_eq!(parse("31536000").map(|alone| alone.args.wal_timeout).unwrap_or(0), 31_536_000);
+        for text in ["31536001", "18446744073709551615", "-1"] {
+            assert!(parse(text).is_err(), "{text}");
         }
     }
 }

@@ -249,6 +249,7 @@ const VARIABLES: &[(&str, &str)] = &[
     ("PGSSLCERT", "sslcert"),
     ("PGSSLKEY", "sslkey"),
     ("PGSSLROOTCERT", "sslrootcert"),
+    ("PGSSLCERTMODE", "sslcertmode"),
     ("PGSSLCRL", "sslcrl"),
     ("PGSSLCRLDIR", "sslcrldir"),
     ("PGSSLSNI", "sslsni"),
@@ -360,9 +361,14 @@ impl ConnectOptions {
             None => operating_system_user()?,
         };
         let (root_certs, sslmode) = tls_roots(get("sslrootcert"), get("sslmode"), own_file("root.crt"))?;
-        let client_cert = match get("sslcert") {
-            Some(path) => Some(PathBuf::from(path)),
-            None => own_file("postgresql.crt").filter(|path| path.exists()),
+        if matches!(sslmode, SslMode::VerifyCa | SslMode::VerifyFull) && get("sslrootcert") != Some("system")
+        {
+            refuse_revocations(own_file("root.crl"))?;
+        }
+        let client_cert = match (get("sslcert"), get("sslcertmode")) {
+            (_, Some("disable")) => None,
+            (Some(path), _) => Some(PathBuf::from(path)),
+            (None, _) => own_file("postgresql.crt").filter(|path| path.exists()),
         };
         let client_key = match get("sslkey") {
             Some(path) => Some(PathBuf::from(path)),
@@ -431,6 +437,18 @@ impl fmt::Display for ConnectOptions {
             write!(f, "{comma}{host}")?;
         }
         Ok(())
+    }
+}
+
+/// Refuses the list of revoked certificates that libpq would use: an ignored list betrays its author.
+fn refuse_revocations(list: Option<PathBuf>) -> Result<()> {
+    match list {
+        Some(list) if list.exists() => Err(Error::invalid(format!(
+            "{} is there, and walship does not support lists of revoked certificates",
+            list.display()
+        ))
+        .with_next("Move the file away, or set HOME to another folder for this command.")),
+        _ => Ok(()),
     }
 }
 
@@ -727,6 +745,35 @@ mod tests {
         std::fs::write(home.path().join(".postgresql/root.crt"), "").unwrap();
         assert_eq!(resolve("user=u sslmode=require", &env).unwrap().sslmode, SslMode::VerifyCa);
         assert_eq!(resolve("user=u", &env).unwrap().sslmode, SslMode::Prefer);
+    }
+
+    #[test]
+    fn a_default_list_of_revoked_certificates_is_refused_where_the_server_is_verified() {
+        let home = tempfile::tempdir().unwrap();
+        let env = [("HOME", home.path().to_str().unwrap())];
+        std::fs::create_dir(home.path().join(".postgresql")).unwrap();
+        std::fs::write(home.path().join(".postgresql/root.crt"), "").unwrap();
+        assert!(resolve("user=u sslmode=verify-full", &env).is_ok());
+        std::fs::write(home.path().join(".postgresql/root.crl"), "").unwrap();
+        for text in ["user=u sslmode=verify-full", "user=u sslmode=verify-ca", "user=u sslmode=require"] {
+            assert!(matches!(resolve(text, &env), Err(Error::Invalid(_))), "{text}");
+        }
+        for text in ["user=u", "user=u sslmode=disable", "user=u sslrootcert=system"] {
+            assert!(resolve(text, &env).is_ok(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sslcertmode_disable_sends_no_certificate() {
+        let home = tempfile::tempdir().unwrap();
+        let env = [("HOME", home.path().to_str().unwrap())];
+        std::fs::create_dir(home.path().join(".postgresql")).unwrap();
+        std::fs::write(home.path().join(".postgresql/postgresql.crt"), "").unwrap();
+        assert!(resolve("user=u", &env).unwrap().client_cert.is_some());
+        for text in ["user=u sslcertmode=disable", "user=u sslcert=/x sslcertmode=disable"] {
+            let options = resolve(text, &env).unwrap();
+            assert!(options.client_cert.is_none() && options.client_key.is_none(), "{text}");
+        }
     }
 
     #[test]
