@@ -611,6 +611,7 @@ fn a_second_required_repository_must_have_the_file_too() {
     archive.arg(format!("pg_wal/{name}")).current_dir(&scene.data_dir).env("WALSHIP_REPO", &url);
     let status = scene.stage.run(&mut archive).status.code().unwrap();
     assert!((1..=125).contains(&status));
+    assert!(scene.object(name).exists(), "the second one's outage keeps nothing from the first");
     let mut init = scene.stage.walship(&["init", "--data-dir", scene.data_dir.to_str().unwrap()]);
     scene.stage.ok(init.env("WALSHIP_REPO", &url));
     scene.stage.ok(&mut archive);

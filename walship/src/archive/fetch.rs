@@ -9,8 +9,11 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::pin::Pin;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
@@ -66,18 +69,19 @@ pub struct FetchFailure {
     pub must_stop: bool,
 }
 
-/// Gives the cluster's part of each repository, in the order in which they are to be tried; asked again
-/// for every attempt.
-#[async_trait::async_trait]
+/// The cluster's part of one repository, while it is being opened.
+pub type Opening<'a> = Pin<Box<dyn Future<Output = Result<ClusterRepository>> + Send + 'a>>;
+
+/// Gives the cluster's part of each repository; asked again for every attempt. They are opened side by
+/// side and tried in the order in which they are open.
 pub trait OpenClusters: Send + Sync {
-    /// Returns them, or for each why it cannot be opened.
-    async fn open(&self) -> Vec<Result<ClusterRepository>>;
+    /// Returns one future for each repository.
+    fn open(&self) -> Vec<Opening<'_>>;
 }
 
-#[async_trait::async_trait]
 impl OpenClusters for Vec<ClusterRepository> {
-    async fn open(&self) -> Vec<Result<ClusterRepository>> {
-        self.iter().cloned().map(Ok).collect()
+    fn open(&self) -> Vec<Opening<'_>> {
+        self.iter().map(|cluster| -> Opening<'_> { Box::pin(async { Ok(cluster.clone()) }) }).collect()
     }
 }
 
@@ -160,11 +164,12 @@ impl Request<'_> {
     async fn attempt(&self, clusters: &dyn OpenClusters) -> Result<FetchOutcome> {
         let mut failure = None;
         let mut lineages = Vec::new();
-        for cluster in clusters.open().await {
-            let opened = match cluster {
-                Ok(cluster) => super::place::lineage(&cluster, self.directory, self.options.lineage).await,
-                Err(error) => Err(error),
-            };
+        let open = clusters.open().into_iter().map(async |opening| {
+            super::place::lineage(&opening.await?, self.directory, self.options.lineage).await
+        });
+        // A repository that keeps everybody waiting does not keep the others from delivering.
+        let mut open: FuturesUnordered<_> = open.collect();
+        while let Some(opened) = open.next().await {
             let tried = match opened {
                 Ok(lineage) => {
                     let tried = self.deliver_from(&lineage).await;

@@ -34,15 +34,28 @@ impl DataDirectory {
     }
 
     /// Returns the system identifier in its pg_control and, where this version is known, the segment
-    /// size; `None` when the file cannot be read.
+    /// size; `None` when there is no such file.
     ///
     /// Source: `src/include/catalog/pg_control.h`: the identifier comes first in every version.
-    pub fn identity(&self) -> Option<(u64, Option<SegmentSize>)> {
+    ///
+    /// # Errors
+    /// When the file is there but cannot be read, or holds no identifier: whose directory it is is not known.
+    pub fn identity(&self) -> Result<Option<(u64, Option<SegmentSize>)>> {
+        let path = self.path.join("global/pg_control");
+        let failed = |error| Error::from_io(format!("reading {}", path.display()), error);
+        let file = match fs::File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
         let mut bytes = Vec::new();
-        let file = fs::File::open(self.path.join("global/pg_control")).ok()?;
-        file.take(ControlData::FILE_LEN as u64).read_to_end(&mut bytes).ok()?;
-        let identifier = u64::from_le_bytes(*bytes.first_chunk()?);
-        (identifier != 0).then(|| (identifier, ControlData::parse(&bytes).ok().map(|data| data.segment_size)))
+        file.take(ControlData::FILE_LEN as u64).read_to_end(&mut bytes).map_err(failed)?;
+        match bytes.first_chunk().map(|first| u64::from_le_bytes(*first)) {
+            Some(identifier) if identifier != 0 => {
+                Ok(Some((identifier, ControlData::parse(&bytes).ok().map(|data| data.segment_size))))
+            }
+            _ => Err(Error::local_io(format!("{} holds no system identifier", path.display()))),
+        }
     }
 }
 
@@ -89,7 +102,7 @@ pub(super) async fn lineage(
     if let Some(number) = chosen {
         return cluster.lineage(number).await;
     }
-    match directory.and_then(DataDirectory::identity) {
+    match directory.map(DataDirectory::identity).transpose()?.flatten() {
         Some((identifier, Some(size))) => cluster.lineage_of(identifier, size).await,
         Some((identifier, None)) => cluster.lineage_of_system(identifier).await,
         None => cluster.newest_lineage().await,
@@ -112,6 +125,21 @@ mod tests {
         std::os::unix::fs::symlink(folder.path(), &link).unwrap();
         assert!(matches!(own_folder(Some(&link)), Err(Error::Denied(_))));
         assert!(own_folder(Some(&folder.path().join("new"))).is_ok());
+    }
+
+    #[test]
+    fn a_control_file_that_cannot_be_read_is_not_taken_for_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let directory = DataDirectory::of_wal_file(&folder.path().join("pg_wal/x")).unwrap();
+        assert_eq!(directory.identity().unwrap(), None);
+        let control = folder.path().join("global/pg_control");
+        fs::create_dir_all(&control).unwrap();
+        directory.identity().unwrap_err();
+        fs::remove_dir(&control).unwrap();
+        fs::write(&control, [1, 2, 3]).unwrap();
+        directory.identity().unwrap_err();
+        fs::write(&control, 7_u64.to_le_bytes()).unwrap();
+        assert_eq!(directory.identity().unwrap(), Some((7, None)));
     }
 
     #[test]

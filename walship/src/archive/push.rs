@@ -6,12 +6,13 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde::Serialize;
 use tempfile::{NamedTempFile, TempPath};
 
 use crate::codec::{
-    Compression, Encoded, EncodedBody, EncodedObject, Envelope, ObjectHead, ObjectKind, PLAIN_BYTES_MAX,
-    encode_body,
+    Compression, Digest, Encoded, EncodedBody, EncodedObject, Envelope, ObjectHead, ObjectKind,
+    PLAIN_BYTES_MAX, encode_body,
 };
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, SegmentSize, TimelineHistory, TimelineId, WalFileName};
@@ -158,6 +159,11 @@ fn encode(path: &Path, name: WalFileName, options: &PushOptions) -> Result<Encod
     if let Some(scan) = &scan {
         check_ancestry(path, scan)?;
     }
+    if let (WalFileName::Segment(_), Some(SegmentScan { verdict: Verdict::Incomplete { .. }, .. })) =
+        (name, &scan)
+    {
+        check_reads_the_same(&mut file, plain_bytes, encoded.digest)?;
+    }
     Ok(EncodedFile {
         path: path.to_owned(),
         name,
@@ -195,6 +201,25 @@ fn declared_size(file: &mut File, plain_bytes: u64) -> Result<SegmentSize> {
         .filter(PageHeader::is_plausible_first)
         .and_then(|header| SegmentSize::new(u64::from(header.long?.segment_size)));
     Ok(declared.or(SegmentSize::new(plain_bytes)).unwrap_or(SegmentSize::DEFAULT))
+}
+
+/// Reads a file once more, if possible from the disk. Before a segment is kept apart as incomplete, which
+/// leaves a hole, it is to be sure that it was not only read badly.
+fn check_reads_the_same(file: &mut File, plain_bytes: u64, digest: Digest) -> Result<()> {
+    // Only advice.
+    let _ = posix_fadvise(&*file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    let mut hasher = blake3::Hasher::new();
+    file.rewind()
+        .and_then(|()| hasher.update_reader(file.take(plain_bytes + 1)).map(drop))
+        .map_err(|error| Error::from_io("reading it once more", error))?;
+    if Digest(*hasher.finalize().as_bytes()) == digest {
+        return Ok(());
+    }
+    Err(Error::local_io("the file reads differently each time")
+        .with_safe("nothing was stored; PostgreSQL keeps the file in pg_wal and will ask again")
+        .with_next(
+            "Find out whether something writes to it; else check the disk and the memory of this machine.",
+        ))
 }
 
 fn check_history(timeline: TimelineId, text: &[u8]) -> Result<()> {
@@ -382,3 +407,17 @@ pub fn encode_segment(name: SegmentName, bytes: &[u8], compression: Compression)
     Ok(EncodedObject { envelope, head: head.into(), body: EncodedBody::Memory(body.into()) })
 }
 const _: () = assert!(IN_MEMORY_BYTES_MAX <= PLAIN_BYTES_MAX);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_reads_differently_is_not_believed() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"as it is").unwrap();
+        check_reads_the_same(&mut file, 8, Digest::of(b"as it is")).unwrap();
+        let error = check_reads_the_same(&mut file, 8, Digest::of(b"as it was")).unwrap_err();
+        assert!(matches!(error, Error::LocalIo(_)), "{error}");
+    }
+}

@@ -98,7 +98,8 @@ pub async fn server_identity(server: &ConnectOptions) -> Result<(SystemIdentity,
 /// [`Error::Mismatch`] when the server is not the one that the lineage belongs to;
 /// [`Error::Corrupt`] when what arrives differs from the server's manifest;
 /// [`Error::Unavailable`] when the server or a store fails, or when the backup's WAL does not arrive
-/// in time. After any error the backup does not exist.
+/// in time. After an error the backup does not exist, but for one case: a store failed at the very last
+/// write, the record's. Then the error names the repositories in which the backup is complete.
 /// # Durability
 /// After `Ok` the backup, its WAL and its record survive a crash of this machine.
 /// # Cancel safety
@@ -192,10 +193,31 @@ pub async fn take_backup(
         data_checksums: about.data_checksums,
         manifest_digest,
     };
-    for repository in repositories {
-        repository.put_backup_record(&record).await?;
-    }
+    put_records(repositories, &record).await?;
     Ok(record)
+}
+
+/// Puts the record into every repository, which makes the backup exist there.
+async fn put_records(repositories: &[LineageRepository], record: &BackupRecord) -> Result<()> {
+    let (mut complete, mut failure) = (Vec::new(), None);
+    for repository in repositories {
+        match repository.put_backup_record(record).await {
+            Ok(()) => complete.push(repository.location()),
+            Err(error) => {
+                let error =
+                    error.context(format!("storing the backup's record in {}", repository.location()));
+                failure = failure.or(Some(error));
+            }
+        }
+    }
+    match failure {
+        None => Ok(()),
+        Some(error) if complete.is_empty() => Err(error),
+        Some(error) => {
+            let complete = complete.join(" and ");
+            Err(error.with_safe(format!("backup {} is complete in {complete}, and only there", record.id)))
+        }
+    }
 }
 
 /// What is asked of the server before anything begins.

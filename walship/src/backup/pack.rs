@@ -244,7 +244,13 @@ async fn store_object(
 ) -> Result<BackupObject> {
     let mut object = StoredObject { uploads: Vec::new(), hasher: blake3::Hasher::new(), stored_bytes: 0 };
     for repository in &settings.repositories {
-        object.uploads.push(repository.start_backup_object(&settings.id, &name).await?);
+        match repository.start_backup_object(&settings.id, &name).await {
+            Ok(upload) => object.uploads.push(upload),
+            Err(error) => {
+                object.abort().await;
+                return Err(error);
+            }
+        }
     }
     let mut table = SeekTable::default();
     let mut tar_bytes = 0;
@@ -277,12 +283,26 @@ async fn store_object(
         object.abort().await;
         return Err(Error::unavailable("the backup was given up"));
     }
-    object.write(table.encode().into()).await?;
+    if let Err(error) = object.write(table.encode().into()).await {
+        object.abort().await;
+        return Err(error);
+    }
     let (stored_bytes, digest) = (object.stored_bytes, object.hasher.finalize());
+    let mut failure = None;
     for (upload, repository) in object.uploads.into_iter().zip(&settings.repositories) {
-        if upload.finish().await? == PutOutcome::Exists {
-            compare(repository, &settings.id, &name, stored_bytes, digest).await?;
+        if failure.is_some() {
+            upload.abort().await;
+            continue;
         }
+        let finished = match upload.finish().await {
+            Ok(PutOutcome::Stored) => Ok(()),
+            Ok(PutOutcome::Exists) => compare(repository, &settings.id, &name, stored_bytes, digest).await,
+            Err(error) => Err(error),
+        };
+        failure = finished.err();
+    }
+    if let Some(error) = failure {
+        return Err(error);
     }
     Ok(BackupObject { name, tablespace, stored_bytes, tar_bytes, digest: digest.to_hex().to_string() })
 }

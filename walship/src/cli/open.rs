@@ -1,6 +1,6 @@
 //! Opens what the configuration names.
 
-use walship::archive::fetch::OpenClusters;
+use walship::archive::fetch::{OpenClusters, Opening};
 use walship::config::Config;
 use walship::error::Result;
 use walship::repository::{ClusterName, ClusterRepository};
@@ -19,18 +19,22 @@ impl<'a> Configured<'a> {
 
     /// Returns them all, or the first reason why not.
     pub(crate) async fn open_all(&self) -> Result<Vec<ClusterRepository>> {
-        self.open().await.into_iter().collect()
+        self.open_each().await.into_iter().collect()
+    }
+
+    /// Returns them all, or for each why it cannot be opened.
+    pub(crate) async fn open_each(&self) -> Vec<Result<ClusterRepository>> {
+        futures_util::future::join_all(self.open()).await
+    }
+
+    async fn open_one(&self, config: &StorageConfig) -> Result<ClusterRepository> {
+        ClusterRepository::open(storage::open(config)?, &self.cluster).await
     }
 }
 
-#[async_trait::async_trait]
 impl OpenClusters for Configured<'_> {
-    async fn open(&self) -> Vec<Result<ClusterRepository>> {
-        let open = self
-            .repositories
-            .iter()
-            .map(async |config| ClusterRepository::open(storage::open(config)?, &self.cluster).await);
-        futures_util::future::join_all(open).await
+    fn open(&self) -> Vec<Opening<'_>> {
+        self.repositories.iter().map(|config| -> Opening<'_> { Box::pin(self.open_one(config)) }).collect()
     }
 }
 

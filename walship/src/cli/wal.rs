@@ -69,10 +69,22 @@ pub(super) async fn push(args: &PushArgs, overrides: &Overrides) -> Result<u8> {
     let (path, encode_options) = (args.path.clone(), options.clone());
     let encode = tokio::task::spawn_blocking(move || encode_file(&path, &encode_options));
     let configured = Configured::new(&config)?;
-    let (encoded, clusters) = tokio::join!(encode, configured.open_all());
+    let (encoded, opened) = tokio::join!(encode, configured.open_each());
     let encoded =
         encoded.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))??;
-    let report = push_encoded(&clusters?, &encoded, &options).await?;
+    let (mut clusters, mut failure) = (Vec::new(), None);
+    for cluster in opened {
+        match cluster {
+            Ok(cluster) => clusters.push(cluster),
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    // The outage of one repository keeps nothing from the others. PostgreSQL hears of success only when
+    // every one has the file.
+    let report = push_encoded(&clusters, &encoded, &options).await?;
+    if let Some(error) = failure {
+        return Err(error);
+    }
     for warning in &report.warnings {
         super::say(&format!("warning: {warning}"));
     }

@@ -87,12 +87,11 @@ impl LineageRepository {
         Err(Error::unavailable(format!("{} comes and goes", self.shown(key))))
     }
 
-    /// Puts a good copy beside a damaged object, unless another file has a valid copy there already.
+    /// Puts a good copy beside a damaged object, unless one is there. Fails when another file has a valid
+    /// copy there.
     async fn put_copy(&self, key: &ObjectKey, object: &EncodedObject, damage: Error) -> Result<Put> {
-        for copy in self.copies(key).await? {
-            if let Compared::Same = self.compare(&copy, &object.envelope).await? {
-                return Ok(Put::AlreadyStored);
-            }
+        if self.has_copy(key, &object.envelope).await? {
+            return Ok(Put::AlreadyStored);
         }
         let copy = layout::copy_of(key, &object.envelope.digest)?;
         if self.storage.put_if_absent(&copy, put_body(object)).await? == PutOutcome::Exists {
@@ -101,14 +100,31 @@ impl LineageRepository {
                 _ => Err(damage.context("the object and its copy are both damaged")),
             };
         }
+        // Copies of different files have different keys: of two archivers at once, the later one sees both.
+        self.has_copy(key, &object.envelope).await?;
         Ok(Put::StoredBesideDamaged { copy: self.shown(&copy), damage: damage.to_string() })
+    }
+
+    /// Compares with every copy and returns whether one is the same and sound; a sound one of another
+    /// file is a conflict.
+    async fn has_copy(&self, key: &ObjectKey, ours: &Envelope) -> Result<bool> {
+        let mut found = false;
+        for copy in self.copies(key).await? {
+            found |= matches!(self.compare(&copy, ours).await?, Compared::Same);
+        }
+        Ok(found)
     }
 
     /// Finds out what a taken key holds, after making it durable.
     async fn compare(&self, key: &ObjectKey, ours: &Envelope) -> Result<Compared> {
         let Some(meta) = self.storage.confirm(key).await? else { return Ok(Compared::Gone) };
         let expected = Expected { name: ours.name, kind: ours.kind };
-        match self.read_one(key, expected, ToNowhere).await {
+        let mut read = self.read_one(key, expected, ToNowhere).await;
+        if let Err(Error::Corrupt(_)) = read {
+            // Damaged where it is stored, or only on its way?
+            read = self.read_one(key, expected, ToNowhere).await;
+        }
+        match read {
             Ok(None) => Ok(Compared::Gone),
             Ok(Some((head, ()))) if head.object_bytes() != meta.bytes => Ok(Compared::Damaged(
                 Error::corrupt(format!("{} has another length than it says", self.shown(key))),
