@@ -6,6 +6,7 @@
 //! [`scan::SegmentScanner`] a segment into a [`SegmentSummary`] and a verdict,
 //! [`summary::join`] two neighbours into the record that lies across them, and [`events::events_of`]
 //! segments into all their events.
+//! [`rollup`] adds summaries up, 256 at a time.
 
 mod bytes;
 pub mod decode;
@@ -15,6 +16,7 @@ pub mod layout;
 pub mod page;
 pub mod reader;
 pub mod record;
+pub mod rollup;
 pub mod scan;
 pub mod summary;
 #[cfg(any(test, feature = "test-util"))]

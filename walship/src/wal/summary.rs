@@ -136,27 +136,94 @@ pub enum Joined {
     ReadSegments,
 }
 
+/// What a summary says at both ends of its segment: enough to tell the records that cross them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Edge {
+    /// The segment.
+    pub segment: SegmentName,
+    /// As in the summary.
+    pub page_magic: u16,
+    /// As in the summary; `None` also when the record that it ends is known by now.
+    pub leading: Option<Fragment>,
+    /// As in the summary; `None` also when that record is known by now.
+    pub unfinished: Option<Fragment>,
+    /// Where records began that recovery overwrote in this segment.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub overwritten: Vec<Lsn>,
+    /// Whether the segment could not be decoded.
+    pub undecoded: bool,
+    /// Whether the segment before it is still to be joined.
+    pub open_start: bool,
+    /// Whether the segment behind it is still to be joined.
+    pub open_end: bool,
+}
+
+impl Edge {
+    /// Returns the edge of a segment that no neighbour was joined with.
+    pub fn of(summary: &SegmentSummary) -> Self {
+        let overwritten = |event: &super::WalEvent| match event.kind {
+            EventKind::OverwriteContrecord { overwritten, .. } => Some(overwritten),
+            _ => None,
+        };
+        Self {
+            segment: summary.segment,
+            page_magic: summary.page_magic,
+            leading: summary.leading.clone(),
+            unfinished: summary.unfinished.clone(),
+            overwritten: summary.events.iter().filter_map(overwritten).collect(),
+            undecoded: matches!(summary.ending, SegmentEnding::Undecoded { .. }),
+            open_start: true,
+            open_end: true,
+        }
+    }
+
+    /// Drops what is only needed to join the segment before.
+    pub(super) fn close_start(&mut self) {
+        (self.open_start, self.leading) = (false, None);
+        self.overwritten.clear();
+    }
+
+    /// Drops what is only needed to join the segment behind.
+    pub(super) fn close_end(&mut self) {
+        (self.open_end, self.unfinished) = (false, None);
+    }
+
+    /// Returns whether both sides are joined.
+    pub(super) fn is_closed(&self) -> bool {
+        !self.open_start && !self.open_end
+    }
+
+    /// Drops the fragments' bytes: a record there is told by reading the segments only.
+    pub(super) fn forget_bytes(&mut self) {
+        for fragment in [&mut self.leading, &mut self.unfinished].into_iter().flatten() {
+            fragment.bytes = None;
+        }
+    }
+}
+
 /// Returns the record that starts in `prev` and goes on in `next`, the segment right after it (on the
 /// same timeline, or on a child's that forks later).
 ///
 /// A record that goes on for further segments is answered here too: by [`Joined::NotOfInterest`] when its
 /// header says so, else by [`Joined::ReadSegments`].
 pub fn join(prev: &SegmentSummary, next: &SegmentSummary) -> Joined {
-    let size = prev.segment_size;
-    let neighbours = size == next.segment_size
-        && prev.segment.number(size).checked_add(1) == Some(next.segment.number(size))
+    if prev.segment_size != next.segment_size {
+        return Joined::ReadSegments;
+    }
+    join_edges(&Edge::of(prev), &Edge::of(next), prev.segment_size)
+}
+
+/// Returns what [`join`] does, from the two edges between the segments.
+pub fn join_edges(prev: &Edge, next: &Edge, size: SegmentSize) -> Joined {
+    let neighbours = prev.segment.number(size).checked_add(1) == Some(next.segment.number(size))
         && prev.page_magic == next.page_magic;
-    let undecoded = |summary: &SegmentSummary| matches!(summary.ending, SegmentEnding::Undecoded { .. });
-    if !neighbours || undecoded(prev) || undecoded(next) {
+    if !neighbours || prev.undecoded || next.undecoded {
         return Joined::ReadSegments;
     }
     let (Some(layout), Some(first)) = (Layout::for_magic(prev.page_magic), &prev.unfinished) else {
         return if prev.unfinished.is_none() { Joined::None } else { Joined::ReadSegments };
     };
-    let overwritten = next.events.iter().any(|event| {
-        matches!(event.kind, EventKind::OverwriteContrecord { overwritten, .. } if overwritten == first.lsn)
-    });
-    if overwritten {
+    if next.overwritten.contains(&first.lsn) {
         return Joined::None;
     }
     let (Some(head), Some(rest)) = (&first.bytes, &next.leading) else { return Joined::ReadSegments };
