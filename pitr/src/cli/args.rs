@@ -35,6 +35,11 @@ const INFO_EXAMPLES: &str = "Examples:
   pitr info --json | jq '.timelines[].windows'
 ";
 
+const INDEX_EXAMPLES: &str = "Examples:
+  pitr index
+  pitr index --verify --json | jq .wrong
+";
+
 /// Recover PostgreSQL to a chosen commit from a walship repository
 #[derive(Debug, Parser)]
 #[command(name = "pitr", version, after_help = STATUSES, disable_help_subcommand = true)]
@@ -54,6 +59,24 @@ pub(super) enum Command {
     /// Restore a data directory that PostgreSQL recovers from to exactly the planned transaction
     #[command(after_help = [RESTORE_EXAMPLES, STATUSES].join("\n"))]
     Restore(RestoreArgs),
+    /// Complete the index that plans are made from quickly, rebuild it, or compare it with the segments
+    #[command(after_help = [INDEX_EXAMPLES, STATUSES].join("\n"))]
+    Index(IndexArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct IndexArgs {
+    /// Compare every roll-up with the segments' own summaries, and write nothing
+    #[arg(long, conflicts_with = "rebuild")]
+    pub(super) verify: bool,
+    /// Make every roll-up from the segments' own summaries, and replace those that differ
+    #[arg(long)]
+    pub(super) rebuild: bool,
+    /// Say what would be written, but write nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    #[command(flatten)]
+    pub(super) source: SourceArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -211,7 +234,7 @@ mod tests {
 
     #[test]
     fn every_help_ends_with_an_example_and_the_statuses() {
-        for name in ["info", "plan", "restore"] {
+        for name in ["info", "plan", "restore", "index"] {
             let mut command = Args::command();
             let help = command.find_subcommand_mut(name).unwrap().render_help().to_string();
             assert!(help.contains(&format!("\n  pitr {name}")), "{help}");

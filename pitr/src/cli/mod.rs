@@ -1,6 +1,7 @@
 //! The `pitr` command line: words in, words out. People and programs get the same values.
 
 mod args;
+mod index;
 mod info;
 mod output;
 mod plan;
@@ -46,12 +47,14 @@ pub fn run() -> ExitCode {
         Command::Info(info) => info.source.json,
         Command::Plan(plan) => plan.source.json,
         Command::Restore(restore) => restore.source.json,
+        Command::Index(index) => index.source.json,
     };
     let status = runtime.block_on(async {
         match args.command {
             Command::Info(info) => info::run(&info).await,
             Command::Plan(plan) => plan::run(&plan).await,
             Command::Restore(restore) => restore::run(&restore).await,
+            Command::Index(index) => index::run(&index).await,
         }
     });
     // Not waiting for threads that hang in a system call on a dead mount.

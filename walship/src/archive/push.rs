@@ -16,7 +16,7 @@ use crate::codec::{
 };
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, SegmentSize, TimelineHistory, TimelineId, WalFileName};
-use crate::repository::{ClusterRepository, LineageRepository, Put};
+use crate::repository::{ClusterRepository, LineageRepository, Put, index};
 use crate::wal::page::PageHeader;
 use crate::wal::scan::{SegmentScan, SegmentScanner, Verdict};
 
@@ -306,7 +306,32 @@ async fn push_to(
     if let Some(scan) = &file.scan {
         check_stored_ancestry(&lineage, scan).await?;
     }
+    let _index = match file.name {
+        WalFileName::Segment(name) => Some(IndexBeside::start(&lineage, name)),
+        _ => None,
+    };
     Ok((lineage.location(), lineage.put_wal_file(&object).await?))
+}
+
+/// Extends the index by what was archived before a segment, while that segment is being put, and no longer:
+/// a push is neither delayed nor failed by what is only a cache.
+struct IndexBeside(tokio::task::JoinHandle<()>);
+
+impl IndexBeside {
+    fn start(lineage: &LineageRepository, arriving: SegmentName) -> Self {
+        let lineage = lineage.clone();
+        Self(tokio::spawn(async move {
+            if let Err(error) = index::write::extend(&lineage, arriving).await {
+                tracing::debug!(%error, "the index was not extended");
+            }
+        }))
+    }
+}
+
+impl Drop for IndexBeside {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 async fn check_stored_ancestry(lineage: &LineageRepository, scan: &SegmentScan) -> Result<()> {

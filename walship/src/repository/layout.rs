@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::{Digest, ObjectKind};
 use crate::error::{Error, Result};
-use crate::pg::{Lsn, SegmentName, TimelineId, WalFileName};
+use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineId, WalFileName};
 use crate::storage::ObjectKey;
+use crate::wal::rollup::{LEVEL_MAX, Place};
 
 /// The operator's name for a cluster: `[a-z0-9][a-z0-9_-]{0,62}`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -112,6 +113,17 @@ pub(super) struct WalKey {
     pub(super) is_copy: bool,
 }
 
+/// A roll-up's key, read back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct RollupKey {
+    /// What it stands for.
+    pub(super) place: Place,
+    /// How many segments it covers.
+    pub(super) segments: u64,
+    /// The first half of the digest of its JSON, in hex.
+    pub(super) digest: String,
+}
+
 impl LineageLayout {
     pub(super) fn new(cluster: &ClusterName, lineage: u32) -> Self {
         Self { base: format!("{cluster}/{lineage:04}") }
@@ -195,6 +207,45 @@ impl LineageLayout {
         };
         let in_its_folder = rest.strip_suffix(rest.rsplit('/').next()?)? == folder(name);
         in_its_folder.then_some(WalKey { name, kind, is_copy })
+    }
+
+    /// What the keys of all roll-ups of one level of a timeline start with.
+    pub(super) fn rollups_prefix(&self, timeline: TimelineId, level: u8) -> String {
+        format!("{}/index/{}/{level}/", self.base, timeline.hex())
+    }
+
+    /// A text that sorts before all roll-ups of this place and later ones, and after all before it.
+    pub(super) fn rollups_from(&self, place: Place, size: SegmentSize) -> String {
+        let prefix = self.rollups_prefix(place.timeline, place.level);
+        format!("{prefix}{:016X}", place.start_lsn(size).0)
+    }
+
+    /// The key of a roll-up.
+    pub(super) fn rollup(&self, key: &RollupKey, size: SegmentSize) -> Result<ObjectKey> {
+        let RollupKey { place, segments, digest } = key;
+        let prefix = self.rollups_prefix(place.timeline, place.level);
+        let digest = digest.get(..32).unwrap_or(digest);
+        ObjectKey::new(format!("{prefix}{:016X}-{segments:010X}-{digest}.json.zst", place.start_lsn(size).0))
+    }
+
+    /// Reads a roll-up's key back; `None` for anything that this format does not name.
+    pub(super) fn parse_rollup(&self, key: &ObjectKey, size: SegmentSize) -> Option<RollupKey> {
+        let rest = key.as_str().strip_prefix(&self.base)?.strip_prefix("/index/")?;
+        let mut parts = rest.split('/');
+        let timeline = TimelineId::new(u32::from_str_radix(parts.next()?, 16).ok()?)?;
+        let level = parts.next()?.parse().ok().filter(|level| (1..=LEVEL_MAX).contains(level))?;
+        let mut words = parts.next()?.strip_suffix(".json.zst")?.split('-');
+        let start = u64::from_str_radix(words.next()?, 16).ok()?;
+        let segments = u64::from_str_radix(words.next()?, 16).ok()?;
+        let digest = words.next().filter(|digest| is_short_digest(digest))?.to_owned();
+        let place = Place { timeline, level, first: start / size.bytes() };
+        let found = RollupKey { place, segments, digest };
+        (self.rollup(&found, size).ok().as_ref() == Some(key)).then_some(found)
+    }
+
+    /// A text that sorts before every key of this segment and after every key of earlier ones.
+    pub(super) fn before_segment(&self, name: SegmentName) -> String {
+        format!("{}/wal/{}{name}", self.base, folder(WalFileName::Segment(name)))
     }
 
     /// What the keys of all complete backups' records start with.
@@ -363,6 +414,31 @@ mod tests {
         let older = layout.segment("00000001FFFFFFFF00000001".parse().unwrap()).unwrap();
         let end = layout.after_timeline(TimelineId::FIRST);
         assert!(older.as_str() < end.as_str() && end.as_str() < history.as_str());
+    }
+
+    #[test]
+    fn roll_up_keys_are_spelled_and_read_back() {
+        let size = SegmentSize::DEFAULT;
+        let place = Place { timeline: TimelineId::new(10).unwrap(), level: 2, first: 0x3_0000 };
+        let found = RollupKey { place, segments: 0x1_0000, digest: Digest::of(b"x").short() };
+        let key = layout().rollup(&found, size).unwrap();
+        let expected = format!("main/0001/index/0000000A/2/0000030000000000-0000010000-{}", found.digest);
+        assert_eq!(key.as_str(), format!("{expected}.json.zst"));
+        assert_eq!(layout().parse_rollup(&key, size), Some(found.clone()));
+        assert!(layout().rollups_from(place, size).as_str() < key.as_str());
+        let later = Place { first: 0x4_0000, ..place };
+        assert!(layout().rollups_from(later, size).as_str() > key.as_str());
+        for text in [
+            expected,
+            key.as_str().replace("/2/", "/9/"),
+            key.as_str().replace("/2/", "/02/"),
+            key.as_str().replace("0000000A", "A"),
+            key.as_str().replace("0000030000000000", "0000030000000001"),
+            key.as_str().replace("0000010000-", "10000-"),
+            format!("{key}.x"),
+        ] {
+            assert_eq!(layout().parse_rollup(&ObjectKey::new(&*text).unwrap(), size), None, "{text}");
+        }
     }
 
     #[test]

@@ -22,11 +22,15 @@
 
 mod backups;
 mod document;
+pub mod index;
 mod layout;
+mod listing;
 mod load_catalog;
 pub mod probe;
 mod segments;
 mod stored;
+#[cfg(feature = "test-util")]
+pub mod testing;
 
 use std::sync::Arc;
 
@@ -41,7 +45,7 @@ pub use backups::new_backup_id;
 pub use document::BackupStarted;
 pub use layout::ClusterName;
 pub use load_catalog::load_catalog;
-pub use segments::{Leftover, Put};
+pub use segments::{Leftover, Put, Summarized};
 
 use document::{ClusterDocument, DOCUMENT_VERSION, LineageDocument, RepositoryDocument};
 use layout::LineageLayout;

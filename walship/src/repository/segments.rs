@@ -43,6 +43,17 @@ pub struct Leftover {
     pub is_copy: bool,
 }
 
+/// A stored segment's summary, and of what.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summarized {
+    /// What the segment holds.
+    pub summary: SegmentSummary,
+    /// The digest of the segment, in hex.
+    pub digest: String,
+    /// The length of the object that holds it, in bytes.
+    pub stored_bytes: u64,
+}
+
 impl LineageRepository {
     /// Stores an encoded WAL file under the key that its envelope says.
     ///
@@ -104,11 +115,23 @@ impl LineageRepository {
     /// # Errors
     /// [`Error::Corrupt`] when no readable copy of the summary is stored.
     pub async fn segment_summary(&self, name: SegmentName) -> Result<Option<SegmentSummary>> {
+        Ok(self.summarized(name).await?.map(|segment| segment.summary))
+    }
+
+    /// Returns what a segment holds and which content that is said of, with one ranged GET; `None` when
+    /// it is not there.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when no readable copy of the summary is stored.
+    pub async fn summarized(&self, name: SegmentName) -> Result<Option<Summarized>> {
         let key = self.layout.segment(name)?;
         let expected = Expected { name: WalFileName::Segment(name), kind: ObjectKind::Segment };
         let Some(head) = self.read_head(&key, expected).await? else { return Ok(None) };
+        let (digest, stored_bytes) = (head.envelope.digest.to_string(), head.object_bytes());
         match head.summary {
-            Some(summary) if summary.segment == name => Ok(Some(summary)),
+            Some(summary) if summary.segment == name => {
+                Ok(Some(Summarized { summary, digest, stored_bytes }))
+            }
             _ => Err(Error::corrupt(format!("{} has no summary of its own", self.shown(&key)))),
         }
     }

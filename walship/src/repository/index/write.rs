@@ -1,0 +1,181 @@
+//! Writes roll-ups: one place after the other, from what is stored.
+
+use std::collections::BTreeMap;
+
+use futures_util::{StreamExt as _, TryStreamExt as _};
+
+use super::{Known, StoredRollup};
+use crate::error::{Error, Result};
+use crate::pg::SegmentName;
+use crate::repository::LineageRepository;
+use crate::storage::PutOutcome;
+use crate::wal::rollup::build::{Part, build};
+use crate::wal::rollup::{FANOUT, LEVEL_MAX, Place, Rollup, span};
+
+/// How many summaries are read at once.
+const READS_MAX: usize = 16;
+
+/// After so many segments the roll-up of their log is written again.
+pub const WRITE_EVERY: u64 = 16;
+
+/// How many pushes after such a boundary try to write: one that is slower than its push is dropped.
+const ATTEMPTS: u64 = 2;
+
+/// Extends the index by what was archived before `arriving`, where that is due.
+///
+/// Meant to run beside the push of `arriving`: the segments before it are durable, and the caller drops
+/// the future when the push is done. Whatever was not written is written by a later call.
+///
+/// # Errors
+/// What the store says. It is a cache: nobody need hear of it.
+pub async fn extend(repository: &LineageRepository, arriving: SegmentName) -> Result<()> {
+    let size = repository.lineage.segment_size;
+    let number = arriving.number(size);
+    let Some(last) = arriving.previous(size).filter(|_| number % WRITE_EVERY < ATTEMPTS) else {
+        return Ok(());
+    };
+    let until = number / WRITE_EVERY * WRITE_EVERY;
+    extend_place(repository, Place::of(last, size, 1), until).await?;
+    for level in 2..=LEVEL_MAX {
+        // Only when the roll-up below has just become full.
+        if number % span(level - 1) >= WRITE_EVERY {
+            break;
+        }
+        extend_place(repository, Place::of(last, size, level), until).await?;
+    }
+    Ok(())
+}
+
+/// Writes the roll-up of one place again when more segments below `until` are stored than its fullest
+/// roll-up covers.
+async fn extend_place(repository: &LineageRepository, place: Place, until: u64) -> Result<()> {
+    let until = until.min(place.end());
+    let listed = repository.rollups(place.timeline, place.level, place.first, place.end()).await?;
+    let former = fullest_readable(repository, &listed).await?;
+    let covered: BTreeMap<u64, u64> = former
+        .iter()
+        .flat_map(|known| &known.rollup.entries)
+        .filter_map(|entry| Some((group(repository, place, entry.runs.first()?.first), entry.segments())))
+        .collect();
+    let mut parts = former.map_or_else(Vec::new, |known| Part::of_former(known.rollup));
+    let before = parts.len();
+    if place.level == 1 {
+        let stored = repository.segments_between(place.timeline, place.first, until).await?;
+        let new = stored.into_iter().map(|(name, _)| name);
+        let new = new.filter(|name| !covered.contains_key(&group(repository, place, *name)));
+        parts.extend(segment_parts(repository, new.collect()).await?);
+    } else {
+        // What is behind the last one: earlier ones that grew are for `pitr index`.
+        let from =
+            covered.last_key_value().map_or(place.first, |(last, _)| (last + 1) * span(place.level - 1));
+        let below = repository.rollups(place.timeline, place.level - 1, from, place.end()).await?;
+        for stored in fullest(below) {
+            // One that is still growing would be stale soon.
+            if stored.segments() == span(place.level - 1) {
+                parts.extend(rollup_part(repository, &stored).await?);
+            }
+        }
+    }
+    if parts.len() > before
+        && let Some(rollup) = build_here(repository, place, parts)
+    {
+        repository.put_rollup(&rollup).await?;
+    }
+    Ok(())
+}
+
+/// What was done about one place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Written {
+    /// The right one is stored already.
+    Present(Known),
+    /// It was stored now, or would be.
+    New(Known),
+    /// It is too large to be of use.
+    TooLarge,
+}
+
+/// Makes the roll-up of one place from these parts and stores it, unless `dry_run`.
+pub(super) async fn write_parts(
+    repository: &LineageRepository,
+    place: Place,
+    parts: Vec<Part>,
+    stored: &[StoredRollup],
+    dry_run: bool,
+) -> Result<Written> {
+    let Some(rollup) = build_here(repository, place, parts) else { return Ok(Written::TooLarge) };
+    let Ok((digest, _)) = super::encode(&rollup) else { return Ok(Written::TooLarge) };
+    let own = stored.iter().find(|other| other.has_digest(&digest));
+    let mut sound = false;
+    if let Some(own) = own {
+        match repository.read_rollup(own).await {
+            Ok(known) => sound = known.is_some(),
+            // Its key is needed for a good one.
+            Err(Error::Corrupt(_)) if !dry_run => repository.remove_rollup(own).await?,
+            Err(Error::Corrupt(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if sound {
+        return Ok(Written::Present(Known { rollup, digest }));
+    }
+    if !dry_run && repository.put_rollup(&rollup).await?.1 == PutOutcome::Exists {
+        // Another writer was faster.
+        return Ok(Written::Present(Known { rollup, digest }));
+    }
+    Ok(Written::New(Known { rollup, digest }))
+}
+
+/// Returns the parts for these segments, their summaries read; those that vanished are left out.
+pub(super) async fn segment_parts(
+    repository: &LineageRepository,
+    names: Vec<SegmentName>,
+) -> Result<Vec<Part>> {
+    let reads = names.into_iter().map(|name| async move {
+        let found = repository.summarized(name).await?;
+        Ok::<_, Error>(found.map(|found| Part::of_segment(&found.summary, found.digest, found.stored_bytes)))
+    });
+    let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
+    Ok(read.into_iter().flatten().collect())
+}
+
+async fn rollup_part(repository: &LineageRepository, stored: &StoredRollup) -> Result<Option<Part>> {
+    match repository.read_rollup(stored).await {
+        Ok(known) => Ok(known.map(|known| Part::of_rollup(known.rollup, known.digest))),
+        Err(Error::Corrupt(_) | Error::Mismatch(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Returns the fullest of these roll-ups of one place that can be read.
+pub(crate) async fn fullest_readable(
+    repository: &LineageRepository,
+    listed: &[StoredRollup],
+) -> Result<Option<Known>> {
+    for stored in listed.iter().rev() {
+        match repository.read_rollup(stored).await {
+            Ok(Some(known)) => return Ok(Some(known)),
+            Ok(None) | Err(Error::Corrupt(_) | Error::Mismatch(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+/// Returns the last of the roll-ups of each place: that which covers most.
+pub(super) fn fullest(listed: Vec<StoredRollup>) -> Vec<StoredRollup> {
+    let places: BTreeMap<u64, StoredRollup> =
+        listed.into_iter().map(|stored| (stored.place().first, stored)).collect();
+    places.into_values().collect()
+}
+
+fn build_here(repository: &LineageRepository, place: Place, parts: Vec<Part>) -> Option<Rollup> {
+    build(place, repository.lineage.segment_size, repository.lineage.system_identifier, parts)
+}
+
+/// Returns the number of the entry of `place` that a segment belongs to, counted from the start of the WAL.
+fn group(repository: &LineageRepository, place: Place, name: SegmentName) -> u64 {
+    name.number(repository.lineage.segment_size) / span(place.level - 1)
+}
+
+const _: () = assert!(FANOUT.is_multiple_of(WRITE_EVERY));

@@ -1,0 +1,160 @@
+//! The index: written by whoever archives, in any order, by several at once; completed, verified, rebuilt.
+
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use chrono::{DateTime, TimeDelta, TimeZone as _, Utc};
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom as _;
+use walship::pg::{SegmentName, SegmentSize, TimelineId};
+use walship::repository::index::complete::{Options, Report, Task, complete};
+use walship::repository::index::write::extend;
+use walship::repository::testing::{made_up_object, made_up_summary};
+use walship::repository::{LineageRepository, Repository};
+use walship::storage::ObjectKey;
+use walship::storage::memory::MemoryStorage;
+use walship::wal::rollup::Place;
+
+const SEGMENTS: u64 = 600;
+const FIRST: u64 = 200;
+
+async fn lineage() -> (LineageRepository, MemoryStorage) {
+    let storage = MemoryStorage::new();
+    let repository = Repository::create(Arc::new(storage.clone()), Utc::now()).await.unwrap();
+    let cluster = repository.create_cluster(&"main".parse().unwrap(), Utc::now()).await.unwrap();
+    let lineage = cluster.register_lineage(7, SegmentSize::DEFAULT, 17, Utc::now()).await.unwrap();
+    (lineage, storage)
+}
+
+fn time(number: u64) -> DateTime<Utc> {
+    // An hour back in the middle.
+    let back = if number > 500 { TimeDelta::hours(1) } else { TimeDelta::zero() };
+    Utc.with_ymd_and_hms(2026, 1, 1, 0, 0, 0).unwrap() + TimeDelta::minutes(number as i64) - back
+}
+
+fn name(number: u64) -> SegmentName {
+    SegmentName::from_number(TimelineId::FIRST, number, SegmentSize::DEFAULT).unwrap()
+}
+
+/// Stores a segment as a push does, the index extended beside it.
+async fn archive(lineage: &LineageRepository, number: u64) {
+    extend(lineage, name(number)).await.unwrap();
+    let times = [time(number), time(number) + TimeDelta::seconds(30)];
+    let summary = made_up_summary(lineage.lineage(), name(number), 2 * number as u32, times);
+    lineage.put_wal_file(&made_up_object(&summary).unwrap()).await.unwrap();
+}
+
+async fn run(lineage: &LineageRepository, task: Task) -> Report {
+    complete(lineage, Options { task, dry_run: false }).await.unwrap()
+}
+
+/// Checks that the fullest roll-ups say what the segments say.
+async fn is_right(lineage: &LineageRepository) {
+    let report = run(lineage, Task::Verify).await;
+    assert_eq!((report.wrong, report.unreadable, report.missing), (vec![], vec![], vec![]));
+    let levels = async |level| lineage.rollups(TimelineId::FIRST, level, 0, u64::MAX).await.unwrap();
+    let top = levels(2).await.pop().unwrap();
+    let known = lineage.read_rollup(&top).await.unwrap().unwrap();
+    assert_eq!(known.rollup.segments(), SEGMENTS);
+    let facts = known.rollup.facts();
+    assert_eq!(facts.counts.commits, 2 * SEGMENTS);
+    assert_eq!(facts.min_time.unwrap().time, time(FIRST));
+    assert_eq!(facts.max_time.unwrap().time, time(FIRST + SEGMENTS - 1) + TimeDelta::seconds(30));
+}
+
+#[tokio::test]
+async fn archiving_in_order_leaves_little_for_later() {
+    let (lineage, _) = lineage().await;
+    for number in FIRST..FIRST + SEGMENTS {
+        archive(&lineage, number).await;
+    }
+    let fullest = async |level| {
+        let all = lineage.rollups(TimelineId::FIRST, level, 0, u64::MAX).await.unwrap();
+        all.iter()
+            .map(|stored| (stored.place().first, stored.segments()))
+            .collect::<std::collections::BTreeMap<_, _>>()
+    };
+    // 200 to 255, 256 to 511, 512 to 767, and what the last boundary saw of 768 to 799.
+    assert_eq!(
+        fullest(1).await.into_iter().collect::<Vec<_>>(),
+        [(0, 56), (256, 256), (512, 256), (768, 16)]
+    );
+    // The log that did not begin with its first segment is never full: `pitr index` adds it.
+    assert_eq!(fullest(2).await.into_iter().collect::<Vec<_>>(), [(0, 512)]);
+    let report = run(&lineage, Task::Complete).await;
+    assert_eq!((report.written, report.segments), (2, SEGMENTS));
+    assert_eq!(run(&lineage, Task::Complete).await.written, 0);
+    is_right(&lineage).await;
+}
+
+#[tokio::test]
+async fn any_order_and_two_archivers_end_in_the_same_index() {
+    let mut stores = Vec::new();
+    for seed in 0..2 {
+        let (lineage, storage) = lineage().await;
+        let mut numbers: Vec<u64> = (FIRST..FIRST + SEGMENTS).collect();
+        numbers.shuffle(&mut StdRng::seed_from_u64(seed));
+        for pair in numbers.chunks(2) {
+            // Both are archived by both.
+            let both = pair.iter().chain(pair.iter().rev()).map(|number| archive(&lineage, *number));
+            futures_util::future::join_all(both).await;
+        }
+        tokio::join!(run(&lineage, Task::Complete), run(&lineage, Task::Complete));
+        is_right(&lineage).await;
+        let fullest = lineage.rollups(TimelineId::FIRST, 2, 0, u64::MAX).await.unwrap().pop().unwrap();
+        stores.push(lineage.rollup_location(&fullest));
+        drop(storage);
+    }
+    assert!(stores.windows(2).all(|two| two[0] == two[1]), "{stores:?}");
+}
+
+#[tokio::test]
+async fn late_segments_are_taken_in() {
+    let (lineage, _) = lineage().await;
+    let late = [FIRST, 255, 256, 400, 511, 512];
+    for number in (FIRST..FIRST + SEGMENTS).filter(|number| !late.contains(number)) {
+        archive(&lineage, number).await;
+    }
+    run(&lineage, Task::Complete).await;
+    for number in late {
+        archive(&lineage, number).await;
+    }
+    let report = run(&lineage, Task::Verify).await;
+    assert!(report.wrong.is_empty() && !report.missing.is_empty());
+    run(&lineage, Task::Complete).await;
+    is_right(&lineage).await;
+}
+
+#[tokio::test]
+async fn damaged_and_lying_roll_ups_are_found_and_replaced() {
+    let (lineage, storage) = lineage().await;
+    for number in FIRST..FIRST + SEGMENTS {
+        archive(&lineage, number).await;
+    }
+    run(&lineage, Task::Complete).await;
+    // One is cut short, another's segments are not what they were.
+    let full = lineage.rollups(TimelineId::FIRST, 1, 256, 512).await.unwrap().pop().unwrap();
+    let key = lineage.rollup_location(&full).strip_prefix("memory:/").unwrap().to_owned();
+    storage.overwrite(&ObjectKey::new(key).unwrap(), b"xyz".to_vec());
+    let times = [time(600), time(700)];
+    let other = made_up_object(&made_up_summary(lineage.lineage(), name(600), 3, times)).unwrap();
+    let key = storage.keys().into_iter().find(|key| key.ends_with(&format!("{}.wal", name(600)))).unwrap();
+    let walship::codec::EncodedBody::Memory(body) = &other.body else { unreachable!() };
+    storage.overwrite(&ObjectKey::new(key).unwrap(), [&*other.head, body].concat());
+
+    let report = run(&lineage, Task::Verify).await;
+    assert!(report.wrong.iter().any(|wrong| wrong.what.contains("decompressed")), "{:?}", report.wrong);
+    assert!(report.wrong.iter().any(|wrong| wrong.what.contains("something else")), "{:?}", report.wrong);
+    let dry = complete(&lineage, Options { task: Task::Rebuild, dry_run: true }).await.unwrap();
+    assert_eq!(dry.written, 0);
+    let report = run(&lineage, Task::Rebuild).await;
+    assert!(report.written >= 3 && report.wrong.len() >= 2, "{report:?}");
+    let report = run(&lineage, Task::Verify).await;
+    assert_eq!((report.wrong, report.missing), (vec![], vec![]));
+    let place = Place::of(name(600), SegmentSize::DEFAULT, 1);
+    let stored = lineage.rollups(place.timeline, 1, place.first, place.end()).await.unwrap().pop().unwrap();
+    let known = lineage.read_rollup(&stored).await.unwrap().unwrap();
+    assert_eq!(known.rollup.facts().max_time.unwrap().time, time(767) + TimeDelta::seconds(30));
+}
