@@ -48,7 +48,7 @@ pub struct Config {
     pub accept_unsafe_store: bool,
     /// How long a fetch for a one-shot recovery keeps trying before it stops the recovery.
     pub restore_retry_ms: u64,
-    /// Where compressed bodies of segments above 64 MiB lie meanwhile; `None`: a folder of the user's own
+    /// Where compressed bodies of segments above 32 MiB lie meanwhile; `None`: a folder of the user's own
     /// below the system's folder for temporary files.
     pub state_dir: Option<PathBuf>,
     /// How to reach the server: a libpq connection string; `None`: libpq's variables and defaults.
@@ -95,7 +95,7 @@ pub struct Overrides {
     /// [env: WALSHIP_RESTORE_RETRY_MS] [default: 60000]
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "MS", hide_short_help = true))]
     pub restore_retry_ms: Option<u64>,
-    /// Folder for the compressed bodies of segments above 64 MiB on their way [env: WALSHIP_STATE_DIR]
+    /// Folder for the compressed bodies of segments above 32 MiB on their way [env: WALSHIP_STATE_DIR]
     /// [default: walship-UID in the system's folder for temporary files]
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "FOLDER", hide_short_help = true))]
     pub state_dir: Option<PathBuf>,

@@ -6,6 +6,7 @@
 mod backup;
 mod harness;
 mod kill;
+mod large_segments;
 mod main_job;
 mod pitr;
 mod recovery;

@@ -8,9 +8,9 @@ use walship::error::Error;
 use walship::repository::probe::{Promise, probe};
 use walship::storage::fs::FsStorage;
 use walship::storage::memory::MemoryStorage;
-use walship::storage::{self, ObjectKey, PutOutcome, Storage, StorageConfig, conformance};
+use walship::storage::{self, ObjectKey, PutBody, PutOutcome, Storage, StorageConfig, conformance};
 use walship_tests::proxy::{Mode, Proxy};
-use walship_tests::s3_inprocess::{BUCKET, ConditionalWrites, Fault, S3Server};
+use walship_tests::s3_inprocess::{BUCKET, ConditionalWrites, Fault, S3Server, Seen};
 use walship_tests::weed::WeedServer;
 
 fn key(text: &str) -> ObjectKey {
@@ -221,33 +221,78 @@ async fn transient_answers_are_tried_again() {
     assert_eq!(server.take_log().len(), 1);
 }
 
+/// How many requests of a method there were.
+fn count(log: &[Seen], method: &str) -> usize {
+    log.iter().filter(|seen| seen.method == method).count()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_conflict_of_multipart_uploads_starts_anew() {
+async fn a_long_body_is_one_conditional_put() {
     let server = S3Server::start();
     let storage = storage::open(&server.config("")).unwrap();
-    let body = Bytes::from(vec![7; 65 << 20]);
-    let mut conflicts = 1;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("spooled");
+    let content: Vec<u8> = (0..70_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    std::fs::write(&file, &content).unwrap();
+    let spooled =
+        |file_bytes| PutBody::Spooled { head: Bytes::from_static(b"head"), file: file.clone(), file_bytes };
+    let whole = [b"head".as_slice(), &content].concat();
+    // Refused once, then stored with the answer lost: what is there is for the caller to compare.
+    let mut puts = 0;
     server.set_faults(move |seen| {
-        let completes = seen.method == "POST" && seen.query.contains("uploadId");
-        conflicts -= i32::from(completes);
-        (completes && conflicts >= 0).then_some(Fault::S3(409, "ConditionalRequestConflict"))
+        puts += i32::from(seen.method == "PUT");
+        match (seen.method.as_str(), puts) {
+            ("PUT", 1) => Some(Fault::S3(503, "SlowDown")),
+            _ => None,
+        }
     });
-    server.take_log();
-    assert_eq!(storage.put_if_absent(&key("large"), body.clone().into()).await.unwrap(), PutOutcome::Stored);
-    let started = |log: &[walship_tests::s3_inprocess::Seen]| {
-        log.iter().filter(|seen| seen.method == "POST" && seen.query == "uploads").count()
-    };
-    assert_eq!(started(&server.take_log()), 2, "with a new upload");
-    assert_eq!(server.open_uploads(), 0, "and the first one aborted");
-    assert!(server.objects()["large"] == body);
-
-    // The lost answer of a completion that happened: the caller compares.
+    let body = || spooled(content.len() as u64);
+    assert_eq!(storage.put_if_absent(&key("a"), body()).await.unwrap(), PutOutcome::Stored);
+    assert!(server.objects()["a"] == whole);
+    let log = server.take_log();
+    assert_eq!((count(&log, "PUT"), count(&log, "POST")), (2, 0), "never in parts: {log:?}");
+    assert_eq!(storage.put_if_absent(&key("a"), body()).await.unwrap(), PutOutcome::Exists);
+    assert_eq!(count(&server.take_log(), "PUT"), 0, "a taken key costs no transfer");
+    // The key is taken while the body is under way.
+    server.set_faults(|seen| (seen.method != "PUT").then_some(Fault::S3(404, "NoSuchKey")));
+    server.put("b", "first");
+    assert_eq!(storage.put_if_absent(&key("b"), body()).await.unwrap(), PutOutcome::Exists);
+    assert_eq!(server.objects()["b"], "first");
     let mut lose = true;
     server.set_faults(move |seen| {
-        let completes = seen.method == "POST" && seen.query.contains("uploadId");
-        (completes && std::mem::take(&mut lose)).then_some(Fault::AnswerLost)
+        (seen.method == "PUT" && std::mem::take(&mut lose)).then_some(Fault::AnswerLost)
     });
-    assert_eq!(storage.put_if_absent(&key("lost"), body.clone().into()).await.unwrap(), PutOutcome::Exists);
+    assert_eq!(storage.put_if_absent(&key("lost"), body()).await.unwrap(), PutOutcome::Exists);
+    assert!(server.objects()["lost"] == whole);
+    // A file that is not what was announced is this machine's fault, and nothing is stored.
+    server.heal();
+    for announced in [content.len() as u64 - 1, content.len() as u64 + 1] {
+        let changed = storage.put_if_absent(&key("changed"), spooled(announced)).await;
+        assert!(matches!(changed, Err(Error::LocalIo(_))), "{changed:?}");
+    }
+    assert!(!server.objects().contains_key("changed"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_in_parts_that_meets_another_leaves_nothing_open() {
+    let server = S3Server::start();
+    let storage = storage::open(&server.config("")).unwrap();
+    let body = Bytes::from(vec![7; 17 << 20]);
+    let upload = async |name: &str| {
+        let mut upload = storage.start_upload(&key(name)).await.unwrap();
+        upload.write(body.clone()).await.unwrap();
+        upload.finish().await
+    };
+    let completes = |seen: &Seen| seen.method == "POST" && seen.query.contains("uploadId");
+    server.set_faults(move |seen| completes(seen).then_some(Fault::S3(409, "ConditionalRequestConflict")));
+    let error = upload("conflict").await.unwrap_err();
+    assert!(error.is_transient() && error.next().contains("start this one again"), "{}", error.report());
+    assert_eq!(server.open_uploads(), 0, "it is aborted");
+    // The lost answer of a completion that happened: the caller compares.
+    let mut lose = true;
+    server
+        .set_faults(move |seen| (completes(seen) && std::mem::take(&mut lose)).then_some(Fault::AnswerLost));
+    assert_eq!(upload("lost").await.unwrap(), PutOutcome::Exists);
     assert!(server.objects()["lost"] == body);
 }
 

@@ -22,8 +22,9 @@ use crate::wal::scan::{SegmentScan, SegmentScanner, Verdict};
 
 use super::DataDirectory;
 
-/// Segments up to this size are compressed into memory, larger ones into a temporary file.
-const IN_MEMORY_BYTES_MAX: u64 = 64 << 20;
+/// Segments up to this size are compressed into memory, larger ones into a temporary file: incompressible
+/// ones of 64 MiB would be the whole of the memory that a push may take.
+const IN_MEMORY_BYTES_MAX: u64 = 32 << 20;
 
 /// How a file is pushed.
 #[derive(Debug, Clone)]

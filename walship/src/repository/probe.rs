@@ -48,8 +48,9 @@ pub enum Promise {
 impl Promise {
     /// Returns whether a store that breaks it is refused.
     ///
-    /// Uploads that race do not refuse a store (SeaweedFS 4.48 lets two win at times): what is
-    /// stored in parts are backups, whose keys hold random ids, and WAL files above 64 MiB.
+    /// Uploads in parts that race do not refuse a store (SeaweedFS 4.48 lets two win at times): only
+    /// backup data is stored in parts, under keys with random ids that no two writers share. WAL of any
+    /// size goes with one conditional write.
     pub fn is_essential(self) -> bool {
         self != Self::OneUploadWins
     }
@@ -82,9 +83,11 @@ impl ProbeReport {
         self.broken(true).is_empty()
     }
 
-    /// Returns what was seen of promises that are broken and do not refuse the store: worth a warning.
+    /// Returns what was seen of promises that are broken and do not refuse the store, and why they do not.
     pub fn cautions(&self) -> Vec<String> {
-        self.broken(false)
+        let harmless =
+            "this store works: WAL is never stored in parts, and backup data under keys of its own";
+        self.broken(false).into_iter().map(|broken| format!("{broken}; {harmless}")).collect()
     }
 
     fn broken(&self, essential: bool) -> Vec<String> {

@@ -322,6 +322,8 @@ struct StoredBody {
 impl BufRead for StoredBody {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.chunk.is_empty() && self.next_offset < self.end {
+            // An emptied piece would hold its memory while the next one comes.
+            self.chunk = Bytes::new();
             let length = NEXT_READ_BYTES.min(self.end - self.next_offset);
             let read = self.runtime.block_on(self.storage.get_range(&self.key, self.next_offset, length));
             match read {

@@ -7,6 +7,7 @@
 
 mod answer;
 mod client;
+mod streamed;
 mod upload;
 
 use async_trait::async_trait;
@@ -21,7 +22,7 @@ use tokio::sync::OnceCell;
 use super::retry::retried;
 use super::{
     Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, S3Settings, Storage, StorageConfig,
-    StoreProbe, Upload, blocking, too_long,
+    StoreProbe, Upload, too_long,
 };
 use crate::error::{Error, Result};
 use answer::Answer;
@@ -31,8 +32,11 @@ use upload::S3Upload;
 /// How many objects a page of a listing holds.
 const PAGE_OBJECTS: i32 = 1000;
 
-/// What is longer is stored in parts: an attempt that fails late costs one part then, not everything.
-const WHOLE_BYTES_MAX: u64 = 64 << 20;
+/// What is longer is not sent from one piece of memory, but read while it is sent.
+const IN_MEMORY_BYTES_MAX: u64 = 24 << 20;
+
+/// S3 takes no more in one request.
+const PUT_BYTES_MAX: u64 = 5 << 30;
 
 /// More than any object holds (S3: 5 TiB, others up to 50).
 const OBJECT_BYTES_MAX: u64 = 1 << 47;
@@ -124,7 +128,13 @@ impl S3Storage {
         format!("{what} {}/{key}", self.location())
     }
 
-    async fn put_once(&self, key: &ObjectKey, bytes: Bytes, checksum: String) -> Result<PutOutcome> {
+    async fn put_once(
+        &self,
+        key: &ObjectKey,
+        body: ByteStream,
+        length: u64,
+        checksum: &str,
+    ) -> Result<PutOutcome> {
         let request = self
             .client()
             .await?
@@ -132,9 +142,9 @@ impl S3Storage {
             .bucket(self.bucket())
             .key(self.full(key.as_str()))
             .if_none_match("*")
-            .checksum_crc32(&checksum)
-            .content_length(i64::try_from(bytes.len()).unwrap_or(i64::MAX))
-            .body(ByteStream::from(bytes))
+            .checksum_crc32(checksum)
+            .content_length(i64::try_from(length).unwrap_or(i64::MAX))
+            .body(body)
             .customize();
         let request = if self.over_tls().await? { request.disable_payload_signing() } else { request };
         match request.send().await {
@@ -318,14 +328,14 @@ impl Storage for S3Storage {
     }
 
     async fn put_if_absent(&self, key: &ObjectKey, body: PutBody) -> Result<PutOutcome> {
-        let options = &self.inner.options;
-        if body.len() > WHOLE_BYTES_MAX {
-            return self.put_in_parts(key, body).await;
+        let length = body.len();
+        if length > IN_MEMORY_BYTES_MAX {
+            return self.put_streamed(key, body).await;
         }
         let bytes = body.read().await?;
         let checksum = crc32(&bytes);
-        retried(options.limits, bytes.len() as u64, self.doing("storing", key), |_| {
-            self.put_once(key, bytes.clone(), checksum.clone())
+        retried(self.inner.options.limits, length, self.doing("storing", key), |_| {
+            self.put_once(key, ByteStream::from(bytes.clone()), length, &checksum)
         })
         .await
     }
@@ -419,40 +429,28 @@ impl S3Storage {
         }
     }
 
-    /// Stores a large body in parts; on a conflict with another upload to the same key, all of it again.
-    async fn put_in_parts(&self, key: &ObjectKey, body: PutBody) -> Result<PutOutcome> {
-        let body = Arc::new(body);
-        for attempt in 1.. {
-            let mut upload = Box::new(S3Upload::new(self.clone(), key.clone()));
-            if let Err(error) = feed(&mut upload, Arc::clone(&body)).await {
-                upload.abort().await;
-                return Err(error);
-            }
-            match upload.complete().await {
-                Err(Answer::Conflict(_)) if attempt < 3 => {}
-                Err(answer) => return Err(answer.into_error().context(self.doing("storing", key))),
-                Ok(outcome) => return Ok(outcome),
-            }
+    /// Stores a long body with one conditional request, reading it while it is sent.
+    ///
+    /// Never in parts: there are stores that let two racing conditional completions both win.
+    async fn put_streamed(&self, key: &ObjectKey, body: PutBody) -> Result<PutOutcome> {
+        let length = body.len();
+        if length > PUT_BYTES_MAX {
+            return Err(Error::invalid(format!("{key} has {length} bytes, more than S3 takes at once")));
         }
-        unreachable!("the third attempt ends the loop")
-    }
-}
-
-/// Writes a body, which may lie in a file, to an upload: one piece in memory at a time.
-async fn feed(upload: &mut S3Upload, body: Arc<PutBody>) -> Result<()> {
-    let (sender, mut receiver) = tokio::sync::mpsc::channel(1);
-    let reader = blocking(move || {
-        body.each_piece(|piece| {
-            sender
-                .blocking_send(Bytes::copy_from_slice(piece))
-                .map_err(|_| Error::local_io("the upload ended early"))
+        let body = Arc::new(body);
+        let checksum = header_crc32(streamed::crc32(Arc::clone(&body)).await?);
+        retried(self.inner.options.limits, length, self.doing("storing", key), |_| async {
+            // A taken key costs no transfer. Whether it is still taken when it matters is decided by the PUT.
+            if self.head_once(key).await?.is_some() {
+                return Ok(PutOutcome::Exists);
+            }
+            let (stream, failure) = streamed::stream(Arc::clone(&body));
+            self.put_once(key, stream, length, &checksum)
+                .await
+                .map_err(|error| failure.take().unwrap_or(error))
         })
-    });
-    let reader = tokio::spawn(reader);
-    while let Some(piece) = receiver.recv().await {
-        upload.write(piece).await?;
+        .await
     }
-    reader.await.map_err(|error| Error::local_io(format!("a worker thread ended early: {error}")))?
 }
 
 /// What sorts a key as stores do that keep folders (SeaweedFS): name by name, so that `a/b` comes
@@ -463,5 +461,9 @@ fn by_folder(key: &str) -> Vec<&str> {
 
 /// The CRC32 of `bytes` as S3's headers spell it.
 fn crc32(bytes: &[u8]) -> String {
-    STANDARD.encode(crc32fast::hash(bytes).to_be_bytes())
+    header_crc32(crc32fast::hash(bytes))
+}
+
+fn header_crc32(sum: u32) -> String {
+    STANDARD.encode(sum.to_be_bytes())
 }

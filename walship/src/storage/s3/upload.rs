@@ -92,7 +92,7 @@ impl S3Upload {
     }
 
     /// Publishes the object; tells a conflict from other failures.
-    pub(super) async fn complete(mut self: Box<Self>) -> Result<PutOutcome, Answer> {
+    async fn complete(mut self: Box<Self>) -> Result<PutOutcome, Answer> {
         if self.id.is_none() {
             let bytes = self.buffer.split().freeze();
             return self.storage.put_if_absent(&self.key, PutBody::from(bytes)).await.map_err(other);
