@@ -40,9 +40,22 @@ pub(crate) fn time_of(micros: i64) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp_micros(micros.checked_add(EPOCH_SECONDS * 1_000_000)?)
 }
 
+/// Returns whether [`time_of`] has an answer, without making it: every commit is asked.
+#[inline]
+pub(crate) fn is_time(micros: i64) -> bool {
+    const MIN: i64 = DateTime::<Utc>::MIN_UTC.timestamp_micros() - EPOCH_SECONDS * 1_000_000;
+    const MAX: i64 = DateTime::<Utc>::MAX_UTC.timestamp_micros() - EPOCH_SECONDS * 1_000_000;
+    (MIN..=MAX).contains(&micros)
+}
+
 /// Returns whether a record with this header decodes to an event.
+#[inline]
 pub fn is_of_interest(header: &RecordHeader, layout: &Layout) -> bool {
     let code = header.code();
+    // Nearly every record is one of a table's rows or an index's entries.
+    if header.rmgr > rmgr::TABLESPACE {
+        return header.rmgr == rmgr::HEAP && code & HEAP_CODE_MASK == HEAP_TRUNCATE;
+    }
     match header.rmgr {
         rmgr::XACT => is_transaction_end(header) || code & xact::code::MASK == xact::code::PREPARE,
         rmgr::XLOG => matches!(
@@ -59,7 +72,6 @@ pub fn is_of_interest(header: &RecordHeader, layout: &Layout) -> bool {
         rmgr::SMGR => code == SMGR_TRUNCATE,
         rmgr::DATABASE => code == layout.database_drop,
         rmgr::TABLESPACE => matches!(code, TABLESPACE_CREATE | TABLESPACE_DROP),
-        rmgr::HEAP => code & HEAP_CODE_MASK == HEAP_TRUNCATE,
         _ => false,
     }
 }
@@ -206,6 +218,18 @@ mod tests {
 
     fn words(values: &[u32]) -> Vec<u8> {
         values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn times_are_those_that_a_calendar_holds() {
+        let mut edges = [i64::MIN, 0, i64::MAX].to_vec();
+        for edge in [DateTime::<Utc>::MIN_UTC, DateTime::<Utc>::MAX_UTC] {
+            let micros = edge.timestamp_micros() - EPOCH_SECONDS * 1_000_000;
+            edges.extend((-3..=3).map(|by| micros + by));
+        }
+        for micros in edges {
+            assert_eq!(is_time(micros), time_of(micros).is_some(), "{micros}");
+        }
     }
 
     #[test]

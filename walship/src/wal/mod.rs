@@ -9,6 +9,7 @@
 //! [`rollup`] adds summaries up, 256 at a time.
 
 mod bytes;
+mod crc;
 pub mod decode;
 pub mod event;
 pub mod events;

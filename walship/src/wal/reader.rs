@@ -11,10 +11,11 @@
 use std::fmt;
 
 use super::bytes::{align8, u32_at};
+use super::crc::{finish_crc, record_crc};
 use super::decode::is_of_interest;
 use super::layout::Layout;
 use super::page::{PAGE_SIZE, PageHeader, flags};
-use super::record::{Record, RecordHeader, finish_crc, record_crc};
+use super::record::{Record, RecordHeader};
 use super::summary::SegmentSummary;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 
@@ -499,15 +500,17 @@ impl Reader {
                 return self.stop_at(lsn.0, StopReason::Crc);
             }
             let end = pos + bytes.len();
-            self.prev = Some(lsn);
             let end_lsn = plus(at, end);
-            if header.is_switch() {
-                self.skip_segment(end_lsn);
-            }
+            self.prev = Some(lsn);
             give(&Record { lsn, end_lsn, header, bytes }, layout);
-            match self.after_record(at, end) {
-                Some(next) => pos = next,
-                None => return,
+            // What `after_record` does, without its look at the state: on a page it is a boundary.
+            pos = align8(end as u64) as usize;
+            self.valid_to = plus(at, pos);
+            if header.is_switch() {
+                return self.skip_segment(end_lsn);
+            }
+            if pos >= PAGE_SIZE {
+                return;
             }
         }
     }

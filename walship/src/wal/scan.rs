@@ -1,6 +1,6 @@
 //! Reads one segment: what it holds, and whether it is what its name says and whole.
 
-use super::decode::{decode, is_heap_delete, is_of_interest, is_transaction_end};
+use super::decode::{decode, is_heap_delete, is_of_interest, is_time, is_transaction_end};
 use super::event::{EventKind, WalEvent};
 use super::layout::Layout;
 use super::reader::{Reader, Stop, StopReason};
@@ -268,11 +268,8 @@ impl Tally {
         let parts = record.parts(layout)?;
         self.counts.full_page_images += u64::from(parts.images);
         let header = &record.header;
-        if is_heap_delete(header) {
-            self.counts.heap_deletes += 1;
-            return Ok(());
-        }
         if !is_of_interest(header, layout) {
+            self.counts.heap_deletes += u64::from(is_heap_delete(header));
             return Ok(());
         }
         if is_transaction_end(header) {
@@ -292,7 +289,7 @@ impl Tally {
         record: &Record<'_>,
         end: &TransactionEnd<'_>,
     ) -> Result<(), UnknownLayout> {
-        if end.time().is_none() {
+        if !is_time(end.micros) {
             return Err(super::record::unknown("its time is impossible"));
         }
         if end.committed {

@@ -3,10 +3,11 @@
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use super::crc::record_crc;
 use super::decode::{decode, is_of_interest};
 use super::event::{EventKind, WalEvent};
 use super::layout::Layout;
-use super::record::{Record, RecordHeader, record_crc};
+use super::record::{Record, RecordHeader};
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineId, Xid};
 
 /// The summary of one WAL segment; stored in JSON inside the segment object.

@@ -1,9 +1,10 @@
 //! WAL made to order, for tests: pages, records, crashes, timelines.
 
 use super::bytes::align8;
+use super::crc::record_crc;
 use super::layout::{Layout, rmgr};
 use super::page::{PAGE_SIZE, PageHeader, flags};
-use super::record::{RecordHeader, record_crc};
+use super::record::RecordHeader;
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineId, Xid};
 
 /// Writes WAL as a server would, into memory.
