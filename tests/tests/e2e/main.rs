@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod backup;
+mod catalog_oracle;
 mod harness;
 mod kill;
 mod large_segments;
