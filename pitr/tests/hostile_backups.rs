@@ -151,6 +151,8 @@ impl Scene {
             },
             last_included: None,
             first_excluded: None,
+            first_excluded_unknown: None,
+            timelines_left_out: vec![],
             backup_fetch_bytes: 0,
             wal_segments: 0,
             wal_fetch_bytes: 0,

@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use walship::{Error, Result};
 
-use crate::plan::{Refusal, RestorePlan, TransactionEnd};
+use crate::plan::{Refusal, RestorePlan, StopKind, TransactionEnd};
 use crate::target::{TargetKind, Zone};
 
 /// How much is emphasised.
@@ -100,7 +100,10 @@ pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) ->
             line("Will NOT be", disguised(style.yellow(&not)));
             line("", detail(end, zone));
         }
-        None => line("Will NOT be", "nothing that is archived is left out".to_owned()),
+        None => line("Will NOT be", not_there(plan)),
+    }
+    if !plan.timelines_left_out.is_empty() && plan.first_excluded.is_some() {
+        line("", left_out(plan));
     }
     let timelines: Vec<String> = plan.timeline_path.iter().map(|part| part.timeline.to_string()).collect();
     line(
@@ -160,6 +163,25 @@ pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) ->
     }
     let head = style.bold("Restore plan");
     format!("{head}\n{}", text.replace('\u{e000}', "\x1b"))
+}
+
+/// Returns what is known of commits behind the stop when none of them can be named.
+fn not_there(plan: &RestorePlan) -> String {
+    let own = match (&plan.first_excluded_unknown, plan.stop.kind) {
+        (Some(why), _) => format!("what was committed after that: {why}"),
+        (None, StopKind::EndOfWal) => "the way is followed to the end of the archived WAL".to_owned(),
+        (None, _) => "no commit is archived behind the stop on this way".to_owned(),
+    };
+    match &*plan.timelines_left_out {
+        [] => own,
+        _ => format!("{own}; {}", left_out(plan)),
+    }
+}
+
+/// Returns which timelines' WAL is not used, and what that means.
+fn left_out(plan: &RestorePlan) -> String {
+    let timelines: Vec<_> = plan.timelines_left_out.iter().map(ToString::to_string).collect();
+    format!("WAL of timeline {} is stored beside this way; commits in it are left out", timelines.join(", "))
 }
 
 /// Returns when and where a transaction was committed, for people.

@@ -1,11 +1,14 @@
 //! Loads the evidence that the planner asks for until it has an answer.
 
+use std::collections::BTreeMap;
+
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, SegmentSize};
 use walship::repository::LineageRepository;
 use walship::wal::events::EventReader;
 use walship::wal::reader::Reader;
+use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
 
 use crate::plan::{
@@ -39,16 +42,36 @@ pub async fn make_plan(
     options: &PlanOptions,
 ) -> Result<Planned> {
     let mut evidence = Evidence::default();
+    let mut damage = BTreeMap::new();
     loop {
         match plan(catalog, &evidence, target, options) {
             Outcome::Plan(plan) => return Ok(Planned::Plan(plan)),
             Outcome::Refused(refusal) => return Ok(Planned::Refused(refusal)),
-            Outcome::NeedSummaries(names) => load_summaries(repository, names, &mut evidence).await?,
+            Outcome::NeedSummaries(names) => {
+                for (name, read) in load_summaries(repository, names).await? {
+                    match read {
+                        Ok(summary) => drop(evidence.summaries.insert(name, summary)),
+                        Err(error) => damaged(&mut evidence, &mut damage, name, error),
+                    }
+                }
+            }
             Outcome::NeedEvents(requests) => {
                 for request in requests {
-                    let events = load_events(repository, &request).await?;
-                    evidence.events.insert(request.segment, events);
+                    match load_events(repository, &request).await {
+                        Ok(events) => drop(evidence.events.insert(request.segment, events)),
+                        Err((name, error @ Error::Corrupt(_))) => {
+                            damaged(&mut evidence, &mut damage, name, error);
+                            // Whether the rest is still wanted is for the planner to say.
+                            break;
+                        }
+                        Err((_, error)) => return Err(error),
+                    }
                 }
+            }
+            Outcome::Unreadable(name) => {
+                return Err(damage.remove(&name).unwrap_or_else(|| {
+                    Error::corrupt(format!("segment {name} in {} cannot be read", repository.location()))
+                }));
             }
             Outcome::NeedRecord(request) => {
                 let found = load_record(repository, &request).await?;
@@ -58,13 +81,30 @@ pub async fn make_plan(
     }
 }
 
+/// Notes that a segment is damaged. Whether that matters is the planner's to say.
+fn damaged(
+    evidence: &mut Evidence,
+    damage: &mut BTreeMap<SegmentName, Error>,
+    name: SegmentName,
+    error: Error,
+) {
+    evidence.unreadable.insert(name);
+    damage.insert(name, error);
+}
+
+/// Returns the summaries, each or what is wrong with it where it is stored.
+///
+/// # Errors
+/// Everything but [`Error::Corrupt`].
 async fn load_summaries(
     repository: &LineageRepository,
     names: Vec<SegmentName>,
-    evidence: &mut Evidence,
-) -> Result<()> {
+) -> Result<Vec<(SegmentName, Result<SegmentSummary>)>> {
     let reads = names.into_iter().map(|name| async move {
-        let summary = repository.segment_summary(name).await?.ok_or_else(|| vanished(repository, name))?;
+        let summary = match repository.segment_summary(name).await {
+            Err(error @ Error::Corrupt(_)) => return Ok((name, Err(error))),
+            other => other?.ok_or_else(|| vanished(repository, name))?,
+        };
         let ours = repository.lineage();
         if summary.segment_size != ours.segment_size
             || ![0, ours.system_identifier].contains(&summary.system_identifier)
@@ -75,11 +115,9 @@ async fn load_summaries(
                 summary.system_identifier
             )));
         }
-        Ok((name, summary))
+        Ok((name, Ok(summary)))
     });
-    let read: Vec<_> = futures_util::stream::iter(reads).buffer_unordered(READS_MAX).try_collect().await?;
-    evidence.summaries.extend(read);
-    Ok(())
+    futures_util::stream::iter(reads).buffer_unordered(READS_MAX).try_collect().await
 }
 
 async fn segment_bytes(repository: &LineageRepository, name: SegmentName) -> Result<Vec<u8>> {
@@ -87,21 +125,25 @@ async fn segment_bytes(repository: &LineageRepository, name: SegmentName) -> Res
 }
 
 /// Returns all events that start in the segment, following its last record into the next ones.
+///
+/// # Errors
+/// What went wrong, and with which of the segments.
 async fn load_events(
     repository: &LineageRepository,
     request: &SegmentRequest,
-) -> Result<Vec<walship::wal::WalEvent>> {
+) -> Result<Vec<walship::wal::WalEvent>, (SegmentName, Error)> {
     let size = repository.lineage().segment_size;
     let mut reader = EventReader::new(size);
     let mut events = Vec::new();
     let end = request.segment.end(size);
-    let bytes = segment_bytes(repository, request.segment).await?;
+    let bytes = segment_bytes(repository, request.segment).await.map_err(|error| (request.segment, error))?;
     if let Err(broken) = reader.segment(request.segment, &bytes, |event| events.push(event)) {
-        return Err(unreadable(repository, broken.segment, broken.lsn, &broken.what));
+        let error = unreadable(repository, broken.segment, broken.lsn, &broken.what);
+        return Err((request.segment, error));
     }
     drop(bytes);
     for &name in &request.following {
-        let bytes = segment_bytes(repository, name).await?;
+        let bytes = segment_bytes(repository, name).await.map_err(|error| (name, error))?;
         let mut past = false;
         let read = reader.segment(name, &bytes, |event| {
             if event.lsn < end {

@@ -6,6 +6,7 @@ use walship::wal::event::{EventKind, WalEvent};
 use super::chain::{Chain, ChainEnding, begin_of, oldest_way};
 use super::extras;
 use super::reach::{Reach, Stop, StopKind};
+use super::refusal;
 use super::walk::{Seek, Walk};
 use super::{
     Candidate, ChainPart, ChainStep, Gap, Halt, Question, RefusalKind, RestorePlan, TimelinePart,
@@ -27,8 +28,8 @@ pub(crate) fn assemble(
 ) -> Result<RestorePlan, Halt> {
     let catalog = question.catalog;
     let backup = candidate.backup;
-    let walk =
-        Walk { chain: &candidate.chain, evidence: question.evidence, size: catalog.lineage.segment_size };
+    let all = Walk::new(question, &candidate.chain);
+    let walk = Walk { cut: Some(stop.cut_lsn), ..all };
     let last = last_step(&candidate.chain, &stop);
 
     let notable = extras::notable(&walk, last, &stop, backup.limits)?;
@@ -36,7 +37,7 @@ pub(crate) fn assemble(
     let last_included = before.and_then(|(_, event)| TransactionEnd::of(event));
     let behind = match stop.kind {
         StopKind::EndOfWal => Behind::default(),
-        _ => first_excluded(&walk, last, &stop)?,
+        _ => first_excluded(&all, last, &stop)?,
     };
     let open_prepared = extras::open_prepared(&walk, last, &stop)?;
     let drop = extras::half_done_drop(&walk, last, &stop)?;
@@ -62,6 +63,8 @@ pub(crate) fn assemble(
         chain: parts(used, catalog.lineage.segment_size),
         last_included,
         first_excluded: behind.first,
+        first_excluded_unknown: behind.unknown,
+        timelines_left_out: refusal::elsewhere(question),
         backup_fetch_bytes: backup.stored_bytes,
         wal_segments: used.len() as u64,
         wal_fetch_bytes: used.iter().map(|step| step.stored_bytes).sum(),
@@ -76,7 +79,9 @@ pub(crate) fn assemble(
     };
     plan.reasons = reasons(question, candidate, &plan, passed_over);
     plan.warnings = warnings(question, &walk, &plan, drop.as_ref(), passed_over);
-    plan.warnings.extend(behind.unchecked);
+    if let Some(why) = &plan.first_excluded_unknown {
+        plan.warnings.push(format!("which commit comes first behind the stop is not known: {why}"));
+    }
     Ok(plan)
 }
 
@@ -84,28 +89,30 @@ pub(crate) fn assemble(
 #[derive(Default)]
 struct Behind {
     first: Option<TransactionEnd>,
-    /// Why not all of it is.
-    unchecked: Option<String>,
+    /// Why the first commit is not known.
+    unknown: Option<String>,
 }
 
-/// Returns the first commit behind the stop. Recovery does not need that WAL: where it cannot be decoded
-/// the search ends with a warning.
+/// Returns the first commit behind the stop. Recovery does not need that WAL: where it is missing, damaged
+/// or cannot be decoded the search ends, and says why.
 fn first_excluded(walk: &Walk<'_>, last: usize, stop: &Stop) -> Result<Behind, Halt> {
     let after = |event: &WalEvent| event.lsn >= stop.cut_lsn && (COMMITS.matches)(event);
     let from = walk.chain.step_of(stop.cut_lsn).unwrap_or(last);
-    match walk.first(from, &Seek { maybe: COMMITS.maybe, matches: &after }) {
-        Ok(found) => {
-            Ok(Behind { first: found.and_then(|(_, event)| TransactionEnd::of(event)), unchecked: None })
+    let unknown = match walk.first(from, &Seek { maybe: COMMITS.maybe, matches: &after }) {
+        Ok(Some((_, event))) => return Ok(Behind { first: TransactionEnd::of(event), unknown: None }),
+        Ok(None) => match &walk.chain.ending {
+            ChainEnding::EndOfArchive => None,
+            ChainEnding::Gap(gap) => Some(format!("none lies before a gap ({gap}) that WAL follows")),
+        },
+        Err(Halt::Refuse(refusal)) if refusal.kind == RefusalKind::Undecoded => {
+            Some(format!("{}; recovery does not read so far", refusal.reason))
         }
-        Err(Halt::Refuse(refusal)) if refusal.kind == RefusalKind::Undecoded => Ok(Behind {
-            first: None,
-            unchecked: Some(format!(
-                "which commit comes first behind the stop is not known ({}); recovery does not read so far",
-                refusal.reason
-            )),
-        }),
-        Err(halt) => Err(halt),
-    }
+        Err(Halt::Unreadable(name)) => Some(format!(
+            "segment {name} is damaged where it is stored; recovery to this target does not need it"
+        )),
+        Err(halt) => return Err(halt),
+    };
+    Ok(Behind { first: None, unknown })
 }
 
 /// Returns the number of the last step that recovery reads.

@@ -17,7 +17,7 @@ mod windows;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -43,6 +43,10 @@ pub struct Evidence {
     /// Answers to [`RecordRequest`]s: the first record that starts in the segment at or after the
     /// position, `None` when none does.
     pub records: BTreeMap<(SegmentName, Lsn), Option<RecordBounds>>,
+    /// Segments of which something that was asked for is stored, but damaged: nothing else that is known
+    /// of them counts. One on the way ends the planning ([`Outcome::Unreadable`]), one behind the stop is no
+    /// obstacle.
+    pub unreadable: BTreeSet<SegmentName>,
 }
 
 /// Where a record lies.
@@ -88,6 +92,8 @@ pub enum Outcome {
     NeedEvents(Vec<SegmentRequest>),
     /// The place of this record must be known first.
     NeedRecord(RecordRequest),
+    /// The answer depends on this segment, and it is damaged where it is stored.
+    Unreadable(SegmentName),
     /// The plan.
     Plan(Box<RestorePlan>),
     /// The target cannot be reached.
@@ -120,8 +126,13 @@ pub struct RestorePlan {
     pub stop: Stop,
     /// The last commit that will be there; `None` when none lies between backup and target.
     pub last_included: Option<TransactionEnd>,
-    /// The first commit in the repository that will not be there.
+    /// The first commit behind the stop, on the way that was planned along, that will not be there.
     pub first_excluded: Option<TransactionEnd>,
+    /// Why no first excluded commit can be named although there may be one; `None` when it is named, or
+    /// when no commit is archived behind the stop on this way.
+    pub first_excluded_unknown: Option<String>,
+    /// Timelines with stored WAL that is not on this way; commits in it are left out too.
+    pub timelines_left_out: Vec<TimelineId>,
     /// Bytes of the backup to fetch.
     pub backup_fetch_bytes: u64,
     /// How many segments to fetch.
@@ -224,6 +235,7 @@ pub(crate) enum Halt {
     Summaries(Vec<SegmentName>),
     Events(Vec<SegmentRequest>),
     Record(RecordRequest),
+    Unreadable(SegmentName),
     Refuse(Box<Refusal>),
 }
 
@@ -233,6 +245,7 @@ impl From<Halt> for Outcome {
             Halt::Summaries(names) => Self::NeedSummaries(names),
             Halt::Events(requests) => Self::NeedEvents(requests),
             Halt::Record(request) => Self::NeedRecord(request),
+            Halt::Unreadable(name) => Self::Unreadable(name),
             Halt::Refuse(refusal) => Self::Refused(refusal),
         }
     }

@@ -72,11 +72,7 @@ pub(crate) fn aligned(lsn: Lsn) -> Lsn {
 
 /// Returns where recovery from this backup stops.
 pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Result<Reach, Halt> {
-    let walk = Walk {
-        chain: &candidate.chain,
-        evidence: question.evidence,
-        size: question.catalog.lineage.segment_size,
-    };
+    let walk = Walk::new(question, &candidate.chain);
     let consistent = candidate.backup.stop_lsn;
     if candidate.chain.end() < consistent {
         return Ok(Reach::NotReached);

@@ -1,7 +1,7 @@
 //! Why a target cannot be reached, and what can be reached instead on both sides of it.
 
 use serde::Serialize;
-use walship::pg::{Lsn, TimelineId};
+use walship::pg::{Lsn, SegmentName, TimelineId};
 use walship::wal::event::{EventKind, WalEvent};
 
 use super::assemble::COMMITS;
@@ -115,11 +115,7 @@ fn try_explain(question: &Question<'_>, passed_over: &[(Candidate<'_>, Reach)]) 
         refusal.after = after;
         return Ok(refusal);
     };
-    let walk = Walk {
-        chain: &candidate.chain,
-        evidence: question.evidence,
-        size: question.catalog.lineage.segment_size,
-    };
+    let walk = Walk::new(question, &candidate.chain);
     let mut refusal = match &candidate.chain.ending {
         ChainEnding::Gap(gap) => Refusal {
             gap: Some(gap.clone()),
@@ -131,8 +127,17 @@ fn try_explain(question: &Question<'_>, passed_over: &[(Candidate<'_>, Reach)]) 
         ChainEnding::EndOfArchive => past_end(question, &walk)?,
     };
     refusal.after = after;
-    refusal.before = last_reachable(question, candidate, &walk)?;
-    refusal.hints.extend(hints(question, &walk)?);
+    match last_reachable(question, candidate, &walk) {
+        Ok(before) => refusal.before = before,
+        Err(Halt::Unreadable(name)) => refusal.hints.push(unreadable_hint(name)),
+        Err(halt) => return Err(halt),
+    }
+    match hints(question, &walk) {
+        Ok(hints) => refusal.hints.extend(hints),
+        Err(Halt::Unreadable(name)) => refusal.hints.push(unreadable_hint(name)),
+        Err(halt) => return Err(halt),
+    }
+    refusal.hints.dedup();
     Ok(refusal)
 }
 
@@ -169,11 +174,7 @@ fn past_end(question: &Question<'_>, walk: &Walk<'_>) -> Result<Refusal, Halt> {
 /// Returns the first moment that can be reached from a backup, as a target.
 fn consistent_point(question: &Question<'_>, candidate: &Candidate<'_>) -> Result<Option<Suggestion>, Halt> {
     let backup = candidate.backup;
-    let walk = Walk {
-        chain: &candidate.chain,
-        evidence: question.evidence,
-        size: question.catalog.lineage.segment_size,
-    };
+    let walk = Walk::new(question, &candidate.chain);
     if candidate.chain.end() < backup.stop_lsn {
         return Ok(None);
     }
@@ -232,6 +233,10 @@ fn last_reachable(
     }))
 }
 
+fn unreadable_hint(name: SegmentName) -> String {
+    format!("Segment {name} is damaged where it is stored: what lies near it cannot be offered.")
+}
+
 fn hints(question: &Question<'_>, walk: &Walk<'_>) -> Result<Vec<String>, Halt> {
     let mut hints = Vec::new();
     match &question.target.kind {
@@ -262,12 +267,7 @@ fn hints(question: &Question<'_>, walk: &Walk<'_>) -> Result<Vec<String>, Halt> 
         }
         _ => {}
     }
-    let elsewhere: Vec<TimelineId> = question
-        .catalog
-        .timelines()
-        .into_iter()
-        .filter(|timeline| !question.history.contains(*timeline) || left(question, *timeline))
-        .collect();
+    let elsewhere = elsewhere(question);
     if !elsewhere.is_empty() {
         let list: Vec<String> = elsewhere.iter().map(|timeline| format!("--timeline {timeline}")).collect();
         hints.push(format!(
@@ -278,12 +278,20 @@ fn hints(question: &Question<'_>, walk: &Walk<'_>) -> Result<Vec<String>, Halt> 
     Ok(hints)
 }
 
+/// Returns the timelines of which WAL is stored that does not lie on the way to the one asked for.
+pub(super) fn elsewhere(question: &Question<'_>) -> Vec<TimelineId> {
+    let mut stored: Vec<_> = question.catalog.segments.keys().map(|name| name.timeline).collect();
+    stored.dedup();
+    stored.retain(|timeline| !question.history.contains(*timeline) || left(question, *timeline));
+    stored
+}
+
 /// Returns whether WAL of this ancestor is stored behind the point where the path left it.
 fn left(question: &Question<'_>, timeline: TimelineId) -> bool {
     let Some(switch) = question.history.switch_lsn_of(timeline) else { return false };
     let size = question.catalog.lineage.segment_size;
-    let from = walship::pg::SegmentName::containing(timeline, Lsn(switch.0), size);
-    let last = walship::pg::SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
+    let from = SegmentName::containing(timeline, Lsn(switch.0), size);
+    let last = SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
     question.catalog.segments.range(from..=last).next().is_some()
 }
 

@@ -70,6 +70,8 @@ struct World {
     records: BTreeMap<TimelineId, Vec<WalRecord>>,
     catalog: Catalog,
     undecoded: Vec<SegmentName>,
+    /// Segments whose stored object is damaged.
+    damaged: Vec<SegmentName>,
 }
 
 #[derive(Debug, Clone)]
@@ -98,7 +100,7 @@ impl World {
             backups: vec![],
             unfinished_backups: vec![],
         };
-        Self { records: BTreeMap::from([(tli(1), vec![])]), catalog, undecoded: vec![] }
+        Self { records: BTreeMap::from([(tli(1), vec![])]), catalog, undecoded: vec![], damaged: vec![] }
     }
 
     fn end(&self, timeline: TimelineId) -> Lsn {
@@ -241,21 +243,26 @@ impl World {
     }
 
     /// Plans, answering every request; fails when a request is repeated.
-    fn plan_with(&self, target: &RecoveryTarget, options: &PlanOptions) -> Result<RestorePlan, Box<Refusal>> {
+    fn outcome(&self, target: &RecoveryTarget, options: &PlanOptions) -> Outcome {
         let mut evidence = Evidence::default();
+        let known = |e: &Evidence| e.summaries.len() + e.events.len() + e.records.len() + e.unreadable.len();
         loop {
-            let before = (evidence.summaries.len(), evidence.events.len(), evidence.records.len());
+            let before = known(&evidence);
             match plan(&self.catalog, &evidence, target, options) {
-                Outcome::Plan(plan) => return Ok(*plan),
-                Outcome::Refused(refusal) => return Err(refusal),
+                end @ (Outcome::Plan(_) | Outcome::Refused(_) | Outcome::Unreadable(_)) => return end,
                 Outcome::NeedSummaries(names) => {
                     for name in names {
                         assert!(self.catalog.segments.contains_key(&name), "{name} is not stored");
-                        evidence.summaries.insert(name, self.summary(name));
+                        if self.damaged.contains(&name) {
+                            evidence.unreadable.insert(name);
+                        } else {
+                            evidence.summaries.insert(name, self.summary(name));
+                        }
                     }
                 }
                 Outcome::NeedEvents(requests) => {
                     for SegmentRequest { segment, following } in requests {
+                        assert!(!self.damaged.contains(&segment), "{segment} is known to be damaged");
                         let through = following.last().unwrap_or(&segment).end(SIZE);
                         evidence.events.insert(segment, self.events(segment, through));
                     }
@@ -270,8 +277,15 @@ impl World {
                     evidence.records.insert((segment, at), found);
                 }
             }
-            let after = (evidence.summaries.len(), evidence.events.len(), evidence.records.len());
-            assert!(after > before, "a request was repeated");
+            assert!(known(&evidence) > before, "a request was repeated");
+        }
+    }
+
+    fn plan_with(&self, target: &RecoveryTarget, options: &PlanOptions) -> Result<RestorePlan, Box<Refusal>> {
+        match self.outcome(target, options) {
+            Outcome::Plan(plan) => Ok(*plan),
+            Outcome::Refused(refusal) => Err(refusal),
+            other => panic!("{target:?}: {other:?}"),
         }
     }
 
@@ -550,6 +564,83 @@ fn wal_that_cannot_be_decoded_is_no_obstacle_behind_the_stop() {
     }
     assert_eq!(world.plan(&xid(11)).unwrap_err().kind, RefusalKind::Undecoded);
     assert_eq!(world.plan(&xid(99)).unwrap_err().kind, RefusalKind::Undecoded);
+}
+
+/// A commit in each of eight segments, the backup in the first.
+fn a_commit_in_each_segment() -> World {
+    let mut world = World::new();
+    let start = world.push(tli(1), 64, None);
+    let stop = world.end(tli(1));
+    world.backup("b1", tli(1), start, stop);
+    for number in 0..8u32 {
+        world.push(tli(1), 64, commit(10 + number, i64::from(number) * 1_000_000));
+        world.push(tli(1), SIZE.bytes() - 64, None);
+    }
+    world.archive(tli(1));
+    world
+}
+
+#[test]
+fn a_damaged_segment_is_no_obstacle_behind_the_stop_and_ends_the_planning_before_it() {
+    let mut world = a_commit_in_each_segment();
+    let segment_of = |world: &World, wanted: Xid| {
+        let record =
+            world.records[&tli(1)].iter().find(|r| r.event.as_ref().is_some_and(|e| e.xid == wanted));
+        SegmentName::containing(tli(1), record.unwrap().lsn, SIZE)
+    };
+    let damaged = segment_of(&world, 15);
+    world.damaged.push(damaged);
+    for (target, neighbours_are) in [
+        (xid(13), (Some(13), Some(14))),
+        (time(3_500_000), (Some(13), Some(14))),
+        (name("none"), (None, None)),
+        (RecoveryTarget::new(TargetKind::Immediate), (None, Some(10))),
+        (exclusive(xid(14)), (Some(13), Some(14))),
+        // The first commit behind the stop lies in the damaged one.
+        (xid(14), (Some(14), None)),
+        (xid(16), (None, None)),
+        (time(5_500_000), (None, None)),
+        (RecoveryTarget::new(TargetKind::Latest), (None, None)),
+    ] {
+        match world.outcome(&target, &PlanOptions::default()) {
+            Outcome::Plan(plan) => {
+                assert_eq!(neighbours(&plan), neighbours_are, "{target:?}");
+                let unknown = plan.first_excluded_unknown.as_deref();
+                assert_eq!(unknown.is_some(), target == xid(14), "{target:?}: {unknown:?}");
+                assert!(unknown.is_none_or(|why| why.contains(&damaged.to_string())), "{unknown:?}");
+                assert_eq!(plan.warnings.len(), usize::from(target == xid(14)), "{:?}", plan.warnings);
+            }
+            Outcome::Unreadable(name) => {
+                assert_eq!((name, neighbours_are), (damaged, (None, None)), "{target:?}");
+            }
+            other => panic!("{target:?}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_lies_behind_the_stop_is_said_no_more_surely_than_it_is_known() {
+    // Up to the end of the archive, and nothing else is stored.
+    let mut world = a_commit_in_each_segment();
+    let plan = world.plan(&xid(17)).unwrap();
+    assert_eq!(neighbours(&plan), (Some(17), None));
+    assert_eq!((&plan.first_excluded_unknown, &*plan.timelines_left_out), (&None, &[][..]));
+    // A gap behind the stop.
+    let gap = *world.catalog.segments.keys().nth(3).unwrap();
+    let stored = world.catalog.segments.remove(&gap).unwrap();
+    let last = world.plan(&xid(12)).unwrap();
+    assert_eq!(neighbours(&last), (Some(12), None));
+    let why = last.first_excluded_unknown.unwrap();
+    assert!(why.contains(&format!("segment {gap} is missing")), "{why}");
+    assert_eq!(world.plan(&xid(11)).unwrap().first_excluded_unknown, None);
+    world.catalog.segments.insert(gap, stored);
+    // Another timeline's WAL.
+    world.catalog.segments.insert(gap.on(tli(2)), 1000);
+    let plan = world.plan(&on(1, RecoveryTarget::new(TargetKind::Latest))).unwrap();
+    assert_eq!((&plan.first_excluded_unknown, &*plan.timelines_left_out), (&None, &[tli(2)][..]));
+    let (world, _) = forked();
+    assert_eq!(world.plan(&xid(6010)).unwrap().timelines_left_out, [tli(1)], "behind the fork");
+    assert_eq!(world.plan(&on(1, xid(5010))).unwrap().timelines_left_out, [tli(2)]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use walship::wal::event::WalEvent;
 use walship::wal::summary::{Joined, SegmentEnding, SegmentSummary, join};
 
 use super::chain::Chain;
-use super::{Evidence, Halt, RecordBounds, RecordRequest, Refusal, RefusalKind, SegmentRequest};
+use super::{Evidence, Halt, Question, RecordBounds, RecordRequest, Refusal, RefusalKind, SegmentRequest};
 
 /// How many summaries one request names at most.
 const SUMMARIES_PER_REQUEST: usize = 256;
@@ -21,6 +21,8 @@ pub(crate) struct Walk<'a> {
     pub(crate) chain: &'a Chain,
     pub(crate) evidence: &'a Evidence,
     pub(crate) size: SegmentSize,
+    /// Records that start here or later are of no interest; WAL that only they need is not asked for.
+    pub(crate) cut: Option<Lsn>,
 }
 
 /// A question about single events.
@@ -40,16 +42,28 @@ enum Crossing {
 }
 
 impl<'a> Walk<'a> {
+    /// Returns the walk over this chain.
+    pub(crate) fn new(question: &Question<'a>, chain: &'a Chain) -> Self {
+        let size = question.catalog.lineage.segment_size;
+        Self { chain, evidence: question.evidence, size, cut: None }
+    }
+
     /// Returns the summary of step `at`.
     pub(crate) fn summary(&self, at: usize) -> Result<&'a SegmentSummary, Halt> {
         let name = self.chain.steps[at].segment;
+        if self.evidence.unreadable.contains(&name) {
+            return Err(Halt::Unreadable(name));
+        }
         if let Some(summary) = self.evidence.summaries.get(&name) {
             return Ok(summary);
         }
+        let known = |name: &SegmentName| {
+            self.evidence.summaries.contains_key(name) || self.evidence.unreadable.contains(name)
+        };
         let missing = self.chain.steps[at..]
             .iter()
             .map(|step| step.segment)
-            .filter(|name| !self.evidence.summaries.contains_key(name))
+            .filter(|name| !known(name))
             .take(SUMMARIES_PER_REQUEST);
         Err(Halt::Summaries(missing.collect()))
     }
@@ -108,7 +122,15 @@ impl<'a> Walk<'a> {
         let most = (FOLLOW_MAX_BYTES / self.size.bytes()).max(1) as usize;
         for next in at + 1..self.chain.steps.len().min(at + 1 + most) {
             following.push(self.chain.steps[next].segment);
-            let ends_there = self.summary(next)?.leading.as_ref().is_none_or(|leading| leading.end.is_some());
+            let summary = match self.summary(next) {
+                // Its own step will say so to whoever goes on behind this one.
+                Err(Halt::Unreadable(_)) => {
+                    following.pop();
+                    break;
+                }
+                other => other?,
+            };
+            let ends_there = summary.leading.as_ref().is_none_or(|leading| leading.end.is_some());
             if ends_there {
                 break;
             }
@@ -119,6 +141,11 @@ impl<'a> Walk<'a> {
     fn crossing(&self, at: usize) -> Result<Crossing, Halt> {
         let summary = self.decoded(at)?;
         if summary.unfinished.is_none() || at + 1 >= self.chain.steps.len() {
+            return Ok(Crossing::Nothing);
+        }
+        if let (Some(record), Some(cut)) = (&summary.unfinished, self.cut)
+            && record.lsn >= cut
+        {
             return Ok(Crossing::Nothing);
         }
         let step = self.chain.steps[at];
