@@ -12,7 +12,8 @@ use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
 
 use crate::plan::{
-    Evidence, Outcome, PlanOptions, RecordBounds, RecordRequest, Refusal, RestorePlan, SegmentRequest, plan,
+    Evidence, Outcome, PlanOptions, RecordBounds, RecordRequest, Refusal, RestorePlan, SegmentRequest,
+    decides, plan,
 };
 use crate::target::RecoveryTarget;
 
@@ -68,6 +69,14 @@ pub async fn make_plan(
                     }
                 }
             }
+            Outcome::SearchEvents(request) => match load_events(repository, &request).await {
+                Ok(events) if events.iter().any(|event| decides(target, event)) => {
+                    evidence.events.insert(request.segment, events);
+                }
+                Ok(_) => drop(evidence.searched.insert(request.segment)),
+                Err((name, error @ Error::Corrupt(_))) => damaged(&mut evidence, &mut damage, name, error),
+                Err((_, error)) => return Err(error),
+            },
             Outcome::Unreadable(name) => {
                 return Err(damage.remove(&name).unwrap_or_else(|| {
                     Error::corrupt(format!("segment {name} in {} cannot be read", repository.location()))

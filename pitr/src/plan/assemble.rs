@@ -1,5 +1,6 @@
 //! Puts a plan together once backup and stop are chosen: sizes, neighbours, reasons, warnings.
 
+use walship::catalog::BackupRecord;
 use walship::pg::TimelineHistory;
 use walship::wal::event::{EventKind, WalEvent};
 
@@ -24,7 +25,8 @@ pub(crate) fn assemble(
     question: &Question<'_>,
     candidate: &Candidate<'_>,
     stop: Stop,
-    passed_over: &[(Candidate<'_>, Reach)],
+    passed_over: &[(&BackupRecord, Reach)],
+    not_tried: usize,
 ) -> Result<RestorePlan, Halt> {
     let catalog = question.catalog;
     let backup = candidate.backup;
@@ -78,6 +80,9 @@ pub(crate) fn assemble(
         stop,
     };
     plan.reasons = reasons(question, candidate, &plan, passed_over);
+    if not_tried > 0 {
+        plan.reasons.push(format!("{not_tried} newer backup(s) were started long after the target"));
+    }
     plan.warnings = warnings(question, &walk, &plan, drop.as_ref(), passed_over);
     if let Some(why) = &plan.first_excluded_unknown {
         plan.warnings.push(format!("which commit comes first behind the stop is not known: {why}"));
@@ -173,7 +178,7 @@ fn reasons(
     question: &Question<'_>,
     candidate: &Candidate<'_>,
     plan: &RestorePlan,
-    passed_over: &[(Candidate<'_>, Reach)],
+    passed_over: &[(&BackupRecord, Reach)],
 ) -> Vec<String> {
     let mut reasons = Vec::new();
     let others = question.catalog.timelines().len() > 1;
@@ -207,9 +212,9 @@ fn reasons(
         reasons.push(match reach {
             Reach::BeforeConsistency { lsn } => format!(
                 "backup {} is too new: recovery would stop at {lsn}, before it is consistent ({})",
-                other.backup.id, other.backup.stop_lsn
+                other.id, other.stop_lsn
             ),
-            _ => format!("backup {} does not lead to the target", other.backup.id),
+            _ => format!("backup {} does not lead to the target", other.id),
         });
     }
     if passed_over.len() > 3 {
@@ -249,7 +254,7 @@ fn warnings(
     walk: &Walk<'_>,
     plan: &RestorePlan,
     drop: Option<&WalEvent>,
-    passed_over: &[(Candidate<'_>, Reach)],
+    passed_over: &[(&BackupRecord, Reach)],
 ) -> Vec<String> {
     let mut warnings = Vec::new();
     if let Some(event) = drop {

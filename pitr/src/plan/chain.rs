@@ -88,6 +88,17 @@ impl std::fmt::Display for Gap {
 /// after the point where the path left it belongs to another history and is never used.
 /// Source: `src/backend/access/transam/xlogrecovery.c`, XLogFileReadAnyTLI.
 pub fn build_chain(catalog: &Catalog, history: &TimelineHistory, start: Lsn) -> Chain {
+    build_chain_until(catalog, history, start, Lsn(u64::MAX))
+}
+
+/// Returns the chain from `start`, built no further than the segment that holds the byte before `until`;
+/// how it ends is not looked for when it gets so far.
+pub(crate) fn build_chain_until(
+    catalog: &Catalog,
+    history: &TimelineHistory,
+    start: Lsn,
+    until: Lsn,
+) -> Chain {
     let size = catalog.lineage.segment_size;
     let mut chain = Chain { start, steps: Vec::new(), ending: ChainEnding::EndOfArchive };
     let mut at = start;
@@ -101,7 +112,7 @@ pub fn build_chain(catalog: &Catalog, history: &TimelineHistory, start: Lsn) -> 
         at = step.to;
         let last_possible = step.to == step.from || step.to.0 == u64::MAX;
         chain.steps.push(step);
-        if last_possible {
+        if last_possible || at >= until {
             return chain;
         }
     }

@@ -19,7 +19,7 @@ pub(crate) mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::{Lsn, Oid, SegmentName, TimelineHistory, TimelineId, Xid};
@@ -31,7 +31,11 @@ pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};
 pub use windows::{Window, windows};
 
-use crate::target::{RecoveryTarget, TargetKind, TimelineChoice};
+use crate::target::{RecoveryTarget, StopSide, TargetKind, TimelineChoice};
+
+/// How far the clocks of the server and of the machine that takes backups may lie apart without costing
+/// anything.
+const CLOCKS_DIFFER_MAX: TimeDelta = TimeDelta::days(1);
 
 /// What the caller has loaded so far of what the WAL holds.
 #[derive(Debug, Clone, Default)]
@@ -47,6 +51,8 @@ pub struct Evidence {
     /// of them counts. One on the way ends the planning ([`Outcome::Unreadable`]), one behind the stop is no
     /// obstacle.
     pub unreadable: BTreeSet<SegmentName>,
+    /// Segments that were read for [`Outcome::SearchEvents`] and hold nothing that [`decides`].
+    pub searched: BTreeSet<SegmentName>,
 }
 
 /// Where a record lies.
@@ -90,6 +96,9 @@ pub enum Outcome {
     NeedSummaries(Vec<SegmentName>),
     /// The events of these segments must be known first.
     NeedEvents(Vec<SegmentRequest>),
+    /// Whether one of this segment's events [`decides`] must be known first: its events when one does,
+    /// else that it was searched.
+    SearchEvents(SegmentRequest),
     /// The place of this record must be known first.
     NeedRecord(RecordRequest),
     /// The answer depends on this segment, and it is damaged where it is stored.
@@ -234,6 +243,7 @@ pub struct OpenPrepared {
 pub(crate) enum Halt {
     Summaries(Vec<SegmentName>),
     Events(Vec<SegmentRequest>),
+    Search(SegmentRequest),
     Record(RecordRequest),
     Unreadable(SegmentName),
     Refuse(Box<Refusal>),
@@ -244,6 +254,7 @@ impl From<Halt> for Outcome {
         match halt {
             Halt::Summaries(names) => Self::NeedSummaries(names),
             Halt::Events(requests) => Self::NeedEvents(requests),
+            Halt::Search(request) => Self::SearchEvents(request),
             Halt::Record(request) => Self::NeedRecord(request),
             Halt::Unreadable(name) => Self::Unreadable(name),
             Halt::Refuse(refusal) => Self::Refused(refusal),
@@ -289,21 +300,27 @@ fn try_plan(
 ) -> Result<RestorePlan, Halt> {
     let history = resolve_timeline(catalog, target.timeline)?;
     let question = Question { catalog, evidence, target, history: &history };
-    let backups = usable_backups(&question, options)?;
+    let (backups, much_newer) = in_order(usable_backups(&question, options)?, target);
     let mut passed_over = Vec::new();
     // An older backup may reach the target before WAL that cannot be decoded.
     let content_decides = matches!(target.kind, TargetKind::Xid(_) | TargetKind::Name(_));
     let mut undecoded = None;
     for backup in backups {
+        if let Some(failed) = reach::too_new(&question, backup)? {
+            passed_over.push((backup, failed));
+            continue;
+        }
         let candidate = Candidate { backup, chain: build_chain(catalog, &history, backup.start_lsn) };
         match reach::reach(&question, &candidate) {
             Ok(reach::Reach::Stop(stop)) => {
-                return assemble::assemble(&question, &candidate, stop, &passed_over);
+                let tried_all = much_newer.contains(&&*backup.id);
+                let not_tried = if tried_all { 0 } else { much_newer.len() };
+                return assemble::assemble(&question, &candidate, stop, &passed_over, not_tried);
             }
-            Ok(failed) => passed_over.push((candidate, failed)),
+            Ok(failed) => passed_over.push((backup, failed)),
             Err(Halt::Refuse(refusal)) if content_decides && refusal.kind == RefusalKind::Undecoded => {
                 undecoded = undecoded.or(Some(refusal));
-                passed_over.push((candidate, reach::Reach::NotReached));
+                passed_over.push((backup, reach::Reach::NotReached));
             }
             Err(halt) => return Err(halt),
         }
@@ -311,6 +328,7 @@ fn try_plan(
     if let Some(refusal) = undecoded {
         return Err(Halt::Refuse(refusal));
     }
+    passed_over.sort_by(|(a, _), (b, _)| newest_first(a, b));
     Err(refusal::explain(&question, &passed_over))
 }
 
@@ -390,6 +408,42 @@ fn usable_backups<'a>(question: &Question<'a>, options: &PlanOptions) -> Result<
             format!("no complete base backup lies on the way to timeline {}", history.timeline),
         ));
     }
-    backups.sort_by(|a, b| (b.stop_lsn, b.start_lsn, &b.id).cmp(&(a.stop_lsn, a.start_lsn, &a.id)));
+    backups.sort_by(|a, b| newest_first(a, b));
     Ok(backups)
+}
+
+fn newest_first(a: &BackupRecord, b: &BackupRecord) -> std::cmp::Ordering {
+    (b.stop_lsn, b.start_lsn, &b.id).cmp(&(a.stop_lsn, a.start_lsn, &a.id))
+}
+
+/// Returns the backups in the order in which they are tried, and the ids of those that come last although
+/// they are newer: for a time, what was started long after it.
+///
+/// That is only a hint, by the clock of the machine that took the backup: where no other backup serves,
+/// what the WAL says of these decides as well.
+fn in_order<'a>(
+    backups: Vec<&'a BackupRecord>,
+    target: &RecoveryTarget,
+) -> (Vec<&'a BackupRecord>, Vec<&'a str>) {
+    let TargetKind::Time { time, .. } = &target.kind else { return (backups, Vec::new()) };
+    let long_after = |backup: &&BackupRecord| backup.started.signed_duration_since(time) > CLOCKS_DIFFER_MAX;
+    let (later, mut first): (Vec<_>, Vec<_>) = backups.into_iter().partition(long_after);
+    let ids = later.iter().map(|backup| &*backup.id).collect();
+    first.extend(later);
+    (first, ids)
+}
+
+/// Returns whether this event, looked at alone, is one at which recovery to `target` stops.
+pub fn decides(target: &RecoveryTarget, event: &WalEvent) -> bool {
+    match &target.kind {
+        TargetKind::Time { time, .. } => event.kind.stop_time().is_some_and(|at| match target.stop {
+            StopSide::Inclusive => at > *time,
+            StopSide::Exclusive => at >= *time,
+        }),
+        TargetKind::Xid(xid) => event.kind.ended_xid(event.xid) == Some(*xid),
+        TargetKind::Name(wanted) => {
+            matches!(&event.kind, EventKind::RestorePoint { name, .. } if name == wanted)
+        }
+        TargetKind::Lsn(_) | TargetKind::Immediate | TargetKind::Latest => false,
+    }
 }

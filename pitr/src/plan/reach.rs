@@ -7,11 +7,13 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
+use walship::catalog::BackupRecord;
 use walship::pg::Lsn;
 use walship::wal::event::{EventKind, WalEvent};
 
+use super::chain::build_chain_until;
 use super::walk::{Seek, Walk};
-use super::{Candidate, ChainEnding, Halt, Question};
+use super::{Candidate, ChainEnding, Halt, Question, decides};
 use crate::target::{StopSide, TargetKind};
 
 /// How long after a checkpoint's time its redo position may be fixed: the time has whole seconds,
@@ -70,7 +72,33 @@ pub(crate) fn aligned(lsn: Lsn) -> Lsn {
     Lsn(lsn.0.saturating_add(7) & !7)
 }
 
-/// Returns where recovery from this backup stops.
+/// Returns that a backup is too new when that can be said without looking at the WAL behind its end.
+pub(crate) fn too_new(question: &Question<'_>, backup: &BackupRecord) -> Result<Option<Reach>, Halt> {
+    match &question.target.kind {
+        // The first record would decide; a backup never becomes consistent at its first record.
+        TargetKind::Lsn(target) if *target < backup.start_lsn => {
+            Ok(Some(Reach::BeforeConsistency { lsn: *target }))
+        }
+        // What was committed before the redo position is in the backup whatever its time, and replay does
+        // not look at it: a backup that began after the target would silently give too much. A backup whose
+        // checkpoint is not found cannot tell, and does not serve.
+        TargetKind::Time { time, .. } => {
+            let chain =
+                build_chain_until(question.catalog, question.history, backup.start_lsn, backup.stop_lsn);
+            if chain.end() < backup.stop_lsn {
+                return Ok(None);
+            }
+            let began = began(&Walk::new(question, &chain), backup)?;
+            Ok(match began.filter(|began| began <= time) {
+                Some(_) => None,
+                None => Some(Reach::BeforeConsistency { lsn: backup.start_lsn }),
+            })
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Returns where recovery from this backup stops; to be asked when it is not [`too_new`].
 pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Result<Reach, Halt> {
     let walk = Walk::new(question, &candidate.chain);
     let consistent = candidate.backup.stop_lsn;
@@ -107,10 +135,6 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
             }))
         }
         TargetKind::Lsn(target) => {
-            // The first record would decide; a backup never becomes consistent at its first record.
-            if *target < candidate.backup.start_lsn {
-                return Ok(Reach::BeforeConsistency { lsn: *target });
-            }
             let Some(bounds) = walk.record_at(*target)? else { return Ok(Reach::NotReached) };
             let stop = match inclusive {
                 true => Stop {
@@ -131,20 +155,14 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
             Ok(checked(stop, consistent))
         }
         TargetKind::Time { time, .. } => {
-            // What was committed before the redo position is in the backup whatever its time, and replay
-            // does not look at it: a backup that began after the target would silently give too much.
-            // A backup whose checkpoint is not found cannot tell, and does not serve.
-            let Some(began) = began(&walk, candidate)?.filter(|began| began <= time) else {
+            let Some(began) = began(&walk, candidate.backup)?.filter(|began| began <= time) else {
                 return Ok(Reach::BeforeConsistency { lsn: candidate.backup.start_lsn });
             };
             let past = |t: DateTime<Utc>| if inclusive { t > *time } else { t >= *time };
-            let found = walk.first(
-                0,
-                &Seek {
-                    maybe: &|summary| summary.max_time.is_some_and(|max| past(max.time)),
-                    matches: &|event| event.kind.stop_time().is_some_and(past),
-                },
-            )?;
+            let found = walk.decisive(&Seek {
+                maybe: &|summary| summary.max_time.is_some_and(|max| past(max.time)),
+                matches: &|event| decides(question.target, event),
+            })?;
             let Some((at, event)) = found else { return Ok(Reach::NotReached) };
             if began.checked_add_signed(CHECKPOINT_LAG).is_none_or(|fixed| fixed > *time) {
                 // Only WAL can tell that redo was fixed by then: a record behind it that is no later.
@@ -159,28 +177,20 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
             Ok(checked(before(event), consistent))
         }
         TargetKind::Xid(xid) => {
-            let found = walk.first(
-                0,
-                &Seek {
-                    maybe: &|summary| {
-                        summary.ended_xids.is_some_and(|(low, high)| (low..=high).contains(xid))
-                    },
-                    matches: &|event| event.kind.ended_xid(event.xid) == Some(*xid),
-                },
-            )?;
+            let found = walk.decisive(&Seek {
+                maybe: &|summary| summary.ended_xids.is_some_and(|(low, high)| (low..=high).contains(xid)),
+                matches: &|event| decides(question.target, event),
+            })?;
             Ok(found.map_or(Reach::NotReached, |(_, event)| {
                 checked(if inclusive { after(event) } else { before(event) }, consistent)
             }))
         }
-        TargetKind::Name(wanted) => {
-            let is_it = |event: &WalEvent| matches!(&event.kind, EventKind::RestorePoint { name, .. } if name == wanted);
-            let found = walk.first(
-                0,
-                &Seek {
-                    maybe: &|summary| summary.events_truncated || summary.events.iter().any(is_it),
-                    matches: &is_it,
-                },
-            )?;
+        TargetKind::Name(_) => {
+            let is_it = |event: &WalEvent| decides(question.target, event);
+            let found = walk.decisive(&Seek {
+                maybe: &|summary| summary.events_truncated || summary.events.iter().any(is_it),
+                matches: &is_it,
+            })?;
             Ok(found.map_or(Reach::NotReached, |(_, event)| checked(after(event), consistent)))
         }
     }
@@ -188,9 +198,8 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
 
 /// Returns when the backup's checkpoint began, by the server's clock; what was committed before its redo
 /// position is not later than that by more than [`CHECKPOINT_LAG`].
-fn began(walk: &Walk<'_>, candidate: &Candidate<'_>) -> Result<Option<DateTime<Utc>>, Halt> {
-    let backup = candidate.backup;
-    for (at, step) in candidate.chain.steps.iter().enumerate() {
+fn began(walk: &Walk<'_>, backup: &BackupRecord) -> Result<Option<DateTime<Utc>>, Halt> {
+    for (at, step) in walk.chain.steps.iter().enumerate() {
         if step.from >= backup.stop_lsn {
             break;
         }

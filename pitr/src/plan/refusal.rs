@@ -1,10 +1,12 @@
 //! Why a target cannot be reached, and what can be reached instead on both sides of it.
 
 use serde::Serialize;
+use walship::catalog::BackupRecord;
 use walship::pg::{Lsn, SegmentName, TimelineId};
 use walship::wal::event::{EventKind, WalEvent};
 
 use super::assemble::COMMITS;
+use super::chain::build_chain;
 use super::reach::{Reach, aligned};
 use super::walk::{Seek, Walk};
 use super::{Candidate, ChainEnding, Gap, Halt, Question};
@@ -81,33 +83,33 @@ impl Refusal {
 }
 
 /// Returns why none of the candidates serves, or what must be known to say so.
-pub(crate) fn explain(question: &Question<'_>, passed_over: &[(Candidate<'_>, Reach)]) -> Halt {
+pub(crate) fn explain(question: &Question<'_>, passed_over: &[(&BackupRecord, Reach)]) -> Halt {
     match try_explain(question, passed_over) {
         Ok(refusal) => Halt::Refuse(Box::new(refusal)),
         Err(halt) => halt,
     }
 }
 
-fn try_explain(question: &Question<'_>, passed_over: &[(Candidate<'_>, Reach)]) -> Result<Refusal, Halt> {
+fn try_explain(question: &Question<'_>, passed_over: &[(&BackupRecord, Reach)]) -> Result<Refusal, Halt> {
     // Newest first: the first that was not reached ends nearest to the target.
     let short = passed_over.iter().find(|(_, reach)| matches!(reach, Reach::NotReached));
     let too_new =
         passed_over.iter().rev().find(|(_, reach)| matches!(reach, Reach::BeforeConsistency { .. }));
     let after = match too_new {
-        Some((candidate, _)) => consistent_point(question, candidate)?,
+        Some((backup, _)) => consistent_point(question, &behind(question, backup))?,
         None => None,
     };
-    let Some((candidate, _)) = short else {
+    let Some((backup, _)) = short else {
         let what = match &question.target.kind {
             TargetKind::Name(name) => format!("restore point {name:?} lies"),
             TargetKind::Xid(xid) => format!("the end of transaction {xid} lies"),
             _ => "the target lies".to_owned(),
         };
         let reason = match too_new {
-            Some((candidate, Reach::BeforeConsistency { lsn })) => format!(
+            Some((backup, Reach::BeforeConsistency { lsn })) => format!(
                 "{what} before the first moment that can be reached: recovery from the oldest backup {} \
                  would stop at {lsn}, and it is consistent only from {} on",
-                candidate.backup.id, candidate.backup.stop_lsn
+                backup.id, backup.stop_lsn
             ),
             _ => format!("{what} before the first moment that can be reached"),
         };
@@ -115,6 +117,7 @@ fn try_explain(question: &Question<'_>, passed_over: &[(Candidate<'_>, Reach)]) 
         refusal.after = after;
         return Ok(refusal);
     };
+    let candidate = &behind(question, backup);
     let walk = Walk::new(question, &candidate.chain);
     let mut refusal = match &candidate.chain.ending {
         ChainEnding::Gap(gap) => Refusal {
@@ -139,6 +142,11 @@ fn try_explain(question: &Question<'_>, passed_over: &[(Candidate<'_>, Reach)]) 
     }
     refusal.hints.dedup();
     Ok(refusal)
+}
+
+/// Returns a backup with the WAL behind it.
+fn behind<'a>(question: &Question<'_>, backup: &'a BackupRecord) -> Candidate<'a> {
+    Candidate { backup, chain: build_chain(question.catalog, question.history, backup.start_lsn) }
 }
 
 fn past_end(question: &Question<'_>, walk: &Walk<'_>) -> Result<Refusal, Halt> {

@@ -245,7 +245,9 @@ impl World {
     /// Plans, answering every request; fails when a request is repeated.
     fn outcome(&self, target: &RecoveryTarget, options: &PlanOptions) -> Outcome {
         let mut evidence = Evidence::default();
-        let known = |e: &Evidence| e.summaries.len() + e.events.len() + e.records.len() + e.unreadable.len();
+        let known = |e: &Evidence| {
+            e.summaries.len() + e.events.len() + e.records.len() + e.unreadable.len() + e.searched.len()
+        };
         loop {
             let before = known(&evidence);
             match plan(&self.catalog, &evidence, target, options) {
@@ -265,6 +267,15 @@ impl World {
                         assert!(!self.damaged.contains(&segment), "{segment} is known to be damaged");
                         let through = following.last().unwrap_or(&segment).end(SIZE);
                         evidence.events.insert(segment, self.events(segment, through));
+                    }
+                }
+                Outcome::SearchEvents(SegmentRequest { segment, following }) => {
+                    let through = following.last().unwrap_or(&segment).end(SIZE);
+                    let events = self.events(segment, through);
+                    if events.iter().any(|event| decides(target, event)) {
+                        evidence.events.insert(segment, events);
+                    } else {
+                        evidence.searched.insert(segment);
                     }
                 }
                 Outcome::NeedRecord(RecordRequest { request, at }) => {
@@ -616,6 +627,31 @@ fn a_damaged_segment_is_no_obstacle_behind_the_stop_and_ends_the_planning_before
             other => panic!("{target:?}: {other:?}"),
         }
     }
+}
+
+#[test]
+fn backups_started_long_after_a_time_are_tried_last() {
+    let mut world = a_commit_in_each_segment();
+    for (id, segment, started) in [("b2", 3u64, 5), ("b3", 5, 5)] {
+        let lsn = Lsn(START + segment * SIZE.bytes());
+        let record = world.records[&tli(1)].iter().find(|record| record.lsn >= lsn).unwrap();
+        let (start, stop) = (record.lsn, Lsn(record.lsn.0 + 2 * SIZE.bytes()));
+        world.backup(id, tli(1), start, stop);
+        world.catalog.backups.iter_mut().find(|b| b.id == id).unwrap().started =
+            at(0) + Duration::days(started);
+    }
+    // What was started long after the target is not even looked at: their segments are damaged here.
+    let all: Vec<_> = world.catalog.segments.keys().copied().collect();
+    world.damaged.extend(&all[4..]);
+    let plan = world.plan(&time(1_500_000)).unwrap();
+    assert_eq!((&*plan.backup.id, neighbours(&plan)), ("b1", (Some(11), Some(12))));
+    assert!(plan.reasons.iter().any(|r| r.starts_with("2 newer backup")), "{:?}", plan.reasons);
+    // A wrong clock costs nothing but that: where no other serves, the WAL decides.
+    world.damaged.clear();
+    world.catalog.backups.retain(|backup| backup.id == "b2");
+    let plan = world.plan(&time(6_500_000)).unwrap();
+    assert_eq!((&*plan.backup.id, neighbours(&plan)), ("b2", (Some(16), Some(17))));
+    assert!(!plan.reasons.iter().any(|r| r.contains("newer backup")), "{:?}", plan.reasons);
 }
 
 #[test]

@@ -161,6 +161,31 @@ impl<'a> Walk<'a> {
         })
     }
 
+    /// Returns the first event that matches one of those at which recovery to the target stops, with its
+    /// step. Of segments that were read in vain no events are kept.
+    pub(crate) fn decisive(&self, seek: &Seek<'_>) -> Result<Option<(usize, &'a WalEvent)>, Halt>
+    where
+        Self: 'a,
+    {
+        let mut from = 0;
+        loop {
+            match self.first(from, seek) {
+                Err(Halt::Events(mut requests)) if requests.len() == 1 => {
+                    let Some(request) = requests.pop() else { return Ok(None) };
+                    if !self.evidence.searched.contains(&request.segment) {
+                        return Err(Halt::Search(request));
+                    }
+                    let behind = self.chain.steps[from..]
+                        .iter()
+                        .position(|step| step.segment == request.segment)
+                        .map_or(self.chain.steps.len(), |at| from + at + 1);
+                    from = behind;
+                }
+                other => return other,
+            }
+        }
+    }
+
     /// Returns the first event from step `from` on that matches, with its step.
     pub(crate) fn first(&self, from: usize, seek: &Seek<'_>) -> Result<Option<(usize, &'a WalEvent)>, Halt>
     where
