@@ -6,6 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -25,6 +26,13 @@ pub(super) const CONTROL_FILE: &str = "global/pg_control";
 
 /// The longest `pg_control` that is kept in memory; PostgreSQL's has 8192 bytes.
 const CONTROL_FILE_BYTES_MAX: u64 = 1 << 16;
+
+/// Where tablespaces lie, in backups of clusters whose links do not fit into a tar archive. PostgreSQL makes
+/// its links by it when it starts, whatever links there are.
+const TABLESPACE_MAP: &str = "tablespace_map";
+
+/// The longest `tablespace_map` that is kept in memory; its lines have some 1000 bytes at most.
+const TABLESPACE_MAP_BYTES_MAX: u64 = 4 << 20;
 
 /// Folders that come empty: WAL is fetched from the archive, and slots are not restored.
 const NEVER_FILLED: &[&str] = &["pg_wal", "pg_replslot"];
@@ -262,8 +270,12 @@ fn write_file(
     if is_control_file && file.bytes > CONTROL_FILE_BYTES_MAX {
         return Err(damaged(format!("{CONTROL_FILE} has {} bytes", file.bytes)));
     }
+    let is_tablespace_map = place.listed == Path::new(TABLESPACE_MAP);
+    if is_tablespace_map && file.bytes > TABLESPACE_MAP_BYTES_MAX {
+        return Err(damaged(format!("{TABLESPACE_MAP} has {} bytes", file.bytes)));
+    }
     let mut kept = Vec::new();
-    let mut output = match is_control_file {
+    let mut output = match is_control_file || is_tablespace_map {
         true => None,
         false => Some(create(&place.local, 0o600 | (mode & 0o040))?),
     };
@@ -296,8 +308,43 @@ fn write_file(
     destination.progress.files.fetch_add(1, Ordering::Relaxed);
     if is_control_file {
         destination.state.lock().unwrap_or_else(PoisonError::into_inner).control_file = Some(kept);
+    } else if is_tablespace_map {
+        create(&place.local, 0o600 | (mode & 0o040))?
+            .write_all(&mapped_anew(&kept, &destination.tablespaces)?)
+            .map_err(|error| Error::from_io(format!("writing {}", place.local.display()), error))?;
     }
     Ok(())
+}
+
+/// Returns a `tablespace_map` with the places that the tablespaces were restored to. Without any change it
+/// is the same file, so that it still is what the manifest says.
+///
+/// Source: `xlogrecovery.c`, read_tablespace_map: lines of oid and path, newlines and backslashes in a path
+/// behind a backslash.
+fn mapped_anew(map: &[u8], tablespaces: &HashMap<Oid, PathBuf>) -> Result<Vec<u8>> {
+    let mut anew = Vec::with_capacity(map.len());
+    let mut escaped = false;
+    let lines = map.split_inclusive(|byte| {
+        let ends = *byte == b'\n' && !escaped;
+        escaped = *byte == b'\\' && !escaped;
+        ends
+    });
+    for line in lines {
+        let oid = line.split(|byte| *byte == b' ').next().unwrap_or_default();
+        let oid = std::str::from_utf8(oid).ok().and_then(|oid| oid.parse::<Oid>().ok());
+        let (oid, path) = oid.and_then(|oid| Some((oid, tablespaces.get(&oid)?))).ok_or_else(|| {
+            damaged(format!("its {TABLESPACE_MAP} names a tablespace that it does not list"))
+        })?;
+        anew.extend_from_slice(format!("{oid} ").as_bytes());
+        for byte in path.as_os_str().as_bytes() {
+            if matches!(byte, b'\n' | b'\r' | b'\\') {
+                anew.push(b'\\');
+            }
+            anew.push(*byte);
+        }
+        anew.push(b'\n');
+    }
+    Ok(anew)
 }
 
 /// Creates a file that must not exist, not even as a link.
@@ -314,4 +361,23 @@ fn damaged(what: impl Into<String>) -> Error {
     Error::corrupt(what)
         .with_safe("the repository is unchanged; the restored folder is incomplete and PostgreSQL refuses it")
         .with_next("Restore from another backup: `pitr restore ... --backup ID`, `pitr info` lists them.")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tablespace_map_is_the_same_or_leads_to_the_new_places() {
+        let old = b"16500 /srv/a b\n16501 /srv/odd\\\nname\\\\x\n";
+        let places = |first: &str| {
+            HashMap::from([(16500, PathBuf::from(first)), (16501, PathBuf::from("/srv/odd\nname\\x"))])
+        };
+        assert_eq!(mapped_anew(old, &places("/srv/a b")).unwrap(), old);
+        assert_eq!(mapped_anew(old, &places("/new")).unwrap(), b"16500 /new\n16501 /srv/odd\\\nname\\\\x\n");
+        assert_eq!(mapped_anew(b"", &places("/new")).unwrap(), b"");
+        for hostile in [&b"16502 /x\n"[..], b"/etc\n", b"\n", b"\xFF \xFF\n", b"16500\n99 x"] {
+            assert!(mapped_anew(hostile, &places("/new")).is_err(), "{hostile:?}");
+        }
+    }
 }

@@ -14,6 +14,7 @@ mod recovery;
 mod replication;
 mod storage;
 mod storage_folder;
+mod tablespaces;
 mod thin;
 mod wal_files;
 mod waldump_oracle;

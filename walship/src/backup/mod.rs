@@ -31,7 +31,7 @@ use chrono::Utc;
 use crate::catalog::BackupRecord;
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, SegmentSize, TimelineId};
-use crate::replication::base_backup::BackupStart;
+use crate::replication::base_backup::{AnnouncedTablespace, BackupStart};
 use crate::replication::{
     BackupPart, BaseBackup, BaseBackupOptions, Checkpoint, ConnectOptions, Connection, ManifestChecksums,
     ServerError, SessionKind, SlotLifetime, SystemIdentity, create_slot, identify_system, show,
@@ -124,7 +124,7 @@ pub async fn take_backup(
     hold_wal_back(&mut session, random, progress).await?;
     let id = new_backup_id(started, random);
     progress(BackupEvent::Checkpoint);
-    let command = BaseBackupOptions {
+    let mut command = BaseBackupOptions {
         label: options.label.clone(),
         checkpoint: options.checkpoint,
         max_rate_kb: options.max_rate_kb,
@@ -135,7 +135,16 @@ pub async fn take_backup(
         verify_checksums: true,
     };
     let patience = about.checkpoint_patience.max(PATIENCE);
-    let (start, stream) = BaseBackup::start(&mut session, &command, patience, PATIENCE).await?;
+    let (mut start, mut stream) = BaseBackup::start(&mut session, &command, patience, PATIENCE).await?;
+    if start.tablespaces.iter().any(has_long_location) {
+        // The server would fail at that link, after having sent everything before it. It says where the
+        // tablespaces are as soon as it begins: begin again, on a session of its own.
+        drop(stream);
+        session = Connection::connect(server, SessionKind::Replication).await?;
+        hold_wal_back(&mut session, rand::random(), progress).await?;
+        command.tablespace_map = true;
+        (start, stream) = BaseBackup::start(&mut session, &command, patience, PATIENCE).await?;
+    }
     for repository in repositories {
         let document = BackupStarted {
             format: 1,
@@ -195,6 +204,13 @@ pub async fn take_backup(
     };
     put_records(repositories, &record).await?;
     Ok(record)
+}
+
+/// Returns whether the link to a tablespace does not fit into a tar header.
+///
+/// Source: `src/port/tar.c`, tarCreateHeader: 99 bytes and a NUL.
+fn has_long_location(tablespace: &AnnouncedTablespace) -> bool {
+    tablespace.outside.as_ref().is_some_and(|(_, path)| path.len() > 99)
 }
 
 /// Puts the record into every repository, which makes the backup exist there.
