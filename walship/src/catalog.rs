@@ -2,6 +2,8 @@
 //!
 //! Filled by `repository::load_catalog`, read by the planner. Pure: no I/O, no clock.
 
+mod segments;
+
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
@@ -9,6 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::pg::{Lsn, Oid, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use crate::wal::event::ServerLimits;
+use crate::wal::rollup::Rollup;
+
+pub use segments::StoredSegments;
 
 /// One lineage of one cluster: everything under one system identifier and segment size.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,8 +24,10 @@ pub struct Catalog {
     pub lineage: Lineage,
     /// The history files that are stored. Timeline 1 has none and is not listed.
     pub histories: BTreeMap<TimelineId, TimelineHistory>,
-    /// The whole segments that are stored, with their stored size in bytes.
-    pub segments: BTreeMap<SegmentName, u64>,
+    /// The whole segments that are stored.
+    pub segments: StoredSegments,
+    /// What was read of the index to know that, those that cover most first. A cache: it may be empty.
+    pub rollups: Vec<Rollup>,
     /// `.partial` files that are stored.
     pub partials: Vec<SegmentName>,
     /// Files kept apart as incomplete: present, never served as the whole.
@@ -128,31 +135,11 @@ pub struct SegmentRun {
 }
 
 impl Catalog {
-    /// Returns the unbroken runs of whole segments of `timeline`, in WAL order.
-    pub fn runs(&self, timeline: TimelineId) -> Vec<SegmentRun> {
-        let size = self.lineage.segment_size;
-        let mut runs: Vec<SegmentRun> = Vec::new();
-        let first = SegmentName { timeline, log: 0, seg: 0 };
-        let last = SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
-        for (&name, &stored_bytes) in self.segments.range(first..=last) {
-            match runs.last_mut() {
-                Some(run) if run.last.next(size) == Some(name) => {
-                    run.last = name;
-                    run.stored_bytes += stored_bytes;
-                }
-                _ => runs.push(SegmentRun { first: name, last: name, stored_bytes }),
-            }
-        }
-        runs
-    }
-
     /// Returns every timeline of which anything is stored, in ascending order.
     pub fn timelines(&self) -> Vec<TimelineId> {
-        let mut timelines: Vec<_> = self.segments.keys().map(|name| name.timeline).collect();
+        let mut timelines = self.segments.timelines();
         timelines.extend(self.histories.keys());
-        timelines.sort_unstable();
-        timelines.dedup();
-        timelines
+        timelines.into_iter().collect()
     }
 
     /// Returns the history of `timeline`: its stored file, or for timeline 1 the empty one; `None`

@@ -106,7 +106,7 @@ async fn timeline_info(
     timeline: TimelineId,
 ) -> Result<TimelineInfo> {
     let history = catalog.history(timeline);
-    let runs = catalog.runs(timeline);
+    let runs = catalog.segments.runs(timeline);
     let parent = history.as_ref().and_then(|history| history.ancestors.last());
     let begin = parent.map_or(Lsn(0), |entry| entry.switch_lsn);
     let mut found = Vec::new();
@@ -144,7 +144,7 @@ async fn newest_commit(
 ) -> Result<Option<DateTime<Utc>>> {
     let mut name = window.last_segment;
     for _ in 0..LOOK_BACK_MAX {
-        let Some(segment) = name.filter(|segment| catalog.segments.contains_key(segment)) else { break };
+        let Some(segment) = name.filter(|segment| catalog.segments.contains(*segment)) else { break };
         let summary = repository.segment_summary(segment).await?;
         if let Some(newest) = summary.and_then(|summary| summary.max_time) {
             return Ok(Some(newest.time));

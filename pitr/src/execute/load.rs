@@ -48,6 +48,11 @@ pub async fn make_plan(
         match plan(catalog, &evidence, target, options) {
             Outcome::Plan(plan) => return Ok(Planned::Plan(plan)),
             Outcome::Refused(refusal) => return Ok(Planned::Refused(refusal)),
+            // The index is not loaded yet: what it says of nothing is never asked for.
+            Outcome::NeedRollup(first) => {
+                let last = evidence.blocks.get(&first).map_or(first, |block| block.last);
+                evidence.forget_blocks(first, last);
+            }
             Outcome::NeedSummaries(names) => {
                 for (name, read) in load_summaries(repository, names).await? {
                     match read {

@@ -1,6 +1,6 @@
 //! Puts a plan together once backup and stop are chosen: sizes, neighbours, reasons, warnings.
 
-use walship::catalog::BackupRecord;
+use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::TimelineHistory;
 use walship::wal::event::{EventKind, WalEvent};
 
@@ -10,14 +10,13 @@ use super::reach::{Reach, Stop, StopKind};
 use super::refusal;
 use super::walk::{Seek, Walk};
 use super::{
-    Candidate, ChainPart, ChainStep, Gap, Halt, Question, RefusalKind, RestorePlan, TimelinePart,
-    TransactionEnd,
+    Candidate, ChainPart, Gap, Halt, Question, RefusalKind, RestorePlan, TimelinePart, TransactionEnd,
 };
 use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, utc_text};
 
 /// Any commit, in summaries and as an event.
 pub(crate) const COMMITS: Seek<'static> = Seek {
-    maybe: &|summary| summary.counts.commits > 0,
+    maybe: &|facts, _| facts.counts.commits > 0,
     matches: &|event| matches!(event.kind, EventKind::Commit { .. }),
 };
 
@@ -50,7 +49,9 @@ pub(crate) fn assemble(
     };
     let (history, chain) =
         older.as_ref().map_or((question.history, &candidate.chain), |(history, chain)| (history, chain));
-    let used = &chain.steps[..=last_step(chain, &stop)];
+    let used = last_step(chain, &stop);
+    let used_walk = Walk { chain, ..walk };
+    let parts = parts(&used_walk, catalog, used)?;
     let timeline = history.timeline;
     let pinned = RecoveryTarget { timeline: TimelineChoice::Number(timeline), ..question.target.clone() };
     let mut plan = RestorePlan {
@@ -62,15 +63,15 @@ pub(crate) fn assemble(
         timeline,
         timeline_path: path_between(history, candidate, &stop),
         backup: backup.clone(),
-        chain: parts(used, catalog.lineage.segment_size),
         last_included,
         first_excluded: behind.first,
         first_excluded_unknown: behind.unknown,
         timelines_left_out: refusal::elsewhere(question),
         backup_fetch_bytes: backup.stored_bytes,
-        wal_segments: used.len() as u64,
-        wal_fetch_bytes: used.iter().map(|step| step.stored_bytes).sum(),
-        wal_replay_bytes: replay_bytes(&walk, last, &stop)?,
+        wal_segments: parts.iter().map(|part| part.segments).sum(),
+        wal_fetch_bytes: parts.iter().map(|part| part.stored_bytes).sum(),
+        wal_replay_bytes: walk.wal_bytes(last, stop.final_lsn)?,
+        chain: parts,
         limits: notable.limits,
         tablespace_paths: notable.tablespace_paths,
         open_prepared,
@@ -122,19 +123,7 @@ fn first_excluded(walk: &Walk<'_>, last: usize, stop: &Stop) -> Result<Behind, H
 
 /// Returns the number of the last step that recovery reads.
 fn last_step(chain: &Chain, stop: &Stop) -> usize {
-    let steps = &chain.steps;
-    let needed = steps.partition_point(|step| step.to < stop.through_lsn);
-    needed.min(steps.len().saturating_sub(1))
-}
-
-/// Returns how much WAL is replayed; what a switch left empty is not counted.
-fn replay_bytes(walk: &Walk<'_>, last: usize, stop: &Stop) -> Result<u64, Halt> {
-    let mut bytes = 0;
-    for (at, step) in walk.chain.steps.iter().enumerate().take(last + 1) {
-        let end = walk.summary(at)?.end_of_wal.min(step.to).min(stop.final_lsn);
-        bytes += end.bytes_since(step.from);
-    }
-    Ok(bytes)
+    chain.step_reaching(stop.through_lsn)
 }
 
 fn gap_of(chain: &Chain) -> Option<Gap> {
@@ -144,26 +133,23 @@ fn gap_of(chain: &Chain) -> Option<Gap> {
     }
 }
 
-fn parts(steps: &[ChainStep], size: walship::pg::SegmentSize) -> Vec<ChainPart> {
-    let mut parts: Vec<ChainPart> = Vec::new();
-    for step in steps {
-        match parts.last_mut() {
-            Some(part) if part.last.next(size) == Some(step.segment) => {
-                part.last = step.segment;
-                part.segments += 1;
-                part.stored_bytes += step.stored_bytes;
-                part.until_lsn = step.to;
-            }
-            _ => parts.push(ChainPart {
-                first: step.segment,
-                last: step.segment,
-                segments: 1,
-                stored_bytes: step.stored_bytes,
-                until_lsn: step.to,
-            }),
-        }
+/// Returns the steps `0..=last` as runs of one timeline each.
+fn parts(walk: &Walk<'_>, catalog: &Catalog, last: usize) -> Result<Vec<ChainPart>, Halt> {
+    let mut parts = Vec::new();
+    let mut at = 0;
+    while at <= last && at < walk.chain.len() {
+        let to = walk.chain.last_in_span(at).min(last);
+        let (first_step, last_step) = (walk.chain.step(at), walk.chain.step(to));
+        parts.push(ChainPart {
+            first: first_step.segment,
+            last: last_step.segment,
+            segments: (to - at) as u64 + 1,
+            stored_bytes: walk.stored_bytes(&catalog.segments, at, to)?,
+            until_lsn: last_step.to,
+        });
+        at = to + 1;
     }
-    parts
+    Ok(parts)
 }
 
 fn path_between(history: &TimelineHistory, candidate: &Candidate<'_>, stop: &Stop) -> Vec<TimelinePart> {
@@ -311,11 +297,15 @@ fn same_name(walk: &Walk<'_>, plan: &RestorePlan, wanted: &str) -> Option<String
     let again = |event: &&WalEvent| {
         event.lsn >= cut && matches!(&event.kind, EventKind::RestorePoint { name, .. } if name == wanted)
     };
-    let steps = &walk.chain.steps[walk.chain.step_of(cut).unwrap_or(0)..];
-    let event = steps.iter().find_map(|step| match walk.evidence.events.get(&step.segment) {
-        Some(events) => events.iter().find(again),
-        None => walk.evidence.summaries.get(&step.segment)?.events.iter().find(again),
-    })?;
+    let known = walk.evidence.events.values().flatten();
+    let known = known.chain(walk.evidence.summaries.values().flat_map(|summary| &summary.events));
+    let known = known.chain(walk.evidence.blocks.values().flat_map(|block| &block.events));
+    // Of the same position on other timelines nothing can be said: those are not on the way.
+    let on_the_way = |event: &&WalEvent| {
+        let step = walk.chain.step_of(event.lsn).map(|at| walk.chain.step(at).segment);
+        step.is_some_and(|segment| walk.tells_of(segment, event))
+    };
+    let event = known.filter(again).filter(on_the_way).min_by_key(|event| event.lsn)?;
     Some(format!(
         "another restore point has this name, at {}; recovery stops at the first: use --to-lsn {} to reach \
          the other",

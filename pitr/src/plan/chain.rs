@@ -2,29 +2,116 @@
 
 use serde::Serialize;
 use walship::catalog::Catalog;
-use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
+use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 
-/// The stored WAL from one position on, as far as it is unbroken.
+/// The stored WAL from one position on, as far as it is unbroken: steps of one segment each, kept as spans.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chain {
     /// Where it starts.
     pub start: Lsn,
-    /// Its segments; each begins where the one before ends.
-    pub steps: Vec<ChainStep>,
-    /// What comes after the last.
+    /// What comes after the last step.
     pub ending: ChainEnding,
+    size: SegmentSize,
+    spans: Vec<Span>,
+}
+
+/// Consecutive segments of one timeline in a chain; all but the first and the last are used whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Span {
+    first: SegmentName,
+    segments: usize,
+    from: Lsn,
+    to: Lsn,
+    /// How many steps of the chain come before it.
+    before: usize,
 }
 
 impl Chain {
+    fn new(start: Lsn, size: SegmentSize) -> Self {
+        Self { start, ending: ChainEnding::EndOfArchive, size, spans: Vec::new() }
+    }
+
+    /// Returns the number of its steps.
+    pub fn len(&self) -> usize {
+        self.spans.last().map_or(0, |span| span.before + span.segments)
+    }
+
+    /// Returns whether it has no step.
+    pub fn is_empty(&self) -> bool {
+        self.spans.is_empty()
+    }
+
+    /// Returns step `at`; each begins where the one before ends.
+    ///
+    /// # Panics
+    /// When there is no such step.
+    pub fn step(&self, at: usize) -> ChainStep {
+        let span = self.span(at).expect("the step is one of the chain");
+        let number = span.first.number(self.size) + (at - span.before) as u64;
+        let segment = SegmentName::from_number(span.first.timeline, number, self.size)
+            .expect("segments of a chain lie in the LSN space");
+        let from = if at == span.before { span.from } else { segment.start(self.size) };
+        let to = if at + 1 == span.before + span.segments { span.to } else { segment.end(self.size) };
+        ChainStep { segment, from, to }
+    }
+
+    /// Returns every step from `from` on.
+    pub fn steps_from(&self, from: usize) -> impl Iterator<Item = ChainStep> + '_ {
+        (from..self.len()).map(|at| self.step(at))
+    }
+
+    /// Returns the last step.
+    pub fn last_step(&self) -> Option<ChainStep> {
+        self.len().checked_sub(1).map(|at| self.step(at))
+    }
+
     /// Returns the position after its last byte.
     pub fn end(&self) -> Lsn {
-        self.steps.last().map_or(self.start, |step| step.to)
+        self.spans.last().map_or(self.start, |span| span.to)
     }
 
     /// Returns the number of the step that holds the byte at `lsn`.
     pub fn step_of(&self, lsn: Lsn) -> Option<usize> {
-        let at = self.steps.partition_point(|step| step.to <= lsn);
-        (at < self.steps.len() && lsn >= self.steps[at].from).then_some(at)
+        let span = &self.spans.get(self.spans.partition_point(|span| span.to <= lsn))?;
+        let number = SegmentName::containing(span.first.timeline, lsn, self.size).number(self.size);
+        let within = number.checked_sub(span.first.number(self.size))?;
+        (lsn >= span.from).then(|| span.before + within as usize)
+    }
+
+    /// Returns the number of the first step that reaches `lsn`, at most that of the last step.
+    pub(crate) fn step_reaching(&self, lsn: Lsn) -> usize {
+        let found = if lsn <= self.start { Some(0) } else { self.step_of(Lsn(lsn.0 - 1)) };
+        found.unwrap_or(self.len().saturating_sub(1))
+    }
+
+    /// Returns the number of the last step of the same timeline in a row with step `at`.
+    pub(crate) fn last_in_span(&self, at: usize) -> usize {
+        self.span(at).map_or(at, |span| span.before + span.segments - 1)
+    }
+
+    /// Returns the number of the first step of the same timeline in a row with step `at`.
+    pub(crate) fn first_in_span(&self, at: usize) -> usize {
+        self.span(at).map_or(at, |span| span.before)
+    }
+
+    fn span(&self, at: usize) -> Option<&Span> {
+        self.spans.get(self.spans.partition_point(|span| span.before + span.segments <= at))
+    }
+
+    fn push(&mut self, step: ChainStep, segments: usize, to: Lsn) {
+        let before = self.len();
+        match self.spans.last_mut() {
+            // In a row with the last one, which then is used to its end.
+            Some(span)
+                if step.from == step.segment.start(self.size)
+                    && span.to == step.from
+                    && span.first.timeline == step.segment.timeline =>
+            {
+                span.segments += segments;
+                span.to = to;
+            }
+            _ => self.spans.push(Span { first: step.segment, segments, from: step.from, to, before }),
+        }
     }
 }
 
@@ -33,8 +120,6 @@ impl Chain {
 pub struct ChainStep {
     /// The stored segment.
     pub segment: SegmentName,
-    /// Its stored size.
-    pub stored_bytes: u64,
     /// The first byte that is used.
     pub from: Lsn,
     /// The position after the last byte that is used: the segment's end, or for a parent's copy of
@@ -100,7 +185,7 @@ pub(crate) fn build_chain_until(
     until: Lsn,
 ) -> Chain {
     let size = catalog.lineage.segment_size;
-    let mut chain = Chain { start, steps: Vec::new(), ending: ChainEnding::EndOfArchive };
+    let mut chain = Chain::new(start, size);
     let mut at = start;
     loop {
         let owner = history.timeline_of(at);
@@ -109,13 +194,27 @@ pub(crate) fn build_chain_until(
             chain.ending = ending_at(catalog, history, at);
             return chain;
         };
-        at = step.to;
         let last_possible = step.to == step.from || step.to.0 == u64::MAX;
-        chain.steps.push(step);
-        if last_possible || at >= until {
+        let (segments, to) = run_from(catalog, history, step);
+        chain.push(step, segments, to);
+        at = to;
+        if last_possible || to.0 == u64::MAX || at >= until {
             return chain;
         }
     }
+}
+
+/// Returns how many segments from that of `step` on are in the chain for the same reason: stored in a row,
+/// and with no fork inside; and where the last of them ends.
+fn run_from(catalog: &Catalog, history: &TimelineHistory, step: ChainStep) -> (usize, Lsn) {
+    let (size, segment) = (catalog.lineage.segment_size, step.segment);
+    let whole = step.to == segment.end(size);
+    let stored = catalog.segments.run_end(segment).filter(|_| whole);
+    let Some(last) = stored else { return (1, step.to) };
+    let left_at = history.switch_lsn_of(segment.timeline).unwrap_or(Lsn(u64::MAX));
+    let behind = (last.number(size) + 1).min(left_at.0 / size.bytes()).max(segment.number(size) + 1);
+    let last = SegmentName::from_number(segment.timeline, behind - 1, size).unwrap_or(segment);
+    ((behind - segment.number(size)) as usize, last.end(size))
 }
 
 /// Returns the oldest timeline on the way along `history` whose own WAL leads from `start` through
@@ -161,10 +260,8 @@ fn stored_copy(
             continue;
         }
         let copy = name.on(timeline);
-        if let Some(&stored_bytes) = catalog.segments.get(&copy)
-            && left_at > at
-        {
-            return Some(ChainStep { segment: copy, stored_bytes, from: at, to: end.min(left_at) });
+        if left_at > at && catalog.segments.contains(copy) {
+            return Some(ChainStep { segment: copy, from: at, to: end.min(left_at) });
         }
     }
     None
@@ -185,12 +282,11 @@ fn ending_at(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -> ChainEndi
         .filter_map(|timeline| {
             let begin = begin_of(history, timeline).unwrap_or(Lsn(0));
             let left_at = history.switch_lsn_of(timeline).unwrap_or(Lsn(u64::MAX));
-            let last = SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
-            let mut later = catalog.segments.range(missing.on(timeline)..=last).map(|(name, _)| *name);
-            later.find(|name| {
-                let start = name.start(size);
-                start > at && start < left_at && begin < name.end(size)
-            })
+            // The first that starts behind `at` and does not end before the timeline begins.
+            let behind = SegmentName::containing(timeline, at, size).next(size)?;
+            let own = SegmentName::containing(timeline, begin, size);
+            let first = catalog.segments.first_from(behind.max(own))?;
+            (first.start(size) < left_at).then_some(first)
         })
         .min_by_key(|name| name.start(size));
     let Some(resumes) = resumes else { return ChainEnding::EndOfArchive };
@@ -212,9 +308,7 @@ pub fn gaps_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Gap> {
     let path = history.ancestors.iter().map(|entry| entry.timeline).chain([history.timeline]);
     let first = path
         .filter_map(|timeline| {
-            let first = SegmentName { timeline, log: 0, seg: 0 };
-            let last = SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
-            let name = *catalog.segments.range(first..=last).next()?.0;
+            let name = catalog.segments.first_from(SegmentName { timeline, log: 0, seg: 0 })?;
             let left_at = history.switch_lsn_of(timeline).unwrap_or(Lsn(u64::MAX));
             (name.start(size) < left_at).then_some(name.start(size))
         })

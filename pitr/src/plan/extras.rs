@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use walship::pg::{Lsn, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
+use walship::wal::rollup::Class;
 
 use super::reach::{Stop, StopKind};
 use super::walk::{Seek, Walk};
@@ -33,27 +34,26 @@ pub(crate) fn notable(
     start: ServerLimits,
 ) -> Result<Notable, Halt> {
     let mut found = Notable { limits: start, tablespace_paths: Vec::new() };
-    for at in 0..=last {
-        for event in walk.notable(at)?.into_iter().filter(|event| event.lsn < stop.cut_lsn) {
-            match event.kind {
-                EventKind::ParameterChange { settings } => {
-                    if settings.wal_level == WAL_LEVEL_MINIMAL {
-                        return Err(Refusal::halt(
-                            RefusalKind::WalLevelMinimal,
-                            format!(
-                                "wal_level was set to minimal at {}: changes after that are not in the WAL, \
-                                 and PostgreSQL refuses to recover across it",
-                                event.lsn
-                            ),
-                        ));
-                    }
-                    found.limits = larger(found.limits, settings);
+    let events = walk.notable(0, last, Class::Planning)?;
+    for event in events.into_iter().filter(|event| event.lsn < stop.cut_lsn) {
+        match event.kind {
+            EventKind::ParameterChange { settings } => {
+                if settings.wal_level == WAL_LEVEL_MINIMAL {
+                    return Err(Refusal::halt(
+                        RefusalKind::WalLevelMinimal,
+                        format!(
+                            "wal_level was set to minimal at {}: changes after that are not in the WAL, \
+                             and PostgreSQL refuses to recover across it",
+                            event.lsn
+                        ),
+                    ));
                 }
-                EventKind::TablespaceCreate { oid, path } => {
-                    found.tablespace_paths.push(TablespacePath { oid, path, lsn: event.lsn });
-                }
-                _ => {}
+                found.limits = larger(found.limits, settings);
             }
+            EventKind::TablespaceCreate { oid, path } => {
+                found.tablespace_paths.push(TablespacePath { oid, path, lsn: event.lsn });
+            }
+            _ => {}
         }
     }
     Ok(found)
@@ -80,34 +80,28 @@ pub(crate) fn open_prepared(
     last: usize,
     stop: &Stop,
 ) -> Result<Option<Vec<OpenPrepared>>, Halt> {
+    let prepares = Seek {
+        maybe: &|facts, _| facts.counts.prepares > 0,
+        matches: &|event| matches!(event.kind, EventKind::Prepare { .. }),
+    };
     let mut wanted = Vec::new();
-    for at in 0..=last {
-        let prepares = Seek {
-            maybe: &|summary| summary.counts.prepares > 0,
-            matches: &|event| matches!(event.kind, EventKind::Prepare { .. }),
-        };
-        if walk.must_read(at, &prepares)? {
+    let mut from = 0;
+    while let Some(at) = walk.next_step(from, last, &prepares)? {
+        // Steps that are loaded anyway cost nothing.
+        if walk.loaded(at).is_none_or(|mut events| events.any(|event| (prepares.matches)(event))) {
             wanted.push(at);
         }
-    }
-    if wanted.len() > PREPARED_SEGMENTS_MAX {
-        return Ok(None);
+        if wanted.len() > PREPARED_SEGMENTS_MAX {
+            return Ok(None);
+        }
+        from = at + 1;
     }
     load(walk, &wanted)?;
     let mut read = wanted.len();
     let mut open: BTreeMap<Xid, OpenPrepared> = BTreeMap::new();
-    let Some(&first) = wanted.first() else { return Ok(Some(Vec::new())) };
-    for at in first..=last {
+    let mut next = wanted.first().copied();
+    while let Some(at) = next {
         if walk.loaded(at).is_none() {
-            let ends = Seek {
-                maybe: &|summary| {
-                    summary.ended_xids.is_some_and(|(low, high)| open.range(low..=high).next().is_some())
-                },
-                matches: &|event| event.kind.ended_xid(event.xid).is_some_and(|xid| open.contains_key(&xid)),
-            };
-            if open.is_empty() || !walk.must_read(at, &ends)? {
-                continue;
-            }
             read += 1;
             if read > PREPARED_SEGMENTS_MAX {
                 return Ok(None);
@@ -127,6 +121,19 @@ pub(crate) fn open_prepared(
                 _ => {}
             }
         }
+        // The next step that prepares one, or that may end one of those that are open.
+        let ends = Seek {
+            maybe: &|facts, _| {
+                facts.ended_xids.is_some_and(|(low, high)| open.range(low..=high).next().is_some())
+            },
+            matches: &|event| event.kind.ended_xid(event.xid).is_some_and(|xid| open.contains_key(&xid)),
+        };
+        let prepared = wanted.iter().copied().find(|other| *other > at);
+        let ended = match open.is_empty() {
+            true => None,
+            false => walk.next_step(at + 1, last, &ends)?,
+        };
+        next = prepared.into_iter().chain(ended).min();
     }
     Ok(Some(open.into_values().collect()))
 }
@@ -138,15 +145,13 @@ pub(crate) fn half_done_drop(walk: &Walk<'_>, last: usize, stop: &Stop) -> Resul
         return Ok(None);
     }
     let first = (last + 1).saturating_sub(DROP_SEGMENTS);
-    let mut drops = Vec::new();
-    for at in first..=last {
-        let is_drop = |event: &WalEvent| {
-            matches!(event.kind, EventKind::DatabaseDrop { .. } | EventKind::TablespaceDrop { .. })
-                && event.lsn < stop.cut_lsn
-                && event.xid != 0
-        };
-        drops.extend(walk.notable(at)?.into_iter().filter(is_drop).map(|event| (at, event)));
-    }
+    let is_drop = |event: &WalEvent| {
+        matches!(event.kind, EventKind::DatabaseDrop { .. } | EventKind::TablespaceDrop { .. })
+            && event.lsn < stop.cut_lsn
+            && event.xid != 0
+    };
+    let events = walk.notable(first, last, Class::Destructive)?.into_iter().filter(is_drop);
+    let drops: Vec<_> = events.filter_map(|event| Some((walk.chain.step_of(event.lsn)?, event))).collect();
     for (at, drop) in drops {
         let steps: Vec<usize> = (at..=last).collect();
         load(walk, &steps)?;

@@ -2,7 +2,7 @@
 //! instead. Pure: the same values in give the same answer out.
 //!
 //! The planner never reads anything. When it needs to know what a segment holds it says so
-//! ([`Outcome::NeedSummaries`], [`Outcome::NeedEvents`], [`Outcome::NeedRecord`]); the caller loads that
+//! ([`Outcome::NeedRollup`], [`Outcome::NeedSummaries`], [`Outcome::NeedEvents`], [`Outcome::NeedRecord`]); the caller loads that
 //! into the [`Evidence`] and calls again. Its one rule: what it predicts is what PostgreSQL then does
 //! (`src/backend/access/transam/xlogrecovery.c`, recoveryStopsBefore and recoveryStopsAfter).
 
@@ -24,6 +24,7 @@ use serde::Serialize;
 use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::{Lsn, Oid, SegmentName, TimelineHistory, TimelineId, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
+use walship::wal::rollup::{Block, Rollup};
 use walship::wal::summary::SegmentSummary;
 
 pub use chain::{Chain, ChainEnding, ChainStep, Gap, build_chain, gaps_of};
@@ -44,6 +45,8 @@ pub struct Evidence {
     pub summaries: BTreeMap<SegmentName, SegmentSummary>,
     /// All events whose record starts in the segment and is stored whole.
     pub events: BTreeMap<SegmentName, Vec<WalEvent>>,
+    /// What the index says, by the first segment that each block covers.
+    pub blocks: BTreeMap<SegmentName, Block>,
     /// Answers to [`RecordRequest`]s: the first record that starts in the segment at or after the
     /// position, `None` when none does.
     pub records: BTreeMap<(SegmentName, Lsn), Option<RecordBounds>>,
@@ -53,6 +56,36 @@ pub struct Evidence {
     pub unreadable: BTreeSet<SegmentName>,
     /// Segments that were read for [`Outcome::SearchEvents`] and hold nothing that [`decides`].
     pub searched: BTreeSet<SegmentName>,
+}
+
+impl Evidence {
+    /// Returns what was read of the index together with the catalog.
+    pub fn of(catalog: &Catalog) -> Self {
+        let mut evidence = Self::default();
+        catalog.rollups.iter().for_each(|rollup| evidence.add_rollup(rollup));
+        evidence
+    }
+
+    /// Adds what a roll-up says, in the place of what was said of its segments together.
+    pub fn add_rollup(&mut self, rollup: &Rollup) {
+        let blocks = rollup.blocks();
+        if let (Some((first, _)), Some((_, last))) = (blocks.first(), blocks.last()) {
+            self.forget_blocks(*first, last.last);
+        }
+        self.blocks.extend(blocks);
+    }
+
+    /// Drops what the index says of the segments from `first` through `last`.
+    pub fn forget_blocks(&mut self, first: SegmentName, last: SegmentName) {
+        let old: Vec<_> = self.blocks.range(first..=last).map(|(name, _)| *name).collect();
+        old.iter().for_each(|name| drop(self.blocks.remove(name)));
+    }
+
+    /// Returns the block that a segment belongs to, with its first segment.
+    pub fn block_of(&self, segment: SegmentName) -> Option<(SegmentName, &Block)> {
+        let (first, block) = self.blocks.range(..=segment).next_back()?;
+        (first.timeline == segment.timeline && block.last >= segment).then_some((*first, block))
+    }
 }
 
 /// Where a record lies.
@@ -94,6 +127,8 @@ pub struct PlanOptions {
 pub enum Outcome {
     /// These summaries must be known first.
     NeedSummaries(Vec<SegmentName>),
+    /// What the index says of the block that begins with this segment must be known in detail first.
+    NeedRollup(SegmentName),
     /// The events of these segments must be known first.
     NeedEvents(Vec<SegmentRequest>),
     /// Whether one of this segment's events [`decides`] must be known first: its events when one does,
@@ -242,6 +277,7 @@ pub struct OpenPrepared {
 #[derive(Debug)]
 pub(crate) enum Halt {
     Summaries(Vec<SegmentName>),
+    Rollup(SegmentName),
     Events(Vec<SegmentRequest>),
     Search(SegmentRequest),
     Record(RecordRequest),
@@ -253,6 +289,7 @@ impl From<Halt> for Outcome {
     fn from(halt: Halt) -> Self {
         match halt {
             Halt::Summaries(names) => Self::NeedSummaries(names),
+            Halt::Rollup(first) => Self::NeedRollup(first),
             Halt::Events(requests) => Self::NeedEvents(requests),
             Halt::Search(request) => Self::SearchEvents(request),
             Halt::Record(request) => Self::NeedRecord(request),

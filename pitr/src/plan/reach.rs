@@ -10,6 +10,7 @@ use serde::Serialize;
 use walship::catalog::BackupRecord;
 use walship::pg::Lsn;
 use walship::wal::event::{EventKind, WalEvent};
+use walship::wal::rollup::Class;
 
 use super::chain::build_chain_until;
 use super::walk::{Seek, Walk};
@@ -88,7 +89,7 @@ pub(crate) fn too_new(question: &Question<'_>, backup: &BackupRecord) -> Result<
             if chain.end() < backup.stop_lsn {
                 return Ok(None);
             }
-            let began = began(&Walk::new(question, &chain), backup)?;
+            let began = began(&Walk::new(question, &chain), backup, *time)?;
             Ok(match began.filter(|began| began <= time) {
                 Some(_) => None,
                 None => Some(Reach::BeforeConsistency { lsn: backup.start_lsn }),
@@ -155,19 +156,19 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
             Ok(checked(stop, consistent))
         }
         TargetKind::Time { time, .. } => {
-            let Some(began) = began(&walk, candidate.backup)?.filter(|began| began <= time) else {
+            let Some(began) = began(&walk, candidate.backup, *time)?.filter(|began| began <= time) else {
                 return Ok(Reach::BeforeConsistency { lsn: candidate.backup.start_lsn });
             };
             let past = |t: DateTime<Utc>| if inclusive { t > *time } else { t >= *time };
             let found = walk.decisive(&Seek {
-                maybe: &|summary| summary.max_time.is_some_and(|max| past(max.time)),
+                maybe: &|facts, _| facts.max_time.is_some_and(|max| past(max.time)),
                 matches: &|event| decides(question.target, event),
             })?;
             let Some((at, event)) = found else { return Ok(Reach::NotReached) };
             if began.checked_add_signed(CHECKPOINT_LAG).is_none_or(|fixed| fixed > *time) {
                 // Only WAL can tell that redo was fixed by then: a record behind it that is no later.
                 let earlier = Seek {
-                    maybe: &|summary| summary.min_time.is_some_and(|min| !past(min.time)),
+                    maybe: &|facts, _| facts.min_time.is_some_and(|min| !past(min.time)),
                     matches: &|event| event.kind.stop_time().is_some_and(|t| !past(t)),
                 };
                 if walk.last(at, event.lsn, &earlier)?.is_none() {
@@ -178,7 +179,7 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
         }
         TargetKind::Xid(xid) => {
             let found = walk.decisive(&Seek {
-                maybe: &|summary| summary.ended_xids.is_some_and(|(low, high)| (low..=high).contains(xid)),
+                maybe: &|facts, _| facts.ended_xids.is_some_and(|(low, high)| (low..=high).contains(xid)),
                 matches: &|event| decides(question.target, event),
             })?;
             Ok(found.map_or(Reach::NotReached, |(_, event)| {
@@ -188,7 +189,7 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
         TargetKind::Name(_) => {
             let is_it = |event: &WalEvent| decides(question.target, event);
             let found = walk.decisive(&Seek {
-                maybe: &|summary| summary.events_truncated || summary.events.iter().any(is_it),
+                maybe: &|facts, events| facts.more.has(Class::Planning) || events.iter().any(is_it),
                 matches: &is_it,
             })?;
             Ok(found.map_or(Reach::NotReached, |(_, event)| checked(after(event), consistent)))
@@ -197,22 +198,23 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
 }
 
 /// Returns when the backup's checkpoint began, by the server's clock; what was committed before its redo
-/// position is not later than that by more than [`CHECKPOINT_LAG`].
-fn began(walk: &Walk<'_>, backup: &BackupRecord) -> Result<Option<DateTime<Utc>>, Halt> {
-    for (at, step) in walk.chain.steps.iter().enumerate() {
-        if step.from >= backup.stop_lsn {
-            break;
-        }
-        let mut inside = walk.notable(at)?.into_iter().filter(|event| event.lsn < backup.stop_lsn);
-        let checkpoint = inside.find_map(|event| match event.kind {
-            EventKind::Checkpoint { redo, time, .. } if redo == backup.start_lsn => Some(time),
-            _ => None,
-        });
-        if checkpoint.is_some() {
-            return Ok(checkpoint);
-        }
+/// position is not later than that by more than [`CHECKPOINT_LAG`]. `None` when it is not found, or (as the
+/// index says without looking closer) began after `latest`.
+fn began(
+    walk: &Walk<'_>,
+    backup: &BackupRecord,
+    latest: DateTime<Utc>,
+) -> Result<Option<DateTime<Utc>>, Halt> {
+    let last = walk.chain.step_reaching(backup.stop_lsn);
+    if walk.began_after(last, latest) {
+        return Ok(None);
     }
-    Ok(None)
+    let checkpoints = walk.notable(0, last, Class::Checkpoints)?;
+    let mut inside = checkpoints.into_iter().filter(|event| event.lsn < backup.stop_lsn);
+    Ok(inside.find_map(|event| match event.kind {
+        EventKind::Checkpoint { redo, time, .. } if redo == backup.start_lsn => Some(time),
+        _ => None,
+    }))
 }
 
 fn before(event: &WalEvent) -> Stop {

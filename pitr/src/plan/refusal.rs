@@ -4,6 +4,7 @@ use serde::Serialize;
 use walship::catalog::BackupRecord;
 use walship::pg::{Lsn, SegmentName, TimelineId};
 use walship::wal::event::{EventKind, WalEvent};
+use walship::wal::rollup::Class;
 
 use super::assemble::COMMITS;
 use super::chain::build_chain;
@@ -213,11 +214,11 @@ fn last_reachable(
     walk: &Walk<'_>,
 ) -> Result<Option<Suggestion>, Halt> {
     let chain = &candidate.chain;
-    if chain.end() < candidate.backup.stop_lsn || chain.steps.is_empty() {
+    if chain.end() < candidate.backup.stop_lsn || chain.is_empty() {
         return Ok(None);
     }
     let timeline = asked_timeline(question);
-    let last = walk.last(chain.steps.len() - 1, chain.end(), &COMMITS)?;
+    let last = walk.last(chain.len() - 1, chain.end(), &COMMITS)?;
     let commit =
         last.map(|(_, event)| event).filter(|event| aligned(event.end_lsn) >= candidate.backup.stop_lsn);
     let named = |event: &WalEvent| {
@@ -250,15 +251,12 @@ fn hints(question: &Question<'_>, walk: &Walk<'_>) -> Result<Vec<String>, Halt> 
     match &question.target.kind {
         TargetKind::Name(_) => {
             let mut names: Vec<String> = Vec::new();
-            for at in (0..walk.chain.steps.len()).rev() {
-                for event in walk.notable(at)?.into_iter().rev() {
-                    if let EventKind::RestorePoint { name, time } = event.kind
-                        && names.len() < NAMES_MAX
-                    {
-                        names.push(format!("--to-name {} ({})", shell_word(&name), utc_text(time)));
-                    }
+            walk.latest(Class::Planning, |event| {
+                if let EventKind::RestorePoint { name, time } = &event.kind {
+                    names.push(format!("--to-name {} ({})", shell_word(name), utc_text(*time)));
                 }
-            }
+                names.len() == NAMES_MAX
+            })?;
             if names.is_empty() {
                 hints.push("There is no restore point in this WAL.".to_owned());
             } else {
@@ -288,8 +286,7 @@ fn hints(question: &Question<'_>, walk: &Walk<'_>) -> Result<Vec<String>, Halt> 
 
 /// Returns the timelines of which WAL is stored that does not lie on the way to the one asked for.
 pub(super) fn elsewhere(question: &Question<'_>) -> Vec<TimelineId> {
-    let mut stored: Vec<_> = question.catalog.segments.keys().map(|name| name.timeline).collect();
-    stored.dedup();
+    let mut stored: Vec<_> = question.catalog.segments.timelines().into_iter().collect();
     stored.retain(|timeline| !question.history.contains(*timeline) || left(question, *timeline));
     stored
 }
@@ -299,8 +296,7 @@ fn left(question: &Question<'_>, timeline: TimelineId) -> bool {
     let Some(switch) = question.history.switch_lsn_of(timeline) else { return false };
     let size = question.catalog.lineage.segment_size;
     let from = SegmentName::containing(timeline, Lsn(switch.0), size);
-    let last = SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
-    question.catalog.segments.range(from..=last).next().is_some()
+    question.catalog.segments.first_from(from).is_some()
 }
 
 /// Returns the top-level transaction of a committed subtransaction, as far as loaded segments or
@@ -313,8 +309,8 @@ fn parent_of(walk: &Walk<'_>, xid: u32) -> Result<Option<u32>, Halt> {
     let found = walk.first(
         0,
         &Seek {
-            maybe: &|summary| {
-                summary.counts.commits > 0 && summary.ended_xids.is_some_and(|(low, high)| near(low, high))
+            maybe: &|facts, _| {
+                facts.counts.commits > 0 && facts.ended_xids.is_some_and(|(low, high)| near(low, high))
             },
             matches: &holds,
         },

@@ -2,9 +2,10 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Duration, TimeZone as _, Utc};
 use proptest::prelude::*;
-use walship::catalog::{BackupRecord, Catalog, Lineage};
+use walship::catalog::{BackupRecord, Catalog, Lineage, StoredSegments};
 use walship::pg::{HistoryEntry, Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
+use walship::wal::rollup::{Block, Class, Facts};
 use walship::wal::summary::{Counts, Fragment, SegmentEnding, SegmentSummary, StopTime};
 
 use super::*;
@@ -94,7 +95,8 @@ impl World {
             cluster: "main".into(),
             lineage,
             histories: BTreeMap::new(),
-            segments: BTreeMap::new(),
+            segments: StoredSegments::new(SIZE),
+            rollups: vec![],
             partials: vec![],
             incomplete: vec![],
             backups: vec![],
@@ -242,19 +244,106 @@ impl World {
         }
     }
 
-    /// Plans, answering every request; fails when a request is repeated.
+    /// What an index would say of consecutive stored segments together.
+    fn block(&self, first: SegmentName, last: SegmentName) -> (SegmentName, Block) {
+        let (start, end) = (first.start(SIZE), last.end(SIZE));
+        let inside = |record: &&WalRecord| record.lsn >= start && record.lsn < end;
+        let records = self.records.get(&first.timeline).into_iter().flatten().filter(inside);
+        let open_end = records.clone().any(|record| record.end > end);
+        // What crosses more than one boundary is only known to be there.
+        let unread = records.clone().any(|record| record.end > end && record.lsn < last.start(SIZE));
+        let events: Vec<_> =
+            records.filter(|record| record.end <= end).filter_map(|r| r.event.clone()).collect();
+        let segments = last.number(SIZE) - first.number(SIZE) + 1;
+        let mut facts = Facts {
+            stored_bytes: 1000 * segments,
+            wal_bytes: SIZE.bytes() * segments,
+            unread: u64::from(unread),
+            undecoded: self.undecoded.iter().filter(|name| (first..=last).contains(name)).count() as u64,
+            ..Facts::default()
+        };
+        for event in &events {
+            match event.kind {
+                EventKind::Commit { .. } => facts.counts.commits += 1,
+                EventKind::Prepare { .. } => facts.counts.prepares += 1,
+                EventKind::Checkpoint { time, .. } => {
+                    facts.first_checkpoint = facts.first_checkpoint.into_iter().chain([time]).min();
+                }
+                _ => {}
+            }
+            let xid = event.kind.ended_xid(event.xid);
+            let stop = event.kind.stop_time().zip(xid);
+            let stop = stop.map(|(time, xid)| StopTime { time, lsn: event.lsn, xid });
+            let own = Facts {
+                min_time: stop,
+                max_time: stop,
+                ended_xids: xid.map(|xid| (xid, xid)),
+                ..Facts::default()
+            };
+            facts.add(&own);
+        }
+        let is_segment = first == last;
+        let listed = |event: &&WalEvent| {
+            Class::of(event).is_some_and(|class| is_segment || class != Class::Checkpoints)
+        };
+        let events = events.iter().filter(listed).cloned().collect();
+        (first, Block { last, is_segment, has_gaps: false, facts, events, open_end })
+    }
+
+    /// What an index with so many segments in each block would say.
+    fn blocks(&self, segments: u64) -> BTreeMap<SegmentName, Block> {
+        let mut blocks = BTreeMap::new();
+        let mut first = None;
+        for name in self.catalog.segments.names().collect::<Vec<_>>() {
+            let from = *first.get_or_insert(name);
+            let next = name.next(SIZE).unwrap();
+            let full = name.number(SIZE) - from.number(SIZE) + 1 == segments;
+            if full || !self.catalog.segments.contains(next) {
+                blocks.extend([self.block(from, name)]);
+                first = None;
+            }
+        }
+        blocks
+    }
+
     fn outcome(&self, target: &RecoveryTarget, options: &PlanOptions) -> Outcome {
-        let mut evidence = Evidence::default();
+        self.outcome_from(Evidence::default(), target, options)
+    }
+
+    /// Plans, answering every request; fails when a request is repeated.
+    fn outcome_from(
+        &self,
+        mut evidence: Evidence,
+        target: &RecoveryTarget,
+        options: &PlanOptions,
+    ) -> Outcome {
         let known = |e: &Evidence| {
-            e.summaries.len() + e.events.len() + e.records.len() + e.unreadable.len() + e.searched.len()
+            let blocks = e.blocks.len();
+            e.summaries.len()
+                + e.events.len()
+                + e.records.len()
+                + e.unreadable.len()
+                + e.searched.len()
+                + blocks
         };
         loop {
             let before = known(&evidence);
             match plan(&self.catalog, &evidence, target, options) {
                 end @ (Outcome::Plan(_) | Outcome::Refused(_) | Outcome::Unreadable(_)) => return end,
+                Outcome::NeedRollup(first) => {
+                    // In two halves.
+                    let last = evidence.blocks[&first].last;
+                    let middle = (first.number(SIZE) + last.number(SIZE)) / 2;
+                    let middle = SegmentName::from_number(first.timeline, middle, SIZE).unwrap();
+                    assert!(first < last, "{first} is a single segment");
+                    evidence.forget_blocks(first, last);
+                    evidence
+                        .blocks
+                        .extend([self.block(first, middle), self.block(middle.next(SIZE).unwrap(), last)]);
+                }
                 Outcome::NeedSummaries(names) => {
                     for name in names {
-                        assert!(self.catalog.segments.contains_key(&name), "{name} is not stored");
+                        assert!(self.catalog.segments.contains(name), "{name} is not stored");
                         if self.damaged.contains(&name) {
                             evidence.unreadable.insert(name);
                         } else {
@@ -293,11 +382,26 @@ impl World {
     }
 
     fn plan_with(&self, target: &RecoveryTarget, options: &PlanOptions) -> Result<RestorePlan, Box<Refusal>> {
-        match self.outcome(target, options) {
-            Outcome::Plan(plan) => Ok(*plan),
-            Outcome::Refused(refusal) => Err(refusal),
-            other => panic!("{target:?}: {other:?}"),
+        let mut plans = [0, 1, 3, 64].map(|segments| {
+            let blocks = if segments == 0 { BTreeMap::new() } else { self.blocks(segments) };
+            match self.outcome_from(Evidence { blocks, ..Evidence::default() }, target, options) {
+                Outcome::Plan(plan) => Ok(*plan),
+                Outcome::Refused(refusal) => Err(refusal),
+                other => panic!("{target:?}: {other:?}"),
+            }
+        });
+        // The index makes no difference, but to what is warned of because it is known anyway.
+        let told = |planned: &Result<RestorePlan, Box<Refusal>>| match planned {
+            Ok(plan) => serde_json::to_value(RestorePlan { warnings: vec![], ..plan.clone() }).unwrap(),
+            Err(refusal) => serde_json::to_value(refusal).unwrap(),
+        };
+        let plain = told(&plans[0]);
+        for other in plans[1..].iter().map(told) {
+            for (key, value) in plain.as_object().unwrap() {
+                assert_eq!(other.get(key), Some(value), "{key} of {target:?}");
+            }
         }
+        std::mem::replace(&mut plans[0], Err(Box::new(Refusal::new(RefusalKind::NoBackup, ""))))
     }
 
     fn plan(&self, target: &RecoveryTarget) -> Result<RestorePlan, Box<Refusal>> {
@@ -641,7 +745,7 @@ fn backups_started_long_after_a_time_are_tried_last() {
             at(0) + Duration::days(started);
     }
     // What was started long after the target is not even looked at: their segments are damaged here.
-    let all: Vec<_> = world.catalog.segments.keys().copied().collect();
+    let all: Vec<_> = world.catalog.segments.names().collect();
     world.damaged.extend(&all[4..]);
     let plan = world.plan(&time(1_500_000)).unwrap();
     assert_eq!((&*plan.backup.id, neighbours(&plan)), ("b1", (Some(11), Some(12))));
@@ -662,7 +766,7 @@ fn what_lies_behind_the_stop_is_said_no_more_surely_than_it_is_known() {
     assert_eq!(neighbours(&plan), (Some(17), None));
     assert_eq!((&plan.first_excluded_unknown, &*plan.timelines_left_out), (&None, &[][..]));
     // A gap behind the stop.
-    let gap = *world.catalog.segments.keys().nth(3).unwrap();
+    let gap = world.catalog.segments.names().nth(3).unwrap();
     let stored = world.catalog.segments.remove(&gap).unwrap();
     let last = world.plan(&xid(12)).unwrap();
     assert_eq!(neighbours(&last), (Some(12), None));
@@ -844,10 +948,10 @@ fn what_replay_does_on_the_way_is_told() {
 /// What PostgreSQL would do with this backup, record by record: the planner's oracle.
 fn simulate(world: &World, backup: &BackupRecord, target: &RecoveryTarget) -> Option<(Lsn, Lsn)> {
     let mut end = SegmentName::containing(tli(1), backup.start_lsn, SIZE);
-    while world.catalog.segments.contains_key(&end) {
+    while world.catalog.segments.contains(end) {
         end = end.next(SIZE).unwrap();
     }
-    let later = world.catalog.segments.keys().any(|name| *name > end);
+    let later = world.catalog.segments.names().any(|name| name > end);
     let end = end.start(SIZE);
     let consistent = backup.stop_lsn;
     let by_time = matches!(target.kind, TargetKind::Time { .. });
@@ -954,7 +1058,7 @@ fn build(script: &Script) -> World {
         world.backup(&format!("b{number}"), tli(1), records[first].lsn, reach::aligned(records[last].end));
     }
     world.archive(tli(1));
-    let names: Vec<_> = world.catalog.segments.keys().copied().collect();
+    let names: Vec<_> = world.catalog.segments.names().collect();
     for missing in &script.missing {
         if let Some(name) = names.get(*missing) {
             world.catalog.segments.remove(name);
@@ -1011,7 +1115,7 @@ proptest! {
                         prop_assert_eq!(part.first, next);
                         let mut name = part.first;
                         while name <= part.last {
-                            prop_assert!(world.catalog.segments.contains_key(&name));
+                            prop_assert!(world.catalog.segments.contains(name));
                             name = name.next(SIZE).unwrap();
                         }
                         next = name;

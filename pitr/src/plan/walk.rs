@@ -1,8 +1,12 @@
 //! Questions to the WAL of a chain, answered from summaries where they suffice and from events where
-//! they do not; what is not known yet becomes a request.
+//! they do not; what is not known yet becomes a request. Where the index tells of many steps at once they are
+//! passed over together.
 
+use chrono::{DateTime, Utc};
+use walship::catalog::StoredSegments;
 use walship::pg::{Lsn, SegmentName, SegmentSize};
 use walship::wal::event::WalEvent;
+use walship::wal::rollup::{Block, Class, Facts};
 use walship::wal::summary::{Joined, SegmentEnding, SegmentSummary, join};
 
 use super::chain::Chain;
@@ -27,8 +31,8 @@ pub(crate) struct Walk<'a> {
 
 /// A question about single events.
 pub(crate) struct Seek<'q> {
-    /// Whether a record that lies whole in a segment with this summary may match.
-    pub(crate) maybe: &'q dyn Fn(&SegmentSummary) -> bool,
+    /// Whether a record may match that lies whole in a stretch of WAL with these facts and listed events.
+    pub(crate) maybe: &'q dyn Fn(&Facts, &[WalEvent]) -> bool,
     /// Whether this event matches.
     pub(crate) matches: &'q dyn Fn(&WalEvent) -> bool,
 }
@@ -41,6 +45,30 @@ enum Crossing {
     ReadSegments,
 }
 
+/// Steps that the index tells of together.
+#[derive(Clone, Copy)]
+struct Stretch<'a> {
+    /// The segment that the block is known by.
+    first: SegmentName,
+    block: &'a Block,
+    /// The first and the last of the steps that are meant.
+    from: usize,
+    to: usize,
+}
+
+impl Stretch<'_> {
+    /// Whether the facts tell of every record but the one that leaves the last segment.
+    fn is_known(&self) -> bool {
+        let block = self.block;
+        // Where there was a gap a segment may have come late.
+        block.facts.undecoded == 0 && block.facts.unread == 0 && !block.has_gaps
+    }
+
+    fn rules_out(&self, seek: &Seek<'_>) -> bool {
+        self.is_known() && !(seek.maybe)(&self.block.facts, &self.block.events)
+    }
+}
+
 impl<'a> Walk<'a> {
     /// Returns the walk over this chain.
     pub(crate) fn new(question: &Question<'a>, chain: &'a Chain) -> Self {
@@ -48,24 +76,113 @@ impl<'a> Walk<'a> {
         Self { chain, evidence: question.evidence, size, cut: None }
     }
 
+    /// Returns what the index says of step `at` and its neighbours among the steps `from..=to`.
+    fn stretch(&self, at: usize, from: usize, to: usize) -> Option<Stretch<'a>> {
+        let segment = self.chain.step(at).segment;
+        let (first, block) = self.evidence.block_of(segment)?;
+        let number = |name: SegmentName| name.number(self.size);
+        let before = (number(segment) - number(first)) as usize;
+        let behind = (number(block.last) - number(segment)) as usize;
+        Some(Stretch {
+            first,
+            block,
+            from: from.max(self.chain.first_in_span(at)).max(at.saturating_sub(before)),
+            to: to.min(self.chain.last_in_span(at)).min(at.saturating_add(behind)),
+        })
+    }
+
+    /// Returns whether the record that leaves the last step of a stretch is not among its facts.
+    fn leaves_open(&self, stretch: &Stretch<'_>) -> bool {
+        let ends = self.chain.step(stretch.to).segment == stretch.block.last;
+        let last_of_span = stretch.to == self.chain.last_in_span(stretch.to);
+        stretch.to + 1 < self.chain.len() && ((ends && stretch.block.open_end) || last_of_span)
+    }
+
+    /// Asks for what the index says in detail.
+    fn refine(stretch: &Stretch<'_>) -> Halt {
+        Halt::Rollup(stretch.first)
+    }
+
+    /// Returns the first of the steps `from..=to` that may hold a match: its events are loaded, or they alone
+    /// can tell.
+    pub(crate) fn next_step(&self, from: usize, to: usize, seek: &Seek<'_>) -> Result<Option<usize>, Halt> {
+        let mut at = from;
+        while at <= to && at < self.chain.len() {
+            if self.loaded(at).is_some() {
+                return Ok(Some(at));
+            }
+            match self.stretch(at, at, to) {
+                Some(stretch) if stretch.rules_out(seek) => {
+                    if self.leaves_open(&stretch) && self.crossing_matches(stretch.to, seek)? {
+                        return Ok(Some(stretch.to));
+                    }
+                    at = stretch.to + 1;
+                }
+                Some(stretch) if !stretch.block.is_segment => return Err(Self::refine(&stretch)),
+                _ => {
+                    if self.must_read(at, seek)? {
+                        return Ok(Some(at));
+                    }
+                    at += 1;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Returns the last of the steps `0..=from` that may hold a match.
+    fn previous_step(&self, from: usize, seek: &Seek<'_>) -> Result<Option<usize>, Halt> {
+        let mut next = Some(from);
+        while let Some(at) = next {
+            if self.loaded(at).is_some() {
+                return Ok(Some(at));
+            }
+            match self.stretch(at, 0, at) {
+                Some(stretch) if stretch.rules_out(seek) => {
+                    if self.leaves_open(&stretch) && self.crossing_matches(stretch.to, seek)? {
+                        return Ok(Some(stretch.to));
+                    }
+                    next = stretch.from.checked_sub(1);
+                }
+                Some(stretch) if !stretch.block.is_segment => return Err(Self::refine(&stretch)),
+                _ => {
+                    if self.must_read(at, seek)? {
+                        return Ok(Some(at));
+                    }
+                    next = at.checked_sub(1);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn crossing_matches(&self, at: usize, seek: &Seek<'_>) -> Result<bool, Halt> {
+        Ok(match self.crossing(at)? {
+            Crossing::Nothing => false,
+            Crossing::Event(event) => (seek.matches)(&event),
+            Crossing::ReadSegments => true,
+        })
+    }
+
     /// Returns the summary of step `at`.
     pub(crate) fn summary(&self, at: usize) -> Result<&'a SegmentSummary, Halt> {
-        let name = self.chain.steps[at].segment;
+        let name = self.chain.step(at).segment;
         if self.evidence.unreadable.contains(&name) {
             return Err(Halt::Unreadable(name));
         }
         if let Some(summary) = self.evidence.summaries.get(&name) {
             return Ok(summary);
         }
-        let known = |name: &SegmentName| {
-            self.evidence.summaries.contains_key(name) || self.evidence.unreadable.contains(name)
+        // One that the index tells of is wanted for itself, others probably with those that follow.
+        let alone = self.evidence.block_of(name).is_some();
+        let wanted = if alone { 1 } else { SUMMARIES_PER_REQUEST };
+        let unknown = |name: &SegmentName| {
+            !self.evidence.summaries.contains_key(name)
+                && !self.evidence.unreadable.contains(name)
+                && (alone || self.evidence.block_of(*name).is_none())
         };
-        let missing = self.chain.steps[at..]
-            .iter()
-            .map(|step| step.segment)
-            .filter(|name| !known(name))
-            .take(SUMMARIES_PER_REQUEST);
-        Err(Halt::Summaries(missing.collect()))
+        let following = self.chain.steps_from(at).take(SUMMARIES_PER_REQUEST).map(|step| step.segment);
+        Err(Halt::Summaries(following.filter(unknown).take(wanted).collect()))
     }
 
     /// Returns the summary of step `at`, refusing WAL that the decoder could not follow.
@@ -85,7 +202,7 @@ impl<'a> Walk<'a> {
         &self,
         at: usize,
     ) -> Option<impl DoubleEndedIterator<Item = &'a WalEvent> + use<'a>> {
-        let step = self.chain.steps[at];
+        let step = self.chain.step(at);
         let end = self.chain.end();
         let events = self.evidence.events.get(&step.segment)?;
         Some(
@@ -108,7 +225,7 @@ impl<'a> Walk<'a> {
 
     /// Returns the request for the events of step `at`.
     pub(crate) fn request(&self, at: usize) -> Result<SegmentRequest, Halt> {
-        Ok(SegmentRequest { segment: self.chain.steps[at].segment, following: self.following(at)? })
+        Ok(SegmentRequest { segment: self.chain.step(at).segment, following: self.following(at)? })
     }
 
     /// Returns the segments that the last record of step `at` may reach into.
@@ -120,8 +237,8 @@ impl<'a> Walk<'a> {
             return Ok(following);
         }
         let most = (FOLLOW_MAX_BYTES / self.size.bytes()).max(1) as usize;
-        for next in at + 1..self.chain.steps.len().min(at + 1 + most) {
-            following.push(self.chain.steps[next].segment);
+        for next in at + 1..self.chain.len().min(at + 1 + most) {
+            following.push(self.chain.step(next).segment);
             let summary = match self.summary(next) {
                 // Its own step will say so to whoever goes on behind this one.
                 Err(Halt::Unreadable(_)) => {
@@ -140,7 +257,7 @@ impl<'a> Walk<'a> {
 
     fn crossing(&self, at: usize) -> Result<Crossing, Halt> {
         let summary = self.decoded(at)?;
-        if summary.unfinished.is_none() || at + 1 >= self.chain.steps.len() {
+        if summary.unfinished.is_none() || at + 1 >= self.chain.len() {
             return Ok(Crossing::Nothing);
         }
         if let (Some(record), Some(cut)) = (&summary.unfinished, self.cut)
@@ -148,7 +265,7 @@ impl<'a> Walk<'a> {
         {
             return Ok(Crossing::Nothing);
         }
-        let step = self.chain.steps[at];
+        let step = self.chain.step(at);
         let next = self.summary(at + 1)?;
         if matches!(next.ending, SegmentEnding::Undecoded { .. }) {
             // The record may still be read; who goes on behind it is refused there.
@@ -168,22 +285,19 @@ impl<'a> Walk<'a> {
         Self: 'a,
     {
         let mut from = 0;
-        loop {
-            match self.first(from, seek) {
-                Err(Halt::Events(mut requests)) if requests.len() == 1 => {
-                    let Some(request) = requests.pop() else { return Ok(None) };
-                    if !self.evidence.searched.contains(&request.segment) {
-                        return Err(Halt::Search(request));
+        while let Some(at) = self.next_step(from, usize::MAX, seek)? {
+            match self.loaded(at) {
+                Some(mut events) => {
+                    if let Some(event) = events.find(|event| (seek.matches)(event)) {
+                        return Ok(Some((at, event)));
                     }
-                    let behind = self.chain.steps[from..]
-                        .iter()
-                        .position(|step| step.segment == request.segment)
-                        .map_or(self.chain.steps.len(), |at| from + at + 1);
-                    from = behind;
                 }
-                other => return other,
+                None if self.evidence.searched.contains(&self.chain.step(at).segment) => {}
+                None => return Err(Halt::Search(self.request(at)?)),
             }
+            from = at + 1;
         }
+        Ok(None)
     }
 
     /// Returns the first event from step `from` on that matches, with its step.
@@ -191,16 +305,12 @@ impl<'a> Walk<'a> {
     where
         Self: 'a,
     {
-        for at in from..self.chain.steps.len() {
-            if let Some(mut events) = self.loaded(at) {
-                if let Some(event) = events.find(|event| (seek.matches)(event)) {
-                    return Ok(Some((at, event)));
-                }
-                continue;
+        let mut from = from;
+        while let Some(at) = self.next_step(from, usize::MAX, seek)? {
+            if let Some(event) = self.events(at)?.find(|event| (seek.matches)(event)) {
+                return Ok(Some((at, event)));
             }
-            if self.must_read(at, seek)? {
-                return Err(Halt::Events(vec![self.request(at)?]));
-            }
+            from = at + 1;
         }
         Ok(None)
     }
@@ -212,36 +322,67 @@ impl<'a> Walk<'a> {
         cut: Lsn,
         seek: &Seek<'_>,
     ) -> Result<Option<(usize, &'a WalEvent)>, Halt> {
-        for at in (0..=from).rev() {
-            if let Some(events) = self.loaded(at) {
-                let found = events.rev().find(|event| event.lsn < cut && (seek.matches)(event));
-                if let Some(event) = found {
-                    return Ok(Some((at, event)));
-                }
-                continue;
+        let mut next = (!self.chain.is_empty()).then_some(from);
+        while let Some(from) = next {
+            let Some(at) = self.previous_step(from, seek)? else { return Ok(None) };
+            let found = self.events(at)?.rev().find(|event| event.lsn < cut && (seek.matches)(event));
+            if let Some(event) = found {
+                return Ok(Some((at, event)));
             }
-            if self.must_read(at, seek)? {
-                return Err(Halt::Events(vec![self.request(at)?]));
-            }
+            next = at.checked_sub(1);
         }
         Ok(None)
     }
 
     /// Returns whether only the events of step `at` can tell whether one matches.
-    pub(crate) fn must_read(&self, at: usize, seek: &Seek<'_>) -> Result<bool, Halt> {
-        if (seek.maybe)(self.decoded(at)?) {
-            return Ok(true);
+    fn must_read(&self, at: usize, seek: &Seek<'_>) -> Result<bool, Halt> {
+        let known = self.stretch(at, at, at).filter(|stretch| stretch.block.is_segment && stretch.is_known());
+        if let Some(stretch) = known {
+            let block = stretch.block;
+            let open = self.leaves_open(&stretch);
+            return Ok(
+                (seek.maybe)(&block.facts, &block.events) || (open && self.crossing_matches(at, seek)?)
+            );
         }
-        Ok(match self.crossing(at)? {
-            Crossing::Nothing => false,
-            Crossing::Event(event) => (seek.matches)(&event),
-            Crossing::ReadSegments => true,
-        })
+        let summary = self.decoded(at)?;
+        Ok((seek.maybe)(&Facts::of(summary, 0), &summary.events) || self.crossing_matches(at, seek)?)
     }
 
-    /// Returns the events of step `at` that summaries keep (all but ordinary commits and aborts),
-    /// asking for all of them when the summary had no room.
-    pub(crate) fn notable(&self, at: usize) -> Result<Vec<WalEvent>, Halt> {
+    /// Returns the events of one class in the steps `from..=to`, those of a commit or an abort that drops
+    /// nothing not among them; asks for all events of a segment whose summary had no room.
+    pub(crate) fn notable(&self, from: usize, to: usize, class: Class) -> Result<Vec<WalEvent>, Halt> {
+        let mut found = Vec::new();
+        let mut at = from;
+        while at <= to && at < self.chain.len() {
+            match self.stretch(at, at, to) {
+                Some(stretch) if stretch.is_known() && stretch.block.lists(class) => {
+                    let (start, end) = (self.chain.step(at).from, self.chain.step(stretch.to).to);
+                    let inside = |event: &&WalEvent| event.lsn >= start && event.lsn < end;
+                    found.extend(stretch.block.events.iter().filter(inside).cloned());
+                    if self.leaves_open(&stretch) {
+                        match self.crossing(stretch.to)? {
+                            Crossing::Nothing => {}
+                            Crossing::Event(event) => found.push(event),
+                            Crossing::ReadSegments => {
+                                found.retain(|event| event.lsn < self.chain.step(stretch.to).from);
+                                found.extend(self.events(stretch.to)?.cloned());
+                            }
+                        }
+                    }
+                    at = stretch.to + 1;
+                }
+                Some(stretch) if !stretch.block.is_segment => return Err(Self::refine(&stretch)),
+                _ => {
+                    found.extend(self.notable_of(at)?);
+                    at += 1;
+                }
+            }
+        }
+        found.retain(|event| Class::of(event) == Some(class));
+        Ok(found)
+    }
+
+    fn notable_of(&self, at: usize) -> Result<Vec<WalEvent>, Halt> {
         if let Some(events) = self.loaded(at) {
             return Ok(events.cloned().collect());
         }
@@ -250,7 +391,7 @@ impl<'a> Walk<'a> {
         if summary.events_truncated || matches!(crossing, Crossing::ReadSegments) {
             return Err(Halt::Events(vec![self.request(at)?]));
         }
-        let step = self.chain.steps[at];
+        let step = self.chain.step(at);
         let inside = |event: &&WalEvent| event.lsn >= step.from && event.lsn < step.to;
         let mut events: Vec<_> = summary.events.iter().filter(inside).cloned().collect();
         if let Crossing::Event(event) = crossing {
@@ -259,11 +400,143 @@ impl<'a> Walk<'a> {
         Ok(events)
     }
 
+    /// Returns the latest events of one class, newest first, until `enough` says so.
+    pub(crate) fn latest(&self, class: Class, mut enough: impl FnMut(&WalEvent) -> bool) -> Result<(), Halt> {
+        let seek = Seek {
+            maybe: &|facts, events| {
+                facts.more.has(class) || events.iter().any(|event| Class::of(event) == Some(class))
+            },
+            matches: &|event| Class::of(event) == Some(class),
+        };
+        let mut next = self.chain.len().checked_sub(1);
+        while let Some(from) = next {
+            // A whole block's list serves as well as that of a single step.
+            let listed = self.stretch(from, 0, from).filter(|stretch| stretch.block.lists(class));
+            let (begin, stop) = match listed {
+                Some(stretch) => (stretch.from, from),
+                None => match self.previous_step(from, &seek)? {
+                    Some(at) => (at, at),
+                    None => return Ok(()),
+                },
+            };
+            for event in self.notable(begin, stop, class)?.iter().rev() {
+                if enough(event) {
+                    return Ok(());
+                }
+            }
+            next = begin.checked_sub(1);
+        }
+        Ok(())
+    }
+
+    /// Returns whether the index says that every checkpoint in the steps `0..=last` was made after `latest`.
+    pub(crate) fn began_after(&self, last: usize, latest: DateTime<Utc>) -> bool {
+        let mut at = 0;
+        while at <= last && at < self.chain.len() {
+            let known = self.stretch(at, at, last).filter(Stretch::is_known);
+            // Whether a record that leaves the block is a checkpoint is not asked here.
+            let Some(stretch) = known.filter(|stretch| !self.leaves_open(stretch)) else { return false };
+            if stretch.block.facts.first_checkpoint.is_some_and(|first| first <= latest) {
+                return false;
+            }
+            at = stretch.to + 1;
+        }
+        true
+    }
+
+    /// Returns the position after the last byte of valid WAL in step `at`.
+    fn end_of_wal(&self, at: usize) -> Result<Lsn, Halt> {
+        let segment = self.chain.step(at).segment;
+        match (self.evidence.summaries.get(&segment), self.stretch(at, at, at)) {
+            (Some(summary), _) => Ok(summary.end_of_wal),
+            (None, Some(stretch)) if stretch.block.is_segment => {
+                Ok(Lsn(segment.start(self.size).0.saturating_add(stretch.block.facts.wal_bytes)))
+            }
+            (None, Some(stretch)) => Err(Self::refine(&stretch)),
+            (None, None) => Ok(self.summary(at)?.end_of_wal),
+        }
+    }
+
+    /// Returns how much WAL the steps `0..=last` hold before `end`; what a switch left empty is not counted.
+    pub(crate) fn wal_bytes(&self, last: usize, end: Lsn) -> Result<u64, Halt> {
+        let mut bytes = 0;
+        let mut at = 0;
+        while at <= last && at < self.chain.len() {
+            let step = self.chain.step(at);
+            let whole =
+                |stretch: &Stretch<'_>| self.is_whole(stretch) && self.chain.step(stretch.to).to <= end;
+            match self.stretch(at, at, last).filter(whole) {
+                Some(stretch) => {
+                    bytes += stretch.block.facts.wal_bytes;
+                    at = stretch.to + 1;
+                }
+                None => {
+                    bytes += self.end_of_wal(at)?.min(step.to).min(end).bytes_since(step.from);
+                    at += 1;
+                }
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Returns whether a stretch is all that its block covers, every segment used from start to end.
+    fn is_whole(&self, stretch: &Stretch<'_>) -> bool {
+        let (first, last) = (self.chain.step(stretch.from), self.chain.step(stretch.to));
+        self.is_covered(stretch)
+            && first.from == first.segment.start(self.size)
+            && last.to == last.segment.end(self.size)
+    }
+
+    /// Returns whether an event that is known belongs to this segment.
+    pub(crate) fn tells_of(&self, segment: SegmentName, event: &WalEvent) -> bool {
+        let in_block = self.evidence.block_of(segment).is_some_and(|(_, block)| block.events.contains(event));
+        let in_summary =
+            self.evidence.summaries.get(&segment).is_some_and(|summary| summary.events.contains(event));
+        let in_events = self.evidence.events.get(&segment).is_some_and(|events| events.contains(event));
+        in_block || in_summary || in_events
+    }
+
+    /// Returns whether a stretch is all that its block covers.
+    fn is_covered(&self, stretch: &Stretch<'_>) -> bool {
+        let (first, last) = (self.chain.step(stretch.from).segment, self.chain.step(stretch.to).segment);
+        !stretch.block.has_gaps && first == stretch.first && last == stretch.block.last
+    }
+
+    /// Returns how much the objects of the steps `from..=to` take.
+    pub(crate) fn stored_bytes(
+        &self,
+        segments: &StoredSegments,
+        from: usize,
+        to: usize,
+    ) -> Result<u64, Halt> {
+        let mut bytes = 0;
+        let mut at = from;
+        while at <= to && at < self.chain.len() {
+            let first = self.chain.step(at).segment;
+            let last = self.chain.step(to.min(self.chain.last_in_span(at))).segment;
+            if let Some((end, piece)) = segments.piece(first, last) {
+                bytes += piece;
+                at += (end.number(self.size) - first.number(self.size)) as usize + 1;
+                continue;
+            }
+            match self.stretch(at, at, to) {
+                Some(stretch) if self.is_covered(&stretch) => {
+                    bytes += stretch.block.facts.stored_bytes;
+                    at = stretch.to + 1;
+                }
+                Some(stretch) if !stretch.block.is_segment => return Err(Self::refine(&stretch)),
+                // Where nothing is known of a single one, nothing is counted.
+                _ => at += 1,
+            }
+        }
+        Ok(bytes)
+    }
+
     /// Returns the first record that starts at or after `at`, `None` when no whole one is stored.
     pub(crate) fn record_at(&self, at: Lsn) -> Result<Option<RecordBounds>, Halt> {
         let Some(first_step) = self.chain.step_of(at.max(self.chain.start)) else { return Ok(None) };
-        for number in first_step..self.chain.steps.len() {
-            let step = self.chain.steps[number];
+        for number in first_step..self.chain.len() {
+            let step = self.chain.step(number);
             let from = at.max(step.from);
             let known = self.evidence.records.get(&(step.segment, from));
             let Some(known) = known else {
@@ -280,8 +553,8 @@ impl<'a> Walk<'a> {
 
     /// Returns where the last record that is stored whole ends.
     pub(crate) fn end_of_records(&self) -> Result<Lsn, Halt> {
-        for at in (0..self.chain.steps.len()).rev() {
-            let step = self.chain.steps[at];
+        for at in (0..self.chain.len()).rev() {
+            let step = self.chain.step(at);
             let summary = self.decoded(at)?;
             if step.to < step.segment.end(self.size) {
                 // A parent's copy that is used up to a switch point: a record ends there.

@@ -71,7 +71,7 @@ fn window_of(history: &TimelineHistory, backup: &walship::catalog::BackupRecord,
         newest_backup: backup.id.clone(),
         backups: 1,
         until_lsn: chain.end(),
-        last_segment: chain.steps.last().map(|step| step.segment),
+        last_segment: chain.last_step().map(|step| step.segment),
         gap: match &chain.ending {
             ChainEnding::Gap(gap) => Some(gap.clone()),
             ChainEnding::EndOfArchive => None,

@@ -211,7 +211,7 @@ fn a_backup_with_tablespaces_is_verified_by_stock_tools_and_starts() {
             walship::pg::Lsn(record.stop_lsn.0 - 1),
             SegmentSize::DEFAULT,
         );
-        assert!(catalog.segments.contains_key(&last));
+        assert!(catalog.segments.contains(last));
 
         let restored = TempDir::new().unwrap();
         let (target, beside) = (restored.path().join("data"), restored.path().join("spaces"));
@@ -222,8 +222,8 @@ fn a_backup_with_tablespaces_is_verified_by_stock_tools_and_starts() {
         // And PostgreSQL recovers from it with the archived WAL.
         let wal = restored.path().join("wal");
         fs::create_dir(&wal).unwrap();
-        for segment in catalog.segments.keys() {
-            let bytes = place.runtime.block_on(lineage.segment_bytes(*segment)).unwrap().unwrap();
+        for segment in catalog.segments.names() {
+            let bytes = place.runtime.block_on(lineage.segment_bytes(segment)).unwrap().unwrap();
             fs::write(wal.join(segment.to_string()), bytes).unwrap();
         }
         process::run_ok(Command::new("chmod").args(["-R", "u=rwX,go="]).arg(&target).arg(&beside));

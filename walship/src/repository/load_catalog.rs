@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::StreamExt as _;
 
-use crate::catalog::{BackupRecord, Catalog};
+use crate::catalog::{BackupRecord, Catalog, StoredSegments};
 use crate::codec::ObjectKind;
 use crate::error::{Error, Result};
 use crate::pg::{TimelineHistory, TimelineId, WalFileName};
@@ -27,11 +27,14 @@ const READS_MAX: usize = 16;
 pub async fn load_catalog(repository: &LineageRepository) -> Result<Catalog> {
     let (wal, backups) = tokio::try_join!(list_wal(repository), load_backups(repository))?;
     let (backups, unfinished_backups) = backups;
+    let mut segments = StoredSegments::new(repository.lineage.segment_size);
+    wal.segments.iter().for_each(|(name, bytes)| segments.insert(*name, *bytes));
     Ok(Catalog {
         cluster: repository.cluster.to_string(),
         lineage: repository.lineage.clone(),
         histories: load_histories(repository, &wal.timelines).await?,
-        segments: wal.segments,
+        segments,
+        rollups: Vec::new(),
         partials: wal.partials,
         incomplete: wal.incomplete,
         backups,

@@ -189,11 +189,7 @@ impl Scene {
             let mut segment =
                 SegmentName::containing(record.timeline, record.start_lsn, catalog.lineage.segment_size);
             while segment.start(catalog.lineage.segment_size) < record.stop_lsn {
-                assert!(
-                    catalog.segments.contains_key(&segment),
-                    "{segment} of backup {} is missing",
-                    record.id
-                );
+                assert!(catalog.segments.contains(segment), "{segment} of backup {} is missing", record.id);
                 segment = segment.next(catalog.lineage.segment_size).unwrap();
             }
         }

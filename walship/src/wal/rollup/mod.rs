@@ -117,6 +117,30 @@ impl Entry {
     }
 }
 
+/// What one entry of a roll-up says, by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Block {
+    /// The last segment that it covers; there may be gaps before it.
+    pub last: SegmentName,
+    /// Whether it is a single segment.
+    pub is_segment: bool,
+    /// Whether segments before the last are not covered: they may be stored by now.
+    pub has_gaps: bool,
+    /// What its segments hold; without the record that leaves the last one when `open_end` says so.
+    pub facts: Facts,
+    /// Their events, without those of classes that [`Facts::more`] names.
+    pub events: Vec<WalEvent>,
+    /// Whether a record begins in the last segment whose end the roll-up does not cover.
+    pub open_end: bool,
+}
+
+impl Block {
+    /// Returns whether `events` holds all events of this class.
+    pub fn lists(&self, class: Class) -> bool {
+        !self.facts.more.has(class) && (class != Class::Checkpoints || self.is_segment)
+    }
+}
+
 /// What many segments hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rollup {
@@ -176,9 +200,32 @@ impl Rollup {
         all
     }
 
-    /// Returns the record that begins in this, the last segment of a run, and whose end is not covered.
+    /// Returns whether a record begins in this segment whose end is not covered.
     pub fn open_end(&self, segment: SegmentName) -> bool {
         self.edges.iter().any(|edge| edge.segment == segment && edge.unfinished.is_some())
+    }
+
+    /// Returns its entries one by one, each with the first segment that it covers.
+    pub fn blocks(&self) -> Vec<(SegmentName, Block)> {
+        let size = self.segment_size;
+        let mut blocks = Vec::with_capacity(self.entries.len());
+        for entry in &self.entries {
+            let (Some(first), Some(run)) = (entry.runs.first(), entry.runs.last()) else { continue };
+            let number = run.first.number(size).saturating_add(run.segments.saturating_sub(1));
+            let Some(last) = SegmentName::from_number(self.timeline, number, size) else { continue };
+            let from = self.events.partition_point(|event| event.lsn < first.first.start(size));
+            let to = self.events.partition_point(|event| event.lsn < last.end(size));
+            let block = Block {
+                last,
+                is_segment: self.level == 1,
+                has_gaps: entry.runs.len() > 1,
+                facts: entry.facts.clone(),
+                events: self.events.get(from..to).unwrap_or_default().to_vec(),
+                open_end: self.open_end(last),
+            };
+            blocks.push((first.first, block));
+        }
+        blocks
     }
 
     /// Checks everything that readers rely on.

@@ -1,0 +1,179 @@
+//! Which segments are stored: runs, not names, so that ten million take no room.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::SegmentRun;
+use crate::pg::{SegmentName, SegmentSize, TimelineId};
+use crate::wal::rollup::Run;
+
+/// The whole segments that are stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredSegments {
+    size: SegmentSize,
+    /// Unbroken runs: first to last.
+    runs: BTreeMap<SegmentName, SegmentName>,
+    /// What is known of their stored bytes, in pieces that may span gaps.
+    pieces: BTreeMap<SegmentName, Piece>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    last: SegmentName,
+    stored_bytes: u64,
+    has_gaps: bool,
+}
+
+impl StoredSegments {
+    /// Returns an empty set of segments of this size.
+    pub fn new(size: SegmentSize) -> Self {
+        Self { size, runs: BTreeMap::new(), pieces: BTreeMap::new() }
+    }
+
+    /// Adds one segment with its stored size in bytes.
+    pub fn insert(&mut self, name: SegmentName, stored_bytes: u64) {
+        self.insert_runs(&[Run { first: name, segments: 1 }], stored_bytes);
+    }
+
+    /// Adds runs of one timeline, in WAL order, with the stored size of all their segments together.
+    pub fn insert_runs(&mut self, runs: &[Run], stored_bytes: u64) {
+        let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return };
+        for run in runs {
+            self.insert_run(run.first, self.last_of(run));
+        }
+        let last = self.last_of(last);
+        self.pieces.insert(first.first, Piece { last, stored_bytes, has_gaps: runs.len() > 1 });
+    }
+
+    fn last_of(&self, run: &Run) -> SegmentName {
+        let number = run.first.number(self.size).saturating_add(run.segments.saturating_sub(1));
+        SegmentName::from_number(run.first.timeline, number, self.size).unwrap_or(run.first)
+    }
+
+    fn insert_run(&mut self, mut first: SegmentName, mut last: SegmentName) {
+        let before = self.runs.range(..=first).next_back().map(|(from, to)| (*from, *to));
+        if let Some((from, to)) = before
+            && from.timeline == first.timeline
+            && (to >= first || to.next(self.size) == Some(first))
+        {
+            first = from;
+            last = last.max(to);
+        }
+        // Everything that begins inside, or right behind, becomes one with it.
+        let reach = last.next(self.size).unwrap_or(last);
+        let swallowed: Vec<_> = self.runs.range(first..=reach).map(|(from, to)| (*from, *to)).collect();
+        for (from, to) in swallowed {
+            if from.timeline == first.timeline {
+                self.runs.remove(&from);
+                last = last.max(to);
+            }
+        }
+        self.runs.insert(first, last);
+    }
+
+    /// Takes one segment out; returns the stored size that was known of it alone.
+    pub fn remove(&mut self, name: &SegmentName) -> Option<u64> {
+        let (first, last) = self.run_of(*name)?;
+        self.runs.remove(&first);
+        if let Some(before) = name.previous(self.size).filter(|before| *before >= first) {
+            self.runs.insert(first, before);
+        }
+        if let Some(behind) = name.next(self.size).filter(|behind| *behind <= last) {
+            self.runs.insert(behind, last);
+        }
+        let alone = self.pieces.get(name).is_some_and(|piece| piece.last == *name);
+        alone.then(|| self.pieces.remove(name)).flatten().map(|piece| piece.stored_bytes)
+    }
+
+    fn run_of(&self, name: SegmentName) -> Option<(SegmentName, SegmentName)> {
+        let (&first, &last) = self.runs.range(..=name).next_back()?;
+        (first.timeline == name.timeline && last >= name).then_some((first, last))
+    }
+
+    /// Returns whether a segment is stored.
+    pub fn contains(&self, name: SegmentName) -> bool {
+        self.run_of(name).is_some()
+    }
+
+    /// Returns the last segment of the unbroken run that a stored segment belongs to.
+    pub fn run_end(&self, name: SegmentName) -> Option<SegmentName> {
+        self.run_of(name).map(|(_, last)| last)
+    }
+
+    /// Returns the first stored segment of the same timeline that is not before `name`.
+    pub fn first_from(&self, name: SegmentName) -> Option<SegmentName> {
+        if self.contains(name) {
+            return Some(name);
+        }
+        let next = *self.runs.range(name..).next()?.0;
+        (next.timeline == name.timeline).then_some(next)
+    }
+
+    /// Returns the stored size of the segments of an unbroken piece that begins here and ends before or at
+    /// `last`, and the piece's last segment.
+    pub fn piece(&self, first: SegmentName, last: SegmentName) -> Option<(SegmentName, u64)> {
+        let piece = self.pieces.get(&first).filter(|piece| piece.last <= last && !piece.has_gaps)?;
+        Some((piece.last, piece.stored_bytes))
+    }
+
+    /// Returns every timeline of which a segment is stored.
+    pub fn timelines(&self) -> BTreeSet<TimelineId> {
+        self.runs.keys().map(|first| first.timeline).collect()
+    }
+
+    /// Returns the unbroken runs of a timeline in WAL order. What a piece that spans gaps takes is counted
+    /// to the run that it begins in.
+    pub fn runs(&self, timeline: TimelineId) -> Vec<SegmentRun> {
+        let from = SegmentName { timeline, log: 0, seg: 0 };
+        let to = SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
+        let runs = self.runs.range(from..=to).map(|(&first, &last)| {
+            let pieces = self.pieces.range(first..=last);
+            let stored_bytes = pieces.fold(0, |sum: u64, (_, piece)| sum.saturating_add(piece.stored_bytes));
+            SegmentRun { first, last, stored_bytes }
+        });
+        runs.collect()
+    }
+
+    /// Returns every stored segment's name.
+    pub fn names(&self) -> impl Iterator<Item = SegmentName> + '_ {
+        self.runs.iter().flat_map(|(first, last)| {
+            let names = std::iter::successors(Some(*first), |name| name.next(self.size));
+            names.take_while(move |name| name <= last)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn runs_are_what_a_set_of_names_is(
+            adds in proptest::collection::vec((1u32..3, 0u64..40, 1u64..6), 0..30),
+            removes in proptest::collection::vec((1u32..3, 0u64..40), 0..10),
+        ) {
+            let size = SegmentSize::MAX;
+            let name = |tli: u32, number| SegmentName::from_number(TimelineId::new(tli).unwrap(), number, size).unwrap();
+            let (mut stored, mut set) = (StoredSegments::new(size), BTreeSet::new());
+            for (tli, number, segments) in adds {
+                stored.insert_runs(&[Run { first: name(tli, number), segments }], segments);
+                set.extend((number..number + segments).map(|number| name(tli, number)));
+            }
+            for (tli, number) in removes {
+                stored.remove(&name(tli, number));
+                set.remove(&name(tli, number));
+            }
+            prop_assert_eq!(stored.names().collect::<Vec<_>>(), set.iter().copied().collect::<Vec<_>>());
+            for number in 0..50 {
+                let asked = name(1, number);
+                prop_assert_eq!(stored.contains(asked), set.contains(&asked));
+                let next = set.range(asked..).next().filter(|next| next.timeline == asked.timeline);
+                prop_assert_eq!(stored.first_from(asked), next.copied());
+            }
+            for pair in stored.runs(TimelineId::FIRST).windows(2) {
+                prop_assert!(pair[0].last.next(size).unwrap() < pair[1].first);
+            }
+        }
+    }
+}
