@@ -9,6 +9,7 @@ use bytes::Bytes;
 use walship::error::{Error, Result};
 use walship::storage::fs::FsStorage;
 use walship::storage::{ObjectKey, PutBody, PutOutcome, Storage, list_all};
+use walship_tests::process::{self, RunOptions};
 
 fn key(text: &str) -> ObjectKey {
     ObjectKey::new(text).unwrap()
@@ -242,4 +243,51 @@ async fn a_root_is_made_durably_or_the_reason_is_given() {
     std::fs::write(folder.path().join("file"), b"").unwrap();
     assert!(FsStorage::create_root(&folder.path().join("file")).is_err());
     assert!(FsStorage::open(&folder.path().join("file")).is_err());
+}
+
+/// Runs `walship check --offline` on the repository in `root` while some system calls fail.
+fn check_with_failing(root: &Path, injected: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=linkat,renameat2"]);
+    for inject in injected {
+        command.args(["-e", &format!("inject={inject}")]);
+    }
+    command.arg(walship_tests::bins::walship()).args(["check", "--offline", "--cluster", "main", "--repo"]);
+    let output = process::run(command.arg(root).env_clear(), RunOptions::default());
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    (output.status.code(), text.into_owned())
+}
+
+/// What vfat (EPERM) and other file systems without hard links answer; the probe is sixteen writers at
+/// once, of which one must win, whichever call names the file.
+#[test]
+fn without_hard_links_a_rename_that_replaces_nothing_is_used_or_the_folder_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("repository");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let now = chrono::Utc::now();
+        let storage = std::sync::Arc::new(FsStorage::create_root(&root).unwrap());
+        let repository = walship::repository::Repository::create(storage, now).await.unwrap();
+        let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
+        cluster.register_lineage(42, walship::pg::SegmentSize::DEFAULT, 15, now).await.unwrap();
+    });
+    for errno in ["EPERM", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EINVAL"] {
+        let (status, text) = check_with_failing(&root, &[&format!("linkat:error={errno}")]);
+        assert_eq!(status, Some(0), "{errno}: {text}");
+        assert!(text.contains("was tried: conditional writes"), "{errno}: {text}");
+        assert_eq!(entries(&root.join("tmp")), 0, "{errno}: nothing is left behind");
+    }
+    for errno in ["EINVAL", "ENOSYS", "EOPNOTSUPP"] {
+        let injected = ["linkat:error=EPERM", &format!("renameat2:error={errno}")];
+        let (status, text) = check_with_failing(&root, &injected);
+        assert_eq!(status, Some(1), "{errno}: {text}");
+        assert!(text.contains("neither hard links nor a rename that replaces nothing"), "{errno}: {text}");
+        assert!(text.contains("Keep the repository on another file system"), "{errno}: {text}");
+        assert_eq!(entries(&root.join("tmp")), 0, "{errno}: nothing is left behind");
+    }
+    // Any other failure of the link is told as it is, and no rename is tried.
+    let (status, text) = check_with_failing(&root, &["linkat:error=ENOSPC"]);
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("cannot link") && text.contains("No space left"), "{text}");
 }
