@@ -43,6 +43,7 @@
 
 pub mod bins;
 pub mod cache;
+pub mod fake_http;
 pub mod postgres;
 pub mod process;
 pub mod proxy;

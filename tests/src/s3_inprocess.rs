@@ -87,10 +87,11 @@ struct Stored {
     modified: SystemTime,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Parts {
     bucket: String,
     key: String,
+    started: SystemTime,
     parts: BTreeMap<i32, Stored>,
 }
 
@@ -127,6 +128,18 @@ impl S3Server {
     /// # Panics
     /// When no port of the loopback can be had.
     pub fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    /// Starts a server that takes what stands before `.domain` in a request's host for its bucket.
+    ///
+    /// # Panics
+    /// When no port of the loopback can be had.
+    pub fn start_virtual_hosts(domain: &str) -> Self {
+        Self::start_with(Some(domain))
+    }
+
+    fn start_with(domain: Option<&str>) -> Self {
         let store = Store(Arc::new(Mutex::new(State {
             buckets: HashMap::from([(BUCKET.to_owned(), BTreeMap::new())]),
             uploads: HashMap::new(),
@@ -136,12 +149,16 @@ impl S3Server {
         })));
         let mut builder = S3ServiceBuilder::new(store.clone());
         builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
-        let service = builder.build();
-        let rule: Arc<Mutex<Rule>> = Arc::new(Mutex::new(Box::new(|_| None)));
-        let log = Arc::new(Mutex::new(Vec::new()));
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         listener.set_nonblocking(true).expect("a listener can be made non-blocking");
         let address = listener.local_addr().expect("a listener has an address");
+        if let Some(domain) = domain {
+            let domain = format!("{domain}:{}", address.port());
+            builder.set_host(s3s::host::SingleDomain::new(&domain).expect("tests use valid domains"));
+        }
+        let service = builder.build();
+        let rule: Arc<Mutex<Rule>> = Arc::new(Mutex::new(Box::new(|_| None)));
+        let log = Arc::new(Mutex::new(Vec::new()));
         let (stop, stopped) = oneshot::channel::<()>();
         let front = Front { service, rule: Arc::clone(&rule), log: Arc::clone(&log) };
         let thread = std::thread::spawn(move || {
@@ -231,6 +248,13 @@ impl S3Server {
     /// Returns how many multipart uploads were neither completed nor aborted.
     pub fn open_uploads(&self) -> usize {
         self.store.lock().uploads.len()
+    }
+
+    /// Makes the open multipart uploads so much older.
+    pub fn age_uploads(&self, by: Duration) {
+        for upload in self.store.lock().uploads.values_mut() {
+            upload.started -= by;
+        }
     }
 
     /// Returns and forgets the requests seen so far.
@@ -543,7 +567,12 @@ impl S3 for Store {
         bucket(&mut state, &name)?;
         state.next += 1;
         let id = format!("upload-{}", state.next);
-        let parts = Parts { bucket: name.clone(), key: key.clone(), parts: BTreeMap::new() };
+        let parts = Parts {
+            bucket: name.clone(),
+            key: key.clone(),
+            started: SystemTime::now(),
+            parts: BTreeMap::new(),
+        };
         state.uploads.insert(id.clone(), parts);
         Ok(S3Response::new(CreateMultipartUploadOutput {
             bucket: Some(name),
@@ -616,6 +645,43 @@ impl S3 for Store {
             key: Some(input.key),
             e_tag,
             ..CompleteMultipartUploadOutput::default()
+        }))
+    }
+
+    async fn list_multipart_uploads(
+        &self,
+        request: S3Request<ListMultipartUploadsInput>,
+    ) -> S3Result<S3Response<ListMultipartUploadsOutput>> {
+        let input = request.input;
+        let prefix = input.prefix.clone().unwrap_or_default();
+        let after = (input.key_marker.clone(), input.upload_id_marker.clone().unwrap_or_default());
+        let mut state = self.lock();
+        bucket(&mut state, &input.bucket)?;
+        let mut found: Vec<_> = state
+            .uploads
+            .iter()
+            .filter(|(_, parts)| parts.bucket == input.bucket && parts.key.starts_with(&prefix))
+            .map(|(id, parts)| (parts.key.clone(), id.clone(), parts.started))
+            .filter(|(key, id, _)| after.0.as_ref().is_none_or(|marker| (key, id) > (marker, &after.1)))
+            .collect();
+        found.sort();
+        // Short pages: what goes on is tested then, too.
+        let truncated = found.len() > 2;
+        found.truncate(2);
+        let last = found.last().filter(|_| truncated).cloned();
+        let uploads = found.into_iter().map(|(key, id, started)| MultipartUpload {
+            key: Some(key),
+            upload_id: Some(id),
+            initiated: Some(started.into()),
+            ..MultipartUpload::default()
+        });
+        Ok(S3Response::new(ListMultipartUploadsOutput {
+            bucket: Some(input.bucket),
+            is_truncated: Some(truncated),
+            next_key_marker: last.as_ref().map(|(key, ..)| key.clone()),
+            next_upload_id_marker: last.map(|(_, id, _)| id),
+            uploads: Some(uploads.collect()),
+            ..ListMultipartUploadsOutput::default()
         }))
     }
 

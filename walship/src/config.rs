@@ -112,7 +112,7 @@ pub struct Overrides {
     /// How requests name the bucket: auto, path or virtual [env: WALSHIP_S3_ADDRESSING]
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "STYLE", hide_short_help = true))]
     pub s3_addressing: Option<String>,
-    /// PEM file of further certificate authorities to trust [env: WALSHIP_S3_CA_FILE]
+    /// PEM file of further certificate authorities to trust [env: WALSHIP_S3_CA_FILE, else AWS_CA_BUNDLE]
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "FILE", hide_short_help = true))]
     pub s3_ca_file: Option<PathBuf>,
     /// Profile of AWS's shared configuration files [env: WALSHIP_S3_PROFILE]
@@ -197,7 +197,9 @@ impl Config {
             .into_iter()
             .map(|own| {
                 let limits = limits.or(own.limits).or(file.limits);
-                let s3 = s3_or(s3_or(s3.clone(), own.s3), file.s3.clone());
+                let mut s3 = s3_or(s3_or(s3.clone(), own.s3), file.s3.clone());
+                // AWS's own variable, which the SDK for Rust does not read.
+                s3.ca_file = s3.ca_file.or(environment.path("AWS_CA_BUNDLE"));
                 let config = StorageConfig { url: own.url, s3, limits: limits.or_default()? };
                 config.location().map(|_| config)
             })

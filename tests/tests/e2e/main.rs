@@ -5,6 +5,7 @@
 
 mod backup;
 mod catalog_oracle;
+mod doctor;
 mod harness;
 mod kill;
 mod large_segments;
@@ -12,6 +13,7 @@ mod main_job;
 mod pitr;
 mod recovery;
 mod replication;
+mod s3_settings;
 mod storage;
 mod storage_folder;
 mod tablespaces;

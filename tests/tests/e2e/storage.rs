@@ -1,5 +1,7 @@
 //! The storages against what they stand on: folders, an S3 server in the process, SeaweedFS.
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -376,40 +378,31 @@ async fn wrong_credentials_and_settings_have_their_own_errors() {
     assert!(matches!(storage::open(&config), Err(Error::Invalid(_))));
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn seaweedfs_over_tls_needs_its_authority() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name);
-    let openssl = |args: &[&str]| {
+/// Makes a certificate authority and a certificate for 127.0.0.1 in `folder`; returns the files of the
+/// authority, the certificate and its key.
+pub(crate) fn own_authority(folder: &Path) -> (PathBuf, PathBuf, PathBuf) {
+    let path = |name: &str| folder.join(name);
+    let openssl = |args: &str, more: &[&str]| {
         let output =
-            std::process::Command::new("openssl").args(args).current_dir(folder.path()).output().unwrap();
+            Command::new("openssl").args(args.split(' ')).args(more).current_dir(folder).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     };
     let ec = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
-    openssl(
-        &[&["req", "-x509", "-days", "2", "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem"], &ec[..]]
-            .concat(),
-    );
-    openssl(&[&["req", "-subj", "/CN=s3", "-keyout", "s3.key", "-out", "s3.csr"], &ec[..]].concat());
+    openssl("req -x509 -days 2 -subj /CN=ca -keyout ca.key -out ca.pem", &ec);
+    openssl("req -subj /CN=s3 -keyout s3.key -out s3.csr", &ec);
     std::fs::write(path("ext"), "subjectAltName=IP:127.0.0.1\n").unwrap();
-    openssl(&[
-        "x509",
-        "-req",
-        "-in",
-        "s3.csr",
-        "-CA",
-        "ca.pem",
-        "-CAkey",
-        "ca.key",
-        "-CAcreateserial",
-        "-days",
-        "2",
-        "-extfile",
-        "ext",
-        "-out",
-        "s3.pem",
-    ]);
-    let server = WeedServer::start_tls(&path("s3.pem"), &path("s3.key"), &path("ca.pem"));
+    openssl(
+        "x509 -req -in s3.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile ext -out s3.pem",
+        &[],
+    );
+    (path("ca.pem"), path("s3.pem"), path("s3.key"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn seaweedfs_over_tls_needs_its_authority() {
+    let folder = tempfile::tempdir().unwrap();
+    let (authority, certificate, private_key) = own_authority(folder.path());
+    let server = WeedServer::start_tls(&certificate, &private_key, &authority);
     let storage = storage::open(&server.config("tls")).unwrap();
     assert_eq!(storage.put_if_absent(&key("a"), vec![1; 100_000].into()).await.unwrap(), PutOutcome::Stored);
     assert_eq!(storage.put_if_absent(&key("a"), vec![2; 100_000].into()).await.unwrap(), PutOutcome::Exists);

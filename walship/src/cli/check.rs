@@ -1,13 +1,21 @@
 //! `walship check`: finds out what is wrong and says how to mend it.
 
+use chrono::{TimeDelta, Utc};
 use serde::Serialize;
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
+use walship::pg::WalFileName;
 use walship::replication::connection::Connection;
 use walship::repository::{ClusterName, ClusterRepository, LineageRepository};
 use walship::storage::{self, StorageConfig};
 
 use super::server::{self, Identity, Weight};
+
+/// What is younger may be part of a backup that runs.
+const UNDER_WAY: TimeDelta = TimeDelta::days(1);
+
+/// More would hide the rest of the report.
+const UNFINISHED_SHOWN_MAX: usize = 20;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -42,16 +50,15 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
     let config = super::config(overrides)?;
     let name: ClusterName = config.cluster.parse()?;
     let mut findings = Findings::default();
-    let mut identity = None;
+    let mut server = None;
     if !args.offline {
         match check_server(&config, overrides, &mut findings).await {
-            Ok(found) => identity = Some(found),
+            Ok(found) => server = Some(found),
             Err(error) => findings.failed(&error),
         }
     }
     for repository in &config.repositories {
-        if let Err(error) =
-            check_repository(repository, &config, &name, identity.as_ref(), &mut findings).await
+        if let Err(error) = check_repository(repository, &config, &name, server.as_ref(), &mut findings).await
         {
             findings.failed(&error);
         }
@@ -60,7 +67,14 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
     Ok(u8::from(findings.findings.iter().any(|finding| finding.weight == Weight::Needed)))
 }
 
-async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Findings) -> Result<Identity> {
+/// What the server said that the repositories are compared with.
+struct Server {
+    identity: Identity,
+    /// The file with which the archiver failed last, when nothing was archived since.
+    failing: Option<WalFileName>,
+}
+
+async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Findings) -> Result<Server> {
     let mut connection = server::connect(config).await?;
     let identity = server::identity(&mut connection).await?;
     findings.good(format!(
@@ -81,19 +95,21 @@ async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Fin
             ),
         }
     }
-    check_archiver(&mut connection, findings).await?;
+    let failing = check_archiver(&mut connection, findings).await?;
     connection.close().await;
-    Ok(identity)
+    Ok(Server { identity, failing })
 }
 
-async fn check_archiver(connection: &mut Connection, findings: &mut Findings) -> Result<()> {
+/// Looks at the archiver's statistics; returns the file that it cannot archive, if there is one.
+async fn check_archiver(connection: &mut Connection, findings: &mut Findings) -> Result<Option<WalFileName>> {
     let sql = "SELECT archived_count, coalesce(last_archived_wal, ''), failed_count, \
                coalesce(last_failed_wal, ''), \
                coalesce(last_failed_time > coalesce(last_archived_time, '-infinity'), false), \
                coalesce(last_failed_time::text, '') FROM pg_stat_archiver";
     let rows = connection.query(sql).await?;
     let text = |column| rows.get(0, column).unwrap_or_default().to_owned();
-    if text(4) == "t" {
+    let failing = text(4) == "t";
+    if failing {
         findings.add(
             Weight::Needed,
             format!(
@@ -113,14 +129,14 @@ async fn check_archiver(connection: &mut Connection, findings: &mut Findings) ->
     } else {
         findings.good(format!("the archiver has archived {} files, the last is {}", text(0), text(1)));
     }
-    Ok(())
+    Ok(if failing { text(3).parse().ok() } else { None })
 }
 
 async fn check_repository(
     config: &StorageConfig,
     whole: &Config,
     name: &ClusterName,
-    server: Option<&Identity>,
+    server: Option<&Server>,
     findings: &mut Findings,
 ) -> Result<()> {
     let storage = storage::open(config)?;
@@ -132,10 +148,92 @@ async fn check_repository(
     }
     findings.good(format!("{location} was tried: conditional writes, checksums, what is absent"));
     let lineage = match server {
-        Some(server) => cluster.lineage_of(server.system_identifier, server.segment_size).await?,
+        Some(Server { identity, .. }) => {
+            cluster.lineage_of(identity.system_identifier, identity.segment_size).await?
+        }
         None => cluster.newest_lineage().await?,
     };
-    check_leftovers(&lineage, findings).await
+    check_conflict(&lineage, server.and_then(|server| server.failing), findings).await?;
+    check_leftovers(&lineage, findings).await?;
+    check_unfinished(&cluster, findings).await
+}
+
+/// Uploads and temporary files that nobody has ended.
+async fn check_unfinished(cluster: &ClusterRepository, findings: &mut Findings) -> Result<()> {
+    let storage = cluster.storage();
+    let location = storage.location();
+    let cannot_tell = format!("{location}: cannot tell whether unfinished uploads take room");
+    let unfinished = match storage.unfinished(&format!("{}/", cluster.name())).await {
+        Ok(Some(unfinished)) => unfinished,
+        Ok(None) => {
+            let next = "The store does not list uploads; look at the room it uses.".to_owned();
+            findings.add(Weight::Advice, cannot_tell, Some(next));
+            return Ok(());
+        }
+        Err(error @ Error::Denied(_)) => {
+            let next =
+                "Grant s3:ListBucketMultipartUploads on the bucket to the credentials that check with.";
+            findings.add(Weight::Advice, format!("{cannot_tell}: {error}"), Some(next.to_owned()));
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
+    let now = Utc::now();
+    for unfinished in unfinished.iter().take(UNFINISHED_SHOWN_MAX) {
+        let age = unfinished.since.map(|since| now.signed_duration_since(since).max(TimeDelta::zero()));
+        let (weight, text) = match age {
+            Some(age) if age < UNDER_WAY => {
+                (Weight::Good, format!("{} old, probably under way", age_text(age)))
+            }
+            Some(age) => (Weight::Advice, format!("{} old, left behind", age_text(age))),
+            None => (Weight::Advice, "of unknown age".to_owned()),
+        };
+        let next = (weight != Weight::Good).then(|| unfinished.mend.clone());
+        findings.add(weight, format!("{} is {text}", unfinished.what), next);
+    }
+    match unfinished.len() {
+        0 => findings.good(format!("{location} holds no unfinished uploads of this cluster")),
+        many if many > UNFINISHED_SHOWN_MAX => {
+            let more = many - UNFINISHED_SHOWN_MAX;
+            findings.add(Weight::Advice, format!("{location} holds {more} more unfinished uploads"), None);
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn age_text(age: TimeDelta) -> String {
+    match (age.num_days(), age.num_hours(), age.num_minutes()) {
+        (0, 0, 0) => format!("{} s", age.num_seconds()),
+        (0, 0, minutes) => format!("{minutes} min"),
+        (0, hours, _) => format!("{hours} h"),
+        (days, ..) => format!("{days} days"),
+    }
+}
+
+/// A segment that the server cannot archive and that is stored already: most likely with other content.
+async fn check_conflict(
+    lineage: &LineageRepository,
+    failing: Option<WalFileName>,
+    findings: &mut Findings,
+) -> Result<()> {
+    let Some(WalFileName::Segment(name)) = failing else { return Ok(()) };
+    let Some(stored) = lineage.summarized(name).await? else { return Ok(()) };
+    findings.add(
+        Weight::Needed,
+        format!(
+            "{name}, which the archiver cannot archive, is already stored in {} (digest {}): a conflict, if the \
+             server's log says \"other content\"",
+            lineage.location(),
+            stored.digest
+        ),
+        Some(
+            "Find out which server archived it; \"When a segment is stored with other content\" in \
+             docs/repository-format.md has the steps."
+                .to_owned(),
+        ),
+    );
+    Ok(())
 }
 
 async fn check_leftovers(lineage: &LineageRepository, findings: &mut Findings) -> Result<()> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Upload};
+use super::{ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Unfinished, Upload};
 use crate::error::{Error, Result};
 
 /// What is being asked of a storage.
@@ -159,6 +159,10 @@ impl Storage for FaultyStorage {
 
     async fn delete(&self, key: &ObjectKey) -> Result<()> {
         self.with(Call::Delete, key.as_str(), self.inner.delete(key)).await.map(drop)
+    }
+
+    async fn unfinished(&self, prefix: &str) -> Result<Option<Vec<Unfinished>>> {
+        Ok(self.with(Call::List, prefix, self.inner.unfinished(prefix)).await?.0)
     }
 }
 

@@ -29,6 +29,7 @@ use std::sync::Arc;
 #[cfg(feature = "store")]
 use async_trait::async_trait;
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 
 use crate::error::{Error, Result};
 
@@ -264,6 +265,17 @@ pub struct ListPage {
     pub next: Option<String>,
 }
 
+/// What a writer began and has not ended: it may still be at it, or have died.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unfinished {
+    /// What it is and where, for messages; no control characters.
+    pub what: String,
+    /// When it was begun, or last written to, where the store says that.
+    pub since: Option<DateTime<Utc>>,
+    /// How to remove it.
+    pub mend: String,
+}
+
 /// A store of objects.
 ///
 /// Every call has a deadline of its own and retries transient failures within it (see
@@ -315,6 +327,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// Removes an object; success also when it is not there. Tidying only: nothing relies on it.
     async fn delete(&self, key: &ObjectKey) -> Result<()>;
+
+    /// Returns what takes room without being an object: uploads neither completed nor aborted whose keys start with
+    /// `prefix`, and files that never reached a key. `None` where the store cannot tell.
+    async fn unfinished(&self, _prefix: &str) -> Result<Option<Vec<Unfinished>>> {
+        Ok(Some(Vec::new()))
+    }
 
     /// Returns what only a probe asks of a store; `None` where there is nothing more to ask.
     fn probe(&self) -> Option<&dyn StoreProbe> {

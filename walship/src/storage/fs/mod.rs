@@ -20,7 +20,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Upload, blocking, too_long,
+    Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Unfinished, Upload, blocking,
+    too_long,
 };
 use crate::error::{Error, Result};
 use folder::{Folders, Root};
@@ -202,6 +203,11 @@ impl Storage for FsStorage {
             }
         })
         .await
+    }
+
+    async fn unfinished(&self, _prefix: &str) -> Result<Option<Vec<Unfinished>>> {
+        // Temporaries say nothing of their keys.
+        self.run("listing temporaries".to_owned(), 0, |root| publish::temporaries(root)).await.map(Some)
     }
 }
 

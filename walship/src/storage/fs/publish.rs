@@ -13,7 +13,7 @@ use nix::sys::stat::{Mode, SFlag, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use super::folder::{Folders, Root, is};
-use super::{KeyPath, PutOutcome, TMP};
+use super::{KeyPath, PutOutcome, TMP, Unfinished};
 use crate::error::{Error, Result};
 
 /// What the names of our temporaries look like: this, 16 hexadecimal digits, the ending.
@@ -22,6 +22,9 @@ const NAME_END: &str = ".tmp";
 
 /// A temporary that nobody wrote to for this long is left over from a process that died.
 const STALE_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+/// More than anybody wants to read about.
+const UNFINISHED_MAX: usize = 1000;
 
 /// A file without a key as yet; dropping it removes it.
 #[derive(Debug)]
@@ -112,6 +115,36 @@ impl Drop for Temporary {
 
 /// Removes temporaries that processes which died left behind.
 pub(super) fn remove_stale(root: &Root) -> Result<()> {
+    for_each_file(root, |folder, name, written| {
+        let stale = SystemTime::now().duration_since(written).is_ok_and(|age| age > STALE_AFTER);
+        if stale && is_ours(name) {
+            let _ = unlinkat(folder, name, UnlinkatFlags::NoRemoveDir);
+        }
+    })
+}
+
+/// Returns the files in the folder of temporaries, oldest first, foreign ones too; a bounded number.
+pub(super) fn temporaries(root: &Root) -> Result<Vec<Unfinished>> {
+    let mut found = Vec::new();
+    for_each_file(root, |_, name, written| {
+        if found.len() == UNFINISHED_MAX {
+            return;
+        }
+        let path = root.path().join(TMP).join(name);
+        let mend = if is_ours(name) {
+            "walship removes it when it is older than a day; so can you when nothing writes to it.".to_owned()
+        } else {
+            "It is none of walship's: remove it if nobody else needs it.".to_owned()
+        };
+        let what = format!("the temporary file {:?}", path);
+        found.push(Unfinished { what, since: Some(written.into()), mend });
+    })?;
+    found.sort_by_key(|file| file.since);
+    Ok(found)
+}
+
+/// Calls `visit` with the folder of temporaries, each regular file's name and when it was written to.
+fn for_each_file(root: &Root, mut visit: impl FnMut(&OwnedFd, &str, SystemTime)) -> Result<()> {
     let failed = |errno| root.failed("cannot list", TMP, errno);
     let folder = root.tmp()?;
     let mut entries =
@@ -119,15 +152,11 @@ pub(super) fn remove_stale(root: &Root) -> Result<()> {
     for entry in entries.iter() {
         let entry = entry.map_err(failed)?;
         let Ok(name) = entry.file_name().to_str() else { continue };
-        if !is_ours(name) {
-            continue;
-        }
         let Ok(stat) = fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) else { continue };
-        let written = SystemTime::UNIX_EPOCH
-            + Duration::from_secs(u64::try_from(stat.st_mtime).unwrap_or(u64::MAX >> 1));
-        let stale = SystemTime::now().duration_since(written).is_ok_and(|age| age > STALE_AFTER);
-        if stale && is(&stat, SFlag::S_IFREG) {
-            let _ = unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir);
+        // A time outside of what a clock can show is as good as none.
+        let seconds = u64::try_from(stat.st_mtime).unwrap_or(0).min(1 << 36);
+        if is(&stat, SFlag::S_IFREG) {
+            visit(&folder, name, SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
         }
     }
     Ok(())

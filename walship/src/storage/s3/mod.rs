@@ -8,6 +8,7 @@
 mod answer;
 mod client;
 mod streamed;
+mod unfinished;
 mod upload;
 
 use async_trait::async_trait;
@@ -22,7 +23,7 @@ use tokio::sync::OnceCell;
 use super::retry::retried;
 use super::{
     Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, S3Settings, Storage, StorageConfig,
-    StoreProbe, Upload, too_long,
+    StoreProbe, Unfinished, Upload, too_long,
 };
 use crate::error::{Error, Result};
 use answer::Answer;
@@ -384,6 +385,10 @@ impl Storage for S3Storage {
             }
         })
         .await
+    }
+
+    async fn unfinished(&self, prefix: &str) -> Result<Option<Vec<Unfinished>>> {
+        unfinished::list(self, prefix).await
     }
 
     fn probe(&self) -> Option<&dyn StoreProbe> {
