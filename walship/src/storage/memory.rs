@@ -36,6 +36,11 @@ impl MemoryStorage {
         self.lock().insert(key.as_str().to_owned(), bytes.into());
     }
 
+    /// Removes an object behind everybody's back.
+    pub fn remove(&self, key: &ObjectKey) {
+        self.lock().remove(key.as_str());
+    }
+
     fn lock(&self) -> MutexGuard<'_, Objects> {
         self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
