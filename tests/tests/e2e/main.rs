@@ -17,6 +17,7 @@ mod s3_settings;
 mod storage;
 mod storage_folder;
 mod tablespaces;
+mod texts;
 mod thin;
 mod wal_files;
 mod waldump_oracle;
