@@ -248,7 +248,7 @@ async fn an_incomplete_file_takes_no_ones_key() {
     assert_eq!((report.whole, report.repositories[0].outcome), (true, STORED));
     assert!(scene.reads(1).await);
     let catalog = load_catalog(&lineage).await.unwrap();
-    assert_eq!(catalog.segments.keys().collect::<Vec<_>>(), [&name]);
+    assert_eq!(catalog.segments.names().collect::<Vec<_>>(), [name]);
     assert_eq!(catalog.incomplete, [name]);
 }
 
@@ -260,7 +260,7 @@ async fn the_catalog_is_whole_or_an_error() {
     scene.push_as("00000002.history", history, "lz4").await.unwrap();
     let lineage = scene.lineage().await;
     let catalog = load_catalog(&lineage).await.unwrap();
-    assert_eq!((catalog.segments.len(), catalog.histories.len(), catalog.backups.len()), (1, 1, 0));
+    assert_eq!((catalog.segments.names().count(), catalog.histories.len(), catalog.backups.len()), (1, 1, 0));
 
     // An outage at any place is no shorter catalog.
     for at in ["main/0001/wal", "main/0001/backups", "00000002.history"] {
