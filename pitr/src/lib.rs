@@ -17,6 +17,7 @@
 
 pub mod cli;
 pub mod execute;
+pub mod inherited;
 pub mod plan;
 pub mod recovery_settings;
 pub mod target;

@@ -9,6 +9,7 @@
 use serde::Serialize;
 use walship::wal::event::ServerLimits;
 
+use crate::inherited::Inherited;
 use crate::plan::RestorePlan;
 use crate::target::{StopSide, TargetKind, shell_word};
 
@@ -70,9 +71,10 @@ pub fn restore_command(program: &str, arguments: &[String]) -> String {
     format!("{} %f %p", command.join(" "))
 }
 
-/// Returns the new content of `postgresql.auto.conf`, given the one in the backup.
-pub fn auto_conf(plan: &RestorePlan, options: &SettingsOptions, existing: &[u8]) -> Vec<u8> {
-    let settings = settings(plan, options, existing);
+/// Returns the new content of `postgresql.auto.conf`, given the configuration in the backup.
+pub fn auto_conf(plan: &RestorePlan, options: &SettingsOptions, inherited: &Inherited) -> Vec<u8> {
+    let existing = &*inherited.auto_conf;
+    let settings = settings(plan, options, inherited);
     let mut text = Vec::with_capacity(existing.len() + 2048);
     for line in existing.split_inclusive(|byte| *byte == b'\n') {
         let overruled = setting_name(line).is_some_and(|name| settings.iter().any(|(own, _)| *own == name));
@@ -97,7 +99,7 @@ pub fn auto_conf(plan: &RestorePlan, options: &SettingsOptions, existing: &[u8])
 pub fn settings(
     plan: &RestorePlan,
     options: &SettingsOptions,
-    existing: &[u8],
+    inherited: &Inherited,
 ) -> Vec<(&'static str, String)> {
     let (chosen, value) = match &plan.target.kind {
         TargetKind::Time { time, .. } => {
@@ -133,8 +135,9 @@ pub fn settings(
         settings.push(("hot_standby", "on".to_owned()));
     }
     settings.push(("restore_command", options.restore_command.clone()));
-    if plan.gap_behind.is_some() && plan.backup.server_version >= 150_000 {
-        // Reading ahead would ask for the missing segment, and that stops recovery short of the target.
+    let hurdle_behind = plan.gap_behind.is_some() || plan.damaged_behind.is_some();
+    if hurdle_behind && plan.backup.server_version >= 150_000 {
+        // Reading ahead would ask for that segment, and that stops recovery short of the target.
         settings.push(("recovery_prefetch", "off".to_owned()));
     }
     settings.push(("recovery_min_apply_delay", "0".to_owned()));
@@ -161,8 +164,21 @@ pub fn settings(
         }
         settings.push(("max_logical_replication_workers", "0".to_owned()));
     }
-    settings.extend(limits(plan.limits, existing));
+    settings.extend(overruled(plan, options, inherited));
+    settings.extend(limits(plan.limits, &inherited.auto_conf));
     settings
+}
+
+/// Returns what is overruled so that a copy does not write where the original server writes.
+pub fn overruled(
+    plan: &RestorePlan,
+    options: &SettingsOptions,
+    inherited: &Inherited,
+) -> Vec<(&'static str, String)> {
+    match options.restore_as {
+        RestoreAs::Copy => inherited.overruled(plan.backup.server_version),
+        RestoreAs::Production => Vec::new(),
+    }
 }
 
 /// Returns the five settings that recovery refuses to run below, none lower than it is now.
@@ -239,8 +255,12 @@ mod tests {
         }
     }
 
+    fn inherited(auto_conf: &str) -> Inherited {
+        Inherited { auto_conf: auto_conf.as_bytes().to_vec(), ..Inherited::default() }
+    }
+
     fn render(target: &RecoveryTarget, options: &SettingsOptions, existing: &str) -> String {
-        let text = auto_conf(&plain_plan(target), options, existing.as_bytes());
+        let text = auto_conf(&plain_plan(target), options, &inherited(existing));
         String::from_utf8(text).unwrap()
     }
 
@@ -273,7 +293,7 @@ mod tests {
             RecoveryTarget::new(TargetKind::Latest),
         ] {
             let plan = plain_plan(&target);
-            let settings = settings(&plan, &options(RestoreAs::Copy), b"");
+            let settings = settings(&plan, &options(RestoreAs::Copy), &Inherited::default());
             let kinds: Vec<_> = settings
                 .iter()
                 .filter(|(name, _)| {
@@ -289,6 +309,16 @@ mod tests {
     }
 
     #[test]
+    fn only_a_copy_is_kept_from_the_originals_files() {
+        let existing = "external_pid_file = '/run/postgresql/main.pid'\n";
+        let copy = render(&xid_target(), &options(RestoreAs::Copy), existing);
+        assert!(copy.starts_with("# before the restore: external_pid_file"), "{copy}");
+        assert!(copy.contains("\nexternal_pid_file = 'postmaster.external.pid'\n"), "{copy}");
+        let production = render(&xid_target(), &options(RestoreAs::Production), existing);
+        assert_eq!(production.matches("external_pid_file").count(), 1, "{production}");
+    }
+
+    #[test]
     fn settings_are_only_named_where_they_exist() {
         for (version, library, trigger, slots) in [
             (140_012, false, true, false),
@@ -298,7 +328,8 @@ mod tests {
         ] {
             let mut plan = plain_plan(&xid_target());
             plan.backup.server_version = version;
-            let text = String::from_utf8(auto_conf(&plan, &options(RestoreAs::Copy), b"")).unwrap();
+            let text = String::from_utf8(auto_conf(&plan, &options(RestoreAs::Copy), &Inherited::default()))
+                .unwrap();
             assert_eq!(text.contains("archive_library = ''"), library, "{version}");
             assert_eq!(text.contains("promote_trigger_file = ''"), trigger, "{version}");
             assert_eq!(text.contains("synchronized_standby_slots = ''"), slots, "{version}");
@@ -326,7 +357,7 @@ mod tests {
             ("max_connections = 'x'", "100"),
         ] {
             let plan = plain_plan(&xid_target());
-            let settings = settings(&plan, &options(RestoreAs::Copy), line.as_bytes());
+            let settings = settings(&plan, &options(RestoreAs::Copy), &inherited(line));
             let value = settings.iter().find(|(name, _)| *name == "max_connections").unwrap();
             assert_eq!(value.1, expected, "{line}");
         }

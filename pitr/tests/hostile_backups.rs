@@ -161,6 +161,7 @@ impl Scene {
             tablespace_paths: vec![],
             open_prepared: None,
             gap_behind: None,
+            damaged_behind: None,
             reasons: vec![],
             warnings: vec![],
         };

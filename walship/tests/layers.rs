@@ -24,8 +24,13 @@ const WALSHIP_FLOORS: &[&[&str]] = &[
 ];
 
 /// The rooms of `pitr`, from the bottom up.
-const PITR_FLOORS: &[&[&str]] =
-    &[&["target"], &["plan"], &["recovery_settings", "retention", "verify"], &["execute"], &["cli"]];
+const PITR_FLOORS: &[&[&str]] = &[
+    &["target", "inherited"],
+    &["plan"],
+    &["recovery_settings", "retention", "verify"],
+    &["execute"],
+    &["cli"],
+];
 
 /// What stands beside all floors: every room may use it, and it uses only these rooms.
 const BESIDE: &[(&str, &[&str])] = &[("error", &["pg"]), ("config", &["pg", "codec", "storage"])];
@@ -33,7 +38,7 @@ const BESIDE: &[(&str, &[&str])] = &[("error", &["pg"]), ("config", &["pg", "cod
 /// Rooms that compute and nothing else.
 const PURE: &[(&str, &[&str])] = &[
     ("walship", &["pg", "wal", "catalog", "codec"]),
-    ("pitr", &["target", "plan", "recovery_settings", "retention", "verify"]),
+    ("pitr", &["target", "inherited", "plan", "recovery_settings", "retention", "verify"]),
 ];
 
 /// What a pure room must not name: as the beginning of an imported path, or anywhere in its code.

@@ -15,12 +15,12 @@ use super::DONE;
 use super::args::RestoreArgs;
 use super::output::{self, Style};
 use super::plan::refused;
-use super::source::{Source, restore_cmd, restore_cmd_arguments};
+use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
 use crate::execute::restore::check;
 use crate::execute::{Planned, Progress, RestoreOptions, RestoreReport, make_plan, restore};
 use crate::plan::{PlanOptions, RestorePlan};
 use crate::recovery_settings::{RestoreAs, SettingsOptions, TargetAction, restore_command};
-use crate::target::{TargetKind, shell_word};
+use crate::target::TargetKind;
 
 /// How often progress is shown on a terminal.
 const REDRAW: Duration = Duration::from_millis(200);
@@ -42,7 +42,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     if !args.source.json {
         output::print(&output::plan_text(&plan, None, style))?;
     }
-    let report = if args.dry_run {
+    let mut report = if args.dry_run {
         check(&plan, &options)?
     } else {
         let progress = Arc::new(Progress::default());
@@ -52,6 +52,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
             () = show(&shown, plan.backup.data_bytes) => unreachable_end()?,
         }
     };
+    report.notes.extend(credentials_note(&args.source.overrides)?);
     if args.source.json {
         let value = json!({
             "outcome": if args.dry_run { "would_restore" } else { "restored" },
@@ -190,8 +191,7 @@ fn report_text(
     for note in &report.notes {
         lines.push(format!("  - {}", output::clean(note)));
     }
-    let start = format!("pg_ctl -D {} -w start", shell_word(&report.data_dir.to_string_lossy()));
-    lines.push(format!("  - start it: {start}"));
+    lines.push(format!("  - start it: {}", output::clean(&report.start_command)));
     lines.push(match options.settings.action {
         _ if plan.target.kind == TargetKind::Latest => {
             "  - it opens for writing at the end of the archived WAL, on a new timeline".to_owned()

@@ -6,9 +6,25 @@ use std::path::{Path, PathBuf};
 use walship::catalog::Catalog;
 use walship::config::{Config, DEFAULT_PATH, Overrides};
 use walship::repository::{ClusterName, ClusterRepository, LineageRepository, load_catalog};
+use walship::storage::StorageConfig;
 use walship::{Error, Result, storage};
 
 use super::args::SourceArgs;
+
+/// Variables of our own that hold S3 credentials; they outrank the configuration file.
+const OWN_CREDENTIALS: &[&str] =
+    &["WALSHIP_S3_SECRET_ACCESS_KEY", "WALSHIP_S3_ACCESS_KEY_ID", "WALSHIP_S3_SESSION_TOKEN"];
+
+/// AWS's variables that lead to credentials; they count where the configuration names none.
+const AWS_CREDENTIALS: &[&str] = &[
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_PROFILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+];
 
 /// One lineage, opened, and what it holds.
 pub(super) struct Source {
@@ -87,6 +103,30 @@ pub(super) fn restore_cmd_arguments(overrides: &Overrides, lineage: u32) -> Resu
     Ok(arguments)
 }
 
+/// Returns what to do when this command's S3 credentials came from its environment: secrets are not written
+/// into `restore_command`, and the restored server has an environment of its own.
+pub(super) fn credentials_note(overrides: &Overrides) -> Result<Option<String>> {
+    let config = Config::load(overrides)?;
+    let set = |name: &&&str| env::var_os(name).is_some_and(|value| !value.is_empty());
+    Ok(credentials_note_for(&config.repositories, |names| names.iter().find(set).copied()))
+}
+
+fn credentials_note_for(
+    repositories: &[StorageConfig],
+    first_set: impl Fn(&'static [&'static str]) -> Option<&'static str>,
+) -> Option<String> {
+    let on_s3 = |place: &&StorageConfig| place.url.starts_with("s3://");
+    let variable = first_set(OWN_CREDENTIALS).filter(|_| repositories.iter().any(|place| on_s3(&place)));
+    let without = |place: &StorageConfig| place.s3.access_key_id.is_none() && place.s3.profile.is_none();
+    let variable = variable
+        .or_else(|| first_set(AWS_CREDENTIALS).filter(|_| repositories.iter().filter(on_s3).any(without)))?;
+    Some(format!(
+        "this command took its S3 credentials from the environment ({variable}), and restore_command runs in \
+         the environment of the restored server: set them there, or put access_key_id and secret_access_key into \
+         the configuration file (mode 0600), or recovery cannot fetch WAL"
+    ))
+}
+
 /// Returns the absolute path of `restore-cmd`: the one given, or the one beside this program.
 ///
 /// # Errors
@@ -112,4 +152,39 @@ fn text(path: &Path) -> Result<String> {
     let text = path.to_str().filter(|text| !text.contains(['\n', '\r']));
     text.map(str::to_owned)
         .ok_or_else(|| Error::invalid(format!("{} cannot stand in a configuration file", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_that_the_server_will_not_have_are_named() {
+        let place = |url: &str| StorageConfig {
+            url: url.to_owned(),
+            s3: Default::default(),
+            limits: Default::default(),
+        };
+        let note = |place: &StorageConfig, variable: &'static str| {
+            let first =
+                |names: &'static [&'static str]| names.iter().find(|name| **name == variable).copied();
+            credentials_note_for(std::slice::from_ref(place), first)
+        };
+        let (bare, mut full, folder) = (place("s3://b/x"), place("s3://b/x"), place("file:///srv/walship"));
+        full.s3.access_key_id = Some("AK".into());
+        for (place, variable, told) in [
+            (&bare, "WALSHIP_S3_SECRET_ACCESS_KEY", true),
+            (&bare, "AWS_SECRET_ACCESS_KEY", true),
+            (&bare, "AWS_PROFILE", true),
+            (&bare, "HOME", false),
+            (&full, "AWS_SECRET_ACCESS_KEY", false),
+            (&full, "WALSHIP_S3_SECRET_ACCESS_KEY", true),
+            (&folder, "WALSHIP_S3_SECRET_ACCESS_KEY", false),
+            (&folder, "AWS_SECRET_ACCESS_KEY", false),
+        ] {
+            let note = note(place, variable);
+            assert_eq!(note.is_some(), told, "{place:?} {variable}");
+            assert!(note.is_none_or(|note| note.contains(variable)));
+        }
+    }
 }

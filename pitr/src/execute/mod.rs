@@ -2,6 +2,7 @@
 //!
 //! Nothing is chosen here. What a plan says is done as it says it, or fails.
 
+mod configuration;
 pub mod load;
 pub mod restore;
 mod unpack;

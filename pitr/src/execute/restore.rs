@@ -22,9 +22,10 @@ use walship::pg::control::ControlData;
 use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
+use super::configuration;
 use super::unpack::{Arriving, CONTROL_FILE, Destination, create, unpack};
 use crate::plan::RestorePlan;
-use crate::recovery_settings::{RestoreAs, SIGNAL_FILE, SettingsOptions, auto_conf};
+use crate::recovery_settings::{RestoreAs, SIGNAL_FILE, SettingsOptions, auto_conf, overruled};
 use crate::target::shell_word;
 
 /// The file that marks a folder whose restore is not complete.
@@ -44,9 +45,6 @@ const MANIFEST_BYTES_MAX: u64 = BackupManifest::MAX_BYTES as u64;
 
 /// Space that is kept free beside the files: for the WAL that recovery fetches.
 const SPARE_BYTES: u64 = 128 << 20;
-
-/// The longest `postgresql.auto.conf` that is read.
-const AUTO_CONF_BYTES_MAX: u64 = 1 << 20;
 
 /// Folders that PostgreSQL wants and whose contents are never restored.
 const EMPTY_FOLDERS: &[&str] = &["pg_wal", "pg_wal/archive_status", "pg_replslot"];
@@ -88,6 +86,8 @@ pub struct RestoreReport {
     pub data_bytes: u64,
     /// What to know or do before PostgreSQL is started.
     pub notes: Vec<String>,
+    /// The command that starts PostgreSQL on it.
+    pub start_command: String,
 }
 
 /// Checks everything that can be checked before a byte is fetched, and says what a restore would do.
@@ -117,13 +117,26 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
         notes
             .push("take a new base backup once the server is up, and re-create its replication slots".into());
     }
+    let start_command = start_command(&data_dir, false);
     Ok(RestoreReport {
         data_dir,
         tablespaces,
         files: plan.backup.files,
         data_bytes: plan.backup.data_bytes,
         notes,
+        start_command,
     })
+}
+
+/// Returns the command that starts PostgreSQL. On the command line `data_directory` outranks what the
+/// configuration says.
+fn start_command(data_dir: &Path, pinned: bool) -> String {
+    let path = data_dir.to_string_lossy();
+    let option = match pinned {
+        true => format!(" -o {}", shell_word(&format!("-c data_directory={}", shell_word(&path)))),
+        false => String::new(),
+    };
+    format!("pg_ctl -D {} -w start{option}", shell_word(&path))
 }
 
 /// Restores the plan's backup and writes the settings that make PostgreSQL recover to its target.
@@ -185,7 +198,18 @@ pub async fn restore(
                 .to_owned(),
         );
     }
-    blocking(move || complete(&data_dir, &folders, &plan, &settings, &manifest_bytes, &control_file)).await?;
+    let inherited = {
+        let data_dir = data_dir.clone();
+        blocking(move || configuration::read(&data_dir)).await?
+    };
+    report.notes.extend(inherited.notes(&overruled(&plan, &settings, &inherited), &data_dir));
+    report.start_command = start_command(&data_dir, inherited.moves_data_directory(&data_dir));
+    let files = SmallFiles {
+        auto_conf: auto_conf(&plan, &settings, &inherited),
+        manifest: manifest_bytes,
+        control_file,
+    };
+    blocking(move || complete(&data_dir, &folders, &files)).await?;
     Ok(report)
 }
 
@@ -412,43 +436,38 @@ fn make_private(path: &Path) -> Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed)
 }
 
+/// What is written last.
+struct SmallFiles {
+    auto_conf: Vec<u8>,
+    manifest: Vec<u8>,
+    control_file: Vec<u8>,
+}
+
 /// Writes settings and signal file, syncs all, and only then lets PostgreSQL start.
-fn complete(
-    data_dir: &Path,
-    tablespaces: &[PathBuf],
-    plan: &RestorePlan,
-    settings: &SettingsOptions,
-    manifest: &[u8],
-    control_file: &[u8],
-) -> Result<()> {
+fn complete(data_dir: &Path, tablespaces: &[PathBuf], files: &SmallFiles) -> Result<()> {
     for folder in EMPTY_FOLDERS {
         let path = data_dir.join(folder);
         if !path.exists() {
             make_private(&path)?;
         }
     }
-    write(&data_dir.join("backup_manifest"), manifest)?;
-    let auto_conf_path = data_dir.join("postgresql.auto.conf");
-    let existing = read_bounded(&auto_conf_path)?;
-    if existing.is_some() {
-        let gone = fs::remove_file(&auto_conf_path);
-        gone.map_err(|error| Error::from_io("replacing postgresql.auto.conf", error))?;
-    }
-    write(&auto_conf_path, &auto_conf(plan, settings, &existing.unwrap_or_default()))?;
-    let standby = data_dir.join("standby.signal");
-    match fs::remove_file(&standby) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(Error::from_io("removing standby.signal", error));
+    write(&data_dir.join("backup_manifest"), &files.manifest)?;
+    for name in ["postgresql.auto.conf", "standby.signal"] {
+        match fs::remove_file(data_dir.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::from_io(format!("removing the backup's {name}"), error));
+            }
+            _ => {}
         }
-        _ => {}
     }
+    write(&data_dir.join("postgresql.auto.conf"), &files.auto_conf)?;
     let signal = data_dir.join(SIGNAL_FILE);
     if !signal.exists() {
         write(&signal, b"")?;
     }
     let global = data_dir.join("global");
     let temporary = global.join("pg_control.walship");
-    write(&temporary, control_file)?;
+    write(&temporary, &files.control_file)?;
     sync_file_system(data_dir)?;
     for folder in tablespaces {
         sync_file_system(folder)?;
@@ -464,20 +483,6 @@ fn complete(
 fn write(path: &Path, content: &[u8]) -> Result<()> {
     let mut file = create(path, 0o600)?;
     file.write_all(content).map_err(|error| Error::from_io(format!("writing {}", path.display()), error))
-}
-
-fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>> {
-    let failed = |error| Error::from_io(format!("reading {}", path.display()), error);
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(failed)?,
-    };
-    let mut content = Vec::new();
-    io::copy(&mut io::Read::take(file, AUTO_CONF_BYTES_MAX), &mut content).map_err(failed)?;
-    if content.len() as u64 == AUTO_CONF_BYTES_MAX {
-        return Err(Error::corrupt(format!("{} is longer than any such file", path.display())));
-    }
-    Ok(Some(content))
 }
 
 /// Makes everything on the folder's file system durable, once for all files.

@@ -1,7 +1,7 @@
 //! Puts a plan together once backup and stop are chosen: sizes, neighbours, reasons, warnings.
 
 use walship::catalog::{BackupRecord, Catalog};
-use walship::pg::TimelineHistory;
+use walship::pg::{SegmentName, TimelineHistory};
 use walship::wal::event::{EventKind, WalEvent};
 
 use super::chain::{Chain, ChainEnding, begin_of, oldest_way};
@@ -75,6 +75,7 @@ pub(crate) fn assemble(
         limits: notable.limits,
         tablespace_paths: notable.tablespace_paths,
         open_prepared,
+        damaged_behind: damaged_after(&all, last)?,
         gap_behind: gap_of(chain).or_else(|| gap_of(&candidate.chain)),
         reasons: Vec::new(),
         warnings: Vec::new(),
@@ -124,6 +125,18 @@ fn first_excluded(walk: &Walk<'_>, last: usize, stop: &Stop) -> Result<Behind, H
 /// Returns the number of the last step that recovery reads.
 fn last_step(chain: &Chain, stop: &Stop) -> usize {
     chain.step_reaching(stop.through_lsn)
+}
+
+/// Returns the segment behind step `last` if its stored object is damaged.
+fn damaged_after(walk: &Walk<'_>, last: usize) -> Result<Option<SegmentName>, Halt> {
+    if last + 1 >= walk.chain.len() {
+        return Ok(None);
+    }
+    match walk.summary(last + 1) {
+        Ok(_) => Ok(None),
+        Err(Halt::Unreadable(name)) => Ok(Some(name)),
+        Err(halt) => Err(halt),
+    }
 }
 
 fn gap_of(chain: &Chain) -> Option<Gap> {

@@ -194,6 +194,9 @@ pub struct RestorePlan {
     pub open_prepared: Option<Vec<OpenPrepared>>,
     /// The gap that ends the WAL behind the target; recovery must not read ahead into it.
     pub gap_behind: Option<Gap>,
+    /// The segment behind the last one to fetch, when it is damaged where it is stored; recovery must not
+    /// read ahead into it either.
+    pub damaged_behind: Option<SegmentName>,
     /// Why this timeline, this backup, this stop.
     pub reasons: Vec<String>,
     /// What to know before restoring.

@@ -723,6 +723,8 @@ fn a_damaged_segment_is_no_obstacle_behind_the_stop_and_ends_the_planning_before
                 let unknown = plan.first_excluded_unknown.as_deref();
                 assert_eq!(unknown.is_some(), target == xid(14), "{target:?}: {unknown:?}");
                 assert!(unknown.is_none_or(|why| why.contains(&damaged.to_string())), "{unknown:?}");
+                let next = plan.chain.last().unwrap().last.next(SIZE).unwrap();
+                assert_eq!(plan.damaged_behind, (next == damaged).then_some(damaged), "{target:?}");
                 assert_eq!(plan.warnings.len(), usize::from(target == xid(14)), "{:?}", plan.warnings);
             }
             Outcome::Unreadable(name) => {

@@ -13,6 +13,7 @@ mod main_job;
 mod pitr;
 mod recovery;
 mod replication;
+mod restore;
 mod s3_settings;
 mod storage;
 mod storage_folder;
