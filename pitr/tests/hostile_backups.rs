@@ -122,6 +122,7 @@ impl Scene {
             limits: LIMITS,
             data_checksums: false,
             manifest_digest,
+            settings_files: vec![],
         };
         Self { home: tempfile::tempdir().unwrap(), repository, record }
     }
@@ -169,6 +170,7 @@ impl Scene {
             data_dir: self.data_dir(),
             tablespaces: BTreeMap::new(),
             accept_tablespace_paths: false,
+            settings_dir: None,
             settings: SettingsOptions {
                 restore_as: RestoreAs::Copy,
                 action: TargetAction::Promote,

@@ -95,6 +95,20 @@ pub struct BackupRecord {
     pub data_checksums: bool,
     /// The BLAKE3 digest, in hex, of the stored manifest object.
     pub manifest_digest: String,
+    /// Settings files that lay outside the data directory, saved beside the backup.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub settings_files: Vec<SettingsFile>,
+}
+
+/// A settings file that is not among a backup's own: `postgresql.conf`, `pg_hba.conf` in Debian's layout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingsFile {
+    /// Its absolute path on the server that was backed up.
+    pub path: String,
+    /// Its length.
+    pub bytes: u64,
+    /// The BLAKE3 digest of its content, in hex.
+    pub digest: String,
 }
 
 /// A tablespace outside the data directory.

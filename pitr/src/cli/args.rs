@@ -113,6 +113,9 @@ pub(super) struct RestoreArgs {
     /// Let replay use tablespace folders that exist on this host
     #[arg(long)]
     pub(super) accept_tablespace_paths: bool,
+    /// Where to write the server's settings files from outside the data directory: an empty or new folder
+    #[arg(long, value_name = "DIR")]
+    pub(super) settings_dir: Option<PathBuf>,
     /// The restore-cmd program for restore_command [default: the one beside this program]
     #[arg(long, value_name = "PATH")]
     pub(super) restore_cmd: Option<PathBuf>,

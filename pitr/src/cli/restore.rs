@@ -79,6 +79,7 @@ fn options(args: &RestoreArgs, program: &str, lineage: u32, latest: bool) -> Res
         data_dir: args.data_dir.clone(),
         tablespaces: mappings(&args.tablespace_mapping)?,
         accept_tablespace_paths: args.accept_tablespace_paths,
+        settings_dir: args.settings_dir.clone(),
         settings: SettingsOptions { restore_as, action, restore_command: command },
     })
 }

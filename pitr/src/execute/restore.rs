@@ -23,6 +23,7 @@ use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
 use super::configuration;
+use super::outside_settings;
 use super::unpack::{Arriving, CONTROL_FILE, Destination, create, unpack};
 use crate::plan::RestorePlan;
 use crate::recovery_settings::{RestoreAs, SIGNAL_FILE, SettingsOptions, auto_conf, overruled};
@@ -58,6 +59,8 @@ pub struct RestoreOptions {
     pub tablespaces: BTreeMap<String, PathBuf>,
     /// Whether replay may use tablespace folders that exist on this host.
     pub accept_tablespace_paths: bool,
+    /// Where the server's settings files from outside the data directory go; absent or empty.
+    pub settings_dir: Option<PathBuf>,
     /// The recovery settings.
     pub settings: SettingsOptions,
 }
@@ -105,6 +108,7 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
     }
     let mut notes = replayed_tablespaces(plan, options)?;
     check_space(plan, &data_dir, &tablespaces)?;
+    notes.extend(outside_settings::check(plan, options)?);
     if nix::unistd::geteuid().is_root() {
         let folders = std::iter::once(&data_dir).chain(tablespaces.values());
         let folders: Vec<_> = folders.map(|path| shell_word(&path.to_string_lossy())).collect();
@@ -187,6 +191,11 @@ pub async fn restore(
             control.system_identifier,
             repository.lineage().system_identifier
         )));
+    }
+    if let Some(folder) = &options.settings_dir {
+        let files = repository.get_backup_settings(&plan.backup).await?;
+        let folder = folder.clone();
+        blocking(move || outside_settings::write(&folder, &files)).await?;
     }
     let (plan, settings) = (plan.clone(), options.settings.clone());
     let folders: Vec<PathBuf> = report.tablespaces.values().cloned().collect();
@@ -278,7 +287,7 @@ async fn fetch_object(
     result
 }
 
-fn check_empty(path: &Path) -> Result<()> {
+pub(super) fn check_empty(path: &Path) -> Result<()> {
     let refused = |what: String| {
         Err(Error::invalid(what)
             .with_safe("nothing was written")
@@ -427,7 +436,7 @@ fn prepare(data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Result<()> 
 
 /// Makes a folder of mode 0700, or takes one that is there and gives it that mode. Folders above it that
 /// do not exist are made as the umask allows: PostgreSQL's user has to get through them.
-fn make_private(path: &Path) -> Result<()> {
+pub(super) fn make_private(path: &Path) -> Result<()> {
     let failed = |error| Error::from_io(format!("creating {}", path.display()), error);
     if let Some(parent) = path.parent() {
         DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(failed)?;

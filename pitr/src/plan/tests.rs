@@ -159,6 +159,7 @@ impl World {
             limits: limits(100),
             data_checksums: true,
             manifest_digest: String::new(),
+            settings_files: vec![],
         });
         self.catalog.backups.sort_by_key(|backup| backup.start_lsn);
     }

@@ -10,6 +10,7 @@ mod harness;
 mod kill;
 mod large_segments;
 mod main_job;
+mod outside_settings;
 mod pitr;
 mod recovery;
 mod replication;

@@ -23,6 +23,7 @@ mod members;
 mod needed_wal;
 mod pack;
 mod progress;
+mod settings;
 
 use std::time::{Duration, Instant};
 
@@ -165,6 +166,13 @@ pub async fn take_backup(
     };
     let (received, stop_lsn, stop_timeline) = receive(stream, &start, settings, progress).await?;
     check(&received, &start, &about, stop_lsn)?;
+    let settings = settings::outside_files(server, &about.identity, progress).await;
+    let mut settings_files = Vec::new();
+    if !settings.is_empty() {
+        for repository in repositories {
+            settings_files = repository.put_backup_settings(&id, &settings).await?;
+        }
+    }
     let mut manifest_digest = String::new();
     let (manifest_bytes, manifest_stored) = compress_manifest(received.manifest_bytes).await?;
     for repository in repositories {
@@ -201,6 +209,7 @@ pub async fn take_backup(
         limits: about.limits,
         data_checksums: about.data_checksums,
         manifest_digest,
+        settings_files,
     };
     put_records(repositories, &record).await?;
     Ok(record)

@@ -1,14 +1,16 @@
 //! Base backups: started, data objects, manifest, and the record that makes them exist.
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 
-use crate::catalog::BackupRecord;
+use crate::catalog::{BackupRecord, SettingsFile};
 use crate::codec::Digest;
 use crate::error::{Error, Result};
 use crate::storage::{PutOutcome, Upload};
 
-use super::document::{self, BackupStarted, DOCUMENT_VERSION};
+use super::document::{self, BackupSettings, BackupStarted, DOCUMENT_VERSION, SavedFile};
 use super::{LineageRepository, layout};
 
 /// The longest stored manifest that is read: room for some ten million files.
@@ -16,6 +18,9 @@ const MANIFEST_BYTES_MAX: u64 = 1 << 30;
 
 /// The stored manifest's name below its backup's folder.
 const MANIFEST: &str = "manifest.json.zst";
+
+/// The stored settings files' name below their backup's folder.
+const SETTINGS: &str = "settings.json";
 
 /// Returns the id of a backup that is begun at `now`; `random` makes it unlike all others.
 pub fn new_backup_id(now: DateTime<Utc>, random: u64) -> String {
@@ -94,6 +99,53 @@ impl LineageRepository {
             )));
         }
         Ok(stored)
+    }
+
+    /// Stores settings files (path and content) beside a backup and returns what its record is to say of
+    /// them. They must be [`LineageRepository::SETTINGS_BYTES_MAX`] at most in all.
+    pub async fn put_backup_settings(
+        &self,
+        id: &str,
+        files: &[(String, Vec<u8>)],
+    ) -> Result<Vec<SettingsFile>> {
+        let saved = files.iter().map(|(path, content)| SavedFile {
+            path: path.clone(),
+            content: BASE64_STANDARD.encode(content),
+        });
+        let document = BackupSettings { format: DOCUMENT_VERSION, files: saved.collect() };
+        document::put_same(&*self.storage, &self.layout.backup_object(id, SETTINGS)?, &document).await?;
+        let told = files.iter().map(|(path, content)| SettingsFile {
+            path: path.clone(),
+            bytes: content.len() as u64,
+            digest: Digest::of(content).to_string(),
+        });
+        Ok(told.collect())
+    }
+
+    /// How much all settings files of one backup may hold: with base64 they stay within a document.
+    pub const SETTINGS_BYTES_MAX: usize = 640 << 10;
+
+    /// Returns the settings files that a backup's record tells of: path and content, each checked.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when they are not there, [`Error::Corrupt`] when they are others.
+    pub async fn get_backup_settings(&self, record: &BackupRecord) -> Result<Vec<(String, Vec<u8>)>> {
+        if record.settings_files.is_empty() {
+            return Ok(Vec::new());
+        }
+        let key = self.layout.backup_object(&record.id, SETTINGS)?;
+        let document: Option<BackupSettings> = document::read(&*self.storage, &key).await?;
+        let document =
+            document.ok_or_else(|| Error::missing(format!("{} is not there", self.shown(&key))))?;
+        let told = record.settings_files.iter().map(|told| {
+            let saved = document.files.iter().find(|saved| saved.path == told.path);
+            let content = saved.and_then(|saved| BASE64_STANDARD.decode(&saved.content).ok());
+            let content = content.filter(|content| Digest::of(content).to_string() == told.digest);
+            content.map(|content| (told.path.clone(), content)).ok_or_else(|| {
+                Error::corrupt(format!("{} does not hold {:?} as it was", self.shown(&key), told.path))
+            })
+        });
+        told.collect()
     }
 
     /// Writes a backup's record: from now on the backup exists. To be called last.

@@ -61,6 +61,21 @@ pub struct BackupStarted {
     pub started: DateTime<Utc>,
 }
 
+/// The settings files that lay outside a backed-up data directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BackupSettings {
+    /// The format of this document; 1.
+    pub(super) format: u32,
+    pub(super) files: Vec<SavedFile>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct SavedFile {
+    pub(super) path: String,
+    /// In base64: no encoding is promised.
+    pub(super) content: String,
+}
+
 /// Reads a document; `None` when the store says that exactly this key is not there.
 ///
 /// # Errors
