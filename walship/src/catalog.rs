@@ -87,7 +87,8 @@ pub struct BackupRecord {
     pub files: u64,
     /// Tablespaces outside the data directory.
     pub tablespaces: Vec<Tablespace>,
-    /// The data objects in restore order.
+    /// The data objects in restore order; left out (there is at least one) in a catalog that was read from
+    /// the index.
     pub objects: Vec<BackupObject>,
     /// Settings of the server at the start of the backup that a recovering server must not undercut.
     pub limits: ServerLimits,

@@ -12,7 +12,7 @@ use walship::pg::{SegmentName, SegmentSize, TimelineId};
 use walship::repository::index::complete::{Options, Report, Task, complete};
 use walship::repository::index::write::extend;
 use walship::repository::testing::{made_up_object, made_up_summary};
-use walship::repository::{LineageRepository, Repository};
+use walship::repository::{LineageRepository, Repository, load_catalog, load_catalog_from_listings};
 use walship::storage::ObjectKey;
 use walship::storage::memory::MemoryStorage;
 use walship::wal::rollup::Place;
@@ -157,4 +157,121 @@ async fn damaged_and_lying_roll_ups_are_found_and_replaced() {
     let stored = lineage.rollups(place.timeline, 1, place.first, place.end()).await.unwrap().pop().unwrap();
     let known = lineage.read_rollup(&stored).await.unwrap().unwrap();
     assert_eq!(known.rollup.facts().max_time.unwrap().time, time(767) + TimeDelta::seconds(30));
+}
+
+/// Checks that the catalog is the same whether the index is asked or not, and says how many requests it took.
+async fn loads_alike(lineage: &LineageRepository) -> (usize, usize) {
+    let from_index = load_catalog(lineage).await.unwrap();
+    let listed = load_catalog_from_listings(lineage).await.unwrap();
+    assert!(listed.rollups.is_empty());
+    assert_eq!(from_index.segments.names().collect::<Vec<_>>(), listed.segments.names().collect::<Vec<_>>());
+    let bytes = |catalog: &walship::catalog::Catalog| {
+        catalog.segments.runs(TimelineId::FIRST).iter().map(|run| run.stored_bytes).sum::<u64>()
+    };
+    assert_eq!(bytes(&from_index), bytes(&listed));
+    (from_index.rollups.len(), listed.segments.names().count())
+}
+
+#[tokio::test]
+async fn a_catalog_from_the_index_is_that_from_listings_whatever_is_missing() {
+    let (lineage, storage) = lineage().await;
+    let late = [FIRST + 3, 300, 301, 511, 512, 799];
+    for number in (FIRST..FIRST + SEGMENTS).filter(|number| !late.contains(number)) {
+        archive(&lineage, number).await;
+    }
+    assert!(loads_alike(&lineage).await.0 > 0);
+    run(&lineage, Task::Complete).await;
+    // One roll-up of level 2 tells of all.
+    assert_eq!(loads_alike(&lineage).await.0, 1);
+    for number in late {
+        archive(&lineage, number).await;
+        loads_alike(&lineage).await;
+    }
+    // Damaged and removed roll-ups, one by one: what is below or the listing takes their place.
+    let mut left: Vec<String> = storage.keys().into_iter().filter(|key| key.contains("/index/")).collect();
+    left.shuffle(&mut StdRng::seed_from_u64(7));
+    for (at, key) in left.iter().enumerate() {
+        let key = ObjectKey::new(key.as_str()).unwrap();
+        if at % 2 == 0 {
+            storage.overwrite(&key, b"damaged".to_vec());
+        } else {
+            lineage.storage().delete(&key).await.unwrap();
+        }
+        if at % 8 == 0 {
+            loads_alike(&lineage).await;
+        }
+    }
+    assert_eq!(loads_alike(&lineage).await, (0, SEGMENTS as usize));
+    run(&lineage, Task::Rebuild).await;
+    assert_eq!(loads_alike(&lineage).await.0, 1);
+}
+
+#[tokio::test]
+async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
+    let (lineage, storage) = lineage().await;
+    for number in 0..40u32 {
+        let lsn = |offset: u64| walship::pg::Lsn(u64::from(number) * 0x100_0000 + offset);
+        let started = time(u64::from(number));
+        let record = walship::catalog::BackupRecord {
+            format: 1,
+            id: walship::repository::new_backup_id(started, u64::from(number)),
+            label: "walship".into(),
+            timeline: TimelineId::FIRST,
+            start_lsn: lsn(0x28),
+            stop_timeline: TimelineId::FIRST,
+            stop_lsn: lsn(0x100),
+            started,
+            finished: started,
+            server_version: 170_004,
+            from_standby: false,
+            data_bytes: 1,
+            stored_bytes: 1,
+            files: 1,
+            tablespaces: vec![],
+            objects: vec![walship::catalog::BackupObject {
+                name: "data/000001.tar".into(),
+                tablespace: None,
+                stored_bytes: 1,
+                tar_bytes: 1,
+                digest: "0".repeat(64),
+            }],
+            limits: walship::wal::event::ServerLimits {
+                max_connections: 100,
+                max_worker_processes: 8,
+                max_wal_senders: 10,
+                max_prepared_transactions: 0,
+                max_locks_per_transaction: 64,
+                wal_level: 1,
+                wal_log_hints: false,
+                track_commit_timestamp: false,
+            },
+            data_checksums: true,
+            manifest_digest: String::new(),
+            settings_files: vec![],
+        };
+        lineage.put_backup_record(&record).await.unwrap();
+        walship::repository::index::backups::extend_list(&lineage).await.unwrap();
+    }
+    let lists =
+        || storage.keys().into_iter().filter(|key| key.contains("/index/backups/")).collect::<Vec<_>>();
+    assert_eq!(lists().len(), 2, "after 16 and 32");
+    let catalog = load_catalog(&lineage).await.unwrap();
+    assert_eq!(catalog.backups.iter().filter(|record| record.objects.is_empty()).count(), 32);
+    for record in &catalog.backups {
+        let whole = lineage.whole_record(record).await.unwrap();
+        assert_eq!((whole.objects.len(), &whole.id), (1, &record.id));
+    }
+    // A damaged list: the one before it; none: every record.
+    for left in [16, 0] {
+        storage.overwrite(&ObjectKey::new(lists().pop().unwrap()).unwrap(), b"damaged".to_vec());
+        if left == 0 {
+            lists()
+                .iter()
+                .for_each(|key| storage.overwrite(&ObjectKey::new(key.as_str()).unwrap(), b"x".to_vec()));
+        }
+        let catalog = load_catalog(&lineage).await.unwrap();
+        assert_eq!(catalog.backups.iter().filter(|record| record.objects.is_empty()).count(), left);
+        assert_eq!(catalog.backups.len(), 40);
+    }
+    assert_eq!(run(&lineage, Task::Complete).await.written, 1);
 }

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, SegmentSize};
-use walship::repository::LineageRepository;
+use walship::repository::{LineageRepository, Summarized, load_catalog_from_listings};
 use walship::wal::events::EventReader;
 use walship::wal::reader::Reader;
-use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
 
+use super::load_index::Index;
 use crate::plan::{
     Evidence, Outcome, PlanOptions, RecordBounds, RecordRequest, Refusal, RestorePlan, SegmentRequest,
     decides, plan,
@@ -31,8 +31,8 @@ pub enum Planned {
 
 /// Returns the plan for `target`, reading what the planner needs to know from the repository.
 ///
-/// Summaries cost one ranged GET each; whole segments are read only where the exact record decides, one
-/// at a time.
+/// Summaries cost one ranged GET each, roll-ups one GET; whole segments are read only where the exact record
+/// decides, one at a time. Where the index turns out to speak of segments that are gone everything is listed.
 ///
 /// # Errors
 /// What the repository answers; [`Error::Corrupt`] when WAL that decides cannot be read to its end.
@@ -42,21 +42,41 @@ pub async fn make_plan(
     target: &RecoveryTarget,
     options: &PlanOptions,
 ) -> Result<Planned> {
-    let mut evidence = Evidence::default();
+    let planned = match plan_from(repository, catalog, target, options).await {
+        Err(Error::Missing(_)) if !catalog.rollups.is_empty() => {
+            let listed = load_catalog_from_listings(repository).await?;
+            plan_from(repository, &listed, target, options).await?
+        }
+        planned => planned?,
+    };
+    if let Planned::Plan(mut plan) = planned {
+        plan.backup = repository.whole_record(&plan.backup).await?;
+        return Ok(Planned::Plan(plan));
+    }
+    Ok(planned)
+}
+
+async fn plan_from(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    target: &RecoveryTarget,
+    options: &PlanOptions,
+) -> Result<Planned> {
+    let mut evidence = Evidence::of(catalog);
+    let mut index = Index::of(catalog);
     let mut damage = BTreeMap::new();
     loop {
         match plan(catalog, &evidence, target, options) {
             Outcome::Plan(plan) => return Ok(Planned::Plan(plan)),
             Outcome::Refused(refusal) => return Ok(Planned::Refused(refusal)),
-            // The index is not loaded yet: what it says of nothing is never asked for.
-            Outcome::NeedRollup(first) => {
-                let last = evidence.blocks.get(&first).map_or(first, |block| block.last);
-                evidence.forget_blocks(first, last);
-            }
+            Outcome::NeedRollup(first) => index.refine(repository, first, &mut evidence).await?,
             Outcome::NeedSummaries(names) => {
                 for (name, read) in load_summaries(repository, names).await? {
                     match read {
-                        Ok(summary) => drop(evidence.summaries.insert(name, summary)),
+                        Ok(read) => {
+                            index.check(name, &read, &mut evidence);
+                            evidence.summaries.insert(name, read.summary);
+                        }
                         Err(error) => damaged(&mut evidence, &mut damage, name, error),
                     }
                 }
@@ -113,13 +133,13 @@ fn damaged(
 async fn load_summaries(
     repository: &LineageRepository,
     names: Vec<SegmentName>,
-) -> Result<Vec<(SegmentName, Result<SegmentSummary>)>> {
+) -> Result<Vec<(SegmentName, Result<Summarized>)>> {
     let reads = names.into_iter().map(|name| async move {
-        let summary = match repository.segment_summary(name).await {
+        let read = match repository.summarized(name).await {
             Err(error @ Error::Corrupt(_)) => return Ok((name, Err(error))),
             other => other?.ok_or_else(|| vanished(repository, name))?,
         };
-        let ours = repository.lineage();
+        let (summary, ours) = (&read.summary, repository.lineage());
         if summary.segment_size != ours.segment_size
             || ![0, ours.system_identifier].contains(&summary.system_identifier)
         {
@@ -129,7 +149,7 @@ async fn load_summaries(
                 summary.system_identifier
             )));
         }
-        Ok((name, Ok(summary)))
+        Ok((name, Ok(read)))
     });
     futures_util::stream::iter(reads).buffer_unordered(READS_MAX).try_collect().await
 }
@@ -227,7 +247,7 @@ impl RecordSearch {
 }
 
 fn vanished(repository: &LineageRepository, name: SegmentName) -> Error {
-    Error::unavailable(format!(
+    Error::missing(format!(
         "segment {name} was listed in {} a moment ago and is not there any more",
         repository.location()
     ))

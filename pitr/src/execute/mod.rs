@@ -4,6 +4,7 @@
 
 mod configuration;
 pub mod load;
+mod load_index;
 mod outside_settings;
 pub mod restore;
 mod unpack;

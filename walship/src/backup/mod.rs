@@ -37,7 +37,7 @@ use crate::replication::{
     BackupPart, BaseBackup, BaseBackupOptions, Checkpoint, ConnectOptions, Connection, ManifestChecksums,
     ServerError, SessionKind, SlotLifetime, SystemIdentity, create_slot, identify_system, show,
 };
-use crate::repository::{BackupStarted, LineageRepository, new_backup_id};
+use crate::repository::{BackupStarted, LineageRepository, index, new_backup_id};
 use crate::wal::event::ServerLimits;
 
 use intake::{Intake, Received};
@@ -227,7 +227,13 @@ async fn put_records(repositories: &[LineageRepository], record: &BackupRecord) 
     let (mut complete, mut failure) = (Vec::new(), None);
     for repository in repositories {
         match repository.put_backup_record(record).await {
-            Ok(()) => complete.push(repository.location()),
+            Ok(()) => {
+                complete.push(repository.location());
+                // Only a cache, and the backup exists.
+                if let Err(error) = index::backups::extend_list(repository).await {
+                    tracing::debug!(%error, "the list of backups was not extended");
+                }
+            }
             Err(error) => {
                 let error =
                     error.context(format!("storing the backup's record in {}", repository.location()));

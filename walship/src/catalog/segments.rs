@@ -44,6 +44,12 @@ impl StoredSegments {
         self.pieces.insert(first.first, Piece { last, stored_bytes, has_gaps: runs.len() > 1 });
     }
 
+    /// Adds all segments of another set.
+    pub fn append(&mut self, other: Self) {
+        other.runs.into_iter().for_each(|(first, last)| self.insert_run(first, last));
+        self.pieces.extend(other.pieces);
+    }
+
     fn last_of(&self, run: &Run) -> SegmentName {
         let number = run.first.number(self.size).saturating_add(run.segments.saturating_sub(1));
         SegmentName::from_number(run.first.timeline, number, self.size).unwrap_or(run.first)
@@ -113,6 +119,17 @@ impl StoredSegments {
     pub fn piece(&self, first: SegmentName, last: SegmentName) -> Option<(SegmentName, u64)> {
         let piece = self.pieces.get(&first).filter(|piece| piece.last <= last && !piece.has_gaps)?;
         Some((piece.last, piece.stored_bytes))
+    }
+
+    /// Returns how many segments of a timeline are stored whose numbers are at least `from` and below `until`.
+    pub fn count(&self, timeline: TimelineId, from: u64, until: u64) -> u64 {
+        let first = SegmentName { timeline, log: 0, seg: 0 };
+        let last = SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
+        let overlaps = self.runs.range(first..=last).map(|(run_first, run_last)| {
+            let end = run_last.number(self.size).saturating_add(1).min(until);
+            end.saturating_sub(run_first.number(self.size).max(from))
+        });
+        overlaps.sum()
     }
 
     /// Returns every timeline of which a segment is stored.

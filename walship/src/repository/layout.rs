@@ -243,6 +243,16 @@ impl LineageLayout {
         (self.rollup(&found, size).ok().as_ref() == Some(key)).then_some(found)
     }
 
+    /// What the keys of all lists of backups start with.
+    pub(super) fn backup_lists_prefix(&self) -> String {
+        format!("{}/index/backups/", self.base)
+    }
+
+    /// The key of a list of so many backups.
+    pub(super) fn backup_list(&self, backups: usize, digest: &Digest) -> Result<ObjectKey> {
+        self.key(format_args!("index/backups/{backups:08X}-{}.json.zst", digest.short()))
+    }
+
     /// A text that sorts before every key of this segment and after every key of earlier ones.
     pub(super) fn before_segment(&self, name: SegmentName) -> String {
         format!("{}/wal/{}{name}", self.base, folder(WalFileName::Segment(name)))
@@ -274,13 +284,6 @@ impl LineageLayout {
     pub(super) fn backup_object(&self, id: &str, object: &str) -> Result<ObjectKey> {
         check_backup_id(id)?;
         self.key(format_args!("backups/{id}/{object}"))
-    }
-
-    /// Returns the id of the backup whose `started.json` has this key.
-    pub(super) fn started_backup_id(&self, key: &ObjectKey) -> Option<String> {
-        let rest = key.as_str().strip_prefix(&self.backups_prefix())?;
-        let id = rest.strip_suffix("/started.json")?;
-        check_backup_id(id).is_ok().then(|| id.to_owned())
     }
 }
 

@@ -2,15 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use futures_util::StreamExt as _;
+use futures_util::{StreamExt as _, TryStreamExt as _};
 
 use crate::catalog::{BackupRecord, Catalog, StoredSegments};
 use crate::codec::ObjectKind;
 use crate::error::{Error, Result};
-use crate::pg::{TimelineHistory, TimelineId, WalFileName};
-use crate::storage::{ObjectMeta, list_all};
+use crate::pg::{TimelineHistory, TimelineId};
+use crate::storage::{ObjectKey, ObjectMeta, list_all};
 
 use super::document;
+use super::layout::check_backup_id;
+use super::load_segments::{Found, Using, load_segments};
 use super::{BackupStarted, Leftover, LineageRepository};
 
 /// More backups than anybody keeps.
@@ -19,59 +21,59 @@ const BACKUPS_MAX: usize = 1_000_000;
 /// How many small objects are read at once.
 const READS_MAX: usize = 16;
 
-/// Returns what the lineage holds.
+/// How many timelines are looked at at once.
+const TIMELINES_MAX: usize = 8;
+
+/// Returns what the lineage holds, from the index as far as it goes.
 ///
 /// # Errors
 /// [`Error::Corrupt`] when a history file or a backup's record cannot be read: a plan made without
 /// it could be wrong.
 pub async fn load_catalog(repository: &LineageRepository) -> Result<Catalog> {
-    let (wal, backups) = tokio::try_join!(list_wal(repository), load_backups(repository))?;
+    load(repository, Using::Index).await
+}
+
+/// Returns what the lineage holds, every segment listed: what the index says is not asked.
+///
+/// # Errors
+/// As [`load_catalog`].
+pub async fn load_catalog_from_listings(repository: &LineageRepository) -> Result<Catalog> {
+    load(repository, Using::Listings).await
+}
+
+async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
+    let (wal, backups) = tokio::try_join!(load_wal(repository, using), load_backups(repository))?;
+    let (timelines, found) = wal;
     let (backups, unfinished_backups) = backups;
-    let mut segments = StoredSegments::new(repository.lineage.segment_size);
-    wal.segments.iter().for_each(|(name, bytes)| segments.insert(*name, *bytes));
-    Ok(Catalog {
+    let mut catalog = Catalog {
         cluster: repository.cluster.to_string(),
         lineage: repository.lineage.clone(),
-        histories: load_histories(repository, &wal.timelines).await?,
-        segments,
+        histories: load_histories(repository, &timelines).await?,
+        segments: StoredSegments::new(repository.lineage.segment_size),
         rollups: Vec::new(),
-        partials: wal.partials,
-        incomplete: wal.incomplete,
+        partials: Vec::new(),
+        incomplete: Vec::new(),
         backups,
         unfinished_backups,
-    })
+    };
+    for found in found {
+        catalog.segments.append(found.segments);
+        catalog.rollups.extend(found.rollups);
+        catalog.partials.extend(found.partials);
+        catalog.incomplete.extend(found.incomplete);
+    }
+    catalog.partials.sort_unstable();
+    catalog.partials.dedup();
+    catalog.incomplete.sort_unstable();
+    catalog.incomplete.dedup();
+    Ok(catalog)
 }
 
-#[derive(Default)]
-struct ListedWal {
-    timelines: BTreeSet<TimelineId>,
-    segments: BTreeMap<crate::pg::SegmentName, u64>,
-    partials: Vec<crate::pg::SegmentName>,
-    incomplete: Vec<crate::pg::SegmentName>,
-}
-
-async fn list_wal(repository: &LineageRepository) -> Result<ListedWal> {
-    let mut wal = ListedWal::default();
-    for_each_wal_object(repository, |meta| {
-        let Some(key) = repository.layout.parse_wal(&meta.key) else { return };
-        match (key.name, key.kind) {
-            (WalFileName::Segment(name), ObjectKind::Segment) => {
-                if !key.is_copy && name.is_legal(repository.lineage.segment_size) {
-                    wal.segments.insert(name, meta.bytes);
-                }
-            }
-            (WalFileName::Segment(name), _) => wal.incomplete.push(name),
-            (WalFileName::Partial(name), _) => wal.partials.push(name),
-            (WalFileName::History(timeline), _) => {
-                wal.timelines.insert(timeline);
-            }
-            (WalFileName::BackupHistory(..), _) => {}
-        }
-    })
-    .await?;
-    wal.partials.dedup();
-    wal.incomplete.dedup();
-    Ok(wal)
+async fn load_wal(repository: &LineageRepository, using: Using) -> Result<(Vec<TimelineId>, Vec<Found>)> {
+    let timelines = repository.stored_timelines().await?;
+    let loads = timelines.iter().map(|timeline| load_segments(repository, *timeline, using));
+    let found = futures_util::stream::iter(loads).buffered(TIMELINES_MAX).try_collect().await?;
+    Ok((timelines, found))
 }
 
 async fn for_each_wal_object(
@@ -92,28 +94,36 @@ async fn for_each_wal_object(
 
 async fn load_histories(
     repository: &LineageRepository,
-    timelines: &BTreeSet<TimelineId>,
+    timelines: &[TimelineId],
 ) -> Result<BTreeMap<TimelineId, TimelineHistory>> {
-    let reads =
-        timelines.iter().map(|&timeline| async move { (timeline, repository.history(timeline).await) });
+    let others = timelines.iter().filter(|timeline| **timeline != TimelineId::FIRST);
+    let reads = others.map(|&timeline| async move { (timeline, repository.history(timeline).await) });
     let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).collect().await;
     let mut histories = BTreeMap::new();
     for (timeline, history) in read {
-        let history = history?.ok_or_else(|| vanished(&WalFileName::History(timeline).to_string()))?;
-        histories.insert(timeline, history);
+        histories.extend(history?.map(|history| (timeline, history)));
     }
     Ok(histories)
 }
 
 type Backups = (Vec<BackupRecord>, Vec<(String, chrono::DateTime<chrono::Utc>)>);
 
-async fn load_backups(repository: &LineageRepository) -> Result<Backups> {
-    let storage = &*repository.storage;
-    let listed = list_all(storage, &repository.layout.backup_records_prefix(), BACKUPS_MAX).await?;
-    let reads = listed.iter().map(|meta| document::read::<BackupRecord>(storage, &meta.key));
+/// Lists the records of all complete backups.
+pub(super) async fn list_records(repository: &LineageRepository) -> Result<Vec<ObjectMeta>> {
+    list_all(&*repository.storage, &repository.layout.backup_records_prefix(), BACKUPS_MAX).await
+}
+
+/// Reads the records of those backups that are not `known`.
+pub(super) async fn read_records(
+    repository: &LineageRepository,
+    listed: &[ObjectMeta],
+    known: &BTreeMap<ObjectKey, BackupRecord>,
+) -> Result<Vec<(ObjectMeta, BackupRecord)>> {
+    let wanted: Vec<&ObjectMeta> = listed.iter().filter(|meta| !known.contains_key(&meta.key)).collect();
+    let reads = wanted.iter().map(|meta| document::read::<BackupRecord>(&*repository.storage, &meta.key));
     let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).collect().await;
     let mut records = Vec::with_capacity(read.len());
-    for (meta, record) in listed.iter().zip(read) {
+    for (meta, record) in wanted.into_iter().zip(read) {
         let record = record?.ok_or_else(|| vanished(meta.key.as_str()))?;
         let named =
             repository.layout.backup_record(&record.id, record.timeline, record.start_lsn, record.stop_lsn);
@@ -123,8 +133,16 @@ async fn load_backups(repository: &LineageRepository) -> Result<Backups> {
                 repository.shown(&meta.key)
             )));
         }
-        records.push(record);
+        records.push((meta.clone(), record));
     }
+    Ok(records)
+}
+
+async fn load_backups(repository: &LineageRepository) -> Result<Backups> {
+    let listed = list_records(repository).await?;
+    let known = repository.listed_records(&listed).await?;
+    let read = read_records(repository, &listed, &known).await?;
+    let mut records: Vec<_> = known.into_values().chain(read.into_iter().map(|(_, record)| record)).collect();
     records.sort_by(|a, b| (a.start_lsn, a.started, &a.id).cmp(&(b.start_lsn, b.started, &b.id)));
 
     let complete: BTreeSet<&str> = records.iter().map(|record| &*record.id).collect();
@@ -146,22 +164,9 @@ async fn started_ids(repository: &LineageRepository) -> Result<Vec<String>> {
     let mut ids = Vec::new();
     let mut after: Option<String> = None;
     loop {
-        let page = repository.storage.list(&prefix, after.as_deref()).await?;
-        let mut next = page.next;
-        for meta in &page.objects {
-            if let Some(id) = repository.layout.started_backup_id(&meta.key) {
-                ids.push(id);
-            }
-        }
-        // A backup's data objects may be many, and are of no interest: go on behind the last backup seen.
-        if let Some(last) = &next {
-            let rest = last.strip_prefix(&prefix).unwrap_or_default();
-            if let Some((id, object)) = rest.split_once('/') {
-                let skip_to = if object < "started.json" { "started" } else { "t" };
-                next = Some(format!("{prefix}{id}/{skip_to}").max(last.clone()));
-            }
-        }
-        match next {
+        let page = repository.storage.list_folders(&prefix, after.as_deref()).await?;
+        ids.extend(page.names.into_iter().filter(|name| check_backup_id(name).is_ok()));
+        match page.next {
             Some(next) => after = Some(next),
             None => return Ok(ids),
         }
@@ -169,6 +174,26 @@ async fn started_ids(repository: &LineageRepository) -> Result<Vec<String>> {
 }
 
 impl LineageRepository {
+    /// Returns a complete backup's record with its data objects, which the catalog may have left out.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when it is not there any more, [`Error::Corrupt`] when it says something else.
+    pub async fn whole_record(&self, record: &BackupRecord) -> Result<BackupRecord> {
+        if !record.objects.is_empty() {
+            return Ok(record.clone());
+        }
+        let key =
+            self.layout.backup_record(&record.id, record.timeline, record.start_lsn, record.stop_lsn)?;
+        let whole = document::read::<BackupRecord>(&*self.storage, &key).await?;
+        let whole = whole
+            .ok_or_else(|| Error::missing(format!("{}, a backup's record, is gone", self.shown(&key))))?;
+        if (BackupRecord { objects: Vec::new(), ..whole.clone() }) != *record {
+            return Err(Error::corrupt(format!("{} is not what the index says of it", self.shown(&key)))
+                .with_next("Run `pitr index --rebuild`."));
+        }
+        Ok(whole)
+    }
+
     /// Returns every stored WAL object that is not simply part of the chain: incomplete segments and
     /// good copies beside damaged objects.
     pub async fn leftovers(&self) -> Result<Vec<Leftover>> {

@@ -26,6 +26,7 @@ pub mod index;
 mod layout;
 mod listing;
 mod load_catalog;
+mod load_segments;
 pub mod probe;
 mod segments;
 mod stored;
@@ -44,7 +45,7 @@ use crate::storage::{PutOutcome, Storage, list_all};
 pub use backups::new_backup_id;
 pub use document::BackupStarted;
 pub use layout::ClusterName;
-pub use load_catalog::load_catalog;
+pub use load_catalog::{load_catalog, load_catalog_from_listings};
 pub use segments::{Leftover, Put, Summarized};
 
 use document::{ClusterDocument, DOCUMENT_VERSION, LineageDocument, RepositoryDocument};

@@ -189,6 +189,17 @@ async fn listing(storage: &dyn Storage) {
     assert!(listed("a/b/", Some("a/b/c")).await.is_empty(), "after the last key");
     assert_eq!(listed("aa", Some("a0")).await, ["aa/x"], "after a key outside the prefix");
     assert!(listed("a", Some("b")).await.is_empty());
+    let folders = async |prefix: &str, page: Option<&str>| {
+        let page = storage.list_folders(&format!("{}/{prefix}", keys.0), page).await.expect("list folders");
+        assert_eq!(page.next, None);
+        let mut names = page.names;
+        names.sort_unstable();
+        names
+    };
+    assert_eq!(folders("", None).await, ["a", "aa"]);
+    assert_eq!(folders("", Some("a")).await, ["aa"]);
+    assert_eq!(folders("a/", None).await, ["b", "b.c"]);
+    assert!(folders("a/b/", None).await.is_empty());
     let refused = list_all(storage, &keys.0, 3).await;
     assert!(matches!(refused, Err(Error::Invalid(_))), "more than were allowed: {refused:?}");
 }

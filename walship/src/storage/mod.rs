@@ -276,6 +276,44 @@ pub struct Unfinished {
     pub mend: String,
 }
 
+/// One page of the folders in a folder.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FolderPage {
+    /// Their names, without a slash.
+    pub names: Vec<String>,
+    /// The last name of this page when there are more.
+    pub next: Option<String>,
+}
+
+/// Lists folders with one listing of objects for each.
+#[cfg(feature = "store")]
+async fn folders_one_by_one<S: Storage + ?Sized>(
+    storage: &S,
+    prefix: &str,
+    page: Option<&str>,
+) -> Result<FolderPage> {
+    let mut names: Vec<String> = Vec::new();
+    // Behind everything in a folder: no key holds a tilde.
+    let behind = |name: &str| format!("{prefix}{name}/~");
+    let mut after = page.map(behind);
+    loop {
+        let listed = storage.list(prefix, after.as_deref()).await?;
+        let folders = listed.objects.iter().filter_map(|meta| {
+            let (name, _) = meta.key.as_str().strip_prefix(prefix)?.split_once('/')?;
+            Some(name)
+        });
+        for name in folders {
+            if names.last().is_none_or(|last| last != name) {
+                names.push(name.to_owned());
+            }
+        }
+        if listed.next.is_none() {
+            return Ok(FolderPage { names, next: None });
+        }
+        after = names.last().map(|name| behind(name)).max(listed.next);
+    }
+}
+
 /// A store of objects.
 ///
 /// Every call has a deadline of its own and retries transient failures within it (see
@@ -324,6 +362,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// is sorted, and paging leaves nothing out, but "after" is meant in the store's own order. Where
     /// no folder's name is the beginning of a file's beside it, the two orders are the same.
     async fn list(&self, prefix: &str, page: Option<&str>) -> Result<ListPage>;
+
+    /// Returns one page of the names that follow `prefix` up to the next slash, of objects that have one
+    /// there: the folders in a folder, in the order of [`Storage::list`]. With `page`, those behind that name.
+    async fn list_folders(&self, prefix: &str, page: Option<&str>) -> Result<FolderPage> {
+        folders_one_by_one(self, prefix, page).await
+    }
 
     /// Removes an object; success also when it is not there. Tidying only: nothing relies on it.
     async fn delete(&self, key: &ObjectKey) -> Result<()>;

@@ -77,6 +77,11 @@ pub async fn complete(repository: &LineageRepository, options: Options) -> Resul
             worker.level_above(level).await?;
         }
     }
+    let dry_run = options.dry_run || options.task == Task::Verify;
+    if repository.write_backup_list(true, dry_run).await? {
+        report.missing.push(format!("list of backups in {}", repository.location()));
+        report.written += u64::from(!dry_run);
+    }
     Ok(report)
 }
 

@@ -4,6 +4,7 @@
 //! [`IndexReader`] answers with what is sound. [`write`] extends it at its right edge while segments are
 //! archived, [`complete`] makes all of it.
 
+pub mod backups;
 pub mod complete;
 pub mod write;
 

@@ -148,7 +148,10 @@ async fn rollup_part(repository: &LineageRepository, stored: &StoredRollup) -> R
 }
 
 /// Returns the fullest of these roll-ups of one place that can be read.
-pub(crate) async fn fullest_readable(
+///
+/// # Errors
+/// What the store says; not that one is damaged.
+pub async fn fullest_readable(
     repository: &LineageRepository,
     listed: &[StoredRollup],
 ) -> Result<Option<Known>> {

@@ -22,8 +22,8 @@ use tokio::sync::OnceCell;
 
 use super::retry::retried;
 use super::{
-    Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, S3Settings, Storage, StorageConfig,
-    StoreProbe, Unfinished, Upload, too_long,
+    FolderPage, Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, S3Settings, Storage,
+    StorageConfig, StoreProbe, Unfinished, Upload, too_long,
 };
 use crate::error::{Error, Result};
 use answer::Answer;
@@ -261,6 +261,33 @@ impl S3Storage {
         }
     }
 
+    async fn list_folders_once(&self, prefix: &str, page: Option<&str>) -> Result<FolderPage> {
+        let request = self.client().await?.list_objects_v2().bucket(self.bucket());
+        // Behind everything in that folder: no key holds a tilde.
+        let after = page.map(|name| self.full(&format!("{prefix}{name}/~")));
+        let request = request.prefix(self.full(prefix)).delimiter("/").max_keys(PAGE_OBJECTS);
+        let listed = request
+            .set_start_after(after)
+            .send()
+            .await
+            .map_err(|error| Answer::of(error, self).into_error())?;
+        let full = self.full(prefix);
+        let grouped = listed.common_prefixes().iter().filter_map(|group| group.prefix());
+        // A store that does not group shows the objects.
+        let objects = listed.contents().iter().filter_map(|object| object.key());
+        let folder = |key: &str| Some(key.strip_prefix(&full)?.split_once('/')?.0.to_owned());
+        let mut names: Vec<String> = grouped.chain(objects).filter_map(folder).collect();
+        names.dedup();
+        names.retain(|name| page != Some(name));
+        match (listed.is_truncated(), names.last().cloned()) {
+            (Some(true), None) => {
+                Err(Error::unavailable("the store says that there is more and lists nothing"))
+            }
+            (Some(true), next) => Ok(FolderPage { names, next }),
+            (_, _) => Ok(FolderPage { names, next: None }),
+        }
+    }
+
     async fn list_once(&self, prefix: &str, page: Option<&str>) -> Result<ListPage> {
         let mut request = self
             .client()
@@ -371,6 +398,11 @@ impl Storage for S3Storage {
     async fn list(&self, prefix: &str, page: Option<&str>) -> Result<ListPage> {
         let what = format!("listing {}/{prefix}", self.location());
         retried(self.inner.options.limits, 0, what, |_| self.list_once(prefix, page)).await
+    }
+
+    async fn list_folders(&self, prefix: &str, page: Option<&str>) -> Result<FolderPage> {
+        let what = format!("listing {}/{prefix}", self.location());
+        retried(self.inner.options.limits, 0, what, |_| self.list_folders_once(prefix, page)).await
     }
 
     async fn delete(&self, key: &ObjectKey) -> Result<()> {
