@@ -47,6 +47,7 @@ pub mod fake_http;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
+pub mod random;
 pub mod s3_inprocess;
 pub mod stage;
 pub mod wait;

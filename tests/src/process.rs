@@ -117,6 +117,14 @@ pub fn run_ok(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Copies a folder with everything in it, modes and times too.
+///
+/// # Panics
+/// When `cp` fails.
+pub fn copy_tree(from: &Path, to: &Path) {
+    run_ok(Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(to));
+}
+
 /// Waits for the end of `child`, at most `patience` long.
 pub fn wait_within(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
     let deadline = Instant::now() + patience;

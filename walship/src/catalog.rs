@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use crate::pg::{Lsn, Oid, SegmentName, SegmentSize, TimelineHistory, TimelineId};
+use crate::pg::{Lsn, Oid, SegmentName, SegmentSize, TimelineHistory, TimelineId, Xid};
 use crate::wal::event::ServerLimits;
 use crate::wal::rollup::Rollup;
 
@@ -99,6 +99,10 @@ pub struct BackupRecord {
     /// Settings files that lay outside the data directory, saved beside the backup.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub settings_files: Vec<SettingsFile>,
+    /// Transactions whose two-phase state the backup holds: prepared before its checkpoint or while it was
+    /// taken, and perhaps ended since. `None` where that was not recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<Vec<PreparedTransaction>>,
 }
 
 /// A settings file that is not among a backup's own: `postgresql.conf`, `pg_hba.conf` in Debian's layout.
@@ -110,6 +114,17 @@ pub struct SettingsFile {
     pub bytes: u64,
     /// The BLAKE3 digest of its content, in hex.
     pub digest: String,
+}
+
+/// A prepared transaction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PreparedTransaction {
+    /// Its transaction id.
+    pub xid: Xid,
+    /// The name given to PREPARE TRANSACTION.
+    pub gid: String,
+    /// When it was prepared.
+    pub time: DateTime<Utc>,
 }
 
 /// A tablespace outside the data directory.

@@ -40,7 +40,7 @@ pub(crate) fn assemble(
         StopKind::EndOfWal => Behind::default(),
         _ => first_excluded(&all, last, &stop)?,
     };
-    let open_prepared = extras::open_prepared(&walk, last, &stop)?;
+    let open_prepared = extras::open_prepared(&walk, last, &stop, backup)?;
     let drop = extras::half_done_drop(&walk, last, &stop)?;
 
     let older = match stop.kind {
@@ -276,7 +276,8 @@ fn warnings(
     }
     match &plan.open_prepared {
         None => warnings.push(
-            "there are many prepared transactions: look into pg_prepared_xacts after the restore".to_owned(),
+            "which prepared transactions are open at the target is not known (there are many, or the backup does not \
+             say which it holds): look into pg_prepared_xacts after the restore".to_owned(),
         ),
         Some(open) => warnings.extend(open.iter().map(|prepared| {
             format!(

@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use walship::catalog::{BackupRecord, PreparedTransaction};
 use walship::pg::{Lsn, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::rollup::Class;
 
 use super::reach::{Stop, StopKind};
 use super::walk::{Seek, Walk};
-use super::{Halt, OpenPrepared, Refusal, RefusalKind, TablespacePath};
+use super::{Halt, Refusal, RefusalKind, TablespacePath};
 
 /// How many segments are read at most to find prepared transactions that stay open.
 const PREPARED_SEGMENTS_MAX: usize = 16;
@@ -73,13 +74,16 @@ fn larger(a: ServerLimits, b: ServerLimits) -> ServerLimits {
     }
 }
 
-/// Returns the prepared transactions that the WAL of steps `0..=last` leaves open at the stop, or
-/// `None` when more segments than [`PREPARED_SEGMENTS_MAX`] would have to be read.
+/// Returns the prepared transactions of the backup and of the WAL of steps `0..=last` that are open at the
+/// stop, or `None` when more segments than [`PREPARED_SEGMENTS_MAX`] would have to be read, or the backup's
+/// are not known.
 pub(crate) fn open_prepared(
     walk: &Walk<'_>,
     last: usize,
     stop: &Stop,
-) -> Result<Option<Vec<OpenPrepared>>, Halt> {
+    backup: &BackupRecord,
+) -> Result<Option<Vec<PreparedTransaction>>, Halt> {
+    let Some(held) = &backup.prepared else { return Ok(None) };
     let prepares = Seek {
         maybe: &|facts, _| facts.counts.prepares > 0,
         matches: &|event| matches!(event.kind, EventKind::Prepare { .. }),
@@ -98,9 +102,22 @@ pub(crate) fn open_prepared(
     }
     load(walk, &wanted)?;
     let mut read = wanted.len();
-    let mut open: BTreeMap<Xid, OpenPrepared> = BTreeMap::new();
-    let mut next = wanted.first().copied();
-    while let Some(at) = next {
+    let mut open: BTreeMap<Xid, PreparedTransaction> =
+        held.iter().map(|prepared| (prepared.xid, prepared.clone())).collect();
+    let mut from = 0;
+    loop {
+        // The next step that prepares one, or that may end one of those that are open.
+        let ends = Seek {
+            maybe: &|facts, _| {
+                facts.ended_xids.is_some_and(|(low, high)| open.range(low..=high).next().is_some())
+            },
+            matches: &|event| event.kind.ended_xid(event.xid).is_some_and(|xid| open.contains_key(&xid)),
+        };
+        let prepared = wanted.iter().copied().find(|at| *at >= from);
+        let ended = if open.is_empty() { None } else { walk.next_step(from, last, &ends)? };
+        let Some(at) = prepared.into_iter().chain(ended).min() else {
+            return Ok(Some(open.into_values().collect()));
+        };
         if walk.loaded(at).is_none() {
             read += 1;
             if read > PREPARED_SEGMENTS_MAX {
@@ -111,7 +128,7 @@ pub(crate) fn open_prepared(
         for event in walk.events(at)?.filter(|event| event.lsn < stop.cut_lsn) {
             match &event.kind {
                 EventKind::Prepare { time, prepared_xid, gid } => {
-                    let prepared = OpenPrepared { xid: *prepared_xid, gid: gid.clone(), time: *time };
+                    let prepared = PreparedTransaction { xid: *prepared_xid, gid: gid.clone(), time: *time };
                     open.insert(*prepared_xid, prepared);
                 }
                 EventKind::Commit { prepared_xid: Some(xid), .. }
@@ -121,21 +138,8 @@ pub(crate) fn open_prepared(
                 _ => {}
             }
         }
-        // The next step that prepares one, or that may end one of those that are open.
-        let ends = Seek {
-            maybe: &|facts, _| {
-                facts.ended_xids.is_some_and(|(low, high)| open.range(low..=high).next().is_some())
-            },
-            matches: &|event| event.kind.ended_xid(event.xid).is_some_and(|xid| open.contains_key(&xid)),
-        };
-        let prepared = wanted.iter().copied().find(|other| *other > at);
-        let ended = match open.is_empty() {
-            true => None,
-            false => walk.next_step(at + 1, last, &ends)?,
-        };
-        next = prepared.into_iter().chain(ended).min();
+        from = at + 1;
     }
-    Ok(Some(open.into_values().collect()))
 }
 
 /// Returns the first drop of a database's or tablespace's files that is replayed although the commit

@@ -21,7 +21,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
-use walship::catalog::{BackupRecord, Catalog};
+use walship::catalog::{BackupRecord, Catalog, PreparedTransaction};
 use walship::pg::{Lsn, Oid, SegmentName, TimelineHistory, TimelineId, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::rollup::{Block, Rollup};
@@ -189,9 +189,9 @@ pub struct RestorePlan {
     pub limits: ServerLimits,
     /// Tablespaces that replay will create, at the original server's paths.
     pub tablespace_paths: Vec<TablespacePath>,
-    /// Prepared transactions that are open at the target, as far as the WAL since the backup shows;
-    /// `None` when there are too many to look for.
-    pub open_prepared: Option<Vec<OpenPrepared>>,
+    /// Prepared transactions that are open at the target; `None` when there are too many to look for, or
+    /// the backup's own are not known.
+    pub open_prepared: Option<Vec<PreparedTransaction>>,
     /// The gap that ends the WAL behind the target; recovery must not read ahead into it.
     pub gap_behind: Option<Gap>,
     /// The segment behind the last one to fetch, when it is damaged where it is stored; recovery must not
@@ -263,17 +263,6 @@ pub struct TablespacePath {
     pub path: String,
     /// Where its record starts.
     pub lsn: Lsn,
-}
-
-/// A prepared transaction that is neither committed nor rolled back at the target.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct OpenPrepared {
-    /// Its transaction id.
-    pub xid: Xid,
-    /// The name given to PREPARE TRANSACTION.
-    pub gid: String,
-    /// When it was prepared.
-    pub time: DateTime<Utc>,
 }
 
 /// Why planning cannot go on yet, or at all; what `?` carries through the planner.

@@ -8,8 +8,9 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use walship::catalog::BackupRecord;
-use walship::pg::Lsn;
+use walship::pg::{Lsn, SegmentSize};
 use walship::wal::event::{EventKind, WalEvent};
+use walship::wal::page::{PAGE_SIZE, PageHeader};
 use walship::wal::rollup::Class;
 
 use super::chain::build_chain_until;
@@ -148,7 +149,7 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
                 false => Stop {
                     kind: StopKind::Before,
                     cut_lsn: bounds.lsn,
-                    final_lsn: bounds.lsn,
+                    final_lsn: end_before(bounds.lsn, walk.size),
                     through_lsn: bounds.end_lsn,
                     record: None,
                 },
@@ -175,7 +176,7 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
                     return Ok(Reach::BeforeConsistency { lsn: candidate.backup.start_lsn });
                 }
             }
-            Ok(checked(before(event), consistent))
+            Ok(checked(before(event, walk.size), consistent))
         }
         TargetKind::Xid(xid) => {
             let found = walk.decisive(&Seek {
@@ -183,7 +184,7 @@ pub(crate) fn reach(question: &Question<'_>, candidate: &Candidate<'_>) -> Resul
                 matches: &|event| decides(question.target, event),
             })?;
             Ok(found.map_or(Reach::NotReached, |(_, event)| {
-                checked(if inclusive { after(event) } else { before(event) }, consistent)
+                checked(if inclusive { after(event) } else { before(event, walk.size) }, consistent)
             }))
         }
         TargetKind::Name(_) => {
@@ -217,11 +218,24 @@ fn began(
     }))
 }
 
-fn before(event: &WalEvent) -> Stop {
+/// Returns where the record before the one at `lsn` ends: there, or at the end of its page when `lsn` is the
+/// first position behind a page's header.
+///
+/// Source: `src/backend/access/transam/xlogreader.c`, XLogDecodeNextRecord: NextRecPtr.
+pub(crate) fn end_before(lsn: Lsn, size: SegmentSize) -> Lsn {
+    let in_page = lsn.0 % PAGE_SIZE as u64;
+    let header = match size.offset_of(lsn) - in_page {
+        0 => PageHeader::LONG_LEN,
+        _ => PageHeader::SHORT_LEN,
+    };
+    if in_page == header as u64 { Lsn(lsn.0 - in_page) } else { lsn }
+}
+
+fn before(event: &WalEvent, size: SegmentSize) -> Stop {
     Stop {
         kind: StopKind::Before,
         cut_lsn: event.lsn,
-        final_lsn: event.lsn,
+        final_lsn: end_before(event.lsn, size),
         through_lsn: event.end_lsn,
         record: Some(event.clone()),
     }

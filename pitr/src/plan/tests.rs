@@ -112,7 +112,11 @@ impl World {
     /// Appends a record of `bytes` bytes; returns where it starts.
     fn push(&mut self, timeline: TimelineId, bytes: u64, event: Option<(Xid, EventKind)>) -> Lsn {
         let lsn = self.end(timeline);
-        let end = Lsn(lsn.0 + bytes);
+        let mut end = Lsn(lsn.0 + bytes);
+        // Made-up WAL has no page headers; no record ends right behind where one would be.
+        if reach::end_before(reach::aligned(end), SIZE) != reach::aligned(end) {
+            end = Lsn(end.0 + 8);
+        }
         let event = event.map(|(xid, kind)| WalEvent { lsn, end_lsn: end, xid, kind });
         self.records.get_mut(&timeline).unwrap().push(WalRecord { lsn, end, event });
         lsn
@@ -160,6 +164,7 @@ impl World {
             data_checksums: true,
             manifest_digest: String::new(),
             settings_files: vec![],
+            prepared: Some(Vec::new()),
         });
         self.catalog.backups.sort_by_key(|backup| backup.start_lsn);
     }

@@ -560,6 +560,10 @@ impl<'a> Walk<'a> {
                 // A parent's copy that is used up to a switch point: a record ends there.
                 return Ok(step.to);
             }
+            if summary.ending == SegmentEnding::Switch {
+                // The switch record reaches to the segment's end.
+                return Ok(step.to);
+            }
             if let Some(unfinished) = &summary.unfinished {
                 return Ok(unfinished.lsn.max(self.chain.start));
             }

@@ -15,9 +15,10 @@ use std::fs;
 use std::path::Path;
 
 use walship::pg::SegmentName;
+use walship_tests::random::Random;
 use walship_tests::{bins, note, seed};
 
-use killer::{Ended, Killer, Random};
+use killer::{Ended, Killer};
 use scene::Scene;
 
 /// How many rounds of each kind.

@@ -6,6 +6,7 @@
 mod backup;
 mod catalog_oracle;
 mod doctor;
+mod exact;
 mod harness;
 mod kill;
 mod large_segments;

@@ -18,12 +18,20 @@ use super::pack::Packer;
 /// More files than any cluster has; what is remembered of each takes memory.
 const FILES_MAX: usize = 20_000_000;
 
+/// Of so many prepared transactions the names are kept.
+const TWO_PHASE_MAX: usize = 1000;
+
+/// So much of a two-phase state file holds its header and the transaction's name (at most 200 bytes).
+const TWO_PHASE_BYTES: usize = 512;
+
 /// Everything that is known once the stream has ended.
 pub(crate) struct Received {
     pub(crate) objects: Vec<BackupObject>,
     pub(crate) manifest: BackupManifest,
     pub(crate) manifest_bytes: Vec<u8>,
     pub(crate) label: BackupLabel,
+    /// The beginnings of the files in `pg_twophase`; `None` when they are too many to keep.
+    pub(crate) two_phase: Option<Vec<Vec<u8>>>,
     pub(crate) tablespaces: Vec<Tablespace>,
     pub(crate) data_bytes: u64,
 }
@@ -41,6 +49,7 @@ struct Inner {
     sums: HashMap<PathBuf, Sum>,
     current: Option<Current>,
     label: Vec<u8>,
+    two_phase: Vec<Vec<u8>>,
     data_bytes: u64,
 }
 
@@ -53,7 +62,28 @@ struct Sum {
 struct Current {
     path: PathBuf,
     sum: Sum,
-    is_label: bool,
+    kept: Kept,
+}
+
+/// What is kept of a file's content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Nothing,
+    Label,
+    /// The beginning of the last file of `two_phase`.
+    TwoPhase,
+}
+
+impl Kept {
+    fn of(path: &Path) -> Self {
+        if path == Path::new("backup_label") {
+            Self::Label
+        } else if path.parent() == Some(Path::new("pg_twophase")) {
+            Self::TwoPhase
+        } else {
+            Self::Nothing
+        }
+    }
 }
 
 impl Intake {
@@ -70,6 +100,7 @@ impl Intake {
             sums: HashMap::new(),
             current: None,
             label: Vec::new(),
+            two_phase: Vec::new(),
             data_bytes: 0,
         };
         Self { splitter: Splitter::new(), manifest: Vec::new(), inner }
@@ -124,6 +155,7 @@ impl Intake {
                 manifest,
                 manifest_bytes,
                 label,
+                two_phase: (inner.two_phase.len() <= TWO_PHASE_MAX).then_some(inner.two_phase),
                 tablespaces: inner.tablespaces,
                 data_bytes: inner.data_bytes,
             }),
@@ -145,8 +177,11 @@ impl Inner {
                         Some(oid) => Path::new("pg_tblspc").join(oid.to_string()).join(&member.path),
                         None => member.path,
                     };
-                    let is_label = path == Path::new("backup_label");
-                    self.current = Some(Current { path, sum: Sum { bytes: 0, crc: 0 }, is_label });
+                    let kept = Kept::of(&path);
+                    if kept == Kept::TwoPhase && self.two_phase.len() <= TWO_PHASE_MAX {
+                        self.two_phase.push(Vec::new());
+                    }
+                    self.current = Some(Current { path, sum: Sum { bytes: 0, crc: 0 }, kept });
                 }
             }
             Step::Data(data) => {
@@ -160,9 +195,12 @@ impl Inner {
                 if let Some(current) = &mut self.current {
                     current.sum.bytes += data.len() as u64;
                     current.sum.crc = crc32c::crc32c_append(current.sum.crc, data);
-                    if current.is_label && self.label.len() + data.len() <= BackupLabel::MAX_BYTES {
-                        self.label.extend_from_slice(data);
-                    }
+                    let (kept, room) = match (current.kept, self.two_phase.last_mut()) {
+                        (Kept::Label, _) => (&mut self.label, BackupLabel::MAX_BYTES),
+                        (Kept::TwoPhase, Some(file)) => (file, TWO_PHASE_BYTES),
+                        _ => return Ok(()),
+                    };
+                    kept.extend_from_slice(&data[..data.len().min(room - kept.len())]);
                 }
             }
             Step::Padding(data) => self.packer.append(data),

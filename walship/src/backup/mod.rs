@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use chrono::Utc;
 
-use crate::catalog::BackupRecord;
+use crate::catalog::{BackupRecord, PreparedTransaction};
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::replication::base_backup::{AnnouncedTablespace, BackupStart};
@@ -38,7 +38,9 @@ use crate::replication::{
     ServerError, SessionKind, SlotLifetime, SystemIdentity, create_slot, identify_system, show,
 };
 use crate::repository::{BackupStarted, LineageRepository, index, new_backup_id};
-use crate::wal::event::ServerLimits;
+use crate::wal::event::{EventKind, ServerLimits};
+use crate::wal::layout::Layout;
+use crate::wal::xact::parse_prepare;
 
 use intake::{Intake, Received};
 use needed_wal::{needed_segments, wait_until_stored};
@@ -210,9 +212,25 @@ pub async fn take_backup(
         data_checksums: about.data_checksums,
         manifest_digest,
         settings_files,
+        prepared: prepared(&received.two_phase, about.server_version),
     };
     put_records(repositories, &record).await?;
     Ok(record)
+}
+
+/// Returns the prepared transactions of the files in `pg_twophase`; `None` when one is not understood: a
+/// partial list would be taken for the whole.
+///
+/// Source: `src/backend/access/transam/twophase.c`, EndPrepare: the record in WAL holds what the file does.
+fn prepared(files: &Option<Vec<Vec<u8>>>, server_version: u32) -> Option<Vec<PreparedTransaction>> {
+    let layout = Layout::for_major(server_version / 10_000)?;
+    let one = |file: &Vec<u8>| match parse_prepare(file, layout) {
+        Ok(EventKind::Prepare { time, prepared_xid, gid }) => {
+            Some(PreparedTransaction { xid: prepared_xid, gid, time })
+        }
+        _ => None,
+    };
+    files.as_ref()?.iter().map(one).collect()
 }
 
 /// Returns whether the link to a tablespace does not fit into a tar header.

@@ -4,12 +4,12 @@ use std::fs;
 use std::io::Write as _;
 
 use walship_tests::postgres::{self, PgServer};
-use walship_tests::process::{self, RunOptions};
+use walship_tests::process::{self, RunOptions, copy_tree};
 use walship_tests::{bins, wait};
 
 use super::forks::forked;
 use super::origin;
-use super::site::{Kind, Site, copy_tree};
+use super::site::{Kind, Site};
 
 #[test]
 fn a_promotion_is_archived_without_a_hitch() {

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 
 use walship_tests::postgres::{self, PgServer, StopMode};
+use walship_tests::process::copy_tree;
 use walship_tests::s3_inprocess::Fault as S3Fault;
 use walship_tests::{bins, wait};
 
-use super::site::{self, Kind, REPORT, Site, base_backup, copy_tree, create_repository, kept_until_the_end};
+use super::site::{self, Kind, REPORT, Site, base_backup, create_repository, kept_until_the_end};
 
 /// An archive with a fork inside a segment. Timeline 1 has a row of an old primary that went on behind
 /// the switch; timeline 2 has a row of the promoted standby.

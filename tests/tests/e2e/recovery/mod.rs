@@ -12,11 +12,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use walship_tests::postgres::{self, PgServer, StopMode};
+use walship_tests::process::copy_tree;
 use walship_tests::s3_inprocess::Fault as S3Fault;
 use walship_tests::{bins, process, wait};
 
 use site::{
-    Fault, Kind, REPORT, Site, assert_never_promoted, base_backup, control, copy_tree, create_repository,
+    Fault, Kind, REPORT, Site, assert_never_promoted, base_backup, control, create_repository,
     kept_until_the_end,
 };
 

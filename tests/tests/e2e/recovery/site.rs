@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use walship::repository::Repository;
 use walship::storage::{ObjectKey, Storage, StorageConfig};
 use walship_tests::postgres::{PgServer, PgServerBuilder};
+use walship_tests::process::copy_tree;
 use walship_tests::s3_inprocess::{BUCKET, S3Server, config_for, env_for};
 use walship_tests::weed::WeedServer;
 use walship_tests::{bins, process};
@@ -285,10 +286,6 @@ pub(super) fn base_backup(server: &PgServer, into: &Path) {
     let into = into.to_str().unwrap();
     let output = server.run_tool("pg_basebackup", &["-D", into, "-X", "none", "-c", "fast", "--no-manifest"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
-
-pub(super) fn copy_tree(from: &Path, to: &Path) {
-    process::run_ok(Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(to));
 }
 
 fn objects_of_folder(root: &Path) -> BTreeMap<String, Bytes> {

@@ -1,0 +1,417 @@
+//! A random history on a real server, archived and backed up, and what `pg_waldump` says of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::thread;
+
+use walship::pg::{Lsn, SegmentName, SegmentSize};
+use walship_tests::postgres::PgServer;
+use walship_tests::process;
+use walship_tests::random::Random;
+use walship_tests::stage::Stage;
+use walship_tests::{bins, wait};
+
+/// Concurrent sessions, and how many transactions each has in one phase.
+const SESSIONS: usize = 3;
+const TRANSACTIONS: usize = 7;
+/// Phases on the first timeline before the fork, after it, and on the second timeline.
+const PHASES: (usize, usize, usize) = (6, 2, 3);
+/// How many commits the fork is drawn from.
+const RECENT: usize = 5;
+/// Restore points' names: a few, so that some come twice.
+pub(crate) const NAMES: [&str; 4] = ["before release", "nightly", "it's", "a \"b\""];
+
+/// One record as `pg_waldump` shows it.
+#[derive(Debug, Clone)]
+pub(crate) struct Record {
+    pub(crate) timeline: u32,
+    pub(crate) lsn: Lsn,
+    pub(crate) xid: u32,
+    rmgr: String,
+    desc: String,
+}
+
+/// How a transaction ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Ended {
+    /// The transaction; of a prepared one its own id.
+    pub(crate) xid: u32,
+    /// In microseconds since 1970.
+    pub(crate) time: i64,
+    pub(crate) committed: bool,
+}
+
+impl Record {
+    fn parse(timeline: u32, line: &str) -> Option<Self> {
+        let (rmgr, rest) = line.strip_prefix("rmgr:")?.split_once("len (rec/tot):")?;
+        let (_, rest) = rest.split_once(", tx:")?;
+        let (xid, rest) = rest.split_once(", lsn:")?;
+        let (lsn, rest) = rest.split_once(", prev ")?;
+        let (_, desc) = rest.split_once(", desc: ")?;
+        Some(Self {
+            timeline,
+            lsn: lsn.trim().parse().ok()?,
+            xid: xid.trim().parse().ok()?,
+            rmgr: rmgr.trim().to_owned(),
+            desc: desc.trim_end().to_owned(),
+        })
+    }
+
+    /// Returns the transaction that this record ends.
+    pub(crate) fn ended(&self) -> Option<Ended> {
+        if self.rmgr != "Transaction" {
+            return None;
+        }
+        let (what, rest) = self.desc.split_once(' ')?;
+        let (committed, prepared) = match what {
+            "COMMIT" => (true, false),
+            "ABORT" => (false, false),
+            "COMMIT_PREPARED" => (true, true),
+            "ABORT_PREPARED" => (false, true),
+            _ => return None,
+        };
+        let (xid, rest) = match prepared {
+            true => rest.split_once(": ").map(|(xid, rest)| (xid.parse().expect("an xid"), rest))?,
+            false => (self.xid, rest),
+        };
+        let time = rest.split(" UTC").next()?;
+        let time = chrono::NaiveDateTime::parse_from_str(time, "%Y-%m-%d %H:%M:%S%.f")
+            .unwrap_or_else(|error| panic!("{error}: {}", self.desc));
+        Some(Ended { xid, time: time.and_utc().timestamp_micros(), committed })
+    }
+}
+
+/// A row of the table `t`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Row {
+    pub(crate) id: i64,
+    pub(crate) xid: u32,
+}
+
+/// What was made, and the truth about it.
+pub(crate) struct History {
+    pub(crate) stage: Stage,
+    /// Where timeline 2 leaves timeline 1.
+    pub(crate) fork: Lsn,
+    /// Every record from the first backup on, of both timelines, in order; of timeline 1 also what
+    /// lies behind the fork.
+    pub(crate) records: BTreeMap<u32, Vec<Record>>,
+    /// Where the archive of each timeline ends.
+    pub(crate) ends: BTreeMap<u32, Lsn>,
+    /// The rows committed on each timeline; those before the fork are the first's.
+    pub(crate) rows: BTreeMap<u32, BTreeSet<Row>>,
+    /// The backups' ids, and when they began, in microseconds since 1970.
+    pub(crate) backups: Vec<(String, i64)>,
+    /// Data directories that were made to be used again, by what they were restored with.
+    pub(crate) templates: std::sync::Mutex<BTreeMap<Vec<String>, PathBuf>>,
+}
+
+impl History {
+    /// Makes a history on PostgreSQL `major`.
+    pub(crate) fn make(major: u32, random: &mut Random) -> Self {
+        let stage = Stage::folder("main");
+        let clock = stage.path().join("clock");
+        fs::write(&clock, "+0").unwrap();
+        let first = stage.archiving(PgServer::builder(major).wal_segment_size_mb(1));
+        let first = with_clock(first, &clock)
+            // Its children must live in the world's time, or their requests' signatures do not hold.
+            .setting("archive_command", format!("env -u LD_PRELOAD '{}' %p", bins::archive_cmd().display()))
+            .setting("track_commit_timestamp", "on")
+            .setting("max_prepared_transactions", 50)
+            .setting("autovacuum", "off")
+            .setting("wal_keep_size", "100GB")
+            .setting("max_wal_size", "100GB")
+            .setting("checkpoint_timeout", "1h")
+            .setting("wal_recycle", "off")
+            .start();
+        stage.init(&first);
+        first.psql("CREATE TABLE t (id bigint PRIMARY KEY, xid bigint)");
+        let mut maker = Maker { stage, clock, random: random.clone(), next_id: 1, backups: Vec::new() };
+        maker.backup(&first);
+        let mut first = first;
+        for phase in 0..PHASES.0 {
+            maker.phase(&first);
+            match phase {
+                1 => maker.crash(&mut first),
+                2 | 4 => maker.backup(&first),
+                _ => {}
+            }
+        }
+        // The fork comes into a segment in which nothing was prepared: recovery along timeline 2 looks for
+        // the state of what was prepared before the fork in timeline 1's file of that segment, which it
+        // did not fetch, and fails ("requested WAL segment ... has already been removed").
+        first.archive_now();
+        for _ in 0..RECENT {
+            let insert = maker.insert();
+            first.psql(&insert);
+        }
+        first.archive_now();
+        let start = maker.start_of_first_backup();
+        let (fork, second) = maker.promote(&records_of(&first, 1, start));
+        for _ in 0..PHASES.1 {
+            maker.phase(&first);
+        }
+        for phase in 0..PHASES.2 {
+            maker.phase(&second);
+            if phase == 0 {
+                maker.backup(&second);
+            }
+        }
+        let Maker { stage, random: used, backups, .. } = maker;
+        *random = used;
+        let (first, second) = (Whole::of(&first, 1, start), Whole::of(&second, 2, fork));
+        let later = second.rows.difference(&first.rows).cloned().collect();
+        Self {
+            stage,
+            fork,
+            records: [(1, first.records), (2, second.records)].into(),
+            ends: [(1, first.end), (2, second.end)].into(),
+            rows: [(1, first.rows), (2, later)].into(),
+            backups,
+            templates: std::sync::Mutex::default(),
+        }
+    }
+
+    /// Returns the records on the way to `timeline`.
+    pub(crate) fn path(&self, timeline: u32) -> Vec<&Record> {
+        let before = |record: &&Record| timeline == 1 || record.lsn < self.fork;
+        let own = (timeline == 2).then(|| &self.records[&2]).into_iter().flatten();
+        self.records[&1].iter().filter(before).chain(own).collect()
+    }
+
+    /// Returns the ids of the rows that are there when all records on the way to `timeline` that start
+    /// before `cut` are replayed.
+    pub(crate) fn rows_at(&self, timeline: u32, cut: Lsn) -> BTreeSet<i64> {
+        let mut rows = BTreeSet::new();
+        for record in self.path(timeline).into_iter().filter(|record| record.lsn < cut) {
+            let Some(ended) = record.ended().filter(|ended| ended.committed) else { continue };
+            let of_it = self.rows[&record.timeline].iter().filter(|row| row.xid == ended.xid);
+            rows.extend(of_it.map(|row| row.id));
+        }
+        rows
+    }
+}
+
+/// The clock of a server under test: a file says how far it is off, or where it stands still.
+fn with_clock(
+    server: walship_tests::postgres::PgServerBuilder,
+    clock: &Path,
+) -> walship_tests::postgres::PgServerBuilder {
+    server
+        .env("LD_PRELOAD", faketime())
+        .env("FAKETIME_TIMESTAMP_FILE", clock)
+        .env("FAKETIME_NO_CACHE", "1")
+        .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+        .env("DONT_FAKE_MONOTONIC", "1")
+        .env("NO_FAKE_STAT", "1")
+}
+
+/// Returns libfaketime.
+fn faketime() -> PathBuf {
+    let lib = Path::new("/usr/lib");
+    let folders = fs::read_dir(lib).unwrap().map(|entry| entry.unwrap().path());
+    folders
+        .map(|folder| folder.join("faketime/libfaketime.so.1"))
+        .find(|path| path.is_file())
+        .expect("libfaketime is missing; run scripts/install-test-deps --tools (./test does)")
+}
+
+/// What a server holds at its end.
+struct Whole {
+    records: Vec<Record>,
+    rows: BTreeSet<Row>,
+    end: Lsn,
+}
+
+impl Whole {
+    fn of(server: &PgServer, timeline: u32, start: Lsn) -> Self {
+        let rows = server.psql("SELECT id, xid FROM t");
+        let rows = rows.lines().map(|line| {
+            let (id, xid) = line.split_once('|').unwrap();
+            Row { id: id.parse().unwrap(), xid: xid.parse().unwrap() }
+        });
+        let rows = rows.collect();
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let end = server.archive_now().parse::<SegmentName>().unwrap().end(size);
+        let mut records = records_of(server, timeline, start);
+        records.retain(|record| record.lsn < end);
+        Self { records, rows, end }
+    }
+}
+
+/// Returns the records of a timeline from `start` on.
+fn records_of(server: &PgServer, timeline: u32, start: Lsn) -> Vec<Record> {
+    let mut waldump = server.tool("pg_waldump");
+    waldump.env("TZ", "UTC").arg("-p").arg(server.data_dir().join("pg_wal"));
+    waldump.args(["-t", &timeline.to_string(), "-s", &start.to_string()]);
+    // It ends with an error where WAL ends.
+    let output = process::run(&mut waldump, process::RunOptions::default());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines = text.lines().filter(|line| line.starts_with("rmgr:"));
+    let records: Vec<_> = lines.map(|line| Record::parse(timeline, line).expect(line)).collect();
+    assert!(!records.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    records
+}
+
+struct Maker {
+    stage: Stage,
+    clock: PathBuf,
+    random: Random,
+    next_id: i64,
+    backups: Vec<(String, i64)>,
+}
+
+impl Maker {
+    /// A stretch of concurrent transactions under one clock, then some of what an operator does.
+    fn phase(&mut self, server: &PgServer) {
+        let clock = match self.random.below(6) {
+            0 => "-3600".to_owned(),
+            1 => "-0.35".to_owned(),
+            2 => "+90".to_owned(),
+            // It stands still: equal times.
+            3 => (chrono::Utc::now() + chrono::TimeDelta::seconds(5)).format("%Y-%m-%d %H:%M:%S").to_string(),
+            _ => "+0".to_owned(),
+        };
+        fs::write(&self.clock, clock).unwrap();
+        let scripts: Vec<String> = (0..SESSIONS).map(|_| self.session()).collect();
+        thread::scope(|scope| {
+            for script in &scripts {
+                scope.spawn(move || server.psql(script));
+            }
+        });
+        for _ in 0..self.random.below(3) {
+            let name = self.random.pick(&NAMES).replace('\'', "''");
+            server.psql(&format!("SELECT pg_create_restore_point('{name}')"));
+            server.psql(&self.insert());
+        }
+        if self.random.chance(0.7) {
+            self.end_prepared(server);
+        }
+        if self.random.chance(0.3) {
+            server.psql("CHECKPOINT");
+        }
+        // The second leaves a segment in which nothing was committed.
+        for _ in 0..self.random.below(3) {
+            server.switch_wal();
+        }
+        fs::write(&self.clock, "+0").unwrap();
+    }
+
+    fn id(&mut self) -> i64 {
+        self.next_id += 1;
+        self.next_id - 1
+    }
+
+    fn insert(&mut self) -> String {
+        format!("INSERT INTO t SELECT {}, pg_current_xact_id()::text::bigint;\n", self.id())
+    }
+
+    /// The script of one session.
+    fn session(&mut self) -> String {
+        let mut script = String::new();
+        for _ in 0..TRANSACTIONS {
+            script += &self.transaction();
+        }
+        script
+    }
+
+    fn transaction(&mut self) -> String {
+        let (a, b, c) = (self.insert(), self.insert(), self.insert());
+        let name = self.id();
+        match self.random.below(12) {
+            0 => format!("BEGIN;\n{a}ROLLBACK;\n"),
+            1 => format!("BEGIN;\n{a}SAVEPOINT s;\n{b}RELEASE s;\nCOMMIT;\n"),
+            2 => format!("BEGIN;\n{a}SAVEPOINT s;\n{b}ROLLBACK TO s;\n{c}COMMIT;\n"),
+            3 => format!("BEGIN;\n{a}SAVEPOINT s;\n{b}ROLLBACK TO s;\nROLLBACK;\n"),
+            4 => format!("BEGIN;\n{a}PREPARE TRANSACTION 'p{name}';\n{b}COMMIT PREPARED 'p{name}';\n"),
+            5 => format!(
+                "BEGIN;\n{a}SAVEPOINT s;\n{b}PREPARE TRANSACTION 'p{name}';\nROLLBACK PREPARED 'p{name}';\n"
+            ),
+            // Stays open, at least for now.
+            6 => format!("BEGIN;\n{a}PREPARE TRANSACTION 'p{name}';\n"),
+            7 => format!("CREATE TABLE v{name} AS SELECT 1 AS x;\n{a}DROP TABLE v{name};\n"),
+            8 => "SELECT pg_current_xact_id();\n".to_owned(),
+            _ => a,
+        }
+    }
+
+    /// Ends one of the prepared transactions.
+    fn end_prepared(&mut self, server: &PgServer) {
+        let open = server.psql("SELECT gid FROM pg_prepared_xacts ORDER BY gid");
+        let open: Vec<&str> = open.lines().collect();
+        if !open.is_empty() {
+            let how = if self.random.chance(0.5) { "COMMIT" } else { "ROLLBACK" };
+            server.psql(&format!("{how} PREPARED '{}'", self.random.pick(&open)));
+        }
+    }
+
+    fn backup(&mut self, server: &PgServer) {
+        let said = self.stage.ok(&mut self.stage.walship_on(server, &["backup", "--json"]));
+        let said: serde_json::Value = serde_json::from_str(&said).unwrap_or_else(|e| panic!("{e}: {said}"));
+        let id = said["id"].as_str().unwrap_or_else(|| panic!("{said:#}")).to_owned();
+        let started: chrono::DateTime<chrono::Utc> = said["started"].as_str().unwrap().parse().unwrap();
+        self.backups.push((id, started.timestamp_micros()));
+    }
+
+    /// Kills the server while a transaction is open, which then never ends.
+    fn crash(&mut self, server: &mut PgServer) {
+        let mut session = server.tool("psql");
+        session
+            .args(["-X", "-q", "-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut session = session.spawn().unwrap();
+        let mut input = session.stdin.take().unwrap();
+        writeln!(input, "BEGIN;\n{}", self.insert()).unwrap();
+        server.wait_for("SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'", "1");
+        server.psql("SELECT pg_switch_wal()");
+        server.kill9();
+        drop(input);
+        let _ = session.wait();
+        server.start();
+        wait::until("the server takes writes", || {
+            server.try_psql("SELECT pg_is_in_recovery()").is_ok_and(|r| r == "f")
+        });
+        let insert = self.insert();
+        server.psql(&insert);
+    }
+
+    fn start_of_first_backup(&self) -> Lsn {
+        let args = ["plan", "--json", "--immediate", "--backup", &self.backups[0].0];
+        let plan: serde_json::Value =
+            serde_json::from_str(&self.stage.ok(&mut self.stage.pitr(&args))).unwrap();
+        plan["plan"]["backup"]["start_lsn"].as_str().unwrap().parse().unwrap()
+    }
+
+    /// Restores to a recent commit and promotes: timeline 2.
+    fn promote(&mut self, records: &[Record]) -> (Lsn, PgServer) {
+        let commits: Vec<_> =
+            records.iter().filter(|record| record.ended().is_some_and(|ended| ended.committed)).collect();
+        let recent = &commits[commits.len() - RECENT..];
+        let at = self.random.pick(recent).lsn.to_string();
+        let dir = self.stage.path().join("second");
+        let mut args = vec!["restore", "--as", "production", "--target-action", "promote"];
+        args.extend(["--to-lsn", &at, "-D", dir.to_str().unwrap()]);
+        self.stage.ok(&mut self.stage.pitr(&args));
+        let second = with_clock(self.stage.recovering(&dir), &self.clock).start();
+        second.wait_for("SELECT pg_is_in_recovery()", "f");
+        for gid in second.psql("SELECT gid FROM pg_prepared_xacts").lines() {
+            second.psql(&format!("ROLLBACK PREPARED '{gid}'"));
+        }
+        (fork_of(&dir, 2).1, second)
+    }
+}
+
+/// Returns which timeline `timeline` leaves, and where, as its server's history file says.
+pub(crate) fn fork_of(data_dir: &Path, timeline: u32) -> (u32, Lsn) {
+    let path = data_dir.join(format!("pg_wal/{timeline:08X}.history"));
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let line = text.lines().rfind(|line| !line.trim().is_empty()).unwrap();
+    let mut fields = line.split('\t');
+    let parent = fields.next().unwrap().trim().parse().unwrap();
+    (parent, fields.next().unwrap().trim().parse().unwrap())
+}
