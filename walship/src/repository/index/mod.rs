@@ -1,8 +1,8 @@
 //! The index: roll-ups in the store, found, read, written.
 //!
 //! A cache. Whatever cannot be read or makes no sense is as good as not there, and nobody's failure:
-//! [`IndexReader`] answers with what is sound. [`write`] extends it at its right edge while segments are
-//! archived, [`complete`] makes all of it.
+//! readers answer with what is sound. [`mod@write`] extends it at its right edge while segments are archived,
+//! [`mod@complete`] makes all of it.
 
 pub mod backups;
 pub mod complete;
