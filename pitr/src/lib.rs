@@ -1,8 +1,8 @@
 //! pitr turns "14:29:59.8, just before the DROP" into an exact restore plan, and carries it out.
 //!
 //! [`target`] reads what the DBA asked for, [`plan`] chooses base backup, timeline path and segment
-//! chain by PostgreSQL's own stopping rules, [`recovery_settings`] renders what the restored server is
-//! told. These three are pure.
+//! chain by PostgreSQL's own stopping rules, [`log`] tells what happened, [`recovery_settings`] renders what
+//! the restored server is told. These four are pure.
 //!
 //! ```
 //! use pitr::target::TargetWords;
@@ -18,6 +18,7 @@
 pub mod cli;
 pub mod execute;
 pub mod inherited;
+pub mod log;
 pub mod plan;
 pub mod recovery_settings;
 pub mod target;

@@ -259,7 +259,7 @@ fn parse_lsn(text: &str) -> Result<Lsn, TargetError> {
     Ok(lsn)
 }
 
-fn parse_xid(text: &str) -> Result<Xid, TargetError> {
+pub(crate) fn parse_xid(text: &str) -> Result<Xid, TargetError> {
     const NEXT: &str = "Give the 32-bit number that logs and WAL show, from 3 on; of a 64-bit \
                         pg_current_xact_id() take the remainder of division by 4294967296.";
     let wide: u64 = text
@@ -286,7 +286,7 @@ fn parse_name(text: &str) -> Result<String, TargetError> {
     Ok(text.to_owned())
 }
 
-fn parse_timeline(text: &str) -> Result<TimelineId, TargetError> {
+pub(crate) fn parse_timeline(text: &str) -> Result<TimelineId, TargetError> {
     text.parse::<u32>().ok().and_then(TimelineId::new).ok_or_else(|| {
         TargetError::new(
             format!("{text:?} is not a timeline"),

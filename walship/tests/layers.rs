@@ -27,7 +27,7 @@ const WALSHIP_FLOORS: &[&[&str]] = &[
 const PITR_FLOORS: &[&[&str]] = &[
     &["target", "inherited"],
     &["plan"],
-    &["recovery_settings", "retention", "verify"],
+    &["recovery_settings", "retention", "verify", "log"],
     &["execute"],
     &["cli"],
 ];
@@ -38,7 +38,7 @@ const BESIDE: &[(&str, &[&str])] = &[("error", &["pg"]), ("config", &["pg", "cod
 /// Rooms that compute and nothing else.
 const PURE: &[(&str, &[&str])] = &[
     ("walship", &["pg", "wal", "catalog", "codec"]),
-    ("pitr", &["target", "inherited", "plan", "recovery_settings", "retention", "verify"]),
+    ("pitr", &["target", "inherited", "plan", "recovery_settings", "retention", "verify", "log"]),
 ];
 
 /// What a pure room must not name: as the beginning of an imported path, or anywhere in its code.

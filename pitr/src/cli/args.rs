@@ -7,8 +7,11 @@ use clap::{Parser, Subcommand, ValueEnum};
 use walship::Result;
 use walship::config::Overrides;
 
+use crate::log::{Kind, Query};
 use crate::recovery_settings::{RestoreAs, TargetAction};
-use crate::target::{RecoveryTarget, TargetWords};
+use crate::target::{
+    RecoveryTarget, TargetWords, TimelineChoice, Zone, parse_time, parse_timeline, parse_xid,
+};
 
 const STATUSES: &str = "Exit status:
   0  done
@@ -35,6 +38,12 @@ const INFO_EXAMPLES: &str = "Examples:
   pitr info --json | jq '.timelines[].windows'
 ";
 
+const LOG_EXAMPLES: &str = "Examples:
+  pitr log --since '2026-03-01 14:00 Europe/Berlin' --only drop,truncate
+  pitr log --xid 48213
+  pitr log --json | jq -r '.lines[] | select(.at_once) | .just_before'
+";
+
 const INDEX_EXAMPLES: &str = "Examples:
   pitr index
   pitr index --verify --json | jq .wrong
@@ -59,6 +68,9 @@ pub(super) enum Command {
     /// Restore a data directory that PostgreSQL recovers from to exactly the planned transaction
     #[command(after_help = [RESTORE_EXAMPLES, STATUSES].join("\n"))]
     Restore(RestoreArgs),
+    /// Show what happened in the archived WAL, each event with the target that leads to just before it
+    #[command(after_help = [LOG_EXAMPLES, STATUSES].join("\n"))]
+    Log(LogArgs),
     /// Complete the index that plans are made from quickly, rebuild it, or compare it with the segments
     #[command(after_help = [INDEX_EXAMPLES, STATUSES].join("\n"))]
     Index(IndexArgs),
@@ -77,6 +89,67 @@ pub(super) struct IndexArgs {
     pub(super) dry_run: bool,
     #[command(flatten)]
     pub(super) source: SourceArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct LogArgs {
+    /// Nothing that happened before this time, which has an offset or a zone
+    #[arg(long, value_name = "TIME")]
+    since: Option<String>,
+    /// Nothing that happened after this time, which has an offset or a zone
+    #[arg(long, value_name = "TIME")]
+    until: Option<String>,
+    /// Only what this transaction did; its commit or abort too
+    #[arg(long, value_name = "XID")]
+    xid: Option<String>,
+    /// Only what names this database
+    #[arg(long, value_name = "OID")]
+    database: Option<u32>,
+    /// Only what names this relation file number: pg_class.relfilenode as it was then
+    #[arg(long, value_name = "FILENODE")]
+    relation: Option<u32>,
+    /// Only these kinds: drop, truncate, restore-point, checkpoint, timeline, commit, abort [default: the first
+    /// three and timeline; with --xid drop, truncate, commit, abort]
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "KINDS", hide_possible_values = true)]
+    only: Vec<Kind>,
+    /// The timeline whose way is followed: a number or "latest" [default: latest]
+    #[arg(long, value_name = "N")]
+    timeline: Option<String>,
+    /// How many lines at most, the oldest first
+    #[arg(long, value_name = "LINES", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    limit: u32,
+    #[command(flatten)]
+    pub(super) source: SourceArgs,
+}
+
+impl LogArgs {
+    /// Returns the query, and the zone that times are shown in.
+    pub(super) fn query(&self) -> Result<(Query, Zone)> {
+        let time =
+            |text: &Option<String>| text.as_deref().map(|text| parse_time(text, local_offset)).transpose();
+        let (since, until) = (time(&self.since)?, time(&self.until)?);
+        let zone = since.or(until).map_or(Zone::Utc, |(_, zone)| zone);
+        let kinds = match (&*self.only, &self.xid) {
+            ([], None) => Kind::DEFAULT.to_vec(),
+            ([], Some(_)) => Kind::OF_TRANSACTION.to_vec(),
+            (only, _) => only.to_vec(),
+        };
+        let timeline = match self.timeline.as_deref() {
+            None | Some("latest") => TimelineChoice::Latest,
+            Some(text) => TimelineChoice::Number(parse_timeline(text)?),
+        };
+        let query = Query {
+            since: since.map(|(time, _)| time),
+            until: until.map(|(time, _)| time),
+            xid: self.xid.as_deref().map(parse_xid).transpose()?,
+            database: self.database,
+            relation: self.relation,
+            kinds,
+            timeline,
+            limit: self.limit as usize,
+        };
+        Ok((query, zone))
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -151,6 +224,9 @@ pub(super) struct TargetArgs {
     /// The end of this transaction
     #[arg(long, value_name = "XID")]
     to_xid: Option<String>,
+    /// Just before the end of this transaction: --to-xid XID --exclusive
+    #[arg(long, value_name = "XID", conflicts_with_all = ["to_xid", "exclusive"])]
+    before_xid: Option<String>,
     /// A restore point made with pg_create_restore_point()
     #[arg(long, value_name = "NAME")]
     to_name: Option<String>,
@@ -177,12 +253,12 @@ impl TargetArgs {
         let words = TargetWords {
             time: self.to_time.clone(),
             lsn: self.to_lsn.clone(),
-            xid: self.to_xid.clone(),
+            xid: self.to_xid.clone().or_else(|| self.before_xid.clone()),
             name: self.to_name.clone(),
             latest: self.latest,
             immediate: self.immediate,
             timeline: self.timeline.clone(),
-            exclusive: self.exclusive,
+            exclusive: self.exclusive || self.before_xid.is_some(),
         };
         Ok(words.parse(local_offset)?)
     }
@@ -236,8 +312,23 @@ mod tests {
     }
 
     #[test]
+    fn before_a_transaction_is_its_end_excluded() {
+        let target = |words: &str| match Args::try_parse_from(words.split(' ')).map(|args| args.command) {
+            Ok(Command::Plan(plan)) => plan.target.target().ok(),
+            _ => None,
+        };
+        let before = target("pitr plan --before-xid 731");
+        assert!(before.is_some() && before == target("pitr plan --to-xid 731 --exclusive"));
+        for words in
+            ["--before-xid 731 --to-xid 731", "--before-xid 731 --latest", "--before-xid 731 --exclusive"]
+        {
+            assert_eq!(target(&format!("pitr plan {words}")), None, "{words}");
+        }
+    }
+
+    #[test]
     fn every_help_ends_with_an_example_and_the_statuses() {
-        for name in ["info", "plan", "restore", "index"] {
+        for name in ["info", "plan", "restore", "log", "index"] {
             let mut command = Args::command();
             let help = command.find_subcommand_mut(name).unwrap().render_help().to_string();
             assert!(help.contains(&format!("\n  pitr {name}")), "{help}");

@@ -3,6 +3,7 @@
 mod args;
 mod index;
 mod info;
+mod log;
 mod output;
 mod plan;
 mod restore;
@@ -47,6 +48,7 @@ pub fn run() -> ExitCode {
         Command::Info(info) => info.source.json,
         Command::Plan(plan) => plan.source.json,
         Command::Restore(restore) => restore.source.json,
+        Command::Log(log) => log.source.json,
         Command::Index(index) => index.source.json,
     };
     let status = runtime.block_on(async {
@@ -54,6 +56,7 @@ pub fn run() -> ExitCode {
             Command::Info(info) => info::run(&info).await,
             Command::Plan(plan) => plan::run(&plan).await,
             Command::Restore(restore) => restore::run(&restore).await,
+            Command::Log(log) => log::run(&log).await,
             Command::Index(index) => index::run(&index).await,
         }
     });

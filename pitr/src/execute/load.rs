@@ -130,7 +130,7 @@ fn damaged(
 ///
 /// # Errors
 /// Everything but [`Error::Corrupt`].
-async fn load_summaries(
+pub(super) async fn load_summaries(
     repository: &LineageRepository,
     names: Vec<SegmentName>,
 ) -> Result<Vec<(SegmentName, Result<Summarized>)>> {
@@ -162,7 +162,7 @@ async fn segment_bytes(repository: &LineageRepository, name: SegmentName) -> Res
 ///
 /// # Errors
 /// What went wrong, and with which of the segments.
-async fn load_events(
+pub(super) async fn load_events(
     repository: &LineageRepository,
     request: &SegmentRequest,
 ) -> Result<Vec<walship::wal::WalEvent>, (SegmentName, Error)> {

@@ -91,6 +91,12 @@ impl Index {
         Ok(())
     }
 
+    /// Drops what is known of segments before this one.
+    pub(super) fn forget_before(&mut self, segment: SegmentName) {
+        self.details = self.details.split_off(&segment);
+        self.digests = self.digests.split_off(&segment);
+    }
+
     fn add(&mut self, rollup: &Rollup, evidence: &mut Evidence) {
         evidence.add_rollup(rollup);
         self.note(rollup);

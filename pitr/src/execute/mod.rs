@@ -1,4 +1,4 @@
-//! Carries plans out: loads what the planner asks for, and restores data directories.
+//! Carries plans out: loads what the planner and the log ask for, and restores data directories.
 //!
 //! Nothing is chosen here. What a plan says is done as it says it, or fails.
 
@@ -6,8 +6,10 @@ mod configuration;
 pub mod load;
 mod load_index;
 mod outside_settings;
+mod read_log;
 pub mod restore;
 mod unpack;
 
 pub use load::{Planned, make_plan};
+pub use read_log::{Logged, read_log};
 pub use restore::{Progress, RestoreOptions, RestoreReport, restore};

@@ -302,8 +302,8 @@ fn ending_at(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -> ChainEndi
     })
 }
 
-/// Returns every gap along `history` between the first and the last stored segment of the path.
-pub fn gaps_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Gap> {
+/// Returns the stored WAL along `history` from its first segment to its last, gap after gap.
+pub(crate) fn chains_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Chain> {
     let size = catalog.lineage.segment_size;
     let path = history.ancestors.iter().map(|entry| entry.timeline).chain([history.timeline]);
     let first = path
@@ -313,16 +313,25 @@ pub fn gaps_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Gap> {
             (name.start(size) < left_at).then_some(name.start(size))
         })
         .min();
-    let mut gaps = Vec::new();
+    let mut chains = Vec::new();
     let mut at = first;
     while let Some(start) = at {
-        match build_chain(catalog, history, start).ending {
-            ChainEnding::Gap(gap) if gap.to > start => {
-                at = Some(gap.to);
-                gaps.push(gap);
-            }
-            _ => at = None,
-        }
+        let chain = build_chain(catalog, history, start);
+        at = match &chain.ending {
+            ChainEnding::Gap(gap) if gap.to > start => Some(gap.to),
+            _ => None,
+        };
+        chains.push(chain);
     }
-    gaps
+    chains
+}
+
+/// Returns every gap along `history` between the first and the last stored segment of the path.
+pub fn gaps_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Gap> {
+    let endings = chains_of(catalog, history).into_iter().map(|chain| chain.ending);
+    let gaps = endings.filter_map(|ending| match ending {
+        ChainEnding::Gap(gap) => Some(gap),
+        ChainEnding::EndOfArchive => None,
+    });
+    gaps.collect()
 }

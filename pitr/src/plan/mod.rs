@@ -11,6 +11,7 @@ mod chain;
 mod extras;
 mod reach;
 mod refusal;
+mod survey;
 mod walk;
 mod windows;
 
@@ -27,9 +28,12 @@ use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::rollup::{Block, Rollup};
 use walship::wal::summary::SegmentSummary;
 
+pub(crate) use chain::chains_of;
 pub use chain::{Chain, ChainEnding, ChainStep, Gap, build_chain, gaps_of};
 pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};
+pub(crate) use survey::{Surveyed, Wanted};
+pub(crate) use walk::Walk;
 pub use windows::{Window, windows};
 
 use crate::target::{RecoveryTarget, StopSide, TargetKind, TimelineChoice};
@@ -79,6 +83,14 @@ impl Evidence {
     pub fn forget_blocks(&mut self, first: SegmentName, last: SegmentName) {
         let old: Vec<_> = self.blocks.range(first..=last).map(|(name, _)| *name).collect();
         old.iter().for_each(|name| drop(self.blocks.remove(name)));
+    }
+
+    /// Drops what is known of segments before this one; what is known to be damaged stays.
+    pub(crate) fn forget_before(&mut self, segment: SegmentName) {
+        self.summaries = self.summaries.split_off(&segment);
+        self.events = self.events.split_off(&segment);
+        let first = self.block_of(segment).map_or(segment, |(first, _)| first);
+        self.blocks = self.blocks.split_off(&first);
     }
 
     /// Returns the block that a segment belongs to, with its first segment.
@@ -362,7 +374,7 @@ fn try_plan(
 }
 
 /// Returns the history of the timeline to follow.
-fn resolve_timeline(catalog: &Catalog, choice: TimelineChoice) -> Result<TimelineHistory, Halt> {
+pub(crate) fn resolve_timeline(catalog: &Catalog, choice: TimelineChoice) -> Result<TimelineHistory, Halt> {
     let known = catalog.timelines();
     let timeline = match choice {
         TimelineChoice::Number(timeline) => timeline,

@@ -11,14 +11,14 @@ use walship::wal::summary::{Counts, Fragment, SegmentEnding, SegmentSummary, Sto
 use super::*;
 use crate::target::{StopSide, Zone};
 
-const SIZE: SegmentSize = SegmentSize::MIN;
+pub(crate) const SIZE: SegmentSize = SegmentSize::MIN;
 const START: u64 = 0x0300_0000;
 
-fn tli(number: u32) -> TimelineId {
+pub(crate) fn tli(number: u32) -> TimelineId {
     TimelineId::new(number).unwrap()
 }
 
-fn at(micros: i64) -> DateTime<Utc> {
+pub(crate) fn at(micros: i64) -> DateTime<Utc> {
     Utc.with_ymd_and_hms(2026, 3, 1, 12, 0, 0).unwrap() + Duration::microseconds(micros)
 }
 
@@ -35,7 +35,7 @@ fn limits(connections: i32) -> ServerLimits {
     }
 }
 
-fn commit(xid: Xid, micros: i64) -> Option<(Xid, EventKind)> {
+pub(crate) fn commit(xid: Xid, micros: i64) -> Option<(Xid, EventKind)> {
     let kind = EventKind::Commit {
         time: at(micros),
         prepared_xid: None,
@@ -45,11 +45,11 @@ fn commit(xid: Xid, micros: i64) -> Option<(Xid, EventKind)> {
     Some((xid, kind))
 }
 
-fn restore_point(name: &str, micros: i64) -> Option<(Xid, EventKind)> {
+pub(crate) fn restore_point(name: &str, micros: i64) -> Option<(Xid, EventKind)> {
     Some((0, EventKind::RestorePoint { time: at(micros), name: name.into() }))
 }
 
-fn checkpoint(redo: Lsn, micros: i64) -> Option<(Xid, EventKind)> {
+pub(crate) fn checkpoint(redo: Lsn, micros: i64) -> Option<(Xid, EventKind)> {
     let kind = EventKind::Checkpoint {
         redo,
         time: at(micros),
@@ -67,23 +67,23 @@ fn has_checkpoint(records: &[WalRecord], start: Lsn, stop: Lsn) -> bool {
 
 /// A made-up WAL: records of any length, some of which are events, on one or more timelines.
 #[derive(Debug, Clone)]
-struct World {
-    records: BTreeMap<TimelineId, Vec<WalRecord>>,
-    catalog: Catalog,
-    undecoded: Vec<SegmentName>,
+pub(crate) struct World {
+    pub(crate) records: BTreeMap<TimelineId, Vec<WalRecord>>,
+    pub(crate) catalog: Catalog,
+    pub(crate) undecoded: Vec<SegmentName>,
     /// Segments whose stored object is damaged.
-    damaged: Vec<SegmentName>,
+    pub(crate) damaged: Vec<SegmentName>,
 }
 
 #[derive(Debug, Clone)]
-struct WalRecord {
-    lsn: Lsn,
-    end: Lsn,
-    event: Option<WalEvent>,
+pub(crate) struct WalRecord {
+    pub(crate) lsn: Lsn,
+    pub(crate) end: Lsn,
+    pub(crate) event: Option<WalEvent>,
 }
 
 impl World {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let lineage = Lineage {
             number: 1,
             system_identifier: 7_123_456_789_012_345_678,
@@ -110,7 +110,7 @@ impl World {
     }
 
     /// Appends a record of `bytes` bytes; returns where it starts.
-    fn push(&mut self, timeline: TimelineId, bytes: u64, event: Option<(Xid, EventKind)>) -> Lsn {
+    pub(crate) fn push(&mut self, timeline: TimelineId, bytes: u64, event: Option<(Xid, EventKind)>) -> Lsn {
         let lsn = self.end(timeline);
         let mut end = Lsn(lsn.0 + bytes);
         // Made-up WAL has no page headers; no record ends right behind where one would be.
@@ -123,7 +123,7 @@ impl World {
     }
 
     /// Starts `child` at the end of `parent`.
-    fn fork(&mut self, parent: TimelineId, child: TimelineId) -> Lsn {
+    pub(crate) fn fork(&mut self, parent: TimelineId, child: TimelineId) -> Lsn {
         let switch_lsn = self.end(parent);
         let mut ancestors = self.catalog.history(parent).unwrap().ancestors;
         ancestors.push(HistoryEntry { timeline: parent, switch_lsn, reason: "test".into() });
@@ -170,7 +170,7 @@ impl World {
     }
 
     /// Stores every whole segment of `timeline`, from the one that holds its beginning on.
-    fn archive(&mut self, timeline: TimelineId) {
+    pub(crate) fn archive(&mut self, timeline: TimelineId) {
         let begin = self.catalog.history(timeline).unwrap().begin_lsn().unwrap_or(Lsn(START));
         let mut name = SegmentName::containing(timeline, begin, SIZE);
         let end = self.records[&timeline].last().map_or(Lsn(START), |record| record.end);
@@ -180,14 +180,14 @@ impl World {
         }
     }
 
-    fn events(&self, name: SegmentName, through: Lsn) -> Vec<WalEvent> {
+    pub(crate) fn events(&self, name: SegmentName, through: Lsn) -> Vec<WalEvent> {
         let inside = |record: &&WalRecord| {
             record.lsn >= name.start(SIZE) && record.lsn < name.end(SIZE) && record.end <= through
         };
         self.records[&name.timeline].iter().filter(inside).filter_map(|record| record.event.clone()).collect()
     }
 
-    fn summary(&self, name: SegmentName) -> SegmentSummary {
+    pub(crate) fn summary(&self, name: SegmentName) -> SegmentSummary {
         let (start, end) = (name.start(SIZE), name.end(SIZE));
         let records = &self.records[&name.timeline];
         let events = self.events(name, end);
@@ -239,11 +239,10 @@ impl World {
             ended_xids: xids.iter().min().copied().zip(xids.iter().max().copied()),
             events: events
                 .into_iter()
-                .filter(|event| {
-                    !matches!(
-                        event.kind,
-                        EventKind::Commit { .. } | EventKind::Abort { .. } | EventKind::Prepare { .. }
-                    )
+                .filter(|event| match &event.kind {
+                    EventKind::Commit { dropped_relations, .. } => !dropped_relations.is_empty(),
+                    EventKind::Abort { .. } | EventKind::Prepare { .. } => false,
+                    _ => true,
                 })
                 .collect(),
             events_truncated: false,
@@ -251,7 +250,7 @@ impl World {
     }
 
     /// What an index would say of consecutive stored segments together.
-    fn block(&self, first: SegmentName, last: SegmentName) -> (SegmentName, Block) {
+    pub(crate) fn block(&self, first: SegmentName, last: SegmentName) -> (SegmentName, Block) {
         let (start, end) = (first.start(SIZE), last.end(SIZE));
         let inside = |record: &&WalRecord| record.lsn >= start && record.lsn < end;
         let records = self.records.get(&first.timeline).into_iter().flatten().filter(inside);
@@ -297,7 +296,7 @@ impl World {
     }
 
     /// What an index with so many segments in each block would say.
-    fn blocks(&self, segments: u64) -> BTreeMap<SegmentName, Block> {
+    pub(crate) fn blocks(&self, segments: u64) -> BTreeMap<SegmentName, Block> {
         let mut blocks = BTreeMap::new();
         let mut first = None;
         for name in self.catalog.segments.names().collect::<Vec<_>>() {

@@ -38,7 +38,7 @@ pub(crate) struct Seek<'q> {
 }
 
 /// What is known of the record that starts in one step and ends in a later one.
-enum Crossing {
+pub(super) enum Crossing {
     /// There is none, or it says nothing of interest.
     Nothing,
     Event(WalEvent),
@@ -47,18 +47,18 @@ enum Crossing {
 
 /// Steps that the index tells of together.
 #[derive(Clone, Copy)]
-struct Stretch<'a> {
+pub(super) struct Stretch<'a> {
     /// The segment that the block is known by.
     first: SegmentName,
-    block: &'a Block,
+    pub(super) block: &'a Block,
     /// The first and the last of the steps that are meant.
     from: usize,
-    to: usize,
+    pub(super) to: usize,
 }
 
 impl Stretch<'_> {
     /// Whether the facts tell of every record but the one that leaves the last segment.
-    fn is_known(&self) -> bool {
+    pub(super) fn is_known(&self) -> bool {
         let block = self.block;
         // Where there was a gap a segment may have come late.
         block.facts.undecoded == 0 && block.facts.unread == 0 && !block.has_gaps
@@ -77,7 +77,7 @@ impl<'a> Walk<'a> {
     }
 
     /// Returns what the index says of step `at` and its neighbours among the steps `from..=to`.
-    fn stretch(&self, at: usize, from: usize, to: usize) -> Option<Stretch<'a>> {
+    pub(super) fn stretch(&self, at: usize, from: usize, to: usize) -> Option<Stretch<'a>> {
         let segment = self.chain.step(at).segment;
         let (first, block) = self.evidence.block_of(segment)?;
         let number = |name: SegmentName| name.number(self.size);
@@ -92,14 +92,14 @@ impl<'a> Walk<'a> {
     }
 
     /// Returns whether the record that leaves the last step of a stretch is not among its facts.
-    fn leaves_open(&self, stretch: &Stretch<'_>) -> bool {
+    pub(super) fn leaves_open(&self, stretch: &Stretch<'_>) -> bool {
         let ends = self.chain.step(stretch.to).segment == stretch.block.last;
         let last_of_span = stretch.to == self.chain.last_in_span(stretch.to);
         stretch.to + 1 < self.chain.len() && ((ends && stretch.block.open_end) || last_of_span)
     }
 
     /// Asks for what the index says in detail.
-    fn refine(stretch: &Stretch<'_>) -> Halt {
+    pub(super) fn refine(stretch: &Stretch<'_>) -> Halt {
         Halt::Rollup(stretch.first)
     }
 
@@ -255,7 +255,7 @@ impl<'a> Walk<'a> {
         Ok(following)
     }
 
-    fn crossing(&self, at: usize) -> Result<Crossing, Halt> {
+    pub(super) fn crossing(&self, at: usize) -> Result<Crossing, Halt> {
         let summary = self.decoded(at)?;
         if summary.unfinished.is_none() || at + 1 >= self.chain.len() {
             return Ok(Crossing::Nothing);

@@ -10,6 +10,7 @@ mod exact;
 mod harness;
 mod kill;
 mod large_segments;
+mod log;
 mod main_job;
 mod outside_settings;
 mod pitr;

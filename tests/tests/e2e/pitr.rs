@@ -289,7 +289,7 @@ fn a_production_restored_to_before_a_fork_goes_on_archiving() {
     );
 }
 
-fn find(dir: &std::path::Path, name: &str) -> Option<PathBuf> {
+pub(crate) fn find(dir: &std::path::Path, name: &str) -> Option<PathBuf> {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {

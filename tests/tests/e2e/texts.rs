@@ -42,7 +42,10 @@ fn helps(program: &Path, commands: &[&str]) -> String {
 fn helps_read_as_they_should() {
     let walship = ["", "init", "check", "backup", "wal", "wal push", "wal fetch"];
     insta::assert_snapshot!("help_walship", helps(&bins::walship(), &walship));
-    insta::assert_snapshot!("help_pitr", helps(&bins::pitr(), &["", "info", "plan", "restore", "index"]));
+    insta::assert_snapshot!(
+        "help_pitr",
+        helps(&bins::pitr(), &["", "info", "plan", "restore", "log", "index"])
+    );
     insta::assert_snapshot!("help_archive_cmd", helps(&bins::archive_cmd(), &[""]));
     insta::assert_snapshot!("help_restore_cmd", helps(&bins::restore_cmd(), &[""]));
 }
@@ -188,6 +191,9 @@ fn json_keeps_its_shape() {
     show("walship check --json", &mut stage.walship_on(&server, &["check", "--json"]));
     show("pitr info --json", &mut stage.pitr(&["info", "--json"]));
     show("pitr plan --latest --json", &mut stage.pitr(&["plan", "--latest", "--json"]));
+    server.psql("DROP TABLE t");
+    server.archive_now();
+    show("pitr log --json", &mut stage.pitr(&["log", "--json"]));
     show("pitr plan, refused", &mut stage.pitr(&["plan", "--to-name", "nowhere", "--json"]));
     insta::assert_snapshot!("json_shapes", text);
 }

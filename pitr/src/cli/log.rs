@@ -1,0 +1,144 @@
+//! `pitr log`.
+
+use std::fmt::Write as _;
+
+use chrono::{DateTime, Utc};
+use walship::{Error, Result};
+
+use super::args::LogArgs;
+use super::output::{self, Style, clean};
+use super::plan::refused;
+use super::source::Source;
+use super::{DAMAGED, DONE};
+use crate::execute::{Logged, read_log};
+use crate::log::{Entry, Line, Log};
+use crate::target::Zone;
+
+/// How many relations of one event are named in text.
+const RELATIONS_SHOWN: usize = 4;
+
+pub(super) async fn run(args: &LogArgs) -> Result<u8> {
+    let (query, zone) = args.query()?;
+    let source = Source::open(&args.source).await?;
+    let log = match read_log(&source.repository, &source.catalog, &query).await? {
+        Logged::Log(log) => log,
+        Logged::Refused(refusal) => return refused(&refusal, args.source.json),
+    };
+    if args.source.json {
+        let value = serde_json::to_value(&log)
+            .map_err(|error| Error::invalid(format!("what is stored cannot be shown as JSON: {error}")))?;
+        output::print_json(&value)?;
+    } else {
+        output::print(&text(&log, zone, Style::of_stdout()))?;
+    }
+    let damaged = log.lines.iter().any(|line| matches!(line, Line::Unknown { damaged: true, .. }));
+    Ok(if damaged { DAMAGED } else { DONE })
+}
+
+/// Returns the log for people.
+fn text(log: &Log, zone: Zone, style: Style) -> String {
+    let mut text = String::new();
+    let (Some(timeline), Some(from), Some(until)) = (log.timeline, log.from_lsn, log.until_lsn) else {
+        return format!("No WAL of {} is stored.\n", log.cluster);
+    };
+    let head = format!("{}, timeline {timeline}, WAL from {from} to {until}", log.cluster);
+    let _ = writeln!(text, "{} {head}", style.bold("Log of"));
+    for line in &log.lines {
+        let _ = match line {
+            Line::Event(entry) => write!(text, "\n{}", event(entry, zone, style)),
+            Line::Gap(gap) => {
+                let title = style.bold("WAL missing");
+                writeln!(text, "\n{title} from {} to {}; not known what happened\n  {gap}", gap.from, gap.to)
+            }
+            Line::Unknown { segment, from, to, why, .. } => {
+                let title = style.bold("WAL not readable");
+                let why = clean(why);
+                writeln!(
+                    text,
+                    "\n{title} from {from} to {to}; not known what happened\n  segment {segment}: {why}"
+                )
+            }
+            Line::Fork { from, to, lsn, reason } => {
+                let title = style.bold("timeline switch");
+                let reason = clean(reason);
+                writeln!(text, "\n{title} at {lsn}: timeline {from} is left for {to} ({reason})")
+            }
+        };
+    }
+    if log.lines.is_empty() {
+        text.push_str("\nNothing that was asked for happened in it.\n");
+    }
+    if log.more {
+        let _ = writeln!(
+            text,
+            "\nThe limit of {} lines ends this log at {until}; there is more WAL behind it. Raise --limit, or \
+             narrow the log with --since, --only.",
+            log.lines.len()
+        );
+    }
+    for timeline in &log.timelines_left_out {
+        let _ = writeln!(
+            text,
+            "\nWAL of timeline {timeline} lies beside this way: --timeline {timeline} shows it."
+        );
+    }
+    text
+}
+
+fn event(entry: &Entry, zone: Zone, style: Style) -> String {
+    let mut text = format!("{}\n  {}\n", style.bold(&when(entry, zone)), clean(&entry.what));
+    let mut facts = vec![format!("lsn {}", entry.lsn), format!("timeline {}", entry.timeline)];
+    facts.extend(entry.xid.map(|xid| format!("xid {xid}")));
+    let _ = writeln!(text, "  {}", facts.join(", "));
+    for relation in entry.relations.iter().take(RELATIONS_SHOWN) {
+        let (storage, name) = (relation.storage, relation.name.as_deref().unwrap_or("unknown"));
+        let _ = writeln!(
+            text,
+            "  database {}, tablespace {}, relfilenode {}, name {}",
+            storage.database,
+            storage.tablespace,
+            storage.relation,
+            clean(name)
+        );
+    }
+    if let Some(others) = entry.relation_count.checked_sub(RELATIONS_SHOWN as u64).filter(|n| *n > 0) {
+        let _ = writeln!(text, "  and {others} more");
+    }
+    if entry.at_once {
+        text.push_str(
+            "  took effect at once, before its transaction ended and even if that was rolled back\n",
+        );
+    }
+    let _ = writeln!(text, "  just before: {}", entry.just_before);
+    if let Some(sql) = &entry.afterwards {
+        let _ = writeln!(text, "  then, as DROP DATABASE had marked it invalid by there: {sql}");
+    }
+    text
+}
+
+/// Returns when an event happened; of one whose record does not say, between what.
+fn when(entry: &Entry, zone: Zone) -> String {
+    let shown = |time: DateTime<Utc>| zone.both(time);
+    match (entry.time, entry.after, entry.before) {
+        (Some(time), _, _) => shown(time),
+        (None, Some(after), Some(before)) => format!("between {} and {}", shown(after), shown(before)),
+        (None, Some(after), None) => format!("after {}", shown(after)),
+        (None, None, Some(before)) => format!("before {}", shown(before)),
+        (None, None, None) => "time not known".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::tests::one_of_each;
+
+    #[test]
+    fn a_log_reads_well() {
+        let log = one_of_each();
+        let zone = crate::target::parse_time("2026-03-01 13:00 Europe/Berlin", |_| None).unwrap().1;
+        insta::assert_snapshot!(text(&log, zone, Style::Plain));
+        insta::assert_snapshot!("log_json", serde_json::to_string_pretty(&log).unwrap());
+        assert!(text(&log, Zone::Utc, Style::Colour).contains("\x1b[1mLog of"));
+    }
+}

@@ -1,0 +1,248 @@
+//! Reads a log, step after step along the way to a timeline.
+
+use chrono::{DateTime, Utc};
+use walship::catalog::Catalog;
+use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
+use walship::wal::rollup::{Class, Facts};
+
+use super::{Kind, Line, Log, Query, entry_of, time_of};
+use crate::plan::{Chain, ChainEnding, Evidence, Halt, Surveyed, Walk, Wanted, chains_of, resolve_timeline};
+use crate::target::TimelineChoice;
+
+/// A log on its way: what was found so far, and where it goes on.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    log: Log,
+    query: Query,
+    classes: Vec<Class>,
+    history: Option<TimelineHistory>,
+    /// The timeline that targets name, where there is more than one.
+    pinned: Option<TimelineId>,
+    chains: Vec<Chain>,
+    /// The chain and the step that come next.
+    chain: usize,
+    step: usize,
+    forks_told: usize,
+    /// The last known time before that step.
+    last_time: Option<DateTime<Utc>>,
+}
+
+/// What one stretch of the way added.
+struct Found {
+    lines: Vec<Line>,
+    /// The step behind it; `None` behind the last of a chain.
+    next: Option<usize>,
+    /// The last known time in or before it.
+    last_time: Option<DateTime<Utc>>,
+}
+
+impl Reading {
+    /// Returns a log of which nothing was read.
+    ///
+    /// # Errors
+    /// [`Halt::Refuse`] when the way to the timeline is not known.
+    pub(crate) fn new(catalog: &Catalog, query: Query) -> Result<Self, Halt> {
+        let timelines = catalog.timelines();
+        let empty = timelines.is_empty() && query.timeline == TimelineChoice::Latest;
+        let history = if empty { None } else { Some(resolve_timeline(catalog, query.timeline)?) };
+        let chains = history.as_ref().map(|history| chains_of(catalog, history)).unwrap_or_default();
+        let timeline = history.as_ref().map(|history| history.timeline);
+        let on_the_way = |timeline: &TimelineId| {
+            history.as_ref().is_some_and(|history| {
+                history.timeline == *timeline || history.switch_lsn_of(*timeline).is_some()
+            })
+        };
+        let mut left_out: Vec<_> = catalog.segments.timelines().into_iter().collect();
+        left_out.retain(|timeline| !on_the_way(timeline));
+        let log = Log {
+            cluster: catalog.cluster.clone(),
+            lineage: catalog.lineage.number,
+            timeline,
+            from_lsn: chains.first().map(|chain| chain.start),
+            until_lsn: chains.first().map(|chain| chain.start),
+            lines: Vec::new(),
+            more: false,
+            timelines_left_out: left_out,
+        };
+        Ok(Self {
+            classes: classes_of(&query.kinds),
+            log,
+            query,
+            pinned: timeline.filter(|_| timelines.len() > 1),
+            history,
+            chains,
+            chain: 0,
+            step: 0,
+            forks_told: 0,
+            last_time: None,
+        })
+    }
+
+    /// Returns what was found.
+    pub(crate) fn into_log(self) -> Log {
+        self.log
+    }
+
+    /// Returns the segment before which nothing needs to be known any more.
+    pub(crate) fn at(&self) -> Option<SegmentName> {
+        let chain = self.chains.get(self.chain)?;
+        (self.step < chain.len()).then(|| chain.step(self.step).segment)
+    }
+
+    /// Reads what is known together; returns whether there is more to read.
+    ///
+    /// # Errors
+    /// What must be known first; nothing was read then.
+    pub(crate) fn advance(&mut self, catalog: &Catalog, evidence: &Evidence) -> Result<bool, Halt> {
+        let Some(chain) = self.chains.get(self.chain) else { return Ok(false) };
+        let Found { mut lines, next, last_time } = if self.step < chain.len() {
+            self.survey(chain, catalog, evidence)?
+        } else {
+            let gap = match &chain.ending {
+                ChainEnding::Gap(gap) => Some(Line::Gap(gap.clone())),
+                ChainEnding::EndOfArchive => None,
+            };
+            // What a clock said before a gap says nothing of what comes behind it.
+            Found { lines: gap.into_iter().collect(), next: None, last_time: None }
+        };
+        let until = match next {
+            Some(next) => chain.step(next - 1).to,
+            None => chain.end(),
+        };
+        self.tell_forks(until, next.is_none(), &mut lines);
+        for line in lines {
+            if self.log.lines.len() >= self.query.limit {
+                self.log.more = true;
+                return Ok(false);
+            }
+            self.log.until_lsn = Some(position(&line));
+            self.log.lines.push(line);
+        }
+        self.log.until_lsn = Some(until);
+        self.last_time = last_time;
+        match next {
+            Some(next) => self.step = next,
+            None => (self.chain, self.step) = (self.chain + 1, 0),
+        }
+        let goes_on = self.at().is_some() || self.chain < self.chains.len();
+        if goes_on && self.log.lines.len() >= self.query.limit {
+            self.log.more = self.at().is_some() || self.chain + 1 < self.chains.len();
+        }
+        Ok(goes_on && !self.log.more)
+    }
+
+    /// Returns what is known together from the next step on.
+    fn survey(&self, chain: &Chain, catalog: &Catalog, evidence: &Evidence) -> Result<Found, Halt> {
+        let walk = Walk { chain, evidence, size: catalog.lineage.segment_size, cut: None };
+        let query = &self.query;
+        let wanted = Wanted {
+            classes: &self.classes,
+            ends: &|facts| may_hold_ends(query, facts),
+            matches: &|event| query.picks(event) && time_of(event).is_none_or(|time| query.covers(time)),
+        };
+        let known = match walk.survey(self.step, &wanted)? {
+            Surveyed::Known(known) => known,
+            Surveyed::Unknown { segment, undecoded } => {
+                let step = chain.step(self.step);
+                let damaged = undecoded.is_none();
+                let why = undecoded.unwrap_or_else(|| "it is damaged where it is stored".to_owned());
+                let line = Line::Unknown { segment, from: step.from, to: step.to, damaged, why };
+                return Ok(Found { lines: vec![line], next: Some(self.step + 1), last_time: self.last_time });
+            }
+        };
+        let mut lines = Vec::new();
+        for event in &known.events {
+            let mut entry = entry_of(event, self.timeline_at(event.lsn), self.pinned);
+            if entry.time.is_none() {
+                let behind = known.times.partition_point(|(lsn, _)| *lsn <= event.lsn);
+                entry.after = match behind.checked_sub(1).and_then(|at| known.times.get(at)) {
+                    Some((_, time)) => Some(*time),
+                    None => self.last_time,
+                };
+                entry.before = match known.times.get(behind) {
+                    Some((_, time)) => Some(*time),
+                    None => walk.next_time(known.next)?,
+                };
+                if !may_be_covered(query, entry.after, entry.before) {
+                    continue;
+                }
+            }
+            lines.push(Line::Event(Box::new(entry)));
+        }
+        let last_time = known.times.last().map(|(_, time)| *time).or(self.last_time);
+        Ok(Found { lines, next: Some(known.next), last_time })
+    }
+
+    fn timeline_at(&self, lsn: Lsn) -> TimelineId {
+        self.history.as_ref().map_or(TimelineId::FIRST, |history| history.timeline_of(lsn))
+    }
+
+    /// Adds the forks that lie before `until`, each where it belongs among the lines.
+    fn tell_forks(&mut self, until: Lsn, through: bool, lines: &mut Vec<Line>) {
+        let Some(history) = &self.history else { return };
+        let begin = self.log.from_lsn.unwrap_or(Lsn(0));
+        while let Some(fork) = history.ancestors.get(self.forks_told) {
+            if fork.switch_lsn > until || (fork.switch_lsn == until && !through) {
+                return;
+            }
+            self.forks_told += 1;
+            if fork.switch_lsn < begin || !self.query.kinds.contains(&Kind::Timeline) {
+                continue;
+            }
+            let line = Line::Fork {
+                from: fork.timeline,
+                to: history.ancestors.get(self.forks_told).map_or(history.timeline, |next| next.timeline),
+                lsn: fork.switch_lsn,
+                reason: fork.reason.clone(),
+            };
+            let at = lines.partition_point(|other| position(other) < fork.switch_lsn);
+            lines.insert(at, line);
+        }
+    }
+}
+
+/// Returns where a line belongs.
+fn position(line: &Line) -> Lsn {
+    match line {
+        Line::Event(entry) => entry.lsn,
+        Line::Gap(gap) => gap.from,
+        Line::Unknown { from, .. } => *from,
+        Line::Fork { lsn, .. } => *lsn,
+    }
+}
+
+/// Returns whether the end of a transaction that is asked for may lie in WAL with these facts.
+fn may_hold_ends(query: &Query, facts: &Facts) -> bool {
+    let (Some(min), Some(max)) = (facts.min_time, facts.max_time) else { return false };
+    let counted = (query.kinds.contains(&Kind::Commit) && facts.counts.commits > 0)
+        || (query.kinds.contains(&Kind::Abort) && facts.counts.aborts > 0);
+    query.wants_ends()
+        && counted
+        && query.since.is_none_or(|since| max.time >= since)
+        && query.until.is_none_or(|until| min.time <= until)
+        && query.xid.is_none_or(|xid| facts.ended_xids.is_some_and(|(low, high)| (low..=high).contains(&xid)))
+}
+
+/// Returns whether something that happened between records of these times may be asked for. Where no time is
+/// known it may have been any.
+fn may_be_covered(query: &Query, after: Option<DateTime<Utc>>, before: Option<DateTime<Utc>>) -> bool {
+    let (Some(after), Some(before)) = (after, before) else { return true };
+    query.since.is_none_or(|since| after.max(before) >= since)
+        && query.until.is_none_or(|until| after.min(before) <= until)
+}
+
+/// Returns the classes of events in which these kinds are listed.
+fn classes_of(kinds: &[Kind]) -> Vec<Class> {
+    let mut classes: Vec<Class> = kinds
+        .iter()
+        .filter_map(|kind| match kind {
+            Kind::Drop | Kind::Truncate | Kind::Commit => Some(Class::Destructive),
+            Kind::RestorePoint | Kind::Timeline => Some(Class::Planning),
+            Kind::Checkpoint => Some(Class::Checkpoints),
+            Kind::Abort => None,
+        })
+        .collect();
+    classes.sort_unstable();
+    classes.dedup();
+    classes
+}

@@ -1,0 +1,318 @@
+use walship::wal::event::{EventKind, RelFileLocator};
+
+use super::*;
+use crate::plan::tests::{SIZE, World, at, checkpoint, commit, restore_point, tli};
+use crate::plan::{Evidence, Halt, SegmentRequest};
+use crate::target::TargetWords;
+
+const DATABASE: Oid = 16_384;
+
+fn storage(relation: Oid) -> RelFileLocator {
+    RelFileLocator { tablespace: 1663, database: DATABASE, relation }
+}
+
+fn drop_of(xid: Xid, relations: &[Oid], micros: i64) -> Option<(Xid, EventKind)> {
+    let dropped_relations = relations.iter().map(|relation| storage(*relation)).collect();
+    let kind = EventKind::Commit { time: at(micros), prepared_xid: None, subxids: vec![], dropped_relations };
+    Some((xid, kind))
+}
+
+fn cut(xid: Xid, relation: Oid) -> Option<(Xid, EventKind)> {
+    Some((xid, EventKind::StorageTruncate { relation: storage(relation), blocks: 0 }))
+}
+
+/// A history of every kind of event, about two records in a segment, a second apart, one clock going back.
+fn busy() -> World {
+    busy_of(|number| 500_000 + u64::from(number) * 100)
+}
+
+/// The same with records of these lengths.
+fn busy_of(bytes: fn(u32) -> u64) -> World {
+    let mut world = World::new();
+    for number in 0..120 {
+        let xid = 1000 + number;
+        // The clock steps back by half a minute in the middle.
+        let seconds = if number < 60 { number } else { number - 30 };
+        let micros = i64::from(seconds) * 1_000_000;
+        let event = match number % 12 {
+            1 => drop_of(xid, &[20_000 + number], micros),
+            3 => restore_point(&format!("point {number}"), micros),
+            5 => cut(xid, 20_000 + number),
+            7 => Some((xid, EventKind::DatabaseDrop { oid: 5, tablespaces: vec![1663] })),
+            9 => checkpoint(Lsn(1), micros),
+            11 => None,
+            _ => commit(xid, micros),
+        };
+        world.push(tli(1), bytes(number), event);
+    }
+    for _ in 0..4 {
+        world.push(tli(1), SIZE.bytes(), None);
+    }
+    world.archive(tli(1));
+    world
+}
+
+/// A log with a line of every kind.
+pub(crate) fn one_of_each() -> Log {
+    let mut world = World::new();
+    let relations: Vec<Oid> = (20_001..20_008).collect();
+    let half = SIZE.bytes() / 2;
+    for event in [
+        commit(1000, 1_000_000),
+        drop_of(1001, &relations, 2_000_000),
+        Some((1002, EventKind::DatabaseDrop { oid: 5, tablespaces: vec![1663] })),
+        commit(1002, 3_000_000),
+        None,
+        None,
+        None,
+        None,
+        restore_point("before\u{1b}[2J", 4_000_000),
+        cut(0, 20_009),
+    ] {
+        world.push(tli(1), half, event);
+    }
+    world.fork(tli(1), tli(2));
+    world.push(tli(2), SIZE.bytes(), None);
+    world.archive(tli(1));
+    world.archive(tli(2));
+    let names: Vec<_> = world.catalog.segments.names().collect();
+    world.catalog.segments.remove(&names[2]);
+    world.undecoded.push(names[3]);
+    read(&world, &query(&Kind::DEFAULT), 0).0
+}
+
+fn query(kinds: &[Kind]) -> Query {
+    Query {
+        since: None,
+        until: None,
+        xid: None,
+        database: None,
+        relation: None,
+        kinds: kinds.to_vec(),
+        timeline: TimelineChoice::Latest,
+        limit: 10_000,
+    }
+}
+
+const ALL: [Kind; 7] = [
+    Kind::Drop,
+    Kind::Truncate,
+    Kind::RestorePoint,
+    Kind::Checkpoint,
+    Kind::Timeline,
+    Kind::Commit,
+    Kind::Abort,
+];
+
+/// Reads a log, answering every request, from an index with so many segments in each block; says how many
+/// segments were read.
+fn read(world: &World, query: &Query, segments: u64) -> (Log, usize) {
+    let blocks = if segments == 0 { Default::default() } else { world.blocks(segments) };
+    let mut evidence = Evidence { blocks, ..Evidence::default() };
+    let mut reading = Reading::new(&world.catalog, query.clone()).unwrap();
+    let mut bodies = 0;
+    for _ in 0..10_000 {
+        match reading.advance(&world.catalog, &evidence) {
+            Ok(true) => {
+                if let Some(segment) = reading.at() {
+                    evidence.forget_before(segment);
+                }
+            }
+            Ok(false) => return (reading.into_log(), bodies),
+            Err(Halt::Rollup(first)) => {
+                let last = evidence.blocks[&first].last;
+                evidence.forget_blocks(first, last);
+                let names = std::iter::successors(Some(first), |name| name.next(SIZE));
+                evidence
+                    .blocks
+                    .extend(names.take_while(|name| *name <= last).map(|name| world.block(name, name)));
+            }
+            Err(Halt::Summaries(names)) => {
+                for name in names {
+                    if world.damaged.contains(&name) {
+                        evidence.unreadable.insert(name);
+                    } else {
+                        evidence.summaries.insert(name, world.summary(name));
+                    }
+                }
+            }
+            Err(Halt::Events(requests)) => {
+                for SegmentRequest { segment, following } in requests {
+                    bodies += 1;
+                    let through = following.last().unwrap_or(&segment).end(SIZE);
+                    evidence.events.insert(segment, world.events(segment, through));
+                }
+            }
+            Err(halt) => panic!("{halt:?}"),
+        }
+    }
+    panic!("the log does not come to an end");
+}
+
+fn events(log: &Log) -> Vec<&Entry> {
+    let events = log.lines.iter().filter_map(|line| match line {
+        Line::Event(entry) => Some(&**entry),
+        _ => None,
+    });
+    events.collect()
+}
+
+/// The events that a look at every record finds, those without a time left out where times are asked for.
+fn expected(world: &World, query: &Query) -> Vec<Lsn> {
+    let records = world.records[&tli(1)].iter().filter_map(|record| record.event.as_ref());
+    let timed = query.since.is_some() || query.until.is_some();
+    let wanted = records
+        .filter(|event| query.picks(event) && time_of(event).map_or(!timed, |time| query.covers(time)));
+    wanted.map(|event| event.lsn).collect()
+}
+
+#[test]
+fn every_event_is_found_whatever_the_index_says() {
+    let world = busy();
+    let second = |number: i64| Some(at(number * 1_000_000));
+    let queries = [
+        query(&Kind::DEFAULT),
+        query(&ALL),
+        query(&[Kind::Checkpoint]),
+        query(&[Kind::Commit]),
+        Query { since: second(20), until: second(40), ..query(&ALL) },
+        Query { since: second(35), ..query(&Kind::DEFAULT) },
+        Query { xid: Some(1037), ..query(&Kind::OF_TRANSACTION) },
+        Query { relation: Some(20_041), ..query(&Kind::DEFAULT) },
+        Query { database: Some(5), ..query(&Kind::DEFAULT) },
+        Query { database: Some(DATABASE), ..query(&ALL) },
+    ];
+    for query in &queries {
+        let expected = expected(&world, query);
+        assert!(!expected.is_empty(), "{query:?}");
+        let timed = query.since.is_some() || query.until.is_some();
+        for segments in [0, 1, 3, 64] {
+            let (log, _) = read(&world, query, segments);
+            let mut found = events(&log);
+            assert!(found.is_sorted_by_key(|entry| entry.lsn));
+            if timed {
+                found.retain(|entry| entry.time.is_some());
+            }
+            let found: Vec<_> = found.iter().map(|entry| entry.lsn).collect();
+            assert_eq!(found, expected, "{query:?} with blocks of {segments}");
+            assert!(!log.more && log.lines.iter().all(|line| matches!(line, Line::Event(_))));
+        }
+    }
+}
+
+#[test]
+fn segments_are_read_for_ordinary_commits_only() {
+    // Records that fit into their segments: of made-up ones that do not, the segments alone tell.
+    let world = busy_of(|_| SIZE.bytes() / 2);
+    let default = query(&Kind::DEFAULT);
+    for segments in [0, 1, 64] {
+        assert_eq!(read(&world, &default, segments).1, 0, "blocks of {segments}");
+        assert!(read(&world, &query(&[Kind::Commit]), segments).1 > 10);
+    }
+    let late = Query { since: Some(at(3_600_000_000)), ..query(&[Kind::Commit]) };
+    assert_eq!(read(&world, &late, 3), (Log { lines: vec![], ..read(&world, &late, 0).0 }, 0));
+}
+
+#[test]
+fn just_before_is_the_record_itself() {
+    let world = busy();
+    let (log, _) = read(&world, &query(&Kind::DEFAULT), 3);
+    for entry in events(&log) {
+        let words: Vec<_> = entry.just_before.split(' ').collect();
+        let ["--to-lsn", lsn, "--exclusive"] = *words else { panic!("{words:?}") };
+        let words = TargetWords { lsn: Some(lsn.into()), exclusive: true, ..TargetWords::default() };
+        let target = words.parse(|_| None).unwrap();
+        assert_eq!((target.kind, target.stop), (TargetKind::Lsn(entry.lsn), StopSide::Exclusive));
+    }
+    let at_once: Vec<_> = events(&log).into_iter().filter(|entry| entry.at_once).collect();
+    assert_eq!(at_once.len(), 20);
+    assert!(at_once.iter().all(|entry| entry.time.is_none()));
+}
+
+#[test]
+fn what_has_no_time_of_its_own_is_shown_between_two() {
+    let world = busy();
+    let (log, _) = read(&world, &query(&[Kind::Truncate]), 0);
+    let found = events(&log);
+    let of = |xid: Xid| *found.iter().find(|entry| entry.xid == Some(xid)).unwrap();
+    let entry = of(1029);
+    let (after, before) = (entry.after.unwrap(), entry.before.unwrap());
+    assert!(after <= at(29_000_000) && at(29_000_000) <= before, "{after} {before}");
+    assert!(before - after < chrono::TimeDelta::seconds(12), "{after} {before}");
+    // A time that lies far from both excludes it, one that lies between them does not.
+    let asked = |since, until| {
+        let query = Query { since: Some(at(since)), until: Some(at(until)), ..query(&[Kind::Truncate]) };
+        let (log, _) = read(&world, &query, 3);
+        events(&log).iter().any(|entry| entry.xid == Some(1029))
+    };
+    assert!(asked(29_000_000, 29_100_000));
+    assert!(!asked(50_000_000, 51_000_000) && !asked(0, 5_000_000));
+}
+
+#[test]
+fn what_is_not_known_is_a_line() {
+    let mut world = busy();
+    let names: Vec<_> = world.catalog.segments.names().collect();
+    let missing = [names[10], names[11]];
+    for name in &missing {
+        world.catalog.segments.remove(name);
+    }
+    world.undecoded.push(names[20]);
+    world.damaged.push(names[30]);
+    let (log, _) = read(&world, &query(&Kind::DEFAULT), 0);
+    let unknown: Vec<_> = log.lines.iter().filter(|line| !matches!(line, Line::Event(_))).cloned().collect();
+    let [
+        Line::Gap(gap),
+        Line::Unknown { segment, damaged: false, why, .. },
+        Line::Unknown { segment: third, damaged: true, .. },
+    ] = &unknown[..]
+    else {
+        panic!("{unknown:#?}")
+    };
+    assert_eq!((gap.first_missing, gap.last_missing), (names[10], names[11]));
+    assert_eq!((gap.from, gap.to), (names[10].start(SIZE), names[12].start(SIZE)));
+    assert_eq!((*segment, &**why, *third), (names[20], "a test", names[30]));
+    // On both sides of each everything is told.
+    for name in [names[5], names[15], names[25], names[35]] {
+        let inside = |lsn: Lsn| lsn >= name.start(SIZE) && lsn < names[names.len() - 1].end(SIZE);
+        assert!(events(&log).iter().any(|entry| inside(entry.lsn)), "{name}");
+    }
+}
+
+#[test]
+fn the_limit_ends_a_log_and_says_so() {
+    let world = busy();
+    let all = read(&world, &query(&Kind::DEFAULT), 3).0;
+    let (log, _) = read(&world, &Query { limit: 7, ..query(&Kind::DEFAULT) }, 3);
+    assert!(log.more && log.lines == all.lines[..7]);
+    assert!(log.until_lsn < all.until_lsn);
+    let empty = read(&World::new(), &query(&ALL), 0).0;
+    assert!(empty.lines.is_empty() && !empty.more && empty.until_lsn.is_none());
+}
+
+#[test]
+fn a_fork_is_told_and_targets_name_the_timeline() {
+    let mut world = busy();
+    let fork = world.fork(tli(1), tli(2));
+    world.push(tli(1), 3_000_000, drop_of(5000, &[1], 200_000_000));
+    world.push(tli(1), 3_000_000, None);
+    world.push(tli(2), 3_000_000, drop_of(6000, &[2], 200_000_000));
+    world.push(tli(2), 3_000_000, None);
+    world.archive(tli(1));
+    world.archive(tli(2));
+    for segments in [0, 3] {
+        let (log, _) = read(&world, &query(&Kind::DEFAULT), segments);
+        let at = log.lines.iter().position(|line| matches!(line, Line::Fork { lsn, .. } if *lsn == fork));
+        assert_eq!(at, Some(log.lines.len() - 2), "{:#?}", log.lines.last());
+        let last = *events(&log).last().unwrap();
+        assert_eq!((last.xid, last.timeline), (Some(6000), tli(2)));
+        assert!(events(&log).iter().all(|entry| entry.just_before.ends_with("--exclusive --timeline 2")));
+        assert!(log.timelines_left_out.is_empty());
+        let parent = Query { timeline: TimelineChoice::Number(tli(1)), ..query(&Kind::DEFAULT) };
+        let (log, _) = read(&world, &parent, segments);
+        assert_eq!(events(&log).last().unwrap().xid, Some(5000));
+        assert_eq!(log.timelines_left_out, [tli(2)]);
+    }
+    let unknown = Query { timeline: TimelineChoice::Number(tli(7)), ..query(&ALL) };
+    assert!(matches!(Reading::new(&world.catalog, unknown), Err(Halt::Refuse(_))));
+}

@@ -1,0 +1,137 @@
+//! `pitr log` on the WAL of a real server: what was done is found, and undone by the target it names.
+
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::Value;
+use walship_tests::postgres::{PgServer, StopMode, newer_major, primary_major};
+use walship_tests::stage::Stage;
+
+use crate::pitr::find;
+
+#[test]
+fn what_was_dropped_is_found_and_brought_back() {
+    dropped(primary_major());
+}
+
+#[test]
+fn what_was_dropped_is_found_and_brought_back_on_a_newer_major() {
+    dropped(newer_major());
+}
+
+/// Does something in a transaction and returns its id.
+fn transaction(server: &PgServer, sql: &str, end: &str) -> u64 {
+    let said = server.psql(&format!("begin; {sql}; select pg_current_xact_id()::text; {end}"));
+    let xid = said.lines().find_map(|line| line.trim().parse().ok());
+    xid.unwrap_or_else(|| panic!("no transaction id: {said}"))
+}
+
+fn number(server: &PgServer, sql: &str) -> u64 {
+    server.psql(sql).trim().parse().unwrap()
+}
+
+fn log(stage: &Stage, args: &[&str]) -> Value {
+    let mut words = vec!["log", "--json"];
+    words.extend(args);
+    serde_json::from_str(&stage.ok(&mut stage.pitr(&words))).unwrap()
+}
+
+/// Returns the only event that this is true of.
+fn the_one(log: &Value, is: impl Fn(&Value) -> bool) -> Value {
+    let lines = log["lines"].as_array().unwrap();
+    let found: Vec<_> = lines.iter().filter(|line| line["line"] == "event" && is(line)).collect();
+    assert_eq!(found.len(), 1, "{found:#?} of {log:#}");
+    found[0].clone()
+}
+
+/// Restores to just before an event and starts the server.
+fn just_before(stage: &Stage, event: &Value, name: &str) -> PgServer {
+    let dir: PathBuf = stage.path().join(name);
+    let mut args = vec!["restore", "-D", dir.to_str().unwrap()];
+    args.extend(event["just_before"].as_str().unwrap().split(' '));
+    stage.ok(&mut stage.pitr(&args));
+    let server = stage.recovering(&dir).start();
+    server.wait_for("select pg_is_in_recovery()", "f");
+    server
+}
+
+fn dropped(major: u32) {
+    let stage = Stage::folder("main");
+    let mut server = stage.archiving(PgServer::builder(major)).start();
+    stage.init(&server);
+    server.psql("create table t (id int); create table kept (x int)");
+    server.psql("create table victim as select generate_series(1, 1000) as x");
+    server.psql("create table emptied as select generate_series(1, 1000) as x");
+    server.psql("create database other");
+    server.psql_in("other", "create table inside as select generate_series(1, 10) as x");
+    stage.backup(&server);
+    let node = |table: &str| number(&server, &format!("select pg_relation_filenode('{table}')"));
+    let (victim, emptied, kept) = (node("victim"), node("emptied"), node("kept"));
+    let database = number(&server, "select oid from pg_database where datname = 'other'");
+
+    let early = transaction(&server, "insert into t values (1)", "commit");
+    transaction(&server, "drop table kept", "rollback");
+    let drop = transaction(&server, "drop table victim", "commit");
+    server.psql("insert into t values (2)");
+    let truncate = transaction(&server, "truncate emptied", "commit");
+    server.psql("select pg_create_restore_point('after the truncate')");
+    let first = server.archive_now();
+    server.psql("insert into t values (3)");
+    server.psql("drop database other");
+    server.psql("insert into t values (4)");
+    server.archive_now();
+    server.stop(StopMode::Fast);
+
+    let all = log(&stage, &[]);
+    let of_node = |line: &Value, node: u64| {
+        line["relations"].as_array().unwrap().iter().any(|relation| relation["relation"] == node)
+    };
+    let dropped = the_one(&all, |line| of_node(line, victim));
+    assert_eq!(dropped["xid"], drop, "{dropped:#}");
+    assert!(dropped["time"].is_string() && dropped["at_once"] == false, "{dropped:#}");
+    let truncated = the_one(&all, |line| of_node(line, emptied));
+    assert_eq!(truncated["xid"], truncate, "{truncated:#}");
+    let point = the_one(&all, |line| line["kinds"][0] == "restore-point");
+    assert!(point["what"].as_str().unwrap().contains("after the truncate"));
+    let gone = the_one(&all, |line| line["databases"][0] == database && line["at_once"] == true);
+    assert!(all["lines"].as_array().unwrap().iter().all(|line| !of_node(line, kept)), "{all:#}");
+
+    for event in [&dropped, &truncated, &point, &gone] {
+        let mut args = vec!["plan"];
+        args.extend(event["just_before"].as_str().unwrap().split(' '));
+        stage.ok(&mut stage.pitr(&args));
+    }
+
+    let found = log(&stage, &["--xid", &early.to_string()]);
+    assert_eq!(the_one(&found, |_| true)["what"], "committed", "{found:#}");
+    let found = log(&stage, &["--relation", &victim.to_string()]);
+    assert_eq!(the_one(&found, |_| true), dropped);
+    let found = log(&stage, &["--only", "commit", "--limit", "10000"]);
+    the_one(&found, |line| line["xid"] == early);
+    the_one(&found, |line| line["xid"] == drop);
+    let time = dropped["time"].as_str().unwrap();
+    let found = log(&stage, &["--since", time, "--until", time, "--only", "commit"]);
+    assert_eq!(the_one(&found, |_| true), dropped);
+    let refused = stage.fails(&mut stage.pitr(&["log", "--since", "2026-01-01 00:00"]), 2);
+    assert!(refused.contains("no offset and no zone"), "{refused}");
+    let text = stage.ok(&mut stage.pitr(&["log", "--limit", "1"]));
+    assert!(text.contains("there is more WAL behind it"), "{text}");
+
+    let plan = stage.ok(&mut stage.pitr(&["plan", "--before-xid", &drop.to_string()]));
+    assert!(plan.contains(&format!("transaction {drop} and everything after it")), "{plan}");
+
+    let back = just_before(&stage, &dropped, "before-the-drop");
+    assert_eq!(
+        back.psql("select (select count(*) from victim), string_agg(id::text, ',') from t").trim(),
+        "1000|1"
+    );
+    let back = just_before(&stage, &gone, "before-the-database");
+    assert_eq!(back.psql("select string_agg(id::text, ',' order by id) from t").trim(), "1,2,3");
+    back.psql(gone["afterwards"].as_str().unwrap());
+    assert_eq!(back.psql_in("other", "select count(*) from inside").trim(), "10");
+
+    fs::remove_file(find(&stage.repository_dir(), &format!("{first}.wal")).unwrap()).unwrap();
+    let text = stage.ok(&mut stage.pitr(&["log"]));
+    assert!(text.contains("WAL missing from") && text.contains("not known what happened"), "{text}");
+    assert!(text.contains(&format!("files of database {database} removed")), "{text}");
+}
