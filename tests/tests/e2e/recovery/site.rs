@@ -216,12 +216,13 @@ impl Site {
         self.keys().into_iter().filter(name).collect()
     }
 
-    /// Returns all keys.
+    /// Returns all keys but the index's: a cache, which whoever archives may extend.
     pub(super) fn keys(&self) -> Vec<String> {
         let storage = self.storage();
         let listed =
             block_on(async move { walship::storage::list_all(&*storage, "", 10_000).await }).unwrap();
-        listed.into_iter().map(|meta| meta.key.as_str().to_owned()).collect()
+        let keys = listed.into_iter().map(|meta| meta.key.as_str().to_owned());
+        keys.filter(|key| !key.contains("/index/")).collect()
     }
 
     /// Removes what is stored under this name and returns it.
