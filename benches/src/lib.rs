@@ -21,5 +21,6 @@
 
 pub mod measure;
 pub mod object;
+pub mod scale;
 pub mod tables;
 pub mod wal;

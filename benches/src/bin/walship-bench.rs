@@ -1,21 +1,23 @@
 //! Prints the tables of `docs/benchmarks.md`; `benches/run` builds and calls it.
 
-use walship_benches::measure;
 use walship_benches::tables::{self, Effort};
+use walship_benches::{measure, scale};
 
 /// A table's title and what makes it.
 type Table = (&'static str, fn(Effort) -> String);
 
-const TABLES: [Table; 5] = [
+const TABLES: [Table; 6] = [
     ("Record decoding", tables::decoding),
     ("Codecs", tables::codecs),
     ("Segment objects", tables::encoding),
     ("One segment, whole processes", tables::processes),
     ("Base backup and restore", tables::backups),
+    ("Ten million segments", |_| scale::table()),
 ];
 
 fn main() {
     measure::be_the_small_process_if_asked();
+    scale::be_the_measured_process_if_asked();
     let mut effort = Effort { rounds: 15, long_rounds: 5 };
     let mut wanted = Vec::new();
     for argument in std::env::args().skip(1) {

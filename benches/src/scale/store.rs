@@ -1,0 +1,384 @@
+//! The world as a store: keys and objects made when they are asked for, a thousand keys in a page.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use walship::archive::push::{PushOptions, push_file};
+use walship::catalog::{BackupObject, BackupRecord};
+use walship::codec::{Compression, Digest, EncodedBody};
+use walship::pg::{Lsn, TimelineId};
+use walship::repository::{BackupStarted, Repository, index, new_backup_id};
+use walship::storage::memory::MemoryStorage;
+use walship::storage::{FolderPage, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Upload};
+use walship::wal::event::ServerLimits;
+use walship::wal::rollup::{LEVEL_MAX, Place, Rollup, span};
+use walship::{Error, Result};
+
+use super::world::{self, Node, SIZE, STORED_BYTES, World, is_backup, made_up, name, range};
+
+const PAGE: usize = 1000;
+
+/// What exists of the world with a digest of its own, because it is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Thing {
+    Segment(TimelineId, u64),
+    Rollup(Place, u64),
+}
+
+#[derive(Clone)]
+pub(super) struct GeneratedStore {
+    world: Arc<World>,
+    /// Everything but segments and roll-ups.
+    rest: MemoryStorage,
+    real: Arc<Mutex<Real>>,
+}
+
+#[derive(Default)]
+struct Real {
+    things: BTreeSet<Thing>,
+    wishes: bool,
+    digests: HashMap<Thing, String>,
+    objects: HashMap<Thing, Bytes>,
+}
+
+impl std::fmt::Debug for GeneratedStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("GeneratedStore")
+    }
+}
+
+impl GeneratedStore {
+    pub(super) async fn new(world: Arc<World>) -> Self {
+        let rest = MemoryStorage::new();
+        fill(&rest).await.expect("memory takes everything");
+        Self { world, rest, real: Arc::default() }
+    }
+
+    /// Returns whether something was asked for whose digest was made up; from now on it has its own.
+    pub(super) fn took_wishes(&self) -> bool {
+        std::mem::take(&mut self.real().wishes)
+    }
+
+    fn real(&self) -> std::sync::MutexGuard<'_, Real> {
+        self.real.lock().expect("nobody panicked")
+    }
+
+    fn digest(&self, thing: Thing) -> String {
+        if !self.real().things.contains(&thing) {
+            return match thing {
+                Thing::Segment(timeline, number) => made_up(&format!("{timeline} {number}")),
+                Thing::Rollup(place, count) => made_up(&format!("{:?}", (place, count))),
+            };
+        }
+        if let Some(known) = self.real().digests.get(&thing) {
+            return known.clone();
+        }
+        let digest = match thing {
+            Thing::Segment(timeline, number) => {
+                self.world.object(timeline, number).envelope.digest.to_string()
+            }
+            Thing::Rollup(place, count) => Digest::of(&json(&self.rollup((place, count)))).to_string(),
+        };
+        self.real().digests.insert(thing, digest.clone());
+        digest
+    }
+
+    /// Returns a roll-up with the digests that its children have.
+    fn rollup(&self, node: Node) -> Rollup {
+        let mut rollup = (*self.world.node(node)).clone();
+        let timeline = node.0.timeline;
+        for entry in &mut rollup.entries {
+            let Some(run) = entry.runs.first() else { continue };
+            let first = run.first.number(SIZE);
+            let child = match node.0.level {
+                1 => Thing::Segment(timeline, first),
+                level => Thing::Rollup(Place { timeline, level: level - 1, first }, entry.segments()),
+            };
+            entry.digest = self.digest(child);
+        }
+        rollup
+    }
+
+    /// Returns an object of the world; an error when it is to get a digest of its own first.
+    fn object(&self, thing: Thing) -> Result<Bytes> {
+        if !self.real().things.contains(&thing) {
+            let mut real = self.real();
+            real.things.insert(thing);
+            real.wishes = true;
+            // What names it changes with it.
+            real.digests.retain(|thing, _| matches!(thing, Thing::Segment(..)));
+            real.objects.retain(|thing, _| matches!(thing, Thing::Segment(..)));
+            return Err(Error::denied("it is not there yet"));
+        }
+        if let Some(known) = self.real().objects.get(&thing) {
+            return Ok(known.clone());
+        }
+        let bytes: Bytes = match thing {
+            Thing::Segment(timeline, number) => {
+                let object = self.world.object(timeline, number);
+                let EncodedBody::Memory(body) = &object.body else { unreachable!("it is short") };
+                [&*object.head, body].concat().into()
+            }
+            Thing::Rollup(place, count) => {
+                zstd::encode_all(&*json(&self.rollup((place, count))), 3).expect("memory").into()
+            }
+        };
+        self.real().objects.insert(thing, bytes.clone());
+        Ok(bytes)
+    }
+
+    fn segment_key(timeline: TimelineId, number: u64) -> String {
+        let name = name(timeline, number);
+        format!("main/0001/wal/{}/{:08X}/{name}.wal", timeline.hex(), name.log)
+    }
+
+    fn rollup_key(&self, place: Place, count: u64) -> String {
+        let digest = self.digest(Thing::Rollup(place, count));
+        let (timeline, level) = (place.timeline.hex(), place.level);
+        let start = place.start_lsn(SIZE).0;
+        format!("main/0001/index/{timeline}/{level}/{start:016X}-{count:010X}-{}.json.zst", &digest[..32])
+    }
+
+    /// Returns what a key names, and of roll-ups whatever digest it says.
+    fn thing(&self, key: &str) -> Option<Thing> {
+        let rest = key.strip_prefix("main/0001/")?;
+        if let Some(rest) = rest.strip_prefix("wal/") {
+            let segment: walship::pg::SegmentName =
+                rest.rsplit('/').next()?.strip_suffix(".wal")?.parse().ok()?;
+            let (first, end) = range(segment.timeline);
+            let number = segment.number(SIZE);
+            return (first..end).contains(&number).then_some(Thing::Segment(segment.timeline, number));
+        }
+        let mut parts = rest.strip_prefix("index/")?.split('/');
+        let timeline = TimelineId::new(u32::from_str_radix(parts.next()?, 16).ok()?)?;
+        let level = parts.next()?.parse().ok()?;
+        let mut words = parts.next()?.split('-');
+        let first = u64::from_str_radix(words.next()?, 16).ok()? / SIZE.bytes();
+        let count = u64::from_str_radix(words.next()?, 16).ok()?;
+        let place = Place { timeline, level, first };
+        self.world.versions(place).contains(&count).then_some(Thing::Rollup(place, count))
+    }
+
+    /// Returns the keys of segments behind `after`, a page and one more.
+    fn segments_behind(&self, timeline: TimelineId, after: &str) -> Vec<ObjectMeta> {
+        let (first, end) = range(timeline);
+        let (mut low, mut high) = (first, end);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if Self::segment_key(timeline, middle).as_str() > after {
+                high = middle
+            } else {
+                low = middle + 1
+            }
+        }
+        (low..end.min(low + PAGE as u64 + 1))
+            .map(|number| meta(Self::segment_key(timeline, number), STORED_BYTES))
+            .collect()
+    }
+
+    fn rollups_behind(&self, timeline: TimelineId, level: u8, after: &str) -> Vec<ObjectMeta> {
+        let (first, end) = range(timeline);
+        let places = first / span(level)..end.div_ceil(span(level));
+        let place = |at: u64| Place { timeline, level, first: at * span(level) };
+        let prefix = |at: u64| {
+            let start = place(at).start_lsn(SIZE).0;
+            format!("main/0001/index/{}/{level}/{start:016X}~", timeline.hex())
+        };
+        let (mut low, mut high) = (places.start, places.end);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if prefix(middle).as_str() > after { high = middle } else { low = middle + 1 }
+        }
+        let mut found = Vec::new();
+        for place in (low..places.end).map(place) {
+            for count in self.world.versions(place) {
+                let key = self.rollup_key(place, count);
+                if key.as_str() > after {
+                    found.push(meta(key, 20_000));
+                }
+            }
+            if found.len() > PAGE {
+                break;
+            }
+        }
+        found
+    }
+}
+
+fn meta(key: String, bytes: u64) -> ObjectMeta {
+    ObjectMeta { key: ObjectKey::new(key).expect("a sound key"), bytes }
+}
+
+fn json(rollup: &Rollup) -> Vec<u8> {
+    serde_json::to_vec(rollup).expect("plain data")
+}
+
+/// Stores the documents, the histories and the backups.
+async fn fill(rest: &MemoryStorage) -> Result<()> {
+    let now = world::commit_time(1);
+    let repository = Repository::create(Arc::new(rest.clone()), now).await?;
+    let cluster = repository.create_cluster(&"main".parse()?, now).await?;
+    let lineage = cluster.register_lineage(world::SYSTEM, SIZE, 17, now).await?;
+    let folder = tempfile::tempdir().expect("a folder");
+    let options = PushOptions {
+        compression: Compression::default(),
+        lineage: Some(1),
+        spool_dir: folder.path().to_owned(),
+    };
+    let mut history = String::new();
+    for (number, first, _) in &world::TIMELINES[1..] {
+        history.push_str(&format!("{}\t{}\tpromoted\n", number - 1, Lsn(first * SIZE.bytes())));
+        let path = folder.path().join(format!("{number:08X}.history"));
+        std::fs::write(&path, &history).expect("a small file");
+        push_file(std::slice::from_ref(&cluster), &path, &options).await?;
+    }
+    let numbers = (1..world::SEGMENTS).filter(|number| is_backup(*number));
+    for (at, number) in numbers.enumerate() {
+        let timelines = super::timelines();
+        let timeline = timelines.into_iter().find(|timeline| {
+            let (first, end) = range(*timeline);
+            (first..end).contains(&number)
+        });
+        let timeline = timeline.expect("every segment has a timeline");
+        let started = world::commit_time(number);
+        let id = new_backup_id(started, number);
+        let start_lsn = Lsn(number * SIZE.bytes() + 40);
+        lineage
+            .put_backup_started(&BackupStarted {
+                format: 1,
+                id: id.clone(),
+                label: "walship".into(),
+                timeline,
+                start_lsn,
+                host: "db".into(),
+                started,
+            })
+            .await?;
+        lineage.put_backup_record(&record(id, timeline, start_lsn, started)).await?;
+        // As the backups themselves do; the last eight are not in the list.
+        if at % 16 == 15 {
+            index::backups::extend_list(&lineage).await?;
+        }
+    }
+    Ok(())
+}
+
+fn record(
+    id: String,
+    timeline: TimelineId,
+    start_lsn: Lsn,
+    started: chrono::DateTime<chrono::Utc>,
+) -> BackupRecord {
+    // A terabyte in objects of a quarter of a gigabyte would have four thousand; forty stand for them.
+    let object = |at: u32| BackupObject {
+        name: format!("data/{at:06}.tar"),
+        tablespace: None,
+        stored_bytes: 100 << 20,
+        tar_bytes: 256 << 20,
+        digest: made_up(&format!("{id} {at}")),
+    };
+    let objects = (1..=40).map(object).collect();
+    BackupRecord {
+        format: 1,
+        id,
+        label: "walship".into(),
+        timeline,
+        start_lsn,
+        stop_timeline: timeline,
+        stop_lsn: Lsn(start_lsn.0 + 2 * SIZE.bytes()),
+        started,
+        finished: started + chrono::TimeDelta::seconds(9),
+        server_version: 170_004,
+        from_standby: false,
+        data_bytes: 10 << 30,
+        stored_bytes: 4 << 30,
+        files: 20_000,
+        tablespaces: vec![],
+        objects,
+        limits: ServerLimits {
+            max_connections: 100,
+            max_worker_processes: 8,
+            max_wal_senders: 10,
+            max_prepared_transactions: 0,
+            max_locks_per_transaction: 64,
+            wal_level: 1,
+            wal_log_hints: false,
+            track_commit_timestamp: false,
+        },
+        data_checksums: true,
+        manifest_digest: made_up("manifest"),
+        settings_files: vec![],
+        prepared: None,
+    }
+}
+
+#[async_trait]
+impl Storage for GeneratedStore {
+    fn location(&self) -> String {
+        "generated:".to_owned()
+    }
+
+    async fn put_if_absent(&self, key: &ObjectKey, body: PutBody) -> Result<PutOutcome> {
+        self.rest.put_if_absent(key, body).await
+    }
+
+    async fn start_upload(&self, key: &ObjectKey) -> Result<Box<dyn Upload>> {
+        self.rest.start_upload(key).await
+    }
+
+    async fn get(&self, key: &ObjectKey, max_bytes: u64) -> Result<Option<Bytes>> {
+        match self.thing(key.as_str()) {
+            Some(thing) => self.object(thing).map(Some),
+            None => self.rest.get(key, max_bytes).await,
+        }
+    }
+
+    async fn get_range(&self, key: &ObjectKey, offset: u64, length: u64) -> Result<Option<Bytes>> {
+        let Some(thing) = self.thing(key.as_str()) else {
+            return self.rest.get_range(key, offset, length).await;
+        };
+        let bytes = self.object(thing)?;
+        let from = (offset as usize).min(bytes.len());
+        let to = offset.saturating_add(length).min(bytes.len() as u64) as usize;
+        Ok(Some(bytes.slice(from..to)))
+    }
+
+    async fn confirm(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>> {
+        self.rest.confirm(key).await
+    }
+
+    async fn list(&self, prefix: &str, page: Option<&str>) -> Result<ListPage> {
+        let after = page.unwrap_or("").max(prefix);
+        let mut found = self.rest.list(prefix, page).await?.objects;
+        for timeline in super::timelines() {
+            found.extend(self.segments_behind(timeline, after));
+            for level in 1..=LEVEL_MAX {
+                let own = format!("main/0001/index/{}/{level}/", timeline.hex());
+                // Only what can be in the page is made.
+                if own.starts_with(prefix) || prefix.starts_with(&own) {
+                    found.extend(self.rollups_behind(timeline, level, after));
+                }
+            }
+        }
+        found.retain(|meta| meta.key.as_str().starts_with(prefix) && meta.key.as_str() > page.unwrap_or(""));
+        found.sort_by(|a, b| a.key.cmp(&b.key));
+        let more = found.len() > PAGE;
+        found.truncate(PAGE);
+        let next = found.last().filter(|_| more).map(|meta| meta.key.to_string());
+        Ok(ListPage { objects: found, next })
+    }
+
+    async fn list_folders(&self, prefix: &str, page: Option<&str>) -> Result<FolderPage> {
+        let all = self.rest.list_folders(prefix, page).await?.names;
+        let more = all.len() > PAGE;
+        let names: Vec<String> = all.into_iter().take(PAGE).collect();
+        let next = names.last().filter(|_| more).cloned();
+        Ok(FolderPage { names, next })
+    }
+
+    async fn delete(&self, key: &ObjectKey) -> Result<()> {
+        self.rest.delete(key).await
+    }
+}

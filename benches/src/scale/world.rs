@@ -1,0 +1,192 @@
+//! An archive of ten million segments, every part of which can be told without the others.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use chrono::{DateTime, Utc};
+use walship::archive::push::encode_segment;
+use walship::codec::{Compression, Digest, EncodedObject};
+use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
+use walship::wal::event::EventKind;
+use walship::wal::rollup::build::{Part, build};
+use walship::wal::rollup::{Place, Rollup, span};
+use walship::wal::scan::SegmentScanner;
+use walship::wal::summary::SegmentSummary;
+use walship::wal::testing::WalBuilder;
+
+pub(super) const SIZE: SegmentSize = SegmentSize::DEFAULT;
+pub(super) const SYSTEM: u64 = 7_123_456_789_012_345_678;
+pub(super) const SEGMENTS: u64 = 10_000_000;
+pub(super) const BACKUPS: usize = 1000;
+/// From this segment on the clock is an hour behind.
+pub(super) const STEP_BACK_AT: u64 = 5_000_000;
+/// Number, first segment, segment behind the last. A server begins with segment 1.
+pub(super) const TIMELINES: [(u32, u64, u64); 3] =
+    [(1, 1, 4_000_000), (2, 4_000_000, 7_000_000), (3, 7_000_000, SEGMENTS + 1)];
+/// Seconds from one segment to the next.
+const SECONDS: i64 = 4;
+/// 2026-01-01 in seconds after 1970, and 2000-01-01.
+const START: i64 = 1_767_225_600;
+const POSTGRES_EPOCH: i64 = 946_684_800;
+/// What every segment object is said to take.
+pub(super) const STORED_BYTES: u64 = 5_000_000;
+
+/// Returns the time of the first commit in a segment; the second is two seconds later.
+pub(super) fn commit_time(number: u64) -> DateTime<Utc> {
+    let back = if number >= STEP_BACK_AT { 3600 } else { 0 };
+    DateTime::from_timestamp(START + number as i64 * SECONDS - back, 0).expect("a time of this century")
+}
+
+/// Returns the transaction that commits first in a segment.
+pub(super) fn xid(number: u64) -> u64 {
+    1000 + 2 * number
+}
+
+pub(super) fn is_backup(number: u64) -> bool {
+    number % 10_000 == 5_000
+}
+
+fn has_checkpoint(number: u64) -> bool {
+    number.is_multiple_of(75) || is_backup(number)
+}
+
+pub(super) fn name(timeline: TimelineId, number: u64) -> SegmentName {
+    SegmentName::from_number(timeline, number, SIZE).expect("far from the LSN space's end")
+}
+
+/// Returns the first segment of a timeline and the one behind its last.
+pub(super) fn range(timeline: TimelineId) -> (u64, u64) {
+    let found = TIMELINES.iter().find(|(number, ..)| *number == timeline.get());
+    found.map_or((0, 0), |(_, first, end)| (*first, *end))
+}
+
+/// A roll-up: its place and how many segments it covers, from the first that an archiver put into it.
+pub(super) type Node = (Place, u64);
+
+pub(super) struct World {
+    /// A scanned segment without and with a checkpoint, on number 1.
+    templates: [SegmentSummary; 2],
+    nodes: Mutex<HashMap<Node, Arc<Rollup>>>,
+}
+
+impl World {
+    pub(super) fn new() -> Self {
+        let scanned = |checkpoint| {
+            let bytes = bytes_of(TimelineId::FIRST, 1, checkpoint);
+            let mut scanner = SegmentScanner::new(name(TimelineId::FIRST, 1), SIZE);
+            scanner.push(&bytes);
+            scanner.finish().summary
+        };
+        Self { templates: [scanned(false), scanned(true)], nodes: Mutex::default() }
+    }
+
+    /// Returns what a scan of the segment would say.
+    pub(super) fn summary(&self, timeline: TimelineId, number: u64) -> SegmentSummary {
+        let segment = name(timeline, number);
+        let shift = |lsn: Lsn| Lsn(lsn.0 - SIZE.bytes() + number * SIZE.bytes());
+        let mut summary = self.templates[usize::from(has_checkpoint(number))].clone();
+        let [first, second] = [0, 1].map(|at| (xid(number) + at) as u32);
+        summary.segment = segment;
+        summary.first_page_timeline = timeline;
+        summary.first_record = summary.first_record.map(shift);
+        summary.end_of_wal = shift(summary.end_of_wal);
+        summary.ended_xids = Some((first, second));
+        if let (Some(min), Some(max)) = (&mut summary.min_time, &mut summary.max_time) {
+            (min.lsn, min.xid, min.time) = (shift(min.lsn), first, commit_time(number));
+            (max.lsn, max.xid) = (shift(max.lsn), second);
+            max.time = commit_time(number) + chrono::TimeDelta::seconds(2);
+        }
+        for event in &mut summary.events {
+            (event.lsn, event.end_lsn) = (shift(event.lsn), shift(event.end_lsn));
+            if let EventKind::Checkpoint { redo, time, timeline: own, .. } = &mut event.kind {
+                (*redo, *time, *own) = (shift(*redo), commit_time(number), timeline);
+            }
+        }
+        summary
+    }
+
+    /// Returns the segment as it is stored.
+    pub(super) fn object(&self, timeline: TimelineId, number: u64) -> EncodedObject {
+        let bytes = bytes_of(timeline, number, has_checkpoint(number));
+        let mut scanner = SegmentScanner::new(name(timeline, number), SIZE);
+        scanner.push(&bytes);
+        assert_eq!(scanner.finish().summary, self.summary(timeline, number), "{number}");
+        encode_segment(name(timeline, number), &bytes, Compression::default()).expect("it is that segment")
+    }
+
+    /// Returns the first segment that the roll-up of a place covers and how many it covers when it is fullest,
+    /// as archiving alone leaves it: of level 1 each sixteen, above only what is full below.
+    pub(super) fn coverage(&self, place: Place) -> Option<(u64, u64)> {
+        let (first, end) = range(place.timeline);
+        let below = if place.level == 1 { 1 } else { span(place.level - 1) };
+        let from = place.first.max(first).next_multiple_of(below);
+        let written = if place.level == 1 { 16 } else { below };
+        // A boundary is passed when the segment behind it arrives.
+        let to = (end - 1).min(place.end()) / written * written;
+        (to > from).then(|| (from, to - from))
+    }
+
+    /// Returns the versions of a place's roll-up, by how many segments each covers.
+    pub(super) fn versions(&self, place: Place) -> Vec<u64> {
+        let Some((from, most)) = self.coverage(place) else { return Vec::new() };
+        let step = if place.level == 1 { 16 } else { span(place.level - 1) };
+        let boundary = |at: &u64| *at > from;
+        let boundaries = (from / step * step..=from + most).step_by(step as usize).filter(boundary);
+        boundaries.map(|at| at - from).collect()
+    }
+
+    /// Returns a roll-up, the digests in it made up.
+    pub(super) fn node(&self, node: Node) -> Arc<Rollup> {
+        let known = |nodes: &HashMap<Node, Arc<Rollup>>| nodes.get(&node).cloned();
+        if let Some(found) = known(&self.nodes.lock().expect("no test panicked")) {
+            return found;
+        }
+        let (place, count) = node;
+        let (from, _) = self.coverage(place).expect("only what was written is asked for");
+        let timeline = place.timeline;
+        let rollup = if place.level == 1 {
+            let parts = (from..from + count).map(|number| {
+                let digest = made_up(&format!("{timeline} {number}"));
+                Part::of_segment(&self.summary(timeline, number), digest, STORED_BYTES)
+            });
+            build(place, SIZE, SYSTEM, parts)
+        } else {
+            let below = span(place.level - 1);
+            let parts = (from..from + count).step_by(below as usize).map(|first| {
+                let child = (Place { timeline, level: place.level - 1, first }, below);
+                Part::of_rollup((*self.node(child)).clone(), made_up(&format!("{child:?}")))
+            });
+            build(place, SIZE, SYSTEM, parts)
+        };
+        let rollup = Arc::new(rollup.expect("it has parts"));
+        if place.level > 1 {
+            self.nodes.lock().expect("no test panicked").insert(node, rollup.clone());
+        }
+        rollup
+    }
+}
+
+/// Returns a digest of content that nobody made.
+pub(super) fn made_up(of: &str) -> String {
+    Digest::of(of.as_bytes()).to_string()
+}
+
+fn bytes_of(timeline: TimelineId, number: u64, checkpoint: bool) -> Vec<u8> {
+    let mut wal = WalBuilder::new(17, SIZE, SYSTEM).starting_at(number);
+    wal.set_timeline(timeline);
+    let seconds = commit_time(number).timestamp();
+    let micros = (seconds - POSTGRES_EPOCH) * 1_000_000;
+    wal.commit(xid(number) as u32, micros);
+    if checkpoint {
+        let mut main = [0; 88];
+        let redo = number * SIZE.bytes() + 40;
+        main[..8].copy_from_slice(&redo.to_le_bytes());
+        main[8..12].copy_from_slice(&timeline.get().to_le_bytes());
+        main[24..32].copy_from_slice(&1000u64.to_le_bytes());
+        main[64..72].copy_from_slice(&seconds.to_le_bytes());
+        wal.record(0, 0, 0x10, &main);
+    }
+    wal.commit(xid(number) as u32 + 1, micros + 2_000_000);
+    wal.fill_segment(0);
+    wal.segments().remove(0).1
+}
