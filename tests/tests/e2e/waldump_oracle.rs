@@ -488,18 +488,18 @@ impl Iterator for Oracle {
 }
 
 /// One line of `pg_waldump`.
-struct Theirs {
-    rmgr: String,
+pub(crate) struct Theirs {
+    pub(crate) rmgr: String,
     own: u64,
     total: u64,
-    xid: u32,
-    lsn: Lsn,
+    pub(crate) xid: u32,
+    pub(crate) lsn: Lsn,
     prev: Lsn,
-    desc: String,
+    pub(crate) desc: String,
 }
 
 impl Theirs {
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let (rmgr, rest) = line.strip_prefix("rmgr:")?.split_once("len (rec/tot):")?;
         let (len, rest) = rest.split_once(", tx:")?;
         let (xid, rest) = rest.split_once(", lsn:")?;

@@ -14,6 +14,8 @@ use walship_tests::random::Random;
 use walship_tests::stage::Stage;
 use walship_tests::{bins, wait};
 
+use crate::waldump_oracle::Theirs;
+
 /// Concurrent sessions, and how many transactions each has in one phase.
 const SESSIONS: usize = 3;
 const TRANSACTIONS: usize = 7;
@@ -46,18 +48,8 @@ pub(crate) struct Ended {
 
 impl Record {
     fn parse(timeline: u32, line: &str) -> Option<Self> {
-        let (rmgr, rest) = line.strip_prefix("rmgr:")?.split_once("len (rec/tot):")?;
-        let (_, rest) = rest.split_once(", tx:")?;
-        let (xid, rest) = rest.split_once(", lsn:")?;
-        let (lsn, rest) = rest.split_once(", prev ")?;
-        let (_, desc) = rest.split_once(", desc: ")?;
-        Some(Self {
-            timeline,
-            lsn: lsn.trim().parse().ok()?,
-            xid: xid.trim().parse().ok()?,
-            rmgr: rmgr.trim().to_owned(),
-            desc: desc.trim_end().to_owned(),
-        })
+        let Theirs { rmgr, xid, lsn, desc, .. } = Theirs::parse(line)?;
+        Some(Self { timeline, lsn, xid, rmgr, desc })
     }
 
     /// Returns the transaction that this record ends.
