@@ -1,6 +1,7 @@
 //! What happened in the archived WAL: events are chosen, described, and each given the target that leads to
 //! just before it. Pure, like the planner: what must be known first is asked for.
 
+mod describe;
 mod read;
 
 #[cfg(test)]
@@ -12,9 +13,11 @@ use walship::pg::{Lsn, Oid, SegmentName, TimelineId, Xid};
 use walship::wal::event::{EventKind, RelFileLocator, WalEvent};
 
 use crate::plan::Gap;
-use crate::target::{RecoveryTarget, StopSide, TargetKind, TimelineChoice};
+use crate::target::TimelineChoice;
 
 pub(crate) use read::Reading;
+
+use describe::{kinds_of, relations_of};
 
 /// How many relations of one event are listed; the others are counted.
 const RELATIONS_MAX: usize = 20;
@@ -74,7 +77,11 @@ impl Query {
             oid.is_none_or(|oid| relations_of(event).iter().any(|relation| of(relation) == oid))
         };
         let database = self.database.is_none_or(|oid| match &event.kind {
-            EventKind::DatabaseDrop { oid: dropped, .. } => *dropped == oid,
+            EventKind::DatabaseDrop { oid: dropped, .. }
+            | EventKind::DatabaseInvalid { oid: dropped, .. } => *dropped == oid,
+            EventKind::Commit { dropped_objects: Some(dropped), .. } if dropped.databases.contains(&oid) => {
+                true
+            }
             EventKind::Truncate { database, .. } => *database == oid,
             _ => touched(Some(oid), |relation| relation.database),
         });
@@ -83,6 +90,13 @@ impl Query {
             && self.xid.is_none_or(|xid| transaction() == xid)
             && database
             && touched(self.relation, |relation| relation.relation)
+    }
+
+    /// Returns whether an event must be known, to be shown or to describe another.
+    fn needs(&self, event: &WalEvent) -> bool {
+        let of_a_drop =
+            matches!(event.kind, EventKind::DatabaseInvalid { .. } | EventKind::DatabaseDrop { .. });
+        (of_a_drop && self.kinds.contains(&Kind::Drop)) || self.picks(event)
     }
 
     /// Returns whether something at this time is asked for.
@@ -194,133 +208,4 @@ pub struct Relation {
     pub storage: RelFileLocator,
     /// The relation's name; the WAL does not hold it.
     pub name: Option<String>,
-}
-
-/// Returns the time that an event's own record holds.
-fn time_of(event: &WalEvent) -> Option<DateTime<Utc>> {
-    match &event.kind {
-        EventKind::RestorePoint { time, .. }
-        | EventKind::Checkpoint { time, .. }
-        | EventKind::EndOfRecovery { time, .. } => Some(*time),
-        kind => kind.stop_time(),
-    }
-}
-
-/// Returns the kinds by which an event is asked for; none of those that are no part of a log.
-fn kinds_of(event: &WalEvent) -> &'static [Kind] {
-    match &event.kind {
-        EventKind::Commit { dropped_relations, .. } if !dropped_relations.is_empty() => {
-            &[Kind::Drop, Kind::Truncate, Kind::Commit]
-        }
-        EventKind::Commit { .. } => &[Kind::Commit],
-        EventKind::Abort { .. } => &[Kind::Abort],
-        EventKind::RestorePoint { .. } => &[Kind::RestorePoint],
-        EventKind::Checkpoint { .. } => &[Kind::Checkpoint],
-        EventKind::EndOfRecovery { .. } => &[Kind::Timeline],
-        EventKind::TablespaceDrop { .. } | EventKind::DatabaseDrop { .. } => &[Kind::Drop],
-        EventKind::StorageTruncate { .. } | EventKind::Truncate { .. } => &[Kind::Truncate],
-        EventKind::Prepare { .. }
-        | EventKind::Switch
-        | EventKind::OverwriteContrecord { .. }
-        | EventKind::BackupEnd { .. }
-        | EventKind::ParameterChange { .. }
-        | EventKind::TablespaceCreate { .. } => &[],
-    }
-}
-
-/// Returns the relations whose storage an event takes away.
-fn relations_of(event: &WalEvent) -> &[RelFileLocator] {
-    match &event.kind {
-        EventKind::Commit { dropped_relations, .. } => dropped_relations,
-        EventKind::StorageTruncate { relation, .. } => std::slice::from_ref(relation),
-        _ => &[],
-    }
-}
-
-/// Returns what happened, in words.
-fn words(event: &WalEvent) -> String {
-    match &event.kind {
-        EventKind::Commit { dropped_relations, .. } => match dropped_relations.len() {
-            0 => "committed".to_owned(),
-            1 => "storage of 1 relation removed at commit (DROP, TRUNCATE or a rewrite)".to_owned(),
-            count => format!("storage of {count} relations removed at commit (DROP, TRUNCATE or a rewrite)"),
-        },
-        EventKind::Abort { .. } => "rolled back".to_owned(),
-        EventKind::RestorePoint { name, .. } => format!("restore point {name:?}"),
-        EventKind::Checkpoint { redo, shutdown, .. } => {
-            format!("checkpoint{}, redo {redo}", if *shutdown { " at shutdown" } else { "" })
-        }
-        EventKind::EndOfRecovery { timeline, previous_timeline, .. } => {
-            format!("recovery along timeline {previous_timeline} ended: timeline {timeline} began")
-        }
-        EventKind::TablespaceDrop { oid } => format!("tablespace {oid} dropped"),
-        EventKind::DatabaseDrop { oid, tablespaces } => {
-            let list: Vec<_> = tablespaces.iter().map(ToString::to_string).collect();
-            format!("files of database {oid} removed from tablespace {}", list.join(", "))
-        }
-        EventKind::StorageTruncate { blocks, .. } => {
-            format!("storage of 1 relation cut to {blocks} pages (TRUNCATE, or VACUUM of empty pages)")
-        }
-        EventKind::Truncate { relations, .. } => format!("TRUNCATE of {} table(s)", relations.len()),
-        // Not shown: see `kinds_of`.
-        _ => "other".to_owned(),
-    }
-}
-
-/// Returns whether replay of the event changes files at once, whatever becomes of its transaction.
-fn acts_at_once(event: &WalEvent) -> bool {
-    matches!(
-        event.kind,
-        EventKind::TablespaceDrop { .. } | EventKind::DatabaseDrop { .. } | EventKind::StorageTruncate { .. }
-    )
-}
-
-/// Returns the SQL that makes a database valid again: DROP DATABASE marks it in place, outside of its
-/// transaction, before it removes the files. Its former connection limit is gone with that.
-///
-/// Source: `src/backend/commands/dbcommands.c`, dropdb; in 14.9, 15.4 and from 16 on.
-fn revive(database: Oid) -> String {
-    format!("UPDATE pg_database SET datconnlimit = -1 WHERE oid = {database} AND datconnlimit = -2")
-}
-
-/// Returns an event as it is shown. `pinned` is the timeline that the target names.
-fn entry_of(event: &WalEvent, timeline: TimelineId, pinned: Option<TimelineId>) -> Entry {
-    let relations = relations_of(event);
-    let mut databases: Vec<Oid> = match &event.kind {
-        EventKind::DatabaseDrop { oid, .. } => vec![*oid],
-        EventKind::Truncate { database, .. } => vec![*database],
-        _ => relations.iter().map(|relation| relation.database).collect(),
-    };
-    databases.sort_unstable();
-    databases.dedup();
-    // The record's own position: exact also where a transaction id was used twice, and never behind
-    // something that does not wait for its commit.
-    let target = RecoveryTarget {
-        kind: TargetKind::Lsn(event.lsn),
-        stop: StopSide::Exclusive,
-        timeline: pinned.map_or(TimelineChoice::Latest, TimelineChoice::Number),
-    };
-    Entry {
-        lsn: event.lsn,
-        timeline,
-        xid: event.kind.ended_xid(event.xid).or(Some(event.xid)).filter(|xid| *xid != 0),
-        time: time_of(event),
-        after: None,
-        before: None,
-        kinds: kinds_of(event).to_vec(),
-        what: words(event),
-        at_once: acts_at_once(event),
-        databases,
-        relation_count: relations.len() as u64,
-        relations: relations
-            .iter()
-            .take(RELATIONS_MAX)
-            .map(|storage| Relation { storage: *storage, name: None })
-            .collect(),
-        just_before: target.options(),
-        afterwards: match &event.kind {
-            EventKind::DatabaseDrop { oid, .. } => Some(revive(*oid)),
-            _ => None,
-        },
-    }
 }

@@ -5,7 +5,8 @@ use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use walship::wal::rollup::{Class, Facts};
 
-use super::{Kind, Line, Log, Query, entry_of, time_of};
+use super::describe::{Drops, entry_of, time_of};
+use super::{Kind, Line, Log, Query};
 use crate::plan::{Chain, ChainEnding, Evidence, Halt, Surveyed, Walk, Wanted, chains_of, resolve_timeline};
 use crate::target::TimelineChoice;
 
@@ -25,6 +26,7 @@ pub(crate) struct Reading {
     forks_told: usize,
     /// The last known time before that step.
     last_time: Option<DateTime<Utc>>,
+    drops: Drops,
 }
 
 /// What one stretch of the way added.
@@ -34,6 +36,8 @@ struct Found {
     next: Option<usize>,
     /// The last known time in or before it.
     last_time: Option<DateTime<Utc>>,
+    /// The drops that began in or before it.
+    drops: Drops,
 }
 
 impl Reading {
@@ -75,6 +79,7 @@ impl Reading {
             step: 0,
             forks_told: 0,
             last_time: None,
+            drops: Drops::default(),
         })
     }
 
@@ -95,7 +100,7 @@ impl Reading {
     /// What must be known first; nothing was read then.
     pub(crate) fn advance(&mut self, catalog: &Catalog, evidence: &Evidence) -> Result<bool, Halt> {
         let Some(chain) = self.chains.get(self.chain) else { return Ok(false) };
-        let Found { mut lines, next, last_time } = if self.step < chain.len() {
+        let Found { mut lines, next, last_time, drops } = if self.step < chain.len() {
             self.survey(chain, catalog, evidence)?
         } else {
             let gap = match &chain.ending {
@@ -103,7 +108,8 @@ impl Reading {
                 ChainEnding::EndOfArchive => None,
             };
             // What a clock said before a gap says nothing of what comes behind it.
-            Found { lines: gap.into_iter().collect(), next: None, last_time: None }
+            let drops = Drops::default();
+            Found { lines: gap.into_iter().collect(), next: None, last_time: None, drops }
         };
         let until = match next {
             Some(next) => chain.step(next - 1).to,
@@ -119,7 +125,7 @@ impl Reading {
             self.log.lines.push(line);
         }
         self.log.until_lsn = Some(until);
-        self.last_time = last_time;
+        (self.last_time, self.drops) = (last_time, drops);
         match next {
             Some(next) => self.step = next,
             None => (self.chain, self.step) = (self.chain + 1, 0),
@@ -138,7 +144,7 @@ impl Reading {
         let wanted = Wanted {
             classes: &self.classes,
             ends: &|facts| may_hold_ends(query, facts),
-            matches: &|event| query.picks(event) && time_of(event).is_none_or(|time| query.covers(time)),
+            matches: &|event| query.needs(event) && time_of(event).is_none_or(|time| query.covers(time)),
         };
         let known = match walk.survey(self.step, &wanted)? {
             Surveyed::Known(known) => known,
@@ -147,12 +153,22 @@ impl Reading {
                 let damaged = undecoded.is_none();
                 let why = undecoded.unwrap_or_else(|| "it is damaged where it is stored".to_owned());
                 let line = Line::Unknown { segment, from: step.from, to: step.to, damaged, why };
-                return Ok(Found { lines: vec![line], next: Some(self.step + 1), last_time: self.last_time });
+                let next = Some(self.step + 1);
+                return Ok(Found {
+                    lines: vec![line],
+                    next,
+                    last_time: self.last_time,
+                    drops: self.drops.clone(),
+                });
             }
         };
-        let mut lines = Vec::new();
+        let (mut lines, mut drops) = (Vec::new(), self.drops.clone());
         for event in &known.events {
-            let mut entry = entry_of(event, self.timeline_at(event.lsn), self.pinned);
+            drops.note(event);
+            if !query.picks(event) {
+                continue;
+            }
+            let mut entry = entry_of(event, self.timeline_at(event.lsn), self.pinned, &drops);
             if entry.time.is_none() {
                 let behind = known.times.partition_point(|(lsn, _)| *lsn <= event.lsn);
                 entry.after = match behind.checked_sub(1).and_then(|at| known.times.get(at)) {
@@ -170,7 +186,7 @@ impl Reading {
             lines.push(Line::Event(Box::new(entry)));
         }
         let last_time = known.times.last().map(|(_, time)| *time).or(self.last_time);
-        Ok(Found { lines, next: Some(known.next), last_time })
+        Ok(Found { lines, next: Some(known.next), last_time, drops })
     }
 
     fn timeline_at(&self, lsn: Lsn) -> TimelineId {

@@ -1,9 +1,10 @@
-use walship::wal::event::{EventKind, RelFileLocator};
+use walship::wal::event::{DroppedObjects, EventKind, RelFileLocator};
 
+use super::describe::time_of;
 use super::*;
 use crate::plan::tests::{SIZE, World, at, checkpoint, commit, restore_point, tli};
 use crate::plan::{Evidence, Halt, SegmentRequest};
-use crate::target::TargetWords;
+use crate::target::{StopSide, TargetKind, TargetWords};
 
 const DATABASE: Oid = 16_384;
 
@@ -13,7 +14,13 @@ fn storage(relation: Oid) -> RelFileLocator {
 
 fn drop_of(xid: Xid, relations: &[Oid], micros: i64) -> Option<(Xid, EventKind)> {
     let dropped_relations = relations.iter().map(|relation| storage(*relation)).collect();
-    let kind = EventKind::Commit { time: at(micros), prepared_xid: None, subxids: vec![], dropped_relations };
+    let kind = EventKind::Commit {
+        time: at(micros),
+        prepared_xid: None,
+        subxids: vec![],
+        dropped_relations,
+        dropped_objects: None,
+    };
     Some((xid, kind))
 }
 
@@ -227,6 +234,58 @@ fn just_before_is_the_record_itself() {
     let at_once: Vec<_> = events(&log).into_iter().filter(|entry| entry.at_once).collect();
     assert_eq!(at_once.len(), 20);
     assert!(at_once.iter().all(|entry| entry.time.is_none()));
+}
+
+#[test]
+fn just_before_a_dropped_database_is_before_it_was_marked() {
+    let mut world = World::new();
+    let mark = |oid| Some((0, EventKind::DatabaseInvalid { oid, name: format!("db{oid}") }));
+    let files = |xid, oid| Some((xid, EventKind::DatabaseDrop { oid, tablespaces: vec![1663] }));
+    let gone = |xid, oid, micros| {
+        let mut event = drop_of(xid, &[], micros);
+        if let Some((_, EventKind::Commit { dropped_objects, .. })) = &mut event {
+            let dropped = DroppedObjects { relations: vec![], databases: vec![oid] };
+            *dropped_objects = Some(dropped);
+        }
+        event
+    };
+    for event in [
+        commit(999, 1),
+        mark(5),
+        commit(1000, 2),
+        files(1001, 5),
+        gone(1001, 5, 3),
+        // An older release: no mark. Then one whose first DROP was cut short.
+        files(1002, 6),
+        mark(7),
+        commit(1003, 4),
+        mark(7),
+        files(1004, 7),
+        gone(1004, 7, 5),
+    ] {
+        world.push(tli(1), SIZE.bytes() / 3, event);
+    }
+    world.push(tli(1), SIZE.bytes(), None);
+    world.archive(tli(1));
+    for segments in [0, 1, 3] {
+        let log = read(&world, &query(&[Kind::Drop]), segments).0;
+        let starts: Vec<Lsn> = world.records[&tli(1)].iter().map(|record| record.lsn).collect();
+        let found: Vec<_> = events(&log)
+            .iter()
+            .map(|one| (one.lsn, one.just_before.clone(), one.afterwards.is_some()))
+            .collect();
+        let expected =
+            [(1, 1, false), (3, 1, false), (4, 1, false), (5, 5, true), (6, 6, false), (8, 8, true)]
+                .into_iter()
+                .chain([(9, 8, true), (10, 8, true)])
+                .map(|(at, before, sql)| {
+                    (starts[at], format!("--to-lsn {} --exclusive", starts[before]), sql)
+                });
+        assert_eq!(found, expected.collect::<Vec<_>>());
+        let log = read(&world, &Query { xid: Some(1001), ..query(&[Kind::Drop]) }, segments).0;
+        assert_eq!(events(&log).len(), 2);
+        assert!(events(&log)[0].just_before.contains(&starts[1].to_string()));
+    }
 }
 
 #[test]

@@ -41,6 +41,7 @@ pub(crate) fn commit(xid: Xid, micros: i64) -> Option<(Xid, EventKind)> {
         prepared_xid: None,
         subxids: vec![],
         dropped_relations: vec![],
+        dropped_objects: None,
     };
     Some((xid, kind))
 }
@@ -237,10 +238,11 @@ impl World {
             min_time: times.iter().copied().min_by_key(|time| time.time),
             max_time: times.iter().copied().max_by_key(|time| time.time),
             ended_xids: xids.iter().min().copied().zip(xids.iter().max().copied()),
+            deletes: Some(Default::default()),
             events: events
                 .into_iter()
                 .filter(|event| match &event.kind {
-                    EventKind::Commit { dropped_relations, .. } => !dropped_relations.is_empty(),
+                    EventKind::Commit { .. } => Class::of(event).is_some(),
                     EventKind::Abort { .. } | EventKind::Prepare { .. } => false,
                     _ => true,
                 })
@@ -608,13 +610,19 @@ fn xid_matches_the_end_of_that_transaction_only() {
         prepared_xid: None,
         subxids: vec![21, 22],
         dropped_relations: vec![],
+        dropped_objects: None,
     };
     world.push(tli(1), 64, Some((20, with_sub)));
     let prepared = EventKind::Prepare { time: at(2), prepared_xid: 30, gid: "g".into() };
     world.push(tli(1), 64, Some((30, prepared)));
     world.push(tli(1), 64, commit(31, 3));
-    let finish =
-        EventKind::Commit { time: at(4), prepared_xid: Some(30), subxids: vec![], dropped_relations: vec![] };
+    let finish = EventKind::Commit {
+        time: at(4),
+        prepared_xid: Some(30),
+        subxids: vec![],
+        dropped_relations: vec![],
+        dropped_objects: None,
+    };
     world.push(tli(1), 64, Some((0, finish)));
     let rolled_back = EventKind::Abort { time: at(5), prepared_xid: None, subxids: vec![] };
     world.push(tli(1), 64, Some((33, rolled_back)));
@@ -650,8 +658,13 @@ fn prepared_transactions_are_seen_across_segment_boundaries() {
     world.push(tli(1), 64, Some((31, prepare)));
     world.push(tli(1), 64, commit(40, 2));
     to_the_end(&mut world);
-    let ended =
-        EventKind::Commit { time: at(3), prepared_xid: Some(31), subxids: vec![], dropped_relations: vec![] };
+    let ended = EventKind::Commit {
+        time: at(3),
+        prepared_xid: Some(31),
+        subxids: vec![],
+        dropped_relations: vec![],
+        dropped_objects: None,
+    };
     world.push(tli(1), 64, Some((0, ended)));
     world.push(tli(1), 64, commit(41, 4));
     world.push(tli(1), 2 * SIZE.bytes(), None);
@@ -1051,6 +1064,7 @@ fn build(script: &Script) -> World {
                     prepared_xid: Some(xid),
                     subxids: vec![],
                     dropped_relations: vec![],
+                    dropped_objects: None,
                 };
                 (0, kind)
             }),

@@ -296,6 +296,13 @@ impl Expected {
         assert!(wal.has(&EventKind::StorageTruncate { relation: self.vacuumed, blocks: 0 }), "{major}");
         let gone = |event: &WalEvent| matches!(&event.kind, EventKind::DatabaseDrop { oid, tablespaces } if *oid == self.database && *tablespaces == [1663]);
         assert!(wal.events.iter().any(gone), "{major}");
+        let listed = |event: &WalEvent| match &event.kind {
+            EventKind::Commit { dropped_objects: Some(dropped), .. } => dropped.databases == [self.database],
+            _ => false,
+        };
+        assert_eq!(wal.events.iter().any(listed), major > 14, "{major}");
+        let marked = |event: &WalEvent| matches!(&event.kind, EventKind::DatabaseInvalid { oid, .. } if *oid == self.database);
+        assert_eq!(wal.events.iter().filter(|event| marked(event)).count(), 1, "{major}");
         let named = |event: &WalEvent| matches!(&event.kind, EventKind::RestorePoint { name, .. } if name == "before: \"the\" crash");
         assert_eq!(wal.events.iter().filter(|event| named(event)).count(), 1, "{major}");
         assert!(wal.has(&EventKind::Switch), "{major}");

@@ -398,7 +398,10 @@ fn check_summary(summary: &SegmentSummary, records: &[Ours], system_identifier: 
         ref other => panic!("{other:?}"),
     }
     let kept = |event: &&&WalEvent| match &event.kind {
-        EventKind::Commit { dropped_relations, .. } => !dropped_relations.is_empty(),
+        EventKind::Commit { dropped_relations, dropped_objects, .. } => {
+            let database = dropped_objects.as_ref().is_some_and(|dropped| !dropped.databases.is_empty());
+            database || !dropped_relations.is_empty()
+        }
         EventKind::Abort { .. } | EventKind::Prepare { .. } => false,
         _ => true,
     };
@@ -528,6 +531,14 @@ impl Theirs {
         match (&ours.event, self.expected()) {
             (None, None) => {}
             (Some(event), Some(expected)) => assert_eq!(told(&event.kind), expected, "{}", self.lsn),
+            // It says of no update in place what was written.
+            (Some(WalEvent { kind: EventKind::DatabaseInvalid { .. }, .. }), None) => {
+                assert!(
+                    self.desc.starts_with("INPLACE") && self.desc.contains("rel 1664/0/"),
+                    "{}",
+                    self.desc
+                );
+            }
             (event, expected) => panic!("{}: {expected:?}, decoded as {event:?}", self.lsn),
         }
     }
@@ -548,8 +559,24 @@ impl Theirs {
                 // An abort's relations are those it made itself; they are of no interest.
                 let relations =
                     if committed { without_version_folder(&list("rels:")) } else { String::new() };
+                // Kind, database, object: 1 is a database, 2 a relation.
+                let stats = if committed { list("dropped stats:") } else { String::new() };
+                let dropped = |kind: &str, at: usize| {
+                    let mut items = stats.split(' ').map(|item| item.split('/').collect::<Vec<_>>());
+                    let mut oids: Vec<String> = Vec::new();
+                    items
+                        .by_ref()
+                        .filter(|item| item[0] == kind)
+                        .for_each(|item| oids.push(item[at].to_owned()));
+                    oids.join(" ")
+                };
                 let word = if committed { "commit" } else { "abort" };
-                format!("{word} {time} of {xid} [{}] [{relations}]", list("subxacts:"))
+                format!(
+                    "{word} {time} of {xid} [{}] [{relations}] [{}] [{}]",
+                    list("subxacts:"),
+                    dropped("2", 2),
+                    dropped("1", 1)
+                )
             }
             ("Transaction", "PREPARE") => {
                 // The name itself may hold what separates the parts.
@@ -611,18 +638,21 @@ fn told(kind: &EventKind) -> String {
     let numbers = |xids: &[u32]| xids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
     let of = |xid: &Option<u32>| xid.map_or("-".to_owned(), |xid| xid.to_string());
     match kind {
-        EventKind::Commit { time, prepared_xid, subxids, dropped_relations } => {
+        EventKind::Commit { time, prepared_xid, subxids, dropped_relations, dropped_objects } => {
             let relations: Vec<_> = dropped_relations.iter().map(path).collect();
+            let dropped = dropped_objects.clone().unwrap_or_default();
             format!(
-                "commit {} of {} [{}] [{}]",
+                "commit {} of {} [{}] [{}] [{}] [{}]",
                 at!(time),
                 of(prepared_xid),
                 numbers(subxids),
-                relations.join(" ")
+                relations.join(" "),
+                numbers(&dropped.relations),
+                numbers(&dropped.databases)
             )
         }
         EventKind::Abort { time, prepared_xid, subxids } => {
-            format!("abort {} of {} [{}] []", at!(time), of(prepared_xid), numbers(subxids))
+            format!("abort {} of {} [{}] [] [] []", at!(time), of(prepared_xid), numbers(subxids))
         }
         EventKind::Prepare { time, gid, .. } => format!("prepare {gid} at {}", at!(time)),
         EventKind::Checkpoint { redo, timeline, shutdown, next_full_xid, .. } => {
@@ -642,6 +672,7 @@ fn told(kind: &EventKind) -> String {
             let folders: Vec<_> = tablespaces.iter().map(|space| format!("{space}/{oid}")).collect();
             format!("database drop {}", folders.join(" "))
         }
+        EventKind::DatabaseInvalid { oid, name } => format!("database {oid} {name:?} marked invalid"),
         EventKind::TablespaceCreate { oid, path } => format!("tablespace CREATE {oid} \"{path}\""),
         EventKind::TablespaceDrop { oid } => format!("tablespace DROP {oid}"),
         EventKind::StorageTruncate { relation, blocks } => {

@@ -36,6 +36,7 @@ pub fn made_up_summary(
         min_time: both.into_iter().min_by_key(|stop| stop.time),
         max_time: both.into_iter().max_by_key(|stop| stop.time),
         ended_xids: Some((xid, xid.wrapping_add(1))),
+        deletes: Some(Default::default()),
         events: Vec::new(),
         events_truncated: false,
     }

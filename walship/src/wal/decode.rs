@@ -6,10 +6,11 @@
 
 use chrono::{DateTime, Utc};
 
-use super::bytes::{c_string_at, i32_at, i64_at, u32_at, u64_at};
+use super::bytes::{c_string_at, i32_at, i64_at, u16_at, u32_at, u64_at};
 use super::event::{EventKind, ServerLimits, WalEvent};
 use super::layout::{Layout, rmgr};
 use super::record::{Record, RecordHeader, UnknownLayout, unknown};
+use super::summary::SegmentSummary;
 use super::xact::{self, TransactionEnd};
 use crate::pg::{Lsn, TimelineId};
 
@@ -31,6 +32,12 @@ const TABLESPACE_DROP: u8 = 0x10;
 const HEAP_CODE_MASK: u8 = 0x70;
 const HEAP_DELETE: u8 = 0x10;
 const HEAP_TRUNCATE: u8 = 0x30;
+const HEAP_INPLACE: u8 = 0x70;
+
+/// The tablespace of the relations that all databases share.
+const GLOBAL_TABLESPACE: u32 = 1664;
+/// What DROP DATABASE sets `pg_database.datconnlimit` to.
+const INVALID_DATABASE: i32 = -2;
 
 /// Seconds from 1970-01-01 to PostgreSQL's epoch, 2000-01-01.
 const EPOCH_SECONDS: i64 = 946_684_800;
@@ -54,7 +61,13 @@ pub fn is_of_interest(header: &RecordHeader, layout: &Layout) -> bool {
     let code = header.code();
     // Nearly every record is one of a table's rows or an index's entries.
     if header.rmgr > rmgr::TABLESPACE {
-        return header.rmgr == rmgr::HEAP && code & HEAP_CODE_MASK == HEAP_TRUNCATE;
+        return header.rmgr == rmgr::HEAP
+            && match code & HEAP_CODE_MASK {
+                HEAP_TRUNCATE => true,
+                // A longer one is a page of some other catalog, as good as always; such are not kept whole.
+                HEAP_INPLACE => header.total_len as usize <= SegmentSummary::MAX_FRAGMENT_BYTES,
+                _ => false,
+            };
     }
     match header.rmgr {
         rmgr::XACT => is_transaction_end(header) || code & xact::code::MASK == xact::code::PREPARE,
@@ -98,6 +111,15 @@ pub fn decode(record: &Record<'_>, layout: &Layout) -> Result<Option<WalEvent>, 
     }
     let main = record.main_data(&record.parts(layout)?)?;
     let header = &record.header;
+    if header.rmgr == rmgr::HEAP && header.info & HEAP_CODE_MASK == HEAP_INPLACE {
+        let kind = database_invalid(record, main, layout);
+        return Ok(kind.map(|kind| WalEvent {
+            lsn: record.lsn,
+            end_lsn: record.end_lsn,
+            xid: header.xid,
+            kind,
+        }));
+    }
     let kind = match header.rmgr {
         rmgr::XACT if is_transaction_end(header) => {
             TransactionEnd::parse(header.info, main, layout)?.event()?
@@ -124,6 +146,33 @@ pub fn decode(record: &Record<'_>, layout: &Layout) -> Result<Option<WalEvent>, 
         },
     };
     Ok(Some(WalEvent { lsn: record.lsn, end_lsn: record.end_lsn, xid: header.xid, kind }))
+}
+
+/// Returns the event of a row of `pg_database` that was marked invalid in place; `None` for every other
+/// update in place, and when the row is in a compressed page.
+///
+/// Of the relations that all databases share no other is updated in place.
+///
+/// Source: `src/backend/commands/dbcommands.c`, dropdb; `src/backend/access/heap/heapam.c`,
+/// heap_inplace_update_and_unlock; `src/include/catalog/pg_database.h`.
+fn database_invalid(record: &Record<'_>, main: &[u8], layout: &Layout) -> Option<EventKind> {
+    const NAME_LEN: usize = 64;
+    let block = record.only_block(layout, main.len())?;
+    if block.relation.tablespace != GLOBAL_TABLESPACE || block.relation.database != 0 {
+        return None;
+    }
+    let row = match block.data {
+        [] => block.page()?.row(u16_at(main, 0)?)?.to_vec(),
+        data => data.to_vec(),
+    };
+    if i32_at(&row, layout.database_limit_at)? != INVALID_DATABASE {
+        return None;
+    }
+    let name = row.get(4..4 + NAME_LEN)?.split(|&byte| byte == 0).next().unwrap_or_default();
+    Some(EventKind::DatabaseInvalid {
+        oid: u32_at(&row, 0)?,
+        name: String::from_utf8_lossy(name).into_owned(),
+    })
 }
 
 fn decode_xlog(code: u8, main: &[u8], layout: &Layout) -> Result<EventKind, UnknownLayout> {

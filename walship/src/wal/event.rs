@@ -36,6 +36,10 @@ pub enum EventKind {
         subxids: Vec<Xid>,
         /// Relations whose storage the commit removes.
         dropped_relations: Vec<RelFileLocator>,
+        /// What it dropped by oid; `None` where the record cannot say (PostgreSQL 14) or was summarised by a
+        /// release that did not read it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        dropped_objects: Option<DroppedObjects>,
     },
     /// A transaction, or (with `prepared_xid`) a prepared one, was rolled back. A rolled-back
     /// subtransaction (`ROLLBACK TO SAVEPOINT`) writes the same record with the subtransaction's xid.
@@ -124,6 +128,13 @@ pub enum EventKind {
         /// The tablespaces it lost its files in.
         tablespaces: Vec<Oid>,
     },
+    /// DROP DATABASE marked a database invalid; at once. Its files are removed some time later.
+    DatabaseInvalid {
+        /// Its oid.
+        oid: Oid,
+        /// Its name.
+        name: String,
+    },
     /// A relation's storage was cut to `blocks` pages (vacuum does this too); at once.
     StorageTruncate {
         /// The relation.
@@ -162,6 +173,23 @@ impl EventKind {
             _ => None,
         }
     }
+}
+
+/// What a commit dropped, as its list of dropped statistics tells: every relation and database has some.
+///
+/// Unlike [`EventKind::Commit::dropped_relations`], TRUNCATE and rewrites of a relation are not among them;
+/// the transient relation of a rewrite is.
+///
+/// Source: `src/include/access/xact.h`, xl_xact_stats_items; `src/backend/catalog/heap.c`,
+/// heap_drop_with_catalog.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DroppedObjects {
+    /// Relations: their `pg_class` oids.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub relations: Vec<Oid>,
+    /// Databases.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub databases: Vec<Oid>,
 }
 
 /// Where a relation's storage lies: tablespace, database, file number.

@@ -74,6 +74,8 @@ pub struct Layout {
     pub(crate) prepare_has_stats: bool,
     /// The length of an end-of-recovery record's data; 17 added `wal_level`.
     pub(crate) end_of_recovery_len: usize,
+    /// Where `datconnlimit` lies in a row of `pg_database`; until 14 two names lay before it.
+    pub(crate) database_limit_at: usize,
     /// The longest record. 16 set 1020 MiB; before, only the memory allocator's limit stood.
     pub(crate) max_record_len: u32,
 }
@@ -92,6 +94,7 @@ static LAYOUTS: [Layout; 5] = [
         custom_rmgrs: false,
         prepare_has_stats: false,
         end_of_recovery_len: 16,
+        database_limit_at: 208,
         max_record_len: ALLOCATION_LIMIT,
     },
     Layout {
@@ -103,6 +106,7 @@ static LAYOUTS: [Layout; 5] = [
         custom_rmgrs: true,
         prepare_has_stats: true,
         end_of_recovery_len: 16,
+        database_limit_at: 80,
         max_record_len: ALLOCATION_LIMIT,
     },
     Layout {
@@ -114,6 +118,7 @@ static LAYOUTS: [Layout; 5] = [
         custom_rmgrs: true,
         prepare_has_stats: true,
         end_of_recovery_len: 16,
+        database_limit_at: 80,
         max_record_len: RECORD_LIMIT,
     },
     Layout {
@@ -125,6 +130,7 @@ static LAYOUTS: [Layout; 5] = [
         custom_rmgrs: true,
         prepare_has_stats: true,
         end_of_recovery_len: 20,
+        database_limit_at: 80,
         max_record_len: RECORD_LIMIT,
     },
     Layout {
@@ -136,6 +142,7 @@ static LAYOUTS: [Layout; 5] = [
         custom_rmgrs: true,
         prepare_has_stats: true,
         end_of_recovery_len: 20,
+        database_limit_at: 80,
         max_record_len: RECORD_LIMIT,
     },
 ];

@@ -8,9 +8,11 @@
 //! segments into all their events.
 //! [`rollup`] adds summaries up, 256 at a time.
 
+mod block;
 mod bytes;
 mod crc;
 pub mod decode;
+pub mod deletes;
 pub mod event;
 pub mod events;
 pub mod layout;

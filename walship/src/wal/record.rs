@@ -106,9 +106,9 @@ const ID_TOP_XID: u8 = 252;
 const ID_ORIGIN: u8 = 253;
 const ID_DATA_LONG: u8 = 254;
 const ID_DATA_SHORT: u8 = 255;
-const BLOCK_HAS_IMAGE: u8 = 0x10;
-const BLOCK_SAME_REL: u8 = 0x80;
-const IMAGE_HAS_HOLE: u8 = 0x01;
+pub(crate) const BLOCK_HAS_IMAGE: u8 = 0x10;
+pub(crate) const BLOCK_SAME_REL: u8 = 0x80;
+pub(crate) const IMAGE_HAS_HOLE: u8 = 0x01;
 
 impl<'a> Record<'a> {
     /// The most bytes that all headers inside a record can take: the reader keeps at least so many.

@@ -1,6 +1,7 @@
 //! Reads one segment: what it holds, and whether it is what its name says and whole.
 
 use super::decode::{decode, is_heap_delete, is_of_interest, is_time, is_transaction_end};
+use super::deletes::DeleteTally;
 use super::event::{EventKind, WalEvent};
 use super::layout::Layout;
 use super::reader::{Reader, Stop, StopReason};
@@ -218,6 +219,7 @@ impl SegmentScanner {
             min_time: self.tally.min_time.and_then(StopAt::resolve),
             max_time: self.tally.max_time.and_then(StopAt::resolve),
             ended_xids: self.tally.ended_xids,
+            deletes: Some(self.tally.deletes.finish()),
             events: self.tally.events.kept,
             events_truncated: self.tally.events.truncated,
             ending,
@@ -234,6 +236,7 @@ struct Tally {
     max_time: Option<StopAt>,
     ended_xids: Option<(u32, u32)>,
     events: Events,
+    deletes: DeleteTally,
     /// The first record that did not have its version's layout.
     unknown: Option<(Lsn, UnknownLayout)>,
 }
@@ -269,7 +272,10 @@ impl Tally {
         self.counts.full_page_images += u64::from(parts.images);
         let header = &record.header;
         if !is_of_interest(header, layout) {
-            self.counts.heap_deletes += u64::from(is_heap_delete(header));
+            if is_heap_delete(header) {
+                self.counts.heap_deletes += 1;
+                self.deletes.add(record, &parts, layout);
+            }
             return Ok(());
         }
         if is_transaction_end(header) {
@@ -307,9 +313,9 @@ impl Tally {
         if self.max_time.is_none_or(|max| stop.micros > max.micros) {
             self.max_time = Some(stop);
         }
-        if end.committed && end.relations().len() > 0 {
+        if end.is_destructive() {
             // Lists too long for any summary are not even copied.
-            if end.relations().len() + end.subxids().len() > Events::MAX_ITEMS {
+            if end.items() > Events::MAX_ITEMS {
                 self.events.truncated = true;
             } else {
                 let kind = end.event()?;
@@ -335,7 +341,7 @@ impl Events {
     /// Twice this, two fragments in base64 and the fixed fields stay below
     /// [`SegmentSummary::MAX_BYTES`].
     const BUDGET: usize = 18 << 10;
-    /// More relations and subtransactions than this in one commit take more than the budget.
+    /// More relations, subtransactions and dropped objects than this in one commit take more than the budget.
     const MAX_ITEMS: usize = Self::BUDGET / 2;
 
     fn add(&mut self, event: WalEvent) {
@@ -344,6 +350,7 @@ impl Events {
             EventKind::Commit { .. }
                 | EventKind::TablespaceDrop { .. }
                 | EventKind::DatabaseDrop { .. }
+                | EventKind::DatabaseInvalid { .. }
                 | EventKind::StorageTruncate { .. }
                 | EventKind::Truncate { .. }
         );

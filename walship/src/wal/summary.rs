@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::crc::record_crc;
 use super::decode::{decode, is_of_interest};
+use super::deletes::Deletes;
 use super::event::{EventKind, WalEvent};
 use super::layout::Layout;
 use super::record::{Record, RecordHeader};
@@ -47,6 +48,9 @@ pub struct SegmentSummary {
     pub max_time: Option<StopTime>,
     /// The smallest and the largest xid (as plain numbers) that a record here ends.
     pub ended_xids: Option<(Xid, Xid)>,
+    /// The transactions that deleted most rows; `None` in summaries by releases that did not count them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletes: Option<Deletes>,
     /// Restore points, checkpoints, ends of recovery, backup ends, parameter changes, tablespaces
     /// created, and destructive events, in WAL order. Commits are here only when they drop relations.
     pub events: Vec<WalEvent>,

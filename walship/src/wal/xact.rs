@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 
 use super::bytes::{i32_at, i64_at, u16_at, u32_at};
 use super::decode::time_of;
-use super::event::{EventKind, RelFileLocator};
+use super::event::{DroppedObjects, EventKind, RelFileLocator};
 use super::layout::Layout;
 use super::record::{UnknownLayout, unknown};
 use crate::pg::Xid;
@@ -37,6 +37,14 @@ mod info {
     pub(super) const COMPLETION: u32 = 0b111 << 29;
 }
 
+/// The kinds of statistics.
+///
+/// Source: `src/include/pgstat.h` (15 to 17) and `src/include/utils/pgstat_kind.h` (18).
+mod stats {
+    pub(super) const DATABASE: u32 = 1;
+    pub(super) const RELATION: u32 = 2;
+}
+
 const RELATION_LEN: usize = 12;
 const INVALIDATION_LEN: usize = 16;
 
@@ -51,6 +59,8 @@ pub struct TransactionEnd<'a> {
     pub prepared_xid: Option<Xid>,
     subxids: &'a [u8],
     relations: &'a [u8],
+    /// The dropped statistics, and the length of each; `None` where there is no such list.
+    stats: Option<(&'a [u8], usize)>,
 }
 
 impl<'a> TransactionEnd<'a> {
@@ -65,7 +75,9 @@ impl<'a> TransactionEnd<'a> {
         let prepared = matches!(code, code::COMMIT_PREPARED | code::ABORT_PREPARED);
         let mut cursor = Cursor { main, at: 0 };
         let micros = i64_at(cursor.take(8)?, 0).unwrap_or_default();
-        let mut end = Self { committed, micros, prepared_xid: None, subxids: &[], relations: &[] };
+        let mut end =
+            Self { committed, micros, prepared_xid: None, subxids: &[], relations: &[], stats: None };
+        end.stats = layout.dropped_stats_item.map(|item| (&[][..], item));
         if info & code::HAS_INFO != 0 {
             end.parse_items(&mut cursor, layout)?;
         }
@@ -102,7 +114,7 @@ impl<'a> TransactionEnd<'a> {
             self.relations = cursor.list(RELATION_LEN)?;
         }
         if let (true, Some(item)) = (items & info::DROPPED_STATS != 0, layout.dropped_stats_item) {
-            cursor.list(item)?;
+            self.stats = Some((cursor.list(item)?, item));
         }
         if items & info::INVALIDATIONS != 0 {
             if !self.committed {
@@ -132,6 +144,34 @@ impl<'a> TransactionEnd<'a> {
         self.relations.chunks_exact(RELATION_LEN).map(|chunk| relation_at(chunk, 0).unwrap_or(NO_RELATION))
     }
 
+    /// Returns what it dropped by oid; `None` where the version has no such list.
+    pub fn dropped_objects(&self) -> Option<DroppedObjects> {
+        let (list, item) = self.stats?;
+        let mut dropped = DroppedObjects::default();
+        for chunk in list.chunks_exact(item) {
+            match (u32_at(chunk, 0), u32_at(chunk, 4), u32_at(chunk, 8)) {
+                (Some(stats::RELATION), _, Some(relation)) => dropped.relations.push(relation),
+                (Some(stats::DATABASE), Some(database), _) => dropped.databases.push(database),
+                _ => {}
+            }
+        }
+        Some(dropped)
+    }
+
+    /// Returns how many items its lists have.
+    pub fn items(&self) -> usize {
+        let stats = self.stats.map_or(0, |(list, item)| list.len() / item);
+        self.subxids.len() / 4 + self.relations.len() / RELATION_LEN + stats
+    }
+
+    /// Returns whether it removes storage or drops a database.
+    pub fn is_destructive(&self) -> bool {
+        let database = |(list, item): (&[u8], usize)| {
+            list.chunks_exact(item).any(|chunk| u32_at(chunk, 0) == Some(stats::DATABASE))
+        };
+        self.committed && (!self.relations.is_empty() || self.stats.is_some_and(database))
+    }
+
     /// Returns the event, with copies of the lists.
     ///
     /// # Errors
@@ -140,7 +180,9 @@ impl<'a> TransactionEnd<'a> {
         let time = self.time().ok_or_else(|| unknown("its time is impossible"))?;
         let (prepared_xid, subxids) = (self.prepared_xid, self.subxids().collect());
         Ok(if self.committed {
-            EventKind::Commit { time, prepared_xid, subxids, dropped_relations: self.relations().collect() }
+            let dropped_relations = self.relations().collect();
+            let dropped_objects = self.dropped_objects();
+            EventKind::Commit { time, prepared_xid, subxids, dropped_relations, dropped_objects }
         } else {
             EventKind::Abort { time, prepared_xid, subxids }
         })
@@ -216,8 +258,10 @@ mod tests {
     fn full_commit(stats_item: usize) -> Vec<u8> {
         let mut main = 1_000_000i64.to_le_bytes().to_vec();
         main.extend(words(&[0x1BF | (1 << 30), 5, 1663, 2, 101, 102, 1, 1663, 5, 16384]));
-        main.extend(words(&[2]));
-        main.extend(vec![0xEE; 2 * stats_item]);
+        main.extend(words(&[3]));
+        for (kind, oid) in [(2, 16384), (1, 0), (3, 99)] {
+            main.extend(words(&[kind, 5, oid, 0]).get(..stats_item).unwrap());
+        }
         main.extend(words(&[1]));
         main.extend([0xDD; 16]);
         main.extend(words(&[77]));
@@ -237,6 +281,9 @@ mod tests {
             assert_eq!(end.subxids().collect::<Vec<_>>(), [101, 102]);
             let relation = RelFileLocator { tablespace: 1663, database: 5, relation: 16384 };
             assert_eq!(end.relations().collect::<Vec<_>>(), [relation]);
+            let dropped = DroppedObjects { relations: vec![16384], databases: vec![5] };
+            assert_eq!(end.dropped_objects(), Some(dropped), "{major}");
+            assert!(end.is_destructive() && end.items() == 6);
         }
     }
 
@@ -260,7 +307,8 @@ mod tests {
         let layout = Layout::for_major(14).unwrap();
         let main = (-5i64).to_le_bytes();
         let end = TransactionEnd::parse(0x00, &main, layout).unwrap();
-        assert!(end.committed && end.subxids().len() == 0 && end.relations().len() == 0);
+        assert!(end.committed && end.items() == 0 && !end.is_destructive());
+        assert_eq!(end.dropped_objects(), None, "14 does not say");
         assert_eq!(end.time().unwrap().to_rfc3339(), "1999-12-31T23:59:59.999995+00:00");
         let end = TransactionEnd::parse(0x20, &main, layout).unwrap();
         assert!(!end.committed);

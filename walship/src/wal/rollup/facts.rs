@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::pg::Xid;
+use crate::wal::deletes::Deletes;
 use crate::wal::event::{EventKind, WalEvent};
 use crate::wal::summary::{Counts, SegmentEnding, SegmentSummary, StopTime};
 
@@ -27,6 +28,12 @@ pub struct Facts {
     /// The smallest and the largest xid (as plain numbers) that a record ends.
     #[serde(skip_serializing_if = "is_default")]
     pub ended_xids: Option<(Xid, Xid)>,
+    /// The transactions that deleted most rows.
+    #[serde(skip_serializing_if = "is_default")]
+    pub deletes: Deletes,
+    /// Heap deletes in segments whose summaries do not say by whom.
+    #[serde(skip_serializing_if = "is_default")]
+    pub deletes_uncounted: u64,
     /// The earliest time of a checkpoint record; [`DateTime::UNIX_EPOCH`] where one may be unknown.
     #[serde(skip_serializing_if = "is_default")]
     pub first_checkpoint: Option<DateTime<Utc>>,
@@ -71,10 +78,12 @@ impl Class {
             | EventKind::TablespaceCreate { .. } => Some(Self::Planning),
             EventKind::TablespaceDrop { .. }
             | EventKind::DatabaseDrop { .. }
+            | EventKind::DatabaseInvalid { .. }
             | EventKind::StorageTruncate { .. }
             | EventKind::Truncate { .. } => Some(Self::Destructive),
-            EventKind::Commit { dropped_relations, .. } => {
-                (!dropped_relations.is_empty()).then_some(Self::Destructive)
+            EventKind::Commit { dropped_relations, dropped_objects, .. } => {
+                let database = dropped_objects.as_ref().is_some_and(|dropped| !dropped.databases.is_empty());
+                (database || !dropped_relations.is_empty()).then_some(Self::Destructive)
             }
             EventKind::Checkpoint { .. } => Some(Self::Checkpoints),
             EventKind::Abort { .. }
@@ -139,6 +148,8 @@ impl Facts {
             min_time: summary.min_time,
             max_time: summary.max_time,
             ended_xids: summary.ended_xids,
+            deletes: summary.deletes.clone().unwrap_or_default(),
+            deletes_uncounted: if summary.deletes.is_none() { summary.counts.heap_deletes } else { 0 },
             ..Self::default()
         };
         summary.events.iter().for_each(|event| facts.note_checkpoint(event));
@@ -166,6 +177,8 @@ impl Facts {
         ] {
             *sum = sum.saturating_add(more);
         }
+        self.deletes.add(&other.deletes);
+        self.deletes_uncounted = self.deletes_uncounted.saturating_add(other.deletes_uncounted);
         // Of equal times the first in WAL order, whatever the order of adding.
         let key = |time: &StopTime| (time.time, time.lsn);
         self.min_time = self.min_time.into_iter().chain(other.min_time).min_by_key(key);
