@@ -290,7 +290,9 @@ fn warnings(
         })),
     }
     if matches!(question.target.kind, TargetKind::Time { .. })
-        && passed_over.iter().any(|(_, reach)| matches!(reach, Reach::NotReached))
+        && passed_over.iter().any(|(other, reach)| {
+            matches!(reach, Reach::NotReached) && other.start_lsn > plan.backup.start_lsn
+        })
     {
         warnings.push(
             "the server's clock went backwards: recovery stops at the first record past the target time, \

@@ -346,13 +346,14 @@ fn try_plan(
     // An older backup may reach the target before WAL that cannot be decoded.
     let content_decides = matches!(target.kind, TargetKind::Xid(_) | TargetKind::Name(_));
     let mut undecoded = None;
+    let mut in_vain = reach::InVain::default();
     for backup in backups {
-        if let Some(failed) = reach::too_new(&question, backup)? {
+        let candidate = Candidate { backup, chain: build_chain(catalog, &history, backup.start_lsn) };
+        if let Some(failed) = reach::too_new(&question, &candidate, &mut in_vain)? {
             passed_over.push((backup, failed));
             continue;
         }
-        let candidate = Candidate { backup, chain: build_chain(catalog, &history, backup.start_lsn) };
-        match reach::reach(&question, &candidate) {
+        match reach::reach(&question, &candidate, &mut in_vain) {
             Ok(reach::Reach::Stop(stop)) => {
                 let tried_all = much_newer.contains(&&*backup.id);
                 let not_tried = if tried_all { 0 } else { much_newer.len() };
@@ -370,6 +371,16 @@ fn try_plan(
         return Err(Halt::Refuse(refusal));
     }
     passed_over.sort_by(|(a, _), (b, _)| newest_first(a, b));
+    if let Some((backup, stop)) = reach::late(&question, &passed_over, &mut in_vain)? {
+        passed_over.retain(|(other, _)| other.id != backup.id);
+        let candidate = Candidate { backup, chain: build_chain(catalog, &history, backup.start_lsn) };
+        let mut plan = assemble::assemble(&question, &candidate, stop, &passed_over, 0)?;
+        plan.reasons.push(format!(
+            "backup {} began after the target time, and nothing was committed between them",
+            backup.id
+        ));
+        return Ok(plan);
+    }
     Err(refusal::explain(&question, &passed_over))
 }
 

@@ -528,19 +528,29 @@ fn a_target_before_consistency_takes_an_older_backup_or_is_refused() {
     assert_eq!(refusal.kind, RefusalKind::BeforeFirst);
 }
 
-#[test]
-fn a_backup_that_began_after_the_target_time_does_not_serve_it() {
+/// A backup whose checkpoint began in second 10, with two commits before it when `before` says so, and the
+/// commit of transaction 12 behind it.
+fn backup_of_second_10(before: bool, twelve: i64) -> World {
     let mut world = World::new();
-    world.push(tli(1), 64, commit(10, 1_000_000));
-    world.push(tli(1), 64, commit(11, 9_000_000));
+    if before {
+        world.push(tli(1), 64, commit(10, 1_000_000));
+        world.push(tli(1), 64, commit(11, 9_000_000));
+    }
     let start = world.push(tli(1), 64, None);
     world.push(tli(1), 120, checkpoint(start, 10_000_000));
     world.push(tli(1), 64, None);
     let stop = world.end(tli(1));
     world.backup("b1", tli(1), start, stop);
-    let twelve = world.push(tli(1), 64, commit(12, 20_000_000));
+    world.push(tli(1), 64, commit(12, twelve));
+    world.push(tli(1), 64, commit(13, 20_000_000));
     world.push(tli(1), 2 * SIZE.bytes(), None);
     world.archive(tli(1));
+    world
+}
+
+#[test]
+fn a_backup_that_began_after_the_target_time_does_not_serve_it() {
+    let world = backup_of_second_10(true, 20_000_000);
     // Transaction 11 is in the backup: a state of second 5 cannot be had from it.
     let refusal = world.plan(&time(5_000_000)).unwrap_err();
     assert_eq!(refusal.kind, RefusalKind::BeforeFirst);
@@ -548,19 +558,43 @@ fn a_backup_that_began_after_the_target_time_does_not_serve_it() {
     let refusal = world.plan(&on(1, time(5_000_000))).unwrap_err();
     assert_eq!(refusal.after.unwrap().options, "--immediate --backup b1 --timeline 1");
     assert_eq!(neighbours(&world.plan(&time(15_000_000)).unwrap()), (None, Some(12)));
+    // Where nothing ended between the target and the backup it holds what was there.
+    assert_eq!(world.plan(&time(8_999_999)).unwrap_err().kind, RefusalKind::BeforeFirst);
+    assert_eq!(world.plan(&exclusive(time(9_000_000))).unwrap_err().kind, RefusalKind::BeforeFirst);
+    for micros in [9_000_000, 9_500_000, 10_500_000, 11_999_999] {
+        assert_eq!(neighbours(&world.plan(&time(micros)).unwrap()), (None, Some(12)), "{micros}");
+    }
+    let plan = world.plan(&time(9_500_000)).unwrap();
+    assert!(
+        plan.reasons.iter().any(|reason| reason.contains("began after the target")),
+        "{:?}",
+        plan.reasons
+    );
+    // An older one that reaches the target comes first.
+    let mut world = World::plain();
+    let records = &world.records[&tli(1)];
+    let (start, stop) = (records[41].lsn, records[61].lsn);
+    world.backup("b2", tli(1), start, stop);
+    for record in world.records.get_mut(&tli(1)).unwrap() {
+        if let Some(EventKind::Checkpoint { redo, time, .. }) = record.event.as_mut().map(|e| &mut e.kind)
+            && *redo == start
+        {
+            *time = at(20_700_000);
+        }
+    }
+    assert_eq!(world.plan(&time(20_500_000)).unwrap().backup.id, "b1");
+}
+
+#[test]
+fn where_nothing_ended_before_a_backup_only_wal_behind_it_tells_when_it_began() {
+    let world = backup_of_second_10(false, 20_000_000);
     // The checkpoint's time is rounded down, and taken a moment before redo is fixed.
-    assert_eq!(world.plan(&time(11_999_999)).unwrap_err().kind, RefusalKind::BeforeFirst);
-    assert!(world.plan(&time(12_000_000)).is_ok());
+    for micros in [5_000_000, 9_500_000, 11_999_999] {
+        assert_eq!(world.plan(&time(micros)).unwrap_err().kind, RefusalKind::BeforeFirst, "{micros}");
+    }
+    assert_eq!(neighbours(&world.plan(&time(12_000_000)).unwrap()), (None, Some(12)));
     // A commit behind the redo position tells that it was fixed before that.
-    let set = |world: &mut World, micros| {
-        let records = world.records.get_mut(&tli(1)).unwrap();
-        let event = records.iter_mut().find(|record| record.lsn == twelve).unwrap().event.as_mut().unwrap();
-        event.kind = commit(12, micros).unwrap().1;
-    };
-    set(&mut world, 10_500_000);
-    world.push(tli(1), 64, commit(13, 20_000_000));
-    world.push(tli(1), SIZE.bytes(), None);
-    world.archive(tli(1));
+    let mut world = backup_of_second_10(false, 10_500_000);
     assert_eq!(neighbours(&world.plan(&time(10_600_000)).unwrap()), (Some(12), Some(13)));
     assert_eq!(world.plan(&time(10_400_000)).unwrap_err().kind, RefusalKind::BeforeFirst);
     // Nobody can tell when a backup began whose checkpoint is not there.

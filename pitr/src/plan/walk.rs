@@ -278,14 +278,14 @@ impl<'a> Walk<'a> {
         })
     }
 
-    /// Returns the first event that matches one of those at which recovery to the target stops, with its
-    /// step. Of segments that were read in vain no events are kept.
-    pub(crate) fn decisive(&self, seek: &Seek<'_>) -> Result<Option<(usize, &'a WalEvent)>, Halt>
+    /// Returns the first event in the steps `0..=to` that matches one of those at which recovery to the target
+    /// stops, with its step. Of segments that were read in vain no events are kept.
+    pub(crate) fn decisive(&self, to: usize, seek: &Seek<'_>) -> Result<Option<(usize, &'a WalEvent)>, Halt>
     where
         Self: 'a,
     {
         let mut from = 0;
-        while let Some(at) = self.next_step(from, usize::MAX, seek)? {
+        while let Some(at) = self.next_step(from, to, seek)? {
             match self.loaded(at) {
                 Some(mut events) => {
                     if let Some(event) = events.find(|event| (seek.matches)(event)) {

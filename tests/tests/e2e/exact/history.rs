@@ -95,8 +95,10 @@ pub(crate) struct History {
     pub(crate) ends: BTreeMap<u32, Lsn>,
     /// The rows committed on each timeline; those before the fork are the first's.
     pub(crate) rows: BTreeMap<u32, BTreeSet<Row>>,
-    /// The backups' ids, and when they began, in microseconds since 1970.
-    pub(crate) backups: Vec<(String, i64)>,
+    /// The backups' ids, and where replay begins.
+    pub(crate) backups: Vec<(String, Lsn)>,
+    /// The commits in all WAL of timeline 1 that its server kept: position, and microseconds since 1970.
+    pub(crate) commits: Vec<(Lsn, i64)>,
     /// Data directories that were made to be used again, by what they were restored with.
     pub(crate) templates: std::sync::Mutex<BTreeMap<Vec<String>, PathBuf>>,
 }
@@ -141,7 +143,7 @@ impl History {
             first.psql(&insert);
         }
         first.archive_now();
-        let start = maker.start_of_first_backup();
+        let start = maker.backups[0].1;
         let (fork, second) = maker.promote(&records_of(&first, 1, start));
         for _ in 0..PHASES.1 {
             maker.phase(&first);
@@ -154,6 +156,9 @@ impl History {
         }
         let Maker { stage, random: used, backups, .. } = maker;
         *random = used;
+        let commits = records_of(&first, 1, oldest_wal(&first));
+        let commits = commits.iter().filter_map(|record| Some((record.lsn, record.ended()?)));
+        let commits = commits.filter(|(_, end)| end.committed).map(|(lsn, end)| (lsn, end.time)).collect();
         let (first, second) = (Whole::of(&first, 1, start), Whole::of(&second, 2, fork));
         let later = second.rows.difference(&first.rows).cloned().collect();
         Self {
@@ -163,6 +168,7 @@ impl History {
             ends: [(1, first.end), (2, second.end)].into(),
             rows: [(1, first.rows), (2, later)].into(),
             backups,
+            commits,
             templates: std::sync::Mutex::default(),
         }
     }
@@ -172,6 +178,14 @@ impl History {
         let before = |record: &&Record| timeline == 1 || record.lsn < self.fork;
         let own = (timeline == 2).then(|| &self.records[&2]).into_iter().flatten();
         self.records[&1].iter().filter(before).chain(own).collect()
+    }
+
+    /// Returns when each transaction was committed whose record lies before a backup's redo position.
+    pub(crate) fn committed_before(&self, start: Lsn) -> impl Iterator<Item = i64> {
+        let first = self.commits.iter().filter(move |(lsn, _)| *lsn < start.min(self.fork));
+        let second = self.records[&2].iter().filter(move |record| record.lsn < start);
+        let second = second.filter_map(|record| record.ended().filter(|end| end.committed));
+        first.map(|(_, time)| *time).chain(second.map(|end| end.time))
     }
 
     /// Returns the ids of the rows that are there when all records on the way to `timeline` that start
@@ -248,12 +262,19 @@ fn records_of(server: &PgServer, timeline: u32, start: Lsn) -> Vec<Record> {
     records
 }
 
+/// Returns where the oldest WAL that a server kept begins.
+fn oldest_wal(server: &PgServer) -> Lsn {
+    let names = fs::read_dir(server.data_dir().join("pg_wal")).unwrap();
+    let names = names.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<SegmentName>().ok());
+    names.min().unwrap().start(SegmentSize::new(1 << 20).unwrap())
+}
+
 struct Maker {
     stage: Stage,
     clock: PathBuf,
     random: Random,
     next_id: i64,
-    backups: Vec<(String, i64)>,
+    backups: Vec<(String, Lsn)>,
 }
 
 impl Maker {
@@ -344,8 +365,8 @@ impl Maker {
         let said = self.stage.ok(&mut self.stage.walship_on(server, &["backup", "--json"]));
         let said: serde_json::Value = serde_json::from_str(&said).unwrap_or_else(|e| panic!("{e}: {said}"));
         let id = said["id"].as_str().unwrap_or_else(|| panic!("{said:#}")).to_owned();
-        let started: chrono::DateTime<chrono::Utc> = said["started"].as_str().unwrap().parse().unwrap();
-        self.backups.push((id, started.timestamp_micros()));
+        let start = said["start_lsn"].as_str().unwrap_or_else(|| panic!("{said:#}")).parse().unwrap();
+        self.backups.push((id, start));
     }
 
     /// Kills the server while a transaction is open, which then never ends.
@@ -370,13 +391,6 @@ impl Maker {
         });
         let insert = self.insert();
         server.psql(&insert);
-    }
-
-    fn start_of_first_backup(&self) -> Lsn {
-        let args = ["plan", "--json", "--immediate", "--backup", &self.backups[0].0];
-        let plan: serde_json::Value =
-            serde_json::from_str(&self.stage.ok(&mut self.stage.pitr(&args))).unwrap();
-        plan["plan"]["backup"]["start_lsn"].as_str().unwrap().parse().unwrap()
     }
 
     /// Restores to a recent commit and promotes: timeline 2.
