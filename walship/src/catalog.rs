@@ -2,6 +2,7 @@
 //!
 //! Filled by `repository::load_catalog`, read by the planner. Pure: no I/O, no clock.
 
+mod gaps;
 mod segments;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use crate::pg::{Lsn, Oid, SegmentName, SegmentSize, TimelineHistory, TimelineId,
 use crate::wal::event::ServerLimits;
 use crate::wal::rollup::Rollup;
 
+pub use gaps::{GapCause, GapKind, GapRecord};
 pub use segments::StoredSegments;
 
 /// One lineage of one cluster: everything under one system identifier and segment size.
@@ -32,6 +34,9 @@ pub struct Catalog {
     pub partials: Vec<SegmentName>,
     /// Files kept apart as incomplete: present, never served as the whole.
     pub incomplete: Vec<SegmentName>,
+    /// The open gaps of the ledger, by timeline and start. A segment that is stored with another content than
+    /// the one that such a gap misses is not among `segments`.
+    pub gaps: Vec<GapRecord>,
     /// Complete base backups, oldest start first.
     pub backups: Vec<BackupRecord>,
     /// Backups that were started and not finished: id and start time. Never restored from.

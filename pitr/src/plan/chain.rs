@@ -1,8 +1,9 @@
 //! The unbroken run of segments along a timeline path, found by LSN arithmetic and history files.
 
-use serde::Serialize;
 use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
+
+use super::gap::{Gap, ending_at};
 
 /// The stored WAL from one position on, as far as it is unbroken: steps of one segment each, kept as spans.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,40 +131,10 @@ pub struct ChainStep {
 /// Why a chain ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ChainEnding {
-    /// Nothing later is stored on this path.
+    /// Nothing later is stored on this path, and nothing says that there was more.
     EndOfArchive,
-    /// Segments are missing and later ones are stored.
+    /// Segments are missing, and there was WAL behind or in them.
     Gap(Gap),
-}
-
-/// WAL that is missing between stored WAL.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Gap {
-    /// The first segment that is missing.
-    pub first_missing: SegmentName,
-    /// The last segment that is missing (inclusive).
-    pub last_missing: SegmentName,
-    /// Where WAL is missing from.
-    pub from: Lsn,
-    /// Where it goes on.
-    pub to: Lsn,
-    /// Whether a copy of the first missing one is kept apart as incomplete.
-    pub kept_incomplete: bool,
-}
-
-impl std::fmt::Display for Gap {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.first_missing == self.last_missing {
-            write!(f, "segment {} is missing", self.first_missing)?;
-        } else {
-            write!(f, "segments {} to {} are missing", self.first_missing, self.last_missing)?;
-        }
-        write!(f, " ({} to {})", self.from, self.to)?;
-        if self.kept_incomplete {
-            f.write_str("; a copy is kept apart as incomplete")?;
-        }
-        Ok(())
-    }
 }
 
 /// Returns the chain of stored segments from `start` along `history`.
@@ -273,35 +244,6 @@ pub(crate) fn begin_of(history: &TimelineHistory, timeline: TimelineId) -> Optio
     Some(before.switch_lsn)
 }
 
-/// Returns what a chain that cannot go on at `at` ends with.
-fn ending_at(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -> ChainEnding {
-    let size = catalog.lineage.segment_size;
-    let missing = SegmentName::containing(history.timeline_of(at), at, size);
-    let path = history.ancestors.iter().map(|entry| entry.timeline).chain([history.timeline]);
-    let resumes = path
-        .filter_map(|timeline| {
-            let begin = begin_of(history, timeline).unwrap_or(Lsn(0));
-            let left_at = history.switch_lsn_of(timeline).unwrap_or(Lsn(u64::MAX));
-            // The first that starts behind `at` and does not end before the timeline begins.
-            let behind = SegmentName::containing(timeline, at, size).next(size)?;
-            let own = SegmentName::containing(timeline, begin, size);
-            let first = catalog.segments.first_from(behind.max(own))?;
-            (first.start(size) < left_at).then_some(first)
-        })
-        .min_by_key(|name| name.start(size));
-    let Some(resumes) = resumes else { return ChainEnding::EndOfArchive };
-    let to = resumes.start(size);
-    let last_timeline = history.timeline_of(Lsn(to.0.saturating_sub(1)));
-    let last_missing = SegmentName::ending_at(last_timeline, to, size).unwrap_or(missing);
-    ChainEnding::Gap(Gap {
-        first_missing: missing,
-        last_missing,
-        from: at,
-        to,
-        kept_incomplete: catalog.incomplete.contains(&missing),
-    })
-}
-
 /// Returns the stored WAL along `history` from its first segment to its last, gap after gap.
 pub(crate) fn chains_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Chain> {
     let size = catalog.lineage.segment_size;
@@ -326,7 +268,8 @@ pub(crate) fn chains_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Cha
     chains
 }
 
-/// Returns every gap along `history` between the first and the last stored segment of the path.
+/// Returns every gap along `history` from the first stored segment of the path on; also behind the last one,
+/// where there is known to have been WAL.
 pub fn gaps_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Gap> {
     let endings = chains_of(catalog, history).into_iter().map(|chain| chain.ending);
     let gaps = endings.filter_map(|ending| match ending {

@@ -9,6 +9,7 @@
 mod assemble;
 mod chain;
 mod extras;
+mod gap;
 mod reach;
 mod refusal;
 mod survey;
@@ -29,7 +30,8 @@ use walship::wal::rollup::{Block, Rollup};
 use walship::wal::summary::SegmentSummary;
 
 pub(crate) use chain::chains_of;
-pub use chain::{Chain, ChainEnding, ChainStep, Gap, build_chain, gaps_of};
+pub use chain::{Chain, ChainEnding, ChainStep, build_chain, gaps_of};
+pub use gap::{Gap, KnownBy};
 pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};
 pub(crate) use survey::{Surveyed, Wanted};
@@ -425,12 +427,6 @@ pub(crate) fn resolve_timeline(catalog: &Catalog, choice: TimelineChoice) -> Res
 /// Returns the backups that lie on the timeline path, newest first.
 fn usable_backups<'a>(question: &Question<'a>, options: &PlanOptions) -> Result<Vec<&'a BackupRecord>, Halt> {
     let history = question.history;
-    // A backup's last byte must still lie on its timeline: one that ended after the fork holds pages
-    // that this path never wrote.
-    let on_path = |backup: &BackupRecord| {
-        history.timeline_of(backup.start_lsn) == backup.timeline
-            && history.timeline_of(Lsn(backup.stop_lsn.0.saturating_sub(1))) == backup.stop_timeline
-    };
     let mut backups: Vec<_> = question.catalog.backups.iter().collect();
     if let Some(id) = &options.backup {
         backups.retain(|backup| &backup.id == id);
@@ -440,7 +436,7 @@ fn usable_backups<'a>(question: &Question<'a>, options: &PlanOptions) -> Result<
                 format!("the repository holds no complete base backup {id:?}"),
             ));
         };
-        if !on_path(backup) {
+        if !gap::is_on_path(history, backup) {
             return Err(Refusal::halt(
                 RefusalKind::BackupNotOnPath,
                 format!(
@@ -453,7 +449,7 @@ fn usable_backups<'a>(question: &Question<'a>, options: &PlanOptions) -> Result<
     if backups.is_empty() {
         return Err(Refusal::halt(RefusalKind::NoBackup, "the repository holds no complete base backup"));
     }
-    backups.retain(|backup| on_path(backup));
+    backups.retain(|backup| gap::is_on_path(history, backup));
     if backups.is_empty() {
         return Err(Refusal::halt(
             RefusalKind::BackupNotOnPath,

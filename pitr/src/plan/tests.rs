@@ -102,6 +102,7 @@ impl World {
             incomplete: vec![],
             backups: vec![],
             unfinished_backups: vec![],
+            gaps: vec![],
         };
         Self { records: BTreeMap::from([(tli(1), vec![])]), catalog, undecoded: vec![], damaged: vec![] }
     }
@@ -1007,6 +1008,8 @@ fn simulate(world: &World, backup: &BackupRecord, target: &RecoveryTarget) -> Op
     }
     let later = world.catalog.segments.names().any(|name| name > end);
     let end = end.start(SIZE);
+    // What a newer backup was complete with was there: the archive does not end before it.
+    let later = later || world.catalog.backups.iter().any(|backup| backup.stop_lsn > end);
     let consistent = backup.stop_lsn;
     let by_time = matches!(target.kind, TargetKind::Time { .. });
     if by_time && !has_checkpoint(&world.records[&tli(1)], backup.start_lsn, backup.stop_lsn) {

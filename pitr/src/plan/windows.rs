@@ -5,7 +5,8 @@ use serde::Serialize;
 use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 
-use super::chain::{Chain, ChainEnding, Gap, begin_of, build_chain};
+use super::chain::{Chain, ChainEnding, begin_of, build_chain};
+use super::gap::{Gap, is_on_path};
 
 /// A span on the way to one timeline in which every commit can be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -39,9 +40,7 @@ pub fn windows(catalog: &Catalog, timeline: TimelineId) -> Vec<Window> {
     let begin = begin_of(&history, timeline).unwrap_or(Lsn(0));
     let mut windows: Vec<Window> = Vec::new();
     for backup in &catalog.backups {
-        let on_path = history.timeline_of(backup.start_lsn) == backup.timeline
-            && history.timeline_of(Lsn(backup.stop_lsn.0.saturating_sub(1))) == backup.stop_timeline;
-        if !on_path {
+        if !is_on_path(&history, backup) {
             continue;
         }
         if let Some(window) = windows.last_mut()

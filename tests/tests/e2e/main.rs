@@ -7,6 +7,7 @@ mod backup;
 mod catalog_oracle;
 mod doctor;
 mod exact;
+mod gaps;
 mod harness;
 mod kill;
 mod large_segments;

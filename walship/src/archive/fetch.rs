@@ -2,8 +2,8 @@
 //! that it is not there; or an error. The three are never mixed up.
 //!
 //! *Absent* needs all of: the store says exactly that this key is not there; after that the lineage
-//! marker is read through the same root and is the same; and nothing later is stored on that timeline
-//! (a hole is an error, not an end).
+//! marker is read through the same root and is the same; nothing later is stored on that timeline, and the
+//! ledger knows of no WAL that is missing there or behind (a hole is an error, not an end).
 
 use std::fs::File;
 use std::io::Read as _;
@@ -21,7 +21,7 @@ use crate::codec::ObjectHead;
 use crate::durable::TempFile;
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, TimelineHistory, TimelineId, WalFileName};
-use crate::repository::{ClusterRepository, LineageRepository};
+use crate::repository::{ClusterRepository, LineageRepository, ListedGap};
 use crate::wal::page::PageHeader;
 
 use super::DataDirectory;
@@ -204,9 +204,9 @@ impl Request<'_> {
             share => share,
         };
         let temp = TempFile::beside(self.target)?;
-        let Some(head) = lineage.get_wal_file(self.name, temp.file()).await? else {
-            return Ok(Tried::NotThere);
-        };
+        let (head, gaps) = tokio::join!(lineage.get_wal_file(self.name, temp.file()), self.gaps(lineage));
+        let Some(head) = head? else { return Ok(Tried::NotThere) };
+        self.check_not_missed(lineage, &head, &gaps?).await?;
         // Only now: a timeline that turned up while the segment was read has to be seen.
         self.check_no_new_fork(lineage).await?;
         let checked = check_delivery(self.name, temp.file(), &head, lineage);
@@ -223,6 +223,35 @@ impl Request<'_> {
         temp.publish()?;
         let bytes = head.envelope.plain_bytes;
         Ok(Tried::Delivered(FetchOutcome::Delivered { bytes, from: lineage.location(), cut_at }))
+    }
+
+    /// Returns the gaps of the ledger that this segment lies in, open or closed.
+    async fn gaps(&self, lineage: &LineageRepository) -> Result<Vec<ListedGap>> {
+        let WalFileName::Segment(segment) = self.name else { return Ok(Vec::new()) };
+        let mut gaps = lineage.gaps_of(segment.timeline).await?;
+        gaps.retain(|gap| gap.touches(segment, lineage.lineage().segment_size));
+        Ok(gaps)
+    }
+
+    /// Fails when other content than that of the stored segment is known to be missing in its place.
+    async fn check_not_missed(
+        &self,
+        lineage: &LineageRepository,
+        head: &ObjectHead,
+        gaps: &[ListedGap],
+    ) -> Result<()> {
+        let digest = head.envelope.digest.to_string();
+        match gaps.iter().find(|gap| gap.misses_other_than(&digest)) {
+            Some(gap) => Err(Error::missing(format!(
+                "{} is stored in {} with other content than the server's, which was {}",
+                self.name,
+                lineage.location(),
+                lineage.read_gap(gap).await?
+            ))
+            .with_safe("recovery was not led through WAL of another history")
+            .with_next("`pitr info` shows which moments can be reached without it.")),
+            None => Ok(()),
+        }
     }
 
     /// Returns how much of this segment may be delivered after newer timelines' ones were absent.
@@ -308,24 +337,30 @@ impl Request<'_> {
     }
 }
 
-/// Fails when WAL behind the segment is known: stored on its own timeline, or by the history of a
-/// timeline that left this one in a later segment.
+/// Fails when WAL of the segment or behind it is known: in the ledger of what is missing, stored on its own
+/// timeline, or by the history of a timeline that left this one in a later segment.
 async fn check_no_hole(segment: SegmentName, lineage: &LineageRepository) -> Result<()> {
     let name = WalFileName::Segment(segment);
     let size = lineage.lineage().segment_size;
-    let proof = match lineage.anything_after(name).await? {
-        Some(later) => {
-            // Before a timeline begins, its segments belong to its parent.
-            if segment.timeline != TimelineId::FIRST
-                && let Some(begin) =
-                    lineage.history(segment.timeline).await?.and_then(|history| history.begin_lsn())
-                && segment.number(size) < SegmentName::containing(segment.timeline, begin, size).number(size)
-            {
-                return Ok(());
-            }
-            format!("{later} is")
+    let mut gaps = lineage.gaps_of(segment.timeline).await?;
+    gaps.retain(|gap| gap.end_lsn() > segment.start(size));
+    let later = lineage.anything_after(name).await?;
+    // Before a timeline begins, its segments belong to its parent.
+    if (later.is_some() || !gaps.is_empty())
+        && segment.timeline != TimelineId::FIRST
+        && let Some(begin) = lineage.history(segment.timeline).await?.and_then(|history| history.begin_lsn())
+        && segment.number(size) < SegmentName::containing(segment.timeline, begin, size).number(size)
+    {
+        return Ok(());
+    }
+    let own = gaps.iter().find(|gap| gap.touches(segment, size));
+    let proof = match (own, later, gaps.first()) {
+        (Some(gap), ..) => format!("the ledger of gaps knows of it: {}", lineage.read_gap(gap).await?),
+        (None, Some(later), _) => format!("{later} is"),
+        (None, None, Some(gap)) => {
+            format!("the ledger of gaps knows of WAL behind it: {}", lineage.read_gap(gap).await?)
         }
-        None => match left_behind(segment, lineage).await? {
+        (None, None, None) => match left_behind(segment, lineage).await? {
             Some(descendant) => {
                 format!("timeline {descendant} left timeline {} only behind it", segment.timeline)
             }

@@ -1,12 +1,14 @@
 //! Moves one WAL file between the server's disk and the repositories, with every check that makes it safe.
 //!
 //! [`push`] decides whether a local file may take its name's key; [`fetch`] tells delivered from
-//! absent from unknown, [`asked`] keeps a server from being led across a fork. None of them decides an
-//! exit status: that is the programs' work.
+//! absent from unknown, [`asked`] keeps a server from being led across a fork, [`give_up`] records what will
+//! never be archived. None of them decides an exit status: that is the programs' work.
 
 pub mod asked;
 #[cfg(feature = "store")]
 pub mod fetch;
+#[cfg(feature = "store")]
+pub mod give_up;
 mod place;
 #[cfg(feature = "store")]
 pub mod push;

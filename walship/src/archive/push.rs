@@ -155,7 +155,10 @@ fn encode(path: &Path, name: WalFileName, options: &PushOptions) -> Result<Encod
     if let Some(SegmentScan { verdict: Verdict::Mismatch { what }, .. }) = &scan {
         return Err(Error::mismatch(format!("it is not the WAL that its name says: {what}"))
             .with_safe("nothing was stored; PostgreSQL keeps the file in pg_wal and will ask again")
-            .with_next("Compare it with `pg_waldump`: it may be truncated, damaged, or from another cluster or place."));
+            .with_next(
+                "Compare it with `pg_waldump`: it may be truncated, damaged, or from another cluster or place. Where \
+                 it is lost for good, `walship wal give-up --help` says how the archiver goes on.",
+            ));
     }
     if let Some(scan) = &scan {
         check_ancestry(path, scan)?;
@@ -255,15 +258,33 @@ fn check_ancestry(path: &Path, scan: &SegmentScan) -> Result<()> {
 /// Stores an encoded file in every cluster repository.
 ///
 /// # Errors
-/// As [`push_file`]. The first failure is returned after every repository was tried.
+/// As [`push_file`]. A failure is returned after every repository was tried: the first that may pass, else the
+/// first.
 pub async fn push_encoded(
     clusters: &[ClusterRepository],
     file: &EncodedFile,
     options: &PushOptions,
 ) -> Result<PushReport> {
     let puts = clusters.iter().map(|cluster| push_to(cluster, file, options.lineage));
-    let outcomes: Result<Vec<_>> = futures_util::future::join_all(puts).await.into_iter().collect();
-    let outcomes = outcomes.map_err(|error| error.context(format!("pushing {}", file.path.display())))?;
+    let mut failure: Option<Error> = None;
+    let mut outcomes = Vec::new();
+    for outcome in futures_util::future::join_all(puts).await {
+        match outcome {
+            Ok(outcome) => outcomes.push(outcome),
+            Err(error) => {
+                let lasting = |error: &Error| {
+                    matches!(error, Error::Conflict(_) | Error::Mismatch(_) | Error::Corrupt(_))
+                };
+                // Where storing may still succeed in one repository, nobody may take the other's no for all.
+                if failure.as_ref().is_none_or(|first| lasting(first) && !lasting(&error)) {
+                    failure = Some(error);
+                }
+            }
+        }
+    }
+    if let Some(error) = failure {
+        return Err(error.context(format!("pushing {}", file.path.display())));
+    }
     let mut report = PushReport {
         file: file.name.to_string(),
         whole: file.kind() != ObjectKind::Incomplete,
@@ -357,6 +378,16 @@ impl EncodedFile {
     /// Returns what the file holds, for segments and `.partial` files.
     pub fn scan(&self) -> Option<&SegmentScan> {
         self.scan.as_ref()
+    }
+
+    /// Returns whether it is what its name says: a segment to its end, or another file.
+    pub fn is_whole(&self) -> bool {
+        self.kind() != ObjectKind::Incomplete
+    }
+
+    /// Returns the digest of its content, in hex.
+    pub fn digest(&self) -> String {
+        self.encoded.digest.to_string()
     }
 
     fn kind(&self) -> ObjectKind {

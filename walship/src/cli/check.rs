@@ -6,7 +6,7 @@ use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
 use walship::pg::WalFileName;
 use walship::replication::connection::Connection;
-use walship::repository::{ClusterName, ClusterRepository, LineageRepository};
+use walship::repository::{ClusterName, ClusterRepository, LineageRepository, load_catalog};
 use walship::storage::{self, StorageConfig};
 
 use super::server::{self, Identity, Weight};
@@ -155,6 +155,7 @@ async fn check_repository(
     };
     check_conflict(&lineage, server.and_then(|server| server.failing), findings).await?;
     check_leftovers(&lineage, findings).await?;
+    check_gaps(&lineage, findings).await?;
     check_unfinished(&cluster, findings).await
 }
 
@@ -233,6 +234,32 @@ async fn check_conflict(
                 .to_owned(),
         ),
     );
+    Ok(())
+}
+
+/// Gaps of the ledger whose WAL is not there.
+async fn check_gaps(lineage: &LineageRepository, findings: &mut Findings) -> Result<()> {
+    let catalog = load_catalog(lineage).await?;
+    let newest = catalog.backups.iter().map(|backup| backup.start_lsn).max();
+    for gap in &catalog.gaps {
+        let (from, to) = (gap.start_lsn, gap.end_lsn);
+        let what = format!(
+            "{}: WAL of timeline {} from {from} to {to} is missing: {gap}",
+            lineage.location(),
+            gap.timeline
+        );
+        // Whatever is wanted from behind it is restored from a backup behind it.
+        let next = if newest.is_some_and(|start| start >= to) {
+            "If the segment turns up, push it with `walship wal push`: that closes the gap."
+        } else {
+            "Take a base backup (`walship backup`): nothing behind the gap can be restored without. If the segment \
+             turns up, push it with `walship wal push`: that closes the gap."
+        };
+        findings.add(Weight::Advice, what, Some(next.to_owned()));
+    }
+    if catalog.gaps.is_empty() {
+        findings.good(format!("the ledger of gaps in {} has no open one", lineage.location()));
+    }
     Ok(())
 }
 

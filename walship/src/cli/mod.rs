@@ -2,6 +2,7 @@
 
 mod backup;
 mod check;
+mod give_up;
 mod init;
 mod open;
 mod server;
@@ -45,7 +46,7 @@ enum Command {
     Backup(backup::Args),
     /// Find out what is wrong, and say how to mend it
     Check(check::Args),
-    /// Push or fetch one WAL file: what archive-cmd and restore-cmd do
+    /// Push, fetch or give up one WAL file: what archive-cmd and restore-cmd do, and what helps where they cannot
     #[command(subcommand)]
     Wal(wal::Command),
 }
@@ -83,6 +84,7 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
         Command::Init(args) => block_on(init::run(&args, overrides)),
         Command::Backup(args) => block_on_threads(backup::run(&args, overrides)),
         Command::Check(args) => block_on(check::run(&args, overrides)),
+        Command::Wal(wal::Command::GiveUp(args)) => block_on(give_up::run(&args, overrides)),
         Command::Wal(wal::Command::Push(args)) => block_on(wal::push(&args, overrides)),
         Command::Wal(wal::Command::Fetch(args)) => return wal::fetch(&args, overrides),
     };

@@ -1,4 +1,4 @@
-//! `walship wal push PATH` and `walship wal fetch NAME PATH`.
+//! `walship wal push PATH` and `walship wal fetch NAME PATH`; `wal give-up` is in its own file.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use walship::agent::client::{self, Asker};
 use walship::archive::fetch::{FetchFailure, FetchOptions, FetchOutcome, fetch_file};
+use walship::archive::give_up::{Pushed, push_or_given_up};
 use walship::archive::own_folder;
-use walship::archive::push::{PushOptions, encode_file, push_encoded};
-use walship::config::Overrides;
+use walship::archive::push::{EncodedFile, PushOptions, encode_file, push_encoded};
+use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
 use walship::pg::WalFileName;
+use walship::repository::ClusterRepository;
 
 use super::open::Configured;
 
@@ -19,7 +21,8 @@ pub(super) enum Command {
     /// Store one WAL file in every repository
     #[command(after_help = "\
 Exit status:
-  0      the file is durable in every repository
+  0      the file is durable in every repository; or it cannot be stored, and every repository has the record
+         by which an operator gave it up (`walship wal give-up`): a warning says so each time
   1-125  it is not; PostgreSQL keeps it and asks again")]
     Push(PushArgs),
     /// Fetch one WAL file, or prove that it is not there
@@ -30,6 +33,9 @@ Exit status:
   75   no answer, and standby.signal lies beside the pg_wal of PATH: the standby asks again
   126  no answer (outage, hole, damage, configuration, usage): PostgreSQL stops the recovery")]
     Fetch(FetchArgs),
+    /// Give up a segment that cannot be archived, so that the archiver goes on: restores will not cross it
+    #[command(after_help = super::give_up::HELP)]
+    GiveUp(super::give_up::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -61,17 +67,64 @@ pub(super) struct FetchArgs {
 /// Pushes one file. Silent when nothing needs to be said: PostgreSQL's log holds the output.
 pub(super) async fn push(args: &PushArgs, overrides: &Overrides) -> Result<u8> {
     let config = super::config(overrides)?;
+    let options = push_options(&config, args.lineage)?;
+    let Prepared { encoded, clusters, failure } = prepare(&config, &args.path, &options).await?;
+    // The outage of one repository keeps nothing from the others. PostgreSQL hears of success only when
+    // every one has the file.
+    if let Some(error) = failure {
+        if let Ok(encoded) = encoded {
+            push_encoded(&clusters, &encoded, &options).await?;
+        }
+        return Err(error);
+    }
+    match push_or_given_up(&clusters, encoded, &args.path, &options).await? {
+        Pushed::Stored(report) => {
+            for warning in &report.warnings {
+                super::say(&format!("warning: {warning}"));
+            }
+            if args.json {
+                super::print_report(&report, true, String::new)?;
+            }
+        }
+        Pushed::GivenUp { failure, record } => {
+            let file = args.path.file_name().unwrap_or_default().display();
+            super::say(&format!(
+                "WARNING: {file} is NOT archived: {failure}\nWARNING: every repository says that it was {record}\n\
+                 WARNING: no restore can cross it; PostgreSQL is told to go on without it"
+            ));
+            if args.json {
+                let report = serde_json::json!({
+                    "file": file.to_string(), "given_up": record, "failure": failure.to_string(),
+                });
+                super::print_report(&report, true, String::new)?;
+            }
+        }
+    }
+    Ok(0)
+}
+
+pub(super) fn push_options(config: &Config, lineage: Option<u32>) -> Result<PushOptions> {
     let spool_dir = match &config.state_dir {
         Some(folder) => own_folder(Some(folder))?,
         None => std::env::temp_dir(),
     };
-    let options = PushOptions { compression: config.compression, lineage: args.lineage, spool_dir };
-    let (path, encode_options) = (args.path.clone(), options.clone());
-    let encode = tokio::task::spawn_blocking(move || encode_file(&path, &encode_options));
-    let configured = Configured::new(&config)?;
+    Ok(PushOptions { compression: config.compression, lineage, spool_dir })
+}
+
+/// A file that was read, and the repositories that were opened meanwhile.
+struct Prepared {
+    encoded: Result<EncodedFile>,
+    clusters: Vec<ClusterRepository>,
+    /// Why a repository could not be opened.
+    failure: Option<Error>,
+}
+
+async fn prepare(config: &Config, path: &Path, options: &PushOptions) -> Result<Prepared> {
+    let (path, options) = (path.to_owned(), options.clone());
+    let encode = tokio::task::spawn_blocking(move || encode_file(&path, &options));
+    let configured = Configured::new(config)?;
     let (encoded, opened) = tokio::join!(encode, configured.open_each());
-    let encoded =
-        encoded.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))??;
+    let encoded = encoded.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))?;
     let (mut clusters, mut failure) = (Vec::new(), None);
     for cluster in opened {
         match cluster {
@@ -79,19 +132,7 @@ pub(super) async fn push(args: &PushArgs, overrides: &Overrides) -> Result<u8> {
             Err(error) => failure = failure.or(Some(error)),
         }
     }
-    // The outage of one repository keeps nothing from the others. PostgreSQL hears of success only when
-    // every one has the file.
-    let report = push_encoded(&clusters, &encoded, &options).await?;
-    if let Some(error) = failure {
-        return Err(error);
-    }
-    for warning in &report.warnings {
-        super::say(&format!("warning: {warning}"));
-    }
-    if args.json {
-        super::print_report(&report, true, String::new)?;
-    }
-    Ok(0)
+    Ok(Prepared { encoded, clusters, failure })
 }
 
 /// Fetches one file and returns the exit status, which is the answer.

@@ -124,6 +124,17 @@ pub(super) struct RollupKey {
     pub(super) digest: String,
 }
 
+/// The key of a gap's record, read back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct GapKey {
+    pub(super) timeline: TimelineId,
+    pub(super) start: Lsn,
+    pub(super) end: Lsn,
+    pub(super) id: String,
+    /// The first half of the digest of the segment that is missing, in hex, where it is known.
+    pub(super) digest: Option<String>,
+}
+
 impl LineageLayout {
     pub(super) fn new(cluster: &ClusterName, lineage: u32) -> Self {
         Self { base: format!("{cluster}/{lineage:04}") }
@@ -258,6 +269,50 @@ impl LineageLayout {
         format!("{}/wal/{}{name}", self.base, folder(WalFileName::Segment(name)))
     }
 
+    /// What the keys of all gaps' records start with.
+    pub(super) fn gaps_prefix(&self) -> String {
+        format!("{}/gaps/", self.base)
+    }
+
+    /// What the keys of the records of all gaps of one timeline start with.
+    pub(super) fn timeline_gaps_prefix(&self, timeline: TimelineId) -> String {
+        format!("{}/gaps/{}/", self.base, timeline.hex())
+    }
+
+    /// The key of a gap's record.
+    pub(super) fn gap(&self, key: &GapKey) -> Result<ObjectKey> {
+        let GapKey { timeline, start, end, id, digest } = key;
+        check_id(id, "a gap")?;
+        let digest = match digest.as_deref().map(|digest| digest.get(..32).unwrap_or(digest)) {
+            Some(digest) if is_short_digest(digest) => format!("-{digest}"),
+            Some(digest) => return Err(Error::invalid(format!("{digest:?} is not a digest"))),
+            None => String::new(),
+        };
+        if end <= start {
+            return Err(Error::invalid(format!("a gap from {start} to {end} holds nothing")));
+        }
+        self.key(format_args!("gaps/{}/{:016X}-{:016X}-{id}{digest}.json", timeline.hex(), start.0, end.0))
+    }
+
+    /// Reads the key of a gap's record back; `None` for anything that this format does not name.
+    pub(super) fn parse_gap(&self, key: &ObjectKey) -> Option<GapKey> {
+        let rest = key.as_str().strip_prefix(&self.gaps_prefix())?;
+        let (timeline, name) = rest.split_once('/')?;
+        let timeline = TimelineId::new(u32::from_str_radix(timeline, 16).ok()?)?;
+        // The id has a dash of its own.
+        let words: Vec<&str> = name.strip_suffix(".json")?.split('-').collect();
+        let (start, end, id, digest) = match &*words {
+            [start, end, when, random] => (start, end, format!("{when}-{random}"), None),
+            [start, end, when, random, digest] => {
+                (start, end, format!("{when}-{random}"), Some((*digest).to_owned()))
+            }
+            _ => return None,
+        };
+        let lsn = |text: &str| u64::from_str_radix(text, 16).ok().map(Lsn);
+        let found = GapKey { timeline, start: lsn(start)?, end: lsn(end)?, id, digest };
+        (self.gap(&found).ok().as_ref() == Some(key)).then_some(found)
+    }
+
     /// What the keys of all complete backups' records start with.
     pub(super) fn backup_records_prefix(&self) -> String {
         format!("{}/backups/catalog/", self.base)
@@ -315,6 +370,10 @@ pub(super) fn copies_prefix(key: &ObjectKey) -> String {
 
 /// Checks that `id` is a backup's id: `20261121T010203Z-0123456789abcdef`.
 pub(super) fn check_backup_id(id: &str) -> Result<()> {
+    check_id(id, "a backup")
+}
+
+fn check_id(id: &str, whose: &str) -> Result<()> {
     let shape = |(at, byte): (usize, u8)| match at {
         8 => byte == b'T',
         15 => byte == b'Z',
@@ -325,7 +384,7 @@ pub(super) fn check_backup_id(id: &str) -> Result<()> {
     if id.len() == 33 && id.bytes().enumerate().all(shape) {
         return Ok(());
     }
-    Err(Error::invalid(format!("{id:?} is not the id of a backup")))
+    Err(Error::invalid(format!("{id:?} is not the id of {whose}")))
 }
 
 #[cfg(test)]

@@ -42,9 +42,9 @@ pub async fn load_catalog_from_listings(repository: &LineageRepository) -> Resul
 }
 
 async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
-    let (wal, backups) = tokio::try_join!(load_wal(repository, using), load_backups(repository))?;
-    let (timelines, found) = wal;
-    let (backups, unfinished_backups) = backups;
+    // In this order: a backup's WAL is stored before its record, so that none seems to lack it.
+    let (backups, unfinished_backups) = load_backups(repository).await?;
+    let (timelines, found) = load_wal(repository, using).await?;
     let mut catalog = Catalog {
         cluster: repository.cluster.to_string(),
         lineage: repository.lineage.clone(),
@@ -53,6 +53,7 @@ async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
         rollups: Vec::new(),
         partials: Vec::new(),
         incomplete: Vec::new(),
+        gaps: Vec::new(),
         backups,
         unfinished_backups,
     };
@@ -62,6 +63,7 @@ async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
         catalog.partials.extend(found.partials);
         catalog.incomplete.extend(found.incomplete);
     }
+    catalog.gaps = repository.load_gaps(&mut catalog.segments).await?;
     catalog.partials.sort_unstable();
     catalog.partials.dedup();
     catalog.incomplete.sort_unstable();

@@ -22,6 +22,7 @@
 
 mod backups;
 mod document;
+mod gaps;
 pub mod index;
 mod layout;
 mod listing;
@@ -44,6 +45,7 @@ use crate::storage::{PutOutcome, Storage, list_all};
 
 pub use backups::new_backup_id;
 pub use document::BackupStarted;
+pub use gaps::{CAUSE_BYTES_MAX, ListedGap, new_gap_id};
 pub use layout::ClusterName;
 pub use load_catalog::{load_catalog, load_catalog_from_listings};
 pub use segments::{Leftover, Put, Summarized};

@@ -3,6 +3,7 @@
 
 mod archiving;
 mod forks;
+mod gaps;
 mod site;
 
 use std::fs;
