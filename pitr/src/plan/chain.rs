@@ -250,7 +250,9 @@ pub(crate) fn chains_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Cha
     let path = history.ancestors.iter().map(|entry| entry.timeline).chain([history.timeline]);
     let first = path
         .filter_map(|timeline| {
-            let name = catalog.segments.first_from(SegmentName { timeline, log: 0, seg: 0 })?;
+            // What lies before its first segment is none of its WAL, whatever is stored.
+            let begin = begin_of(history, timeline).unwrap_or(Lsn(0));
+            let name = catalog.segments.first_from(SegmentName::containing(timeline, begin, size))?;
             let left_at = history.switch_lsn_of(timeline).unwrap_or(Lsn(u64::MAX));
             (name.start(size) < left_at).then_some(name.start(size))
         })

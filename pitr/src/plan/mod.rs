@@ -17,6 +17,8 @@ mod walk;
 mod windows;
 
 #[cfg(test)]
+mod gap_tests;
+#[cfg(test)]
 pub(crate) mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -145,6 +145,11 @@ impl World {
             record.event =
                 Some(WalEvent { lsn, end_lsn, xid: 0, kind: checkpoint(start, -3_600_000_000).unwrap().1 });
         }
+        self.backup_record(id, timeline, start, stop);
+    }
+
+    /// Adds a backup whose WAL may be anything.
+    pub(crate) fn backup_record(&mut self, id: &str, timeline: TimelineId, start: Lsn, stop: Lsn) {
         self.catalog.backups.push(BackupRecord {
             format: 1,
             id: id.into(),

@@ -50,6 +50,12 @@ pub fn windows(catalog: &Catalog, timeline: TimelineId) -> Vec<Window> {
             if backup.stop_lsn <= window.until_lsn {
                 window.newest_backup.clone_from(&backup.id);
                 window.backups += 1;
+                // Of two at the same time the one that ended first.
+                if backup.stop_lsn < window.from_lsn {
+                    window.from_lsn = backup.stop_lsn;
+                    window.from_time = backup.finished;
+                    window.first_backup.clone_from(&backup.id);
+                }
             }
             continue;
         }
