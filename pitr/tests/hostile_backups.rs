@@ -157,6 +157,7 @@ impl Scene {
             timelines_left_out: vec![],
             backup_fetch_bytes: 0,
             wal_segments: 0,
+            wal_segments_checked: 0,
             wal_fetch_bytes: 0,
             wal_replay_bytes: 0,
             limits: LIMITS,

@@ -275,4 +275,28 @@ async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
         assert_eq!(catalog.backups.len(), 40);
     }
     assert_eq!(run(&lineage, Task::Complete).await.written, 1);
+    assert_eq!(
+        run(&lineage, Task::Complete).await.written,
+        0,
+        "the damaged list of the same name was replaced"
+    );
+
+    // One that lies under its own digest.
+    let fullest = ObjectKey::new(lists().pop().unwrap()).unwrap();
+    let stored = lineage.storage().get(&fullest, 1 << 20).await.unwrap().unwrap();
+    let json = String::from_utf8(zstd::decode_all(&*stored).unwrap()).unwrap();
+    let lie = json.replacen("\"data_bytes\":1,", "\"data_bytes\":2,", 1);
+    let short = walship::codec::Digest::of(lie.as_bytes()).short();
+    let (head, tail) = fullest.as_str().split_once('-').unwrap();
+    let (_, suffix) = tail.split_once('.').unwrap();
+    let key = ObjectKey::new(format!("{head}-{short}.{suffix}")).unwrap();
+    lineage.storage().delete(&fullest).await.unwrap();
+    storage.overwrite(&key, zstd::encode_all(lie.as_bytes(), 1).unwrap());
+    let report = run(&lineage, Task::Verify).await;
+    assert!(report.wrong.iter().any(|wrong| wrong.what.contains("something else")), "{report:?}");
+    run(&lineage, Task::Rebuild).await;
+    let report = run(&lineage, Task::Verify).await;
+    assert_eq!((report.wrong, report.missing), (vec![], vec![]));
+    let catalog = load_catalog(&lineage).await.unwrap();
+    assert!(catalog.backups.iter().all(|record| record.data_bytes == 1));
 }

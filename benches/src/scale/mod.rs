@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use pitr::execute::{Planned, make_plan};
+use pitr::execute::{Planned, Proof, make_plan};
 use pitr::plan::{PlanOptions, gaps_of, windows};
 use pitr::target::{RecoveryTarget, TargetKind, TimelineChoice, Zone};
 use walship::pg::TimelineId;
@@ -126,7 +126,7 @@ async fn ask(storage: Arc<dyn Storage>, question: &str) -> walship::Result<()> {
         timeline: TimelineChoice::Latest,
         ..RecoveryTarget::new(TargetKind::Time { time, zone: Zone::Utc })
     };
-    match make_plan(&repository, &catalog, &target, &PlanOptions::default()).await? {
+    match make_plan(&repository, &catalog, &target, &PlanOptions::default(), Proof::Bounded).await? {
         Planned::Plan(plan) => {
             let last = plan.last_included.expect("there is a commit before");
             assert_eq!(u64::from(last.xid), world::xid(expected), "{question}: {:?}", plan.warnings);

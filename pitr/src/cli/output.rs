@@ -138,6 +138,7 @@ pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) ->
         };
         line("WAL", run);
     }
+    line("Chain checked", checked(plan));
     line(
         "To fetch",
         format!(
@@ -163,6 +164,18 @@ pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) ->
     }
     let head = style.bold("Restore plan");
     format!("{head}\n{}", text.replace('\u{e000}', "\x1b"))
+}
+
+/// Returns how much of the chain was looked for in the repository.
+fn checked(plan: &RestorePlan) -> String {
+    match (plan.wal_segments_checked, plan.wal_segments) {
+        (checked, all) if checked >= all => format!("chain checked: all {all} segments are stored"),
+        (checked, all) => {
+            format!(
+                "chain checked: {checked} of {all} segments are stored; `pitr restore` looks for all of them"
+            )
+        }
+    }
 }
 
 /// Returns what is known of commits behind the stop when none of them can be named.

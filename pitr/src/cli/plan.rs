@@ -7,7 +7,7 @@ use super::args::PlanArgs;
 use super::output::{self, Style};
 use super::source::Source;
 use super::{DONE, NO_PLAN};
-use crate::execute::{Planned, make_plan};
+use crate::execute::{Planned, Proof, make_plan};
 use crate::plan::{PlanOptions, Refusal, RestorePlan};
 use crate::target::shell_word;
 
@@ -15,7 +15,7 @@ pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
     let target = args.target.target()?;
     let source = Source::open(&args.source).await?;
     let options = PlanOptions { backup: args.target.backup.clone() };
-    match make_plan(&source.repository, &source.catalog, &target, &options).await? {
+    match make_plan(&source.repository, &source.catalog, &target, &options, Proof::Bounded).await? {
         Planned::Plan(plan) => {
             if args.source.json {
                 output::print_json(&output::plan_json(&plan))?;

@@ -17,7 +17,7 @@ use super::output::{self, Style};
 use super::plan::refused;
 use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
 use crate::execute::restore::check;
-use crate::execute::{Planned, Progress, RestoreOptions, RestoreReport, make_plan, restore};
+use crate::execute::{Planned, Progress, Proof, RestoreOptions, RestoreReport, make_plan, restore};
 use crate::plan::{PlanOptions, RestorePlan};
 use crate::recovery_settings::{RestoreAs, SettingsOptions, TargetAction, restore_command};
 use crate::target::TargetKind;
@@ -34,10 +34,11 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     let source = Source::open(&args.source).await?;
     let options = options(args, &program, source.catalog.lineage.number, target.kind == TargetKind::Latest)?;
     let plan_options = PlanOptions { backup: args.target.backup.clone() };
-    let plan = match make_plan(&source.repository, &source.catalog, &target, &plan_options).await? {
-        Planned::Plan(plan) => plan,
-        Planned::Refused(refusal) => return refused(&refusal, args.source.json),
-    };
+    let plan =
+        match make_plan(&source.repository, &source.catalog, &target, &plan_options, Proof::Whole).await? {
+            Planned::Plan(plan) => plan,
+            Planned::Refused(refusal) => return refused(&refusal, args.source.json),
+        };
     let style = Style::of_stdout();
     if !args.source.json {
         output::print(&output::plan_text(&plan, None, style))?;

@@ -1,5 +1,6 @@
 //! Loads the evidence that the planner asks for until it has an answer.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -11,6 +12,7 @@ use walship::wal::reader::Reader;
 use walship::{Error, Result};
 
 use super::load_index::Index;
+use super::prove::{Proof, prove};
 use crate::plan::{
     Evidence, Outcome, PlanOptions, RecordBounds, RecordRequest, Refusal, RestorePlan, SegmentRequest,
     decides, plan,
@@ -19,6 +21,9 @@ use crate::target::RecoveryTarget;
 
 /// How many summaries are read at once.
 const READS_MAX: usize = 16;
+
+/// How often a plan is made again because something that the index speaks of is gone.
+const ROUNDS_MAX: usize = 64;
 
 /// The planner's answer.
 #[derive(Debug, Clone)]
@@ -32,98 +37,127 @@ pub enum Planned {
 /// Returns the plan for `target`, reading what the planner needs to know from the repository.
 ///
 /// Summaries cost one ranged GET each, roll-ups one GET; whole segments are read only where the exact record
-/// decides, one at a time. Where the index turns out to speak of segments that are gone everything is listed.
+/// decides, one at a time. Then the store is asked whether the chain's segments are there, as far as `proof`
+/// says; where one that the index speaks of is gone, the plan is made again without it.
 ///
 /// # Errors
-/// What the repository answers; [`Error::Corrupt`] when WAL that decides cannot be read to its end.
+/// What the repository answers; [`Error::Corrupt`] when WAL that decides cannot be read to its end, or an
+/// object of the chain has another length than it should.
 pub async fn make_plan(
     repository: &LineageRepository,
     catalog: &Catalog,
     target: &RecoveryTarget,
     options: &PlanOptions,
+    proof: Proof,
 ) -> Result<Planned> {
-    let planned = match plan_from(repository, catalog, target, options).await {
-        Err(Error::Missing(_)) if !catalog.rollups.is_empty() => {
-            let listed = load_catalog_from_listings(repository).await?;
-            plan_from(repository, &listed, target, options).await?
+    let mut catalog = Cow::Borrowed(catalog);
+    let mut loader = Loader::of(repository, &catalog);
+    for _ in 0..ROUNDS_MAX {
+        let planned = match loader.plan(&catalog, target, options).await {
+            Err(Error::Missing(_)) if !catalog.rollups.is_empty() => {
+                catalog = Cow::Owned(load_catalog_from_listings(repository).await?);
+                loader = Loader::of(repository, &catalog);
+                continue;
+            }
+            planned => planned?,
+        };
+        let Planned::Plan(mut plan) = planned else { return Ok(planned) };
+        let Loader { index, evidence, .. } = &mut loader;
+        let gone = prove(repository, &mut plan, index, evidence, proof).await?;
+        if gone.is_empty() {
+            plan.backup = repository.whole_record(&plan.backup).await?;
+            return Ok(Planned::Plan(plan));
         }
-        planned => planned?,
-    };
-    if let Planned::Plan(mut plan) = planned {
-        plan.backup = repository.whole_record(&plan.backup).await?;
-        return Ok(Planned::Plan(plan));
-    }
-    Ok(planned)
-}
-
-async fn plan_from(
-    repository: &LineageRepository,
-    catalog: &Catalog,
-    target: &RecoveryTarget,
-    options: &PlanOptions,
-) -> Result<Planned> {
-    let mut evidence = Evidence::of(catalog);
-    let mut index = Index::of(catalog);
-    let mut damage = BTreeMap::new();
-    loop {
-        match plan(catalog, &evidence, target, options) {
-            Outcome::Plan(plan) => return Ok(Planned::Plan(plan)),
-            Outcome::Refused(refusal) => return Ok(Planned::Refused(refusal)),
-            Outcome::NeedRollup(first) => index.refine(repository, first, &mut evidence).await?,
-            Outcome::NeedSummaries(names) => {
-                for (name, read) in load_summaries(repository, names).await? {
-                    match read {
-                        Ok(read) => {
-                            index.check(name, &read, &mut evidence);
-                            evidence.summaries.insert(name, read.summary);
-                        }
-                        Err(error) => damaged(&mut evidence, &mut damage, name, error),
-                    }
-                }
-            }
-            Outcome::NeedEvents(requests) => {
-                for request in requests {
-                    match load_events(repository, &request).await {
-                        Ok(events) => drop(evidence.events.insert(request.segment, events)),
-                        Err((name, error @ Error::Corrupt(_))) => {
-                            damaged(&mut evidence, &mut damage, name, error);
-                            // Whether the rest is still wanted is for the planner to say.
-                            break;
-                        }
-                        Err((_, error)) => return Err(error),
-                    }
-                }
-            }
-            Outcome::SearchEvents(request) => match load_events(repository, &request).await {
-                Ok(events) if events.iter().any(|event| decides(target, event)) => {
-                    evidence.events.insert(request.segment, events);
-                }
-                Ok(_) => drop(evidence.searched.insert(request.segment)),
-                Err((name, error @ Error::Corrupt(_))) => damaged(&mut evidence, &mut damage, name, error),
-                Err((_, error)) => return Err(error),
-            },
-            Outcome::Unreadable(name) => {
-                return Err(damage.remove(&name).unwrap_or_else(|| {
-                    Error::corrupt(format!("segment {name} in {} cannot be read", repository.location()))
-                }));
-            }
-            Outcome::NeedRecord(request) => {
-                let found = load_record(repository, &request).await?;
-                evidence.records.insert((request.request.segment, request.at), found);
-            }
+        for name in &gone {
+            tracing::debug!(%name, "the index speaks of a segment that is gone");
+            catalog.to_mut().segments.remove(name);
         }
     }
+    Err(Error::unavailable(format!("segments in {} vanish while the plan is made", repository.location())))
 }
 
-/// Notes that a segment is damaged. Whether that matters is the planner's to say.
-fn damaged(
-    evidence: &mut Evidence,
-    damage: &mut BTreeMap<SegmentName, Error>,
-    name: SegmentName,
-    error: Error,
-) {
-    evidence.unreadable.insert(name);
-    damage.insert(name, error);
+/// What was read so far.
+struct Loader<'a> {
+    repository: &'a LineageRepository,
+    evidence: Evidence,
+    index: Index,
+    damage: BTreeMap<SegmentName, Error>,
+}
+
+impl<'a> Loader<'a> {
+    fn of(repository: &'a LineageRepository, catalog: &Catalog) -> Self {
+        Self {
+            repository,
+            evidence: Evidence::of(catalog),
+            index: Index::of(catalog),
+            damage: BTreeMap::new(),
+        }
+    }
+
+    async fn plan(
+        &mut self,
+        catalog: &Catalog,
+        target: &RecoveryTarget,
+        options: &PlanOptions,
+    ) -> Result<Planned> {
+        let repository = self.repository;
+        loop {
+            match plan(catalog, &self.evidence, target, options) {
+                Outcome::Plan(plan) => return Ok(Planned::Plan(plan)),
+                Outcome::Refused(refusal) => return Ok(Planned::Refused(refusal)),
+                Outcome::NeedRollup(first) => {
+                    self.index.refine(repository, first, &mut self.evidence).await?;
+                }
+                Outcome::NeedSummaries(names) => {
+                    for (name, read) in load_summaries(repository, names).await? {
+                        match read {
+                            Ok(read) => {
+                                self.index.check(name, &read, &mut self.evidence);
+                                self.evidence.summaries.insert(name, read.summary);
+                            }
+                            Err(error) => self.damaged(name, error),
+                        }
+                    }
+                }
+                Outcome::NeedEvents(requests) => {
+                    for request in requests {
+                        match load_events(repository, &request).await {
+                            Ok(events) => drop(self.evidence.events.insert(request.segment, events)),
+                            Err((name, error @ Error::Corrupt(_))) => {
+                                self.damaged(name, error);
+                                // Whether the rest is still wanted is for the planner to say.
+                                break;
+                            }
+                            Err((_, error)) => return Err(error),
+                        }
+                    }
+                }
+                Outcome::SearchEvents(request) => match load_events(repository, &request).await {
+                    Ok(events) if events.iter().any(|event| decides(target, event)) => {
+                        self.evidence.events.insert(request.segment, events);
+                    }
+                    Ok(_) => drop(self.evidence.searched.insert(request.segment)),
+                    Err((name, error @ Error::Corrupt(_))) => self.damaged(name, error),
+                    Err((_, error)) => return Err(error),
+                },
+                Outcome::Unreadable(name) => {
+                    return Err(self.damage.remove(&name).unwrap_or_else(|| {
+                        Error::corrupt(format!("segment {name} in {} cannot be read", repository.location()))
+                    }));
+                }
+                Outcome::NeedRecord(request) => {
+                    let found = load_record(repository, &request).await?;
+                    self.evidence.records.insert((request.request.segment, request.at), found);
+                }
+            }
+        }
+    }
+
+    /// Notes that a segment is damaged. Whether that matters is the planner's to say.
+    fn damaged(&mut self, name: SegmentName, error: Error) {
+        self.evidence.unreadable.insert(name);
+        self.damage.insert(name, error);
+    }
 }
 
 /// Returns the summaries, each or what is wrong with it where it is stored.

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use walship::Result;
 use walship::catalog::Catalog;
 use walship::pg::{SegmentName, SegmentSize};
-use walship::repository::index::StoredRollup;
 use walship::repository::index::write::fullest_readable;
+use walship::repository::index::{ListedSegment, StoredRollup};
 use walship::repository::{LineageRepository, Summarized};
 use walship::wal::rollup::{Place, Rollup, span};
-use walship::{Error, Result};
 
 use crate::plan::Evidence;
 
@@ -20,13 +20,16 @@ pub(super) struct Index {
     details: BTreeMap<SegmentName, StoredRollup>,
     /// The digest that the index names for a segment.
     digests: BTreeMap<SegmentName, String>,
+    /// The length of a segment's object as its head says, of those that were read.
+    lengths: BTreeMap<SegmentName, u64>,
 }
 
 impl Index {
     /// Returns what the catalog was read from.
     pub(super) fn of(catalog: &Catalog) -> Self {
         let size = catalog.lineage.segment_size;
-        let mut index = Self { size, details: BTreeMap::new(), digests: BTreeMap::new() };
+        let mut index =
+            Self { size, details: BTreeMap::new(), digests: BTreeMap::new(), lengths: BTreeMap::new() };
         catalog.rollups.iter().for_each(|rollup| index.note(rollup));
         index
     }
@@ -52,12 +55,7 @@ impl Index {
         let Some(last) = evidence.blocks.get(&first).map(|block| block.last) else { return Ok(()) };
         evidence.forget_blocks(first, last);
         let Some(stored) = self.details.remove(&first) else { return Ok(()) };
-        let read = match repository.read_rollup(&stored).await {
-            Ok(known) => known,
-            Err(Error::Corrupt(_) | Error::Mismatch(_)) => None,
-            Err(error) => return Err(error),
-        };
-        match read {
+        match repository.read_sound_rollup(&stored).await? {
             Some(known) => self.add(&known.rollup, evidence),
             None => self.rescue(repository, stored.place(), evidence).await?,
         }
@@ -95,6 +93,36 @@ impl Index {
     pub(super) fn forget_before(&mut self, segment: SegmentName) {
         self.details = self.details.split_off(&segment);
         self.digests = self.digests.split_off(&segment);
+        self.lengths = self.lengths.split_off(&segment);
+    }
+
+    /// Returns how long a segment's object is: as its own head says, or the index.
+    pub(super) fn stored_bytes(&self, name: SegmentName, evidence: &Evidence) -> Option<u64> {
+        let block = evidence.blocks.get(&name).filter(|block| block.is_segment);
+        self.lengths.get(&name).copied().or_else(|| block.map(|block| block.facts.stored_bytes))
+    }
+
+    /// Returns the blocks of many segments, all of them between `first` and `last`, of whose objects' length
+    /// together the index says something else than a listing.
+    pub(super) fn lengths_that_differ(
+        &self,
+        evidence: &Evidence,
+        first: SegmentName,
+        last: SegmentName,
+        listed: &[ListedSegment],
+    ) -> Vec<SegmentName> {
+        let inside = evidence
+            .blocks
+            .range(first..=last)
+            .filter(|(_, block)| !block.is_segment && !block.has_gaps && block.last <= last);
+        let differing = inside.filter(|(first, block)| {
+            let from = listed.partition_point(|one| one.name < **first);
+            let to = listed.partition_point(|one| one.name <= block.last);
+            let own = listed.get(from..to).unwrap_or_default();
+            let sum = own.iter().fold(0u64, |sum, one| sum.saturating_add(one.stored_bytes));
+            sum != block.facts.stored_bytes
+        });
+        differing.map(|(first, _)| *first).collect()
     }
 
     fn add(&mut self, rollup: &Rollup, evidence: &mut Evidence) {
@@ -104,7 +132,8 @@ impl Index {
 
     /// Compares what the index says of a segment with the segment itself; where it speaks of another content
     /// the whole log is left to the segments' own summaries.
-    pub(super) fn check(&self, name: SegmentName, read: &Summarized, evidence: &mut Evidence) {
+    pub(super) fn check(&mut self, name: SegmentName, read: &Summarized, evidence: &mut Evidence) {
+        self.lengths.insert(name, read.stored_bytes);
         if self.digests.get(&name).is_some_and(|digest| *digest != read.digest) {
             tracing::debug!(%name, "the index speaks of another segment");
             let place = Place::of(name, self.size, 1);

@@ -6,10 +6,12 @@ mod configuration;
 pub mod load;
 mod load_index;
 mod outside_settings;
+mod prove;
 mod read_log;
 pub mod restore;
 mod unpack;
 
 pub use load::{Planned, make_plan};
+pub use prove::Proof;
 pub use read_log::{Logged, read_log};
 pub use restore::{Progress, RestoreOptions, RestoreReport, restore};

@@ -69,6 +69,7 @@ pub(crate) fn assemble(
         timelines_left_out: refusal::elsewhere(question),
         backup_fetch_bytes: backup.stored_bytes,
         wal_segments: parts.iter().map(|part| part.segments).sum(),
+        wal_segments_checked: 0,
         wal_fetch_bytes: parts.iter().map(|part| part.stored_bytes).sum(),
         wal_replay_bytes: walk.wal_bytes(last, stop.final_lsn)?,
         chain: parts,

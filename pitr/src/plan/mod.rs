@@ -197,6 +197,9 @@ pub struct RestorePlan {
     pub backup_fetch_bytes: u64,
     /// How many segments to fetch.
     pub wal_segments: u64,
+    /// How many of them, from the first on, were looked for in the store and found, with the length they
+    /// should have; their contents were not read. The planner itself looks for none.
+    pub wal_segments_checked: u64,
     /// Bytes of WAL objects to fetch.
     pub wal_fetch_bytes: u64,
     /// Bytes of WAL that PostgreSQL will replay.

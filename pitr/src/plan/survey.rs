@@ -90,8 +90,11 @@ impl Walk<'_> {
         if !enough {
             return Ok(None);
         }
-        let mut known =
-            Known { events: block.events.clone(), times: times_of(&block.facts), next: stretch.to + 1 };
+        let mut known = Known {
+            events: self.listed(&stretch).cloned().collect(),
+            times: times_of(&block.facts),
+            next: stretch.to + 1,
+        };
         if self.leaves_open(&stretch) {
             // Nothing is left out when the last step alone must tell: it comes next.
             let damaged = self.evidence.unreadable.contains(&self.chain.step(stretch.to).segment);

@@ -98,6 +98,16 @@ impl<'a> Walk<'a> {
         stretch.to + 1 < self.chain.len() && ((ends && stretch.block.open_end) || last_of_span)
     }
 
+    /// Returns the events that the index lists of a stretch; without the record that leaves it where the way
+    /// goes on with another timeline, or ends: the index followed that record along the segment's own timeline.
+    pub(super) fn listed(&self, stretch: &Stretch<'a>) -> impl Iterator<Item = &'a WalEvent> + use<'a> {
+        let (start, end) = (self.chain.step(stretch.from).from, self.chain.step(stretch.to).to);
+        let turns = stretch.to == self.chain.last_in_span(stretch.to);
+        let inside = move |event: &&WalEvent| event.lsn >= start && event.lsn < end;
+        let stays = move |event: &&WalEvent| !turns || event.end_lsn <= end;
+        stretch.block.events.iter().filter(inside).filter(stays)
+    }
+
     /// Asks for what the index says in detail.
     pub(super) fn refine(stretch: &Stretch<'_>) -> Halt {
         Halt::Rollup(stretch.first)
@@ -356,9 +366,7 @@ impl<'a> Walk<'a> {
         while at <= to && at < self.chain.len() {
             match self.stretch(at, at, to) {
                 Some(stretch) if stretch.is_known() && stretch.block.lists(class) => {
-                    let (start, end) = (self.chain.step(at).from, self.chain.step(stretch.to).to);
-                    let inside = |event: &&WalEvent| event.lsn >= start && event.lsn < end;
-                    found.extend(stretch.block.events.iter().filter(inside).cloned());
+                    found.extend(self.listed(&stretch).cloned());
                     if self.leaves_open(&stretch) {
                         match self.crossing(stretch.to)? {
                             Crossing::Nothing => {}
@@ -467,11 +475,12 @@ impl<'a> Walk<'a> {
                 |stretch: &Stretch<'_>| self.is_whole(stretch) && self.chain.step(stretch.to).to <= end;
             match self.stretch(at, at, last).filter(whole) {
                 Some(stretch) => {
-                    bytes += stretch.block.facts.wal_bytes;
+                    bytes = u64::saturating_add(bytes, stretch.block.facts.wal_bytes);
                     at = stretch.to + 1;
                 }
                 None => {
-                    bytes += self.end_of_wal(at)?.min(step.to).min(end).bytes_since(step.from);
+                    let end = self.end_of_wal(at)?.min(step.to).min(end);
+                    bytes = u64::saturating_add(bytes, end.bytes_since(step.from));
                     at += 1;
                 }
             }
@@ -515,13 +524,13 @@ impl<'a> Walk<'a> {
             let first = self.chain.step(at).segment;
             let last = self.chain.step(to.min(self.chain.last_in_span(at))).segment;
             if let Some((end, piece)) = segments.piece(first, last) {
-                bytes += piece;
+                bytes = u64::saturating_add(bytes, piece);
                 at += (end.number(self.size) - first.number(self.size)) as usize + 1;
                 continue;
             }
             match self.stretch(at, at, to) {
                 Some(stretch) if self.is_covered(&stretch) => {
-                    bytes += stretch.block.facts.stored_bytes;
+                    bytes = u64::saturating_add(bytes, stretch.block.facts.stored_bytes);
                     at = stretch.to + 1;
                 }
                 Some(stretch) if !stretch.block.is_segment => return Err(Self::refine(&stretch)),

@@ -15,12 +15,14 @@ pub(super) enum Listed {
     Partial(SegmentName),
     /// A segment's bytes that were kept apart as incomplete.
     Incomplete(SegmentName),
+    /// A good copy beside a segment's damaged object.
+    Copy(SegmentName),
 }
 
 impl Listed {
     fn name(self) -> SegmentName {
         match self {
-            Self::Segment(name, _) | Self::Partial(name) | Self::Incomplete(name) => name,
+            Self::Segment(name, _) | Self::Partial(name) | Self::Incomplete(name) | Self::Copy(name) => name,
         }
     }
 }
@@ -59,8 +61,8 @@ impl LineageRepository {
         let key = self.layout.parse_wal(key)?;
         match (key.name, key.kind) {
             (WalFileName::Segment(name), ObjectKind::Segment) => {
-                let whole = !key.is_copy && name.is_legal(self.lineage.segment_size);
-                whole.then_some(Listed::Segment(name, bytes))
+                let listed = if key.is_copy { Listed::Copy(name) } else { Listed::Segment(name, bytes) };
+                name.is_legal(self.lineage.segment_size).then_some(listed)
             }
             (WalFileName::Segment(name), _) => Some(Listed::Incomplete(name)),
             (WalFileName::Partial(name), _) => Some(Listed::Partial(name)),

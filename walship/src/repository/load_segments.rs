@@ -72,6 +72,7 @@ async fn list(
         Listed::Segment(name, bytes) => found.segments.insert(name, bytes),
         Listed::Partial(name) => found.partials.push(name),
         Listed::Incomplete(name) => found.incomplete.push(name),
+        Listed::Copy(_) => {}
     };
     repository.wal_between(timeline, unknown.from, unknown.until, show).await
 }

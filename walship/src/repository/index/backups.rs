@@ -23,14 +23,14 @@ const LISTS_MAX: usize = 100_000;
 /// After so many backups the list is written again.
 const WRITE_EVERY: usize = 16;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct BackupList {
     format: u32,
     backups: Vec<ListedBackup>,
 }
 
 /// A backup's record, without its data objects.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct ListedBackup {
     /// The last part of the record's key.
     name: String,
@@ -71,8 +71,9 @@ impl LineageRepository {
         for meta in lists.iter().rev() {
             match self.read_list(&meta.key).await {
                 Ok(Some(list)) => return Ok(list.backups),
-                Ok(None) | Err(Error::Corrupt(_)) => {}
-                Err(error) => return Err(error),
+                Err(error @ Error::Unavailable(_)) => return Err(error),
+                // A cache: one that cannot be read is as good as none.
+                Ok(None) | Err(_) => {}
             }
         }
         Ok(Vec::new())
@@ -95,22 +96,89 @@ impl LineageRepository {
         Ok(Some(list))
     }
 
-    /// Writes the list of backups again when it lacks many of them, or with `always` any; returns whether it
-    /// did, or would have.
-    pub(super) async fn write_backup_list(&self, always: bool, dry_run: bool) -> Result<bool> {
+    /// Writes the list of backups again when it lacks many of them.
+    async fn extend_backup_list(&self) -> Result<()> {
         let listed = super::super::load_catalog::list_records(self).await?;
-        let mut records = self.listed_records(&listed).await?;
-        let missing = listed.len() - records.len();
-        if missing == 0 || listed.len() < 2 || (!always && missing < WRITE_EVERY) || dry_run {
-            return Ok(missing > 0 && listed.len() > 1 && (always || missing >= WRITE_EVERY));
+        let records = self.listed_records(&listed).await?;
+        if listed.len() - records.len() >= WRITE_EVERY {
+            self.put_backup_list(&listed, records).await?;
         }
-        for (meta, record) in super::super::load_catalog::read_records(self, &listed, &records).await? {
-            records.insert(meta.key, record);
+        Ok(())
+    }
+
+    /// Completes the list of backups; unless it is only completed, every record is read and compared with what
+    /// the stored lists say of it. Returns whether the list was missing, or behind, and the lists that lie.
+    pub(super) async fn complete_backup_list(
+        &self,
+        trust: bool,
+        dry_run: bool,
+    ) -> Result<(bool, Vec<(ObjectKey, String)>)> {
+        let listed = super::super::load_catalog::list_records(self).await?;
+        if listed.len() < 2 {
+            return Ok((false, Vec::new()));
+        }
+        let known = if trust { self.listed_records(&listed).await? } else { BTreeMap::new() };
+        if known.len() == listed.len() {
+            return Ok((false, Vec::new()));
+        }
+        let (json, count) = self.backup_list_of(&listed, known).await?;
+        let key = self.layout.backup_list(count, &Digest::of(&json))?;
+        let mut wrong = Vec::new();
+        let mut present = false;
+        let lists = list_all(&*self.storage, &self.layout.backup_lists_prefix(), LISTS_MAX).await?;
+        let right: BackupList = serde_json::from_slice(&json)
+            .map_err(|error| Error::invalid(format!("the backups cannot be listed: {error}")))?;
+        // Its own key is needed for a good one.
+        for meta in lists.iter().filter(|meta| !trust || meta.key == key) {
+            match self.read_list(&meta.key).await {
+                Err(Error::Corrupt(error)) => wrong.push((meta.key.clone(), error.to_string())),
+                Err(error) => return Err(error),
+                Ok(Some(list)) if !list.says_no_other_than(&right) => {
+                    wrong.push((meta.key.clone(), "the backups' records say something else".to_owned()));
+                }
+                Ok(_) => present |= meta.key == key,
+            }
+        }
+        if !dry_run {
+            for (key, _) in &wrong {
+                self.storage.delete(key).await?;
+            }
+            self.put_list(&key, &json).await?;
+        }
+        if trust {
+            wrong.clear();
+        }
+        Ok((!present, wrong))
+    }
+
+    async fn put_backup_list(
+        &self,
+        listed: &[ObjectMeta],
+        known: BTreeMap<ObjectKey, BackupRecord>,
+    ) -> Result<()> {
+        let (json, count) = self.backup_list_of(listed, known).await?;
+        self.put_list(&self.layout.backup_list(count, &Digest::of(&json))?, &json).await
+    }
+
+    async fn put_list(&self, key: &ObjectKey, json: &[u8]) -> Result<()> {
+        let stored = zstd::encode_all(json, super::ZSTD_LEVEL)
+            .map_err(|error| Error::from_io("compressing", error))?;
+        self.storage.put_if_absent(key, stored.into()).await.map(drop)
+    }
+
+    /// Returns the list of these backups in JSON, and how many it holds; those that are not `known` are read.
+    async fn backup_list_of(
+        &self,
+        listed: &[ObjectMeta],
+        mut known: BTreeMap<ObjectKey, BackupRecord>,
+    ) -> Result<(Vec<u8>, usize)> {
+        for (meta, record) in super::super::load_catalog::read_records(self, listed, &known).await? {
+            known.insert(meta.key, record);
         }
         let prefix = self.layout.backup_records_prefix();
         let mut backups = Vec::with_capacity(listed.len());
-        for meta in &listed {
-            let Some(mut record) = records.remove(&meta.key) else { continue };
+        for meta in listed {
+            let Some(mut record) = known.remove(&meta.key) else { continue };
             record.objects.clear();
             let name = meta.key.as_str().strip_prefix(&prefix).unwrap_or_default().to_owned();
             backups.push(ListedBackup { name, stored_bytes: meta.bytes, record });
@@ -118,11 +186,16 @@ impl LineageRepository {
         let count = backups.len();
         let json = serde_json::to_vec(&BackupList { format: FORMAT, backups })
             .map_err(|error| Error::invalid(format!("the backups cannot be listed: {error}")))?;
-        let stored = zstd::encode_all(&*json, super::ZSTD_LEVEL)
-            .map_err(|error| Error::from_io("compressing", error))?;
-        let key = self.layout.backup_list(count, &Digest::of(&json))?;
-        self.storage.put_if_absent(&key, stored.into()).await?;
-        Ok(true)
+        Ok((json, count))
+    }
+}
+
+impl BackupList {
+    /// Returns whether everything that it says of a backup that the other list knows, the other says too.
+    fn says_no_other_than(&self, other: &Self) -> bool {
+        self.backups.iter().all(|own| {
+            other.backups.iter().find(|theirs| theirs.name == own.name).is_none_or(|theirs| theirs == own)
+        })
     }
 }
 
@@ -131,5 +204,5 @@ impl LineageRepository {
 /// # Errors
 /// What the store says. It is a cache: nobody need hear of it.
 pub async fn extend_list(repository: &LineageRepository) -> Result<()> {
-    repository.write_backup_list(false, false).await.map(drop)
+    repository.extend_backup_list().await
 }

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::write::{Written, segment_parts, write_parts};
+use super::write::{Written, readable_parts, write_parts};
 use super::{Known, StoredRollup};
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, TimelineId};
 use crate::repository::LineageRepository;
 use crate::wal::rollup::build::Part;
-use crate::wal::rollup::{LEVEL_MAX, Place, span};
+use crate::wal::rollup::{LEVEL_MAX, Place, Rollup, span};
 
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,10 +78,14 @@ pub async fn complete(repository: &LineageRepository, options: Options) -> Resul
         }
     }
     let dry_run = options.dry_run || options.task == Task::Verify;
-    if repository.write_backup_list(true, dry_run).await? {
+    let trust = options.task == Task::Complete;
+    let (missing, wrong) = repository.complete_backup_list(trust, dry_run).await?;
+    if missing {
         report.missing.push(format!("list of backups in {}", repository.location()));
         report.written += u64::from(!dry_run);
     }
+    let wrong = wrong.into_iter().map(|(key, what)| Wrong { location: repository.shown(&key), what });
+    report.wrong.extend(wrong);
     Ok(report)
 }
 
@@ -118,30 +122,20 @@ impl Worker<'_> {
 
     async fn log(&mut self, place: Place, names: Vec<SegmentName>, stored: &[StoredRollup]) -> Result<()> {
         self.report.segments += names.len() as u64;
-        if self.believed(names.len() as u64, stored).await? {
+        let size = self.repository.lineage.segment_size;
+        let covers = |rollup: &Rollup| {
+            let covered = rollup.entries.iter().filter_map(|entry| entry.runs.first());
+            covered.map(|run| run.first.number(size)).eq(names.iter().map(|name| name.number(size)))
+        };
+        if self.believed(stored, covers).await? {
             return Ok(());
         }
-        let parts = match segment_parts(self.repository, names.clone()).await {
-            Ok(parts) => parts,
-            Err(Error::Corrupt(_)) => self.readable_parts(names).await?,
-            Err(error) => return Err(error),
+        let unreadable = &mut self.report.unreadable;
+        let show = |name: SegmentName, error: &Error| {
+            unreadable.push(Wrong { location: name.to_string(), what: error.to_string() })
         };
+        let parts = readable_parts(self.repository, names, show).await?;
         self.settle(place, parts, stored).await
-    }
-
-    /// Returns the parts of those segments whose summaries can be read, and reports the others.
-    async fn readable_parts(&mut self, names: Vec<SegmentName>) -> Result<Vec<Part>> {
-        let mut parts = Vec::new();
-        for name in names {
-            match segment_parts(self.repository, vec![name]).await {
-                Ok(part) => parts.extend(part),
-                Err(error @ Error::Corrupt(_)) => {
-                    self.report.unreadable.push(Wrong { location: name.to_string(), what: error.to_string() })
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(parts)
     }
 
     async fn level_above(&mut self, level: u8) -> Result<()> {
@@ -166,8 +160,11 @@ impl Worker<'_> {
                 self.below.insert(first, None);
                 continue;
             };
-            let covers = children.iter().map(StoredRollup::segments).sum();
-            if self.believed(covers, stored).await? {
+            let covers = |rollup: &Rollup| {
+                let named = rollup.entries.iter().filter_map(|entry| StoredRollup::of_entry(rollup, entry));
+                named.eq(children.iter().cloned())
+            };
+            if self.believed(stored, covers).await? {
                 continue;
             }
             let mut parts = Vec::new();
@@ -181,12 +178,13 @@ impl Worker<'_> {
         Ok(())
     }
 
-    /// Returns whether the fullest stored roll-up covers that many segments and is to be believed.
-    async fn believed(&mut self, covers: u64, stored: &[StoredRollup]) -> Result<bool> {
-        let Some(fullest) = stored.last().filter(|fullest| fullest.segments() == covers) else {
+    /// Returns whether the fullest stored roll-up is to be believed: it can be read, and covers what is stored.
+    async fn believed(&mut self, stored: &[StoredRollup], covers: impl Fn(&Rollup) -> bool) -> Result<bool> {
+        let Some(fullest) = stored.last().filter(|_| self.options.task == Task::Complete) else {
             return Ok(false);
         };
-        if self.options.task != Task::Complete || self.repository.read_rollup(fullest).await.is_err() {
+        let known = self.repository.read_sound_rollup(fullest).await?;
+        if !known.is_some_and(|known| covers(&known.rollup)) {
             return Ok(false);
         }
         self.report.present += 1;

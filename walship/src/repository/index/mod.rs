@@ -18,6 +18,7 @@ use crate::wal::rollup::{self, BYTES_MAX, Entry, Place, Rollup};
 
 use super::LineageRepository;
 use super::layout::RollupKey;
+use super::listing::Listed;
 
 /// The longest stored roll-up that is read.
 const STORED_BYTES_MAX: u64 = BYTES_MAX;
@@ -52,6 +53,17 @@ impl StoredRollup {
     fn has_digest(&self, digest: &str) -> bool {
         digest.get(..32) == Some(&self.0.digest)
     }
+}
+
+/// A whole segment, as a listing shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ListedSegment {
+    /// Its name.
+    pub name: SegmentName,
+    /// The length of its object.
+    pub stored_bytes: u64,
+    /// Whether a good copy lies beside it: the object itself was found damaged.
+    pub has_copy: bool,
 }
 
 /// A roll-up that was read or written, and the digest of its JSON.
@@ -127,6 +139,22 @@ impl LineageRepository {
         Ok(Some(Known { rollup, digest }))
     }
 
+    /// Returns a roll-up, checked; `None` when it is not there or cannot be read for whatever reason of its own:
+    /// damaged, of a newer format, on a bad sector, not to be read by this user.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`]: the store may not answer for anything else either.
+    pub async fn read_sound_rollup(&self, stored: &StoredRollup) -> Result<Option<Known>> {
+        match self.read_rollup(stored).await {
+            Err(error @ Error::Unavailable(_)) => Err(error),
+            Err(error) => {
+                tracing::debug!(%error, "a roll-up cannot be read");
+                Ok(None)
+            }
+            read => read,
+        }
+    }
+
     /// Stores a roll-up, unless it is stored already, and returns the digest of its JSON.
     ///
     /// # Errors
@@ -167,11 +195,30 @@ impl LineageRepository {
         from: u64,
         until: u64,
     ) -> Result<Vec<(SegmentName, u64)>> {
-        let mut found = Vec::new();
-        self.wal_between(timeline, from, until, |listed| {
-            if let super::listing::Listed::Segment(name, bytes) = listed {
-                found.push((name, bytes));
+        let found = self.segments_listed(timeline, from, until).await?;
+        Ok(found.into_iter().map(|listed| (listed.name, listed.stored_bytes)).collect())
+    }
+
+    /// Returns what [`LineageRepository::segments_between`] does, and which of them have a good copy beside
+    /// a damaged object.
+    pub async fn segments_listed(
+        &self,
+        timeline: TimelineId,
+        from: u64,
+        until: u64,
+    ) -> Result<Vec<ListedSegment>> {
+        let mut found: Vec<ListedSegment> = Vec::new();
+        self.wal_between(timeline, from, until, |listed| match listed {
+            Listed::Segment(name, stored_bytes) => {
+                found.push(ListedSegment { name, stored_bytes, has_copy: false })
             }
+            // In key order a copy comes right behind its object.
+            Listed::Copy(name) => {
+                if let Some(last) = found.last_mut().filter(|last| last.name == name) {
+                    last.has_copy = true;
+                }
+            }
+            Listed::Partial(_) | Listed::Incomplete(_) => {}
         })
         .await?;
         Ok(found)

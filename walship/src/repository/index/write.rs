@@ -35,6 +35,21 @@ pub async fn extend(repository: &LineageRepository, arriving: SegmentName) -> Re
         return Ok(());
     };
     let until = number / WRITE_EVERY * WRITE_EVERY;
+    extend_to(repository, last, number, until).await?;
+    // Segments are pushed side by side: when the next log begins, some of this one may be on their way. So it
+    // is looked at once more.
+    let before =
+        (number % FANOUT / WRITE_EVERY == 1).then(|| number / FANOUT * FANOUT).filter(|end| *end > 0);
+    let last = before.and_then(|end| SegmentName::from_number(arriving.timeline, end - 1, size));
+    match (before, last) {
+        (Some(end), Some(last)) => extend_to(repository, last, end, end).await,
+        _ => Ok(()),
+    }
+}
+
+/// Extends the roll-ups that tell of `last`, the segment before `number`, by what is stored below `until`.
+async fn extend_to(repository: &LineageRepository, last: SegmentName, number: u64, until: u64) -> Result<()> {
+    let size = repository.lineage.segment_size;
     extend_place(repository, Place::of(last, size, 1), until).await?;
     for level in 2..=LEVEL_MAX {
         // Only when the roll-up below has just become full.
@@ -63,7 +78,8 @@ async fn extend_place(repository: &LineageRepository, place: Place, until: u64) 
         let stored = repository.segments_between(place.timeline, place.first, until).await?;
         let new = stored.into_iter().map(|(name, _)| name);
         let new = new.filter(|name| !covered.contains_key(&group(repository, place, *name)));
-        parts.extend(segment_parts(repository, new.collect()).await?);
+        // One whose summary is damaged is left out, as in what `pitr index` writes.
+        parts.extend(readable_parts(repository, new.collect(), |_, _| ()).await?);
     } else {
         // What is behind the last one: earlier ones that grew are for `pitr index`.
         let from =
@@ -127,10 +143,7 @@ pub(super) async fn write_parts(
 }
 
 /// Returns the parts for these segments, their summaries read; those that vanished are left out.
-pub(super) async fn segment_parts(
-    repository: &LineageRepository,
-    names: Vec<SegmentName>,
-) -> Result<Vec<Part>> {
+async fn segment_parts(repository: &LineageRepository, names: Vec<SegmentName>) -> Result<Vec<Part>> {
     let reads = names.into_iter().map(|name| async move {
         let found = repository.summarized(name).await?;
         Ok::<_, Error>(found.map(|found| Part::of_segment(&found.summary, found.digest, found.stored_bytes)))
@@ -139,27 +152,43 @@ pub(super) async fn segment_parts(
     Ok(read.into_iter().flatten().collect())
 }
 
-async fn rollup_part(repository: &LineageRepository, stored: &StoredRollup) -> Result<Option<Part>> {
-    match repository.read_rollup(stored).await {
-        Ok(known) => Ok(known.map(|known| Part::of_rollup(known.rollup, known.digest))),
-        Err(Error::Corrupt(_) | Error::Mismatch(_)) => Ok(None),
-        Err(error) => Err(error),
+/// Returns the parts of those segments whose summaries can be read, and shows what is wrong with the others.
+pub(super) async fn readable_parts(
+    repository: &LineageRepository,
+    names: Vec<SegmentName>,
+    mut unreadable: impl FnMut(SegmentName, &Error),
+) -> Result<Vec<Part>> {
+    match segment_parts(repository, names.clone()).await {
+        Err(Error::Corrupt(_)) => {}
+        read => return read,
     }
+    let mut parts = Vec::new();
+    for name in names {
+        match segment_parts(repository, vec![name]).await {
+            Ok(part) => parts.extend(part),
+            Err(error @ Error::Corrupt(_)) => unreadable(name, &error),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(parts)
+}
+
+async fn rollup_part(repository: &LineageRepository, stored: &StoredRollup) -> Result<Option<Part>> {
+    let known = repository.read_sound_rollup(stored).await?;
+    Ok(known.map(|known| Part::of_rollup(known.rollup, known.digest)))
 }
 
 /// Returns the fullest of these roll-ups of one place that can be read.
 ///
 /// # Errors
-/// What the store says; not that one is damaged.
+/// What the store says; not that one cannot be read.
 pub async fn fullest_readable(
     repository: &LineageRepository,
     listed: &[StoredRollup],
 ) -> Result<Option<Known>> {
     for stored in listed.iter().rev() {
-        match repository.read_rollup(stored).await {
-            Ok(Some(known)) => return Ok(Some(known)),
-            Ok(None) | Err(Error::Corrupt(_) | Error::Mismatch(_)) => {}
-            Err(error) => return Err(error),
+        if let Some(known) = repository.read_sound_rollup(stored).await? {
+            return Ok(Some(known));
         }
     }
     Ok(None)
