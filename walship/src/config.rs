@@ -17,6 +17,8 @@
 //! # Ok::<(), walship::Error>(())
 //! ```
 
+mod receive;
+
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read as _};
@@ -28,6 +30,8 @@ use serde::Deserialize;
 use crate::codec::Compression;
 use crate::error::{Error, Result};
 use crate::storage::{AddressingStyle, Limits, S3Settings, Secret, StorageConfig};
+
+pub use receive::ReceiveSettings;
 
 /// Where the file is looked for when nothing names one; it may be missing there.
 pub const DEFAULT_PATH: &str = "/etc/walship/walship.toml";
@@ -53,6 +57,8 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
     /// How to reach the server: a libpq connection string; `None`: libpq's variables and defaults.
     pub connection: Option<ConnectionString>,
+    /// What `walship receive` does.
+    pub receive: ReceiveSettings,
 }
 
 /// A libpq connection string and whether everybody could read it.
@@ -140,6 +146,7 @@ struct FileConfig {
     restore_retry_ms: Option<u64>,
     state_dir: Option<PathBuf>,
     connection: Option<String>,
+    receive: ReceiveSettings,
     s3: S3Settings,
     limits: FileLimits,
 }
@@ -242,6 +249,7 @@ impl Config {
                 .map(argument)
                 .or(environment.text("WALSHIP_CONNECTION")?.map(private))
                 .or(file.connection.map(private)),
+            receive: file.receive.with_environment(&environment)?,
         })
     }
 }

@@ -26,7 +26,10 @@ pub mod codec;
 pub mod config;
 pub mod durable;
 pub mod error;
+pub mod feed;
 pub mod pg;
+#[cfg(feature = "replication")]
+pub mod receive;
 #[cfg(feature = "replication")]
 pub mod replication;
 #[cfg(feature = "store")]

@@ -13,7 +13,7 @@ const WALSHIP_FLOORS: &[&[&str]] = &[
     &["pg"],
     &["wal"],
     &["catalog"],
-    &["codec"],
+    &["codec", "feed"],
     &["durable"],
     &["storage", "replication"],
     &["repository"],
@@ -37,7 +37,7 @@ const BESIDE: &[(&str, &[&str])] = &[("error", &["pg"]), ("config", &["pg", "cod
 
 /// Rooms that compute and nothing else.
 const PURE: &[(&str, &[&str])] = &[
-    ("walship", &["pg", "wal", "catalog", "codec"]),
+    ("walship", &["pg", "wal", "catalog", "codec", "feed"]),
     ("pitr", &["target", "inherited", "plan", "recovery_settings", "retention", "verify", "log"]),
 ];
 

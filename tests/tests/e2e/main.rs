@@ -15,6 +15,7 @@ mod log;
 mod main_job;
 mod outside_settings;
 mod pitr;
+mod receive;
 mod recovery;
 mod replication;
 mod restore;

@@ -1,7 +1,7 @@
 //! Push: one local WAL file into every repository, after the checks that let it take its key.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Read as _, Seek as _, Write};
+use std::io::{BufWriter, Read, Seek as _, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -120,9 +120,46 @@ fn encode(path: &Path, name: WalFileName, options: &PushOptions) -> Result<Encod
             "it has {plain_bytes} bytes, more than any such file ({bytes_max})"
         )));
     }
+    let size = declared_size(&mut file, plain_bytes)?;
+    let encoded = encode_bytes(path, name, &mut file, plain_bytes, size, options)?;
+    if let Some(scan) = &encoded.scan {
+        check_ancestry(path, scan)?;
+    }
+    if let (WalFileName::Segment(_), Some(SegmentScan { verdict: Verdict::Incomplete { .. }, .. })) =
+        (name, &encoded.scan)
+    {
+        check_reads_the_same(&mut file, plain_bytes, encoded.encoded.digest)?;
+    }
+    Ok(encoded)
+}
+
+/// Checks and compresses a WAL file of which the bytes come from elsewhere than a file: `plain_bytes` of
+/// them from `source`, in a lineage with segments of `size`. Blocking, as long as `source` takes.
+///
+/// # Errors
+/// As [`push_file`], without those of stores; [`Error::Mismatch`] when `source` gives another number of bytes.
+pub fn encode_stream(
+    name: WalFileName,
+    source: &mut dyn Read,
+    plain_bytes: u64,
+    size: SegmentSize,
+    options: &PushOptions,
+) -> Result<EncodedFile> {
+    encode_bytes(Path::new(&name.to_string()), name, source, plain_bytes, size, options)
+        .map_err(|error| error.context(name))
+}
+
+fn encode_bytes(
+    path: &Path,
+    name: WalFileName,
+    source: &mut dyn Read,
+    plain_bytes: u64,
+    size: SegmentSize,
+    options: &PushOptions,
+) -> Result<EncodedFile> {
     let mut scanner = match name {
         WalFileName::Segment(segment) | WalFileName::Partial(segment) => {
-            Some(SegmentScanner::new(segment, declared_size(&mut file, plain_bytes)?))
+            Some(SegmentScanner::new(segment, size))
         }
         WalFileName::History(_) | WalFileName::BackupHistory(..) => None,
     };
@@ -136,7 +173,7 @@ fn encode(path: &Path, name: WalFileName, options: &PushOptions) -> Result<Encod
             Error::from_io(format!("creating a temporary file in {}", options.spool_dir.display()), error)
         })?;
         let mut sink = BufWriter::with_capacity(1 << 20, spool.as_file());
-        let encoded = encode_body(&mut file, plain_bytes, options.compression, &mut sink, &mut observe)?;
+        let encoded = encode_body(source, plain_bytes, options.compression, &mut sink, &mut observe)?;
         sink.flush().map_err(|error| Error::from_io("writing compressed data", error))?;
         drop(sink);
         let spooled = spool.into_temp_path();
@@ -145,7 +182,7 @@ fn encode(path: &Path, name: WalFileName, options: &PushOptions) -> Result<Encod
         // Pages of this that are not written to take no memory.
         let mut sink =
             Vec::with_capacity(usize::try_from(plain_bytes + plain_bytes / 64 + 4096).unwrap_or(0));
-        let encoded = encode_body(&mut file, plain_bytes, options.compression, &mut sink, &mut observe)?;
+        let encoded = encode_body(source, plain_bytes, options.compression, &mut sink, &mut observe)?;
         (encoded, EncodedBody::Memory(Bytes::from(sink)), None)
     };
     if let WalFileName::History(timeline) = name {
@@ -159,14 +196,6 @@ fn encode(path: &Path, name: WalFileName, options: &PushOptions) -> Result<Encod
                 "Compare it with `pg_waldump`: it may be truncated, damaged, or from another cluster or place. Where \
                  it is lost for good, `walship wal give-up --help` says how the archiver goes on.",
             ));
-    }
-    if let Some(scan) = &scan {
-        check_ancestry(path, scan)?;
-    }
-    if let (WalFileName::Segment(_), Some(SegmentScan { verdict: Verdict::Incomplete { .. }, .. })) =
-        (name, &scan)
-    {
-        check_reads_the_same(&mut file, plain_bytes, encoded.digest)?;
     }
     Ok(EncodedFile {
         path: path.to_owned(),
@@ -266,9 +295,22 @@ pub async fn push_encoded(
     options: &PushOptions,
 ) -> Result<PushReport> {
     let puts = clusters.iter().map(|cluster| push_to(cluster, file, options.lineage));
+    report(file, futures_util::future::join_all(puts).await)
+}
+
+/// Stores an encoded file in every one of these lineages.
+///
+/// # Errors
+/// As [`push_encoded`].
+pub async fn push_to_lineages(lineages: &[LineageRepository], file: &EncodedFile) -> Result<PushReport> {
+    let puts = lineages.iter().map(|lineage| put_in(lineage, file));
+    report(file, futures_util::future::join_all(puts).await)
+}
+
+fn report(file: &EncodedFile, answers: Vec<Result<(String, Put)>>) -> Result<PushReport> {
     let mut failure: Option<Error> = None;
     let mut outcomes = Vec::new();
-    for outcome in futures_util::future::join_all(puts).await {
+    for outcome in answers {
         match outcome {
             Ok(outcome) => outcomes.push(outcome),
             Err(error) => {
@@ -324,12 +366,16 @@ async fn push_to(
             super::place::lineage(cluster, directory.as_ref(), lineage).await?
         }
     };
-    let object = file.object(&lineage)?;
+    put_in(&lineage, file).await
+}
+
+async fn put_in(lineage: &LineageRepository, file: &EncodedFile) -> Result<(String, Put)> {
+    let object = file.object(lineage)?;
     if let Some(scan) = &file.scan {
-        check_stored_ancestry(&lineage, scan).await?;
+        check_stored_ancestry(lineage, scan).await?;
     }
     let _index = match file.name {
-        WalFileName::Segment(name) => Some(IndexBeside::start(&lineage, name)),
+        WalFileName::Segment(name) => Some(IndexBeside::start(lineage, name)),
         _ => None,
     };
     Ok((lineage.location(), lineage.put_wal_file(&object).await?))
@@ -373,6 +419,21 @@ impl EncodedFile {
     /// Returns the file's name.
     pub fn name(&self) -> WalFileName {
         self.name
+    }
+
+    /// Returns the same bytes as the `.partial` file of their segment: what a timeline's last segment is
+    /// archived as.
+    #[must_use]
+    pub fn into_partial(mut self) -> Self {
+        if let WalFileName::Segment(segment) = self.name {
+            self.name = WalFileName::Partial(segment);
+        }
+        self
+    }
+
+    /// Returns the file's length.
+    pub fn plain_bytes(&self) -> u64 {
+        self.encoded.plain_bytes
     }
 
     /// Returns what the file holds, for segments and `.partial` files.

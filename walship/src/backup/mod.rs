@@ -35,7 +35,7 @@ use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::replication::base_backup::{AnnouncedTablespace, BackupStart};
 use crate::replication::{
     BackupPart, BaseBackup, BaseBackupOptions, Checkpoint, ConnectOptions, Connection, ManifestChecksums,
-    ServerError, SessionKind, SlotLifetime, SystemIdentity, create_slot, identify_system, show,
+    ServerError, SessionKind, SlotLifetime, SystemIdentity, create_slot, identify_system, segment_size, show,
 };
 use crate::repository::{BackupStarted, LineageRepository, index, new_backup_id};
 use crate::wal::event::{EventKind, ServerLimits};
@@ -328,13 +328,6 @@ async fn examine(session: &mut Connection, repositories: &[LineageRepository]) -
     })
 }
 
-async fn segment_size(session: &mut Connection) -> Result<SegmentSize> {
-    let text = show(session, "wal_segment_size").await?;
-    parse_bytes(&text)
-        .and_then(SegmentSize::new)
-        .ok_or_else(|| Error::mismatch(format!("wal_segment_size = {text:?} is not understood")))
-}
-
 async fn number(session: &mut Connection, setting: &str) -> Result<i32> {
     let text = show(session, setting).await?;
     text.parse().map_err(|_| Error::mismatch(format!("{setting} = {text:?} is not understood")))
@@ -465,20 +458,6 @@ fn hostname() -> String {
     nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default()
 }
 
-/// Reads `16MB`, `1GB`, `8kB`, `512`.
-fn parse_bytes(text: &str) -> Option<u64> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match &text[digits.len()..] {
-        "" | "B" => 1,
-        "kB" => 1 << 10,
-        "MB" => 1 << 20,
-        "GB" => 1 << 30,
-        "TB" => 1 << 40,
-        _ => return None,
-    };
-    digits.parse::<u64>().ok()?.checked_mul(unit)
-}
-
 /// Reads `5min`, `30s`, `1h`, `1d`, `100ms`.
 fn parse_seconds(text: &str) -> Option<Duration> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -500,10 +479,6 @@ mod tests {
 
     #[test]
     fn settings_with_units_are_understood() {
-        assert_eq!(parse_bytes("16MB"), Some(16 << 20));
-        assert_eq!(parse_bytes("1GB"), Some(1 << 30));
-        assert_eq!(parse_bytes("x"), None);
-        assert_eq!(parse_bytes("18446744073709551615GB"), None);
         assert_eq!(parse_seconds("5min"), Some(Duration::from_secs(300)));
         assert_eq!(parse_seconds("1d"), Some(Duration::from_secs(86400)));
         assert_eq!(parse_seconds("5 weeks"), None);

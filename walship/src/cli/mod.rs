@@ -5,6 +5,7 @@ mod check;
 mod give_up;
 mod init;
 mod open;
+mod receive;
 mod server;
 mod wal;
 
@@ -44,6 +45,8 @@ enum Command {
     Init(init::Args),
     /// Take a base backup into every repository
     Backup(backup::Args),
+    /// Stream WAL from the server into every repository
+    Receive(receive::Args),
     /// Find out what is wrong, and say how to mend it
     Check(check::Args),
     /// Push, fetch or give up one WAL file: what archive-cmd and restore-cmd do, and what helps where they cannot
@@ -83,6 +86,7 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
     let done = match cli.command {
         Command::Init(args) => block_on(init::run(&args, overrides)),
         Command::Backup(args) => block_on_threads(backup::run(&args, overrides)),
+        Command::Receive(args) => block_on_threads(receive::run(&args, overrides)),
         Command::Check(args) => block_on(check::run(&args, overrides)),
         Command::Wal(wal::Command::GiveUp(args)) => block_on(give_up::run(&args, overrides)),
         Command::Wal(wal::Command::Push(args)) => block_on(wal::push(&args, overrides)),

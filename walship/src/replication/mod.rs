@@ -3,7 +3,7 @@
 //!
 //! It decides nothing about backups or WAL: it hands on what the server sends. `message`,
 //! `conninfo` and `passfile` are pure; `options` reads the environment once; `connection` is the
-//! socket loop. Called by `backup`, later by `receive`.
+//! socket loop. Called by `backup` and `receive`.
 //!
 //! ```no_run
 //! use walship::replication::{ConnectOptions, Connection, SessionKind, identify_system};
@@ -24,6 +24,7 @@ pub mod options;
 pub mod passfile;
 pub mod server_error;
 pub mod slot;
+pub mod stream;
 mod tls;
 
 pub use base_backup::{
@@ -32,4 +33,7 @@ pub use base_backup::{
 pub use connection::{Connection, Rows, SUPPORTED_MAJORS, SessionKind};
 pub use options::{ConnectOptions, Origin};
 pub use server_error::ServerError;
-pub use slot::{SlotLifetime, SystemIdentity, create_slot, identify_system, show, timeline_history};
+pub use slot::{
+    SlotLifetime, SlotState, SystemIdentity, create_slot, drop_slot, identify_system, read_slot,
+    segment_size, show, timeline_history,
+};

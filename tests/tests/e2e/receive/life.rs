@@ -1,0 +1,164 @@
+//! What goes wrong in the life of a receiver.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use walship::pg::Lsn;
+use walship_tests::postgres::{StopMode, primary_major};
+use walship_tests::random::Random;
+use walship_tests::stage::Stage;
+use walship_tests::wait;
+
+use super::{Front, Reading, Receiving, names, server};
+
+fn lsn(text: &str) -> Lsn {
+    text.parse().unwrap()
+}
+
+#[test]
+fn killed_at_any_moment_it_leaves_no_hole_and_no_wrong_byte() {
+    let rounds = if walship_tests::campaign() { 300 } else { 12 };
+    let seed = walship_tests::seed();
+    let mut random = Random::new(seed);
+    let stage = Stage::folder("main");
+    let kept = tempfile::tempdir().unwrap();
+    let server = server(primary_major(), 1)
+        .setting("archive_mode", "on")
+        .setting("archive_command", format!("cp %p '{}/%f'", kept.path().display()))
+        .start();
+    stage.init(&server);
+    let front = Front::of(&server);
+    // The first one makes the slot: from here on nothing may be missing.
+    let first = server.switch_wal();
+    let mut receiving = Receiving::start(&stage, &front.conninfo(), &["--once"]);
+    assert!(receiving.wait().success(), "{}", receiving.said());
+    server.pgbench(&["-i", "-q", "-s", "1"]);
+    for _ in 0..rounds {
+        let mut receiving = Receiving::start(&stage, &front.conninfo(), &[]);
+        server.pgbench(&["-n", "-c", "2", "-t", "300"]);
+        std::thread::sleep(Duration::from_millis(random.below(300) as u64));
+        receiving.kill9();
+    }
+    let last = server.switch_wal();
+    let mut receiving = Receiving::start(&stage, &front.conninfo(), &["--until", &server.current_lsn()]);
+    let reading = Reading::of(&stage);
+    wait::until("the last segment is stored", || reading.has(&last));
+    receiving.terminate();
+    server.wait_until_archived(&last);
+    let archived: Vec<String> = names(kept.path());
+    let mut compared = 0;
+    for name in archived.iter().filter(|name| name.len() == 24 && **name > first) {
+        let stored = reading.file(name.parse().unwrap()).unwrap_or_else(|| panic!("{name} is missing"));
+        assert!(stored == fs::read(kept.path().join(name)).unwrap(), "{name} differs");
+        compared += 1;
+    }
+    assert!(compared > rounds / 2, "{compared}");
+    walship_tests::note(&format!(
+        "receive killed {rounds} times, seed {seed}: {compared} segments whole and the same as the server's own"
+    ));
+}
+
+#[test]
+fn wal_that_the_server_has_removed_is_never_skipped_in_silence() {
+    let stage = Stage::folder("main");
+    let server = server(primary_major(), 1).setting("max_wal_size", "4MB").start();
+    stage.init(&server);
+    let front = Front::of(&server);
+    server.switch_wal();
+    let mut receiving = Receiving::start(&stage, &front.conninfo(), &[]);
+    server.wait_for("SELECT count(*) FROM pg_stat_replication", "1");
+    let stored = server.switch_wal();
+    let reading = Reading::of(&stage);
+    wait::until("a segment is stored", || reading.has(&stored));
+    assert!(receiving.terminate().success(), "{}", receiving.said());
+    server.wait_for("SELECT active FROM pg_replication_slots", "f");
+    server.psql("SELECT pg_drop_replication_slot('walship')");
+    let lost = server.switch_wal();
+    for _ in 0..12 {
+        server.switch_wal();
+        server.psql("CHECKPOINT");
+    }
+    assert!(!server.data_dir().join("pg_wal").join(&lost).exists());
+
+    let mut receiving = Receiving::start(&stage, &front.conninfo(), &[]);
+    assert_eq!(receiving.wait().code(), Some(1), "{}", receiving.said());
+    let said = receiving.said();
+    assert!(said.contains("has removed WAL from") && said.contains("take a new base backup"), "{said}");
+    assert_eq!(receiving.status().unwrap()["state"], "failed");
+    assert!(!reading.has(&lost));
+}
+
+#[test]
+fn another_cluster_behind_the_address_is_refused() {
+    let stage = Stage::folder("main");
+    let own = server(primary_major(), 1).start();
+    stage.init(&own);
+    let stranger = server(primary_major(), 1).start();
+    let front = Front::of(&stranger);
+    let mut receiving = Receiving::start(&stage, &front.conninfo(), &[]);
+    assert_eq!(receiving.wait().code(), Some(1));
+    assert!(receiving.said().contains("has no lineage for system identifier"), "{}", receiving.said());
+
+    // Also when it comes later.
+    front.turn_to(&own);
+    let mut receiving = Receiving::start(&stage, &front.conninfo(), &[]);
+    own.wait_for("SELECT count(*) FROM pg_stat_replication", "1");
+    front.turn_to(&stranger);
+    own.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_replication");
+    assert_eq!(receiving.wait().code(), Some(1));
+    assert!(receiving.said().contains("has system identifier"), "{}", receiving.said());
+}
+
+#[test]
+fn an_outage_of_the_store_is_waited_for_and_a_shutdown_is_not_held_up_by_it() {
+    let stage = Stage::folder("main").configured("[limits]\ndeadline_ms = 500\n");
+    let mut server = server(primary_major(), 1).start();
+    stage.init(&server);
+    let front = Front::of(&server);
+    let mut receiving = Receiving::start(&stage, &front.conninfo(), &["--uploads-max", "2"]);
+    server.wait_for("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "1");
+    let (repository, away) = (stage.repository_dir(), stage.path().join("away"));
+    fs::rename(&repository, &away).unwrap();
+    let mut last = String::new();
+    for _ in 0..5 {
+        last = server.switch_wal();
+    }
+    let told = lsn(&server.psql("SELECT restart_lsn FROM pg_replication_slots"));
+    wait::until("the outage is noticed", || receiving.said().contains("not stored yet"));
+    let stopping = Instant::now();
+    assert!(server.stop(StopMode::Fast).success());
+    assert!(stopping.elapsed() < Duration::from_secs(10), "held up for {:?}", stopping.elapsed());
+    server.start();
+    let kept = lsn(&server.psql("SELECT restart_lsn FROM pg_replication_slots"));
+    assert_eq!(kept, told, "nothing was acknowledged");
+    front.turn_to(&server);
+    fs::rename(&away, &repository).unwrap();
+    let reading = Reading::of(&stage);
+    wait::until("the last segment is stored", || reading.has(&last));
+    receiving.wait_durable(Lsn(told.0 + (5 << 20)));
+    assert!(receiving.terminate().success(), "{}", receiving.said());
+}
+
+#[test]
+fn two_receivers_and_archive_command_store_the_same() {
+    let stage = Stage::folder("main");
+    let server = stage.archiving(server(primary_major(), 1)).start();
+    stage.init(&server);
+    let front = Front::of(&server);
+    let mut first = Receiving::start(&stage, &front.conninfo(), &[]);
+    let mut second = Receiving::start(&stage, &front.conninfo(), &["--slot", "walship_b"]);
+    server.wait_for("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "2");
+    server.pgbench(&["-i", "-q", "-s", "1"]);
+    server.pgbench(&["-n", "-c", "2", "-t", "300"]);
+    server.archive_now();
+    let end = lsn(&server.psql("SELECT pg_current_wal_lsn()"));
+    let closed = Lsn(end.0 >> 20 << 20);
+    first.wait_durable(closed);
+    second.wait_durable(closed);
+    for receiving in [&mut first, &mut second] {
+        assert!(receiving.terminate().success(), "{}", receiving.said());
+        assert!(!receiving.said().contains("warning: "), "{}", receiving.said());
+    }
+    let failed = server.psql("SELECT failed_count FROM pg_stat_archiver");
+    assert_eq!(failed, "0");
+}

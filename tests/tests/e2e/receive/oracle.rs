@@ -1,0 +1,167 @@
+//! Every segment byte for byte as `pg_receivewal` has it, which runs beside it on the same server.
+
+use std::fs;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use walship::pg::WalFileName;
+use walship_tests::postgres::{PgServer, StopMode, majors, newer_major, primary_major};
+use walship_tests::stage::Stage;
+use walship_tests::{process, wait};
+
+use super::{Front, Reading, Receiving, names, server, standby_of};
+
+/// A running `pg_receivewal`; dropping it kills it.
+struct Oracle {
+    child: Child,
+    folder: TempDir,
+}
+
+impl Oracle {
+    fn start(server: &PgServer, front: &Front) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let tool = |args: &[&str]| {
+            let mut command = process::guarded(server.tool("pg_receivewal").get_program());
+            command
+                .env("PGHOST", "127.0.0.1")
+                .env("PGPORT", front.port().to_string())
+                .env("PGUSER", "postgres");
+            command.arg("-D").arg(folder.path()).args(args);
+            command
+        };
+        process::run_ok(&mut tool(&["--slot", "oracle", "--create-slot"]));
+        let mut command = tool(&["--slot", "oracle"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self { child: process::spawn(command).unwrap(), folder }
+    }
+
+    fn segments(&self) -> Vec<String> {
+        names(self.folder.path()).into_iter().filter(|name| name.len() == 24).collect()
+    }
+}
+
+impl Drop for Oracle {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            process::kill_tree(&mut self.child);
+        }
+    }
+}
+
+/// Compares all that `pg_receivewal` has completed; returns how many files.
+fn compare(oracle: &Oracle, reading: &Reading) -> usize {
+    let mut compared = 0;
+    for name in names(oracle.folder.path()) {
+        // A segment is its partial file until it is complete, and stays one at the end of a timeline.
+        let Ok(parsed) = name.parse::<WalFileName>() else { continue };
+        let stored = match parsed {
+            WalFileName::Partial(_) => match reading.file(parsed) {
+                Some(stored) => stored,
+                None => continue,
+            },
+            _ => reading.file(parsed).unwrap_or_else(|| panic!("{name} is not stored")),
+        };
+        assert!(stored == fs::read(oracle.folder.path().join(&name)).unwrap(), "{name} differs");
+        compared += 1;
+    }
+    compared
+}
+
+fn load(server: &PgServer, rounds: usize) {
+    for round in 0..rounds {
+        server.pgbench(&["-n", "-c", "4", "-t", "100"]);
+        if round % 2 == 0 {
+            server.switch_wal();
+        }
+    }
+}
+
+/// Switches and waits until both have the segment.
+fn catch_up(server: &PgServer, oracle: &Oracle, reading: &Reading) {
+    let last = server.switch_wal();
+    wait::until_within(&format!("pg_receivewal has {last}"), 2 * wait::PATIENCE, || {
+        oracle.segments().contains(&last)
+    });
+    wait::until(&format!("{last} is stored"), || reading.has(&last));
+}
+
+fn through_everything(major: u32, segment_size_mb: u32) {
+    let stage = Stage::folder("main");
+    let mut primary = server(major, segment_size_mb).start();
+    stage.init(&primary);
+    let (_folder, standby_data) = standby_of(&primary);
+    let (ours, theirs) = (Front::of(&primary), Front::of(&primary));
+    let oracle = Oracle::start(&primary, &theirs);
+    let mut receiving = Receiving::start(&stage, &ours.conninfo(), &[]);
+    let reading = Reading::of(&stage);
+    primary.wait_for("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "2");
+
+    primary.pgbench(&["-i", "-q", "-s", "2"]);
+    load(&primary, 4);
+    catch_up(&primary, &oracle, &reading);
+
+    // A clean restart: nobody is held up, though the open segment is not durable here.
+    let stopping = Instant::now();
+    assert!(primary.stop(StopMode::Fast).success());
+    assert!(stopping.elapsed() < Duration::from_secs(15), "held up for {:?}", stopping.elapsed());
+    primary.start();
+    ours.turn_to(&primary);
+    theirs.turn_to(&primary);
+    load(&primary, 2);
+    catch_up(&primary, &oracle, &reading);
+
+    // A crash.
+    load(&primary, 1);
+    primary.kill9();
+    primary.start();
+    ours.turn_to(&primary);
+    theirs.turn_to(&primary);
+    load(&primary, 2);
+    catch_up(&primary, &oracle, &reading);
+
+    // A failover to a standby that has replayed everything.
+    let conninfo = format!("host=127.0.0.1 port={} user=postgres", primary.port());
+    let standby = PgServer::from_data_dir(&standby_data)
+        .setting("primary_conninfo", conninfo)
+        .setting("archive_mode", "off")
+        .start();
+    load(&primary, 1);
+    primary.psql("CREATE TABLE last_words AS SELECT 7 AS a");
+    standby.wait_for("SELECT a FROM last_words", "7");
+    standby.psql("SELECT pg_create_physical_replication_slot('oracle', true)");
+    primary.kill9();
+    ours.turn_to(&standby);
+    theirs.turn_to(&standby);
+    standby.promote();
+    load(&standby, 3);
+    catch_up(&standby, &oracle, &reading);
+
+    assert!(receiving.terminate().success(), "{}", receiving.said());
+    assert_eq!(receiving.status().unwrap()["state"], "stopped");
+    let compared = compare(&oracle, &reading);
+    assert!(compared >= 8, "only {compared} files: {:?}", names(oracle.folder.path()));
+    assert!(names(oracle.folder.path()).contains(&"00000002.history".to_owned()));
+    let segments = oracle.segments();
+    assert!(segments.iter().any(|name| name.starts_with("00000002")), "{segments:?}");
+    walship_tests::note(&format!(
+        "receive beside pg_receivewal, PostgreSQL {major}, {segment_size_mb} MiB segments: {compared} files the same"
+    ));
+}
+
+#[test]
+fn every_segment_is_as_pg_receivewal_has_it() {
+    for (number, major) in majors().into_iter().enumerate() {
+        through_everything(major, if number % 2 == 0 { 16 } else { 1 });
+    }
+}
+
+#[test]
+fn small_segments_are_as_pg_receivewal_has_them() {
+    through_everything(primary_major(), 1);
+}
+
+#[test]
+fn large_segments_are_as_pg_receivewal_has_them() {
+    through_everything(newer_major(), 64);
+}

@@ -1,0 +1,245 @@
+//! `walship receive`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use indicatif::HumanBytes;
+use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use walship::archive::own_folder;
+use walship::config::{Config, Overrides};
+use walship::error::{Error, Result};
+use walship::feed::Rules;
+use walship::pg::Lsn;
+use walship::receive::{ReceiveEvent, ReceiveOptions, Report, Until, receive};
+use walship::replication::ConnectOptions;
+
+use super::open::Configured;
+
+/// How often the status file is written.
+const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  walship receive 'host=db1 user=replicator'
+  walship receive --slot walship_b --status-file /run/walship/receive.json \\
+      'postgresql://replicator@db1,db2/?target_session_attrs=primary'
+
+Runs until SIGTERM or SIGINT: what is on its way is stored, the server is told, and it ends with status 0. The user
+needs the REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The slot keeps WAL on the server until it
+is durable in every repository: bound that with max_slot_wal_keep_size. It works beside archive_command and beside
+another receiver (with a slot of its own): they store the same bytes.")]
+pub(super) struct Args {
+    /// The server: a URI or keyword=value pairs [default: --connection, the configuration, PG* variables]
+    #[arg(value_name = "CONNINFO")]
+    conninfo: Vec<String>,
+    /// The replication slot; made when it is not there [env: WALSHIP_RECEIVE_SLOT] [default: walship]
+    #[arg(long, value_name = "NAME")]
+    slot: Option<String>,
+    /// Closed segments on their way at most; then the server waits [env: WALSHIP_RECEIVE_UPLOADS_MAX] [default: 4]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..=64))]
+    uploads_max: Option<u64>,
+    /// Keep a JSON file that says where everything is [env: WALSHIP_RECEIVE_STATUS_FILE]
+    #[arg(long, value_name = "FILE")]
+    status_file: Option<PathBuf>,
+    /// Seconds between two lines of figures on standard error
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    report_interval: u64,
+    /// End when all WAL before this position is durable
+    #[arg(long, value_name = "LSN", conflicts_with = "once")]
+    until: Option<Lsn>,
+    /// End when every segment is durable that the server had closed when it was reached
+    #[arg(long)]
+    once: bool,
+    /// Print what was done as JSON at the end
+    #[arg(long)]
+    json: bool,
+}
+
+/// Receives WAL.
+pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
+    let config = super::config(overrides)?;
+    let server = if args.conninfo.is_empty() {
+        super::server::options(&config)?
+    } else {
+        ConnectOptions::from_env_and_uri(&args.conninfo.join(" "))?
+    };
+    let options = options(args, &config)?;
+    let status_file = args.status_file.clone().or(config.receive.status_file.clone());
+    let clusters = Configured::new(&config)?.open_all().await?;
+    let stop = stop_signals()?;
+    let view = Arc::new(View {
+        slot: options.slot.clone(),
+        lines_every: Duration::from_secs(args.report_interval),
+        status_file,
+        last_line: std::sync::Mutex::new(None),
+    });
+    let shown = Arc::clone(&view);
+    let done = receive(&clusters, &server, &options, stop, Arc::new(move |event| shown.show(&event))).await;
+    let report = match done {
+        Ok(report) => report,
+        Err(error) => {
+            view.write_status(&Status {
+                state: "failed",
+                error: Some(error.to_string()),
+                ..view.status(None)
+            });
+            return Err(error);
+        }
+    };
+    view.write_status(&Status { state: "stopped", ..view.status(Some(&report)) });
+    if args.json {
+        super::print_report(&report, true, String::new)?;
+    }
+    Ok(0)
+}
+
+fn options(args: &Args, config: &Config) -> Result<ReceiveOptions> {
+    let settings = &config.receive;
+    let uploads_max = args.uploads_max.or(settings.uploads_max).unwrap_or(4);
+    if !(1..=64).contains(&uploads_max) {
+        return Err(Error::invalid(format!("receive.uploads_max is {uploads_max}; it can be 1 to 64")));
+    }
+    Ok(ReceiveOptions {
+        slot: args.slot.clone().or(settings.slot.clone()).unwrap_or_else(|| "walship".to_owned()),
+        compression: config.compression,
+        spool_dir: match &config.state_dir {
+            Some(folder) => own_folder(Some(folder))?,
+            None => std::env::temp_dir(),
+        },
+        uploads_max: uploads_max as usize,
+        until: match (args.until, args.once) {
+            (Some(lsn), _) => Until::Durable(lsn),
+            (None, true) => Until::CaughtUp,
+            (None, false) => Until::Stopped,
+        },
+        rules: Rules {
+            status_interval: Duration::from_secs(10),
+            silence_max: Duration::from_secs(60),
+            stop_patience: Duration::from_secs(1),
+        },
+        drain_max: Duration::from_secs(30),
+        report_interval: STATUS_INTERVAL.min(Duration::from_secs(args.report_interval)),
+    })
+}
+
+/// Returns what turns true at SIGTERM or SIGINT.
+fn stop_signals() -> Result<watch::Receiver<bool>> {
+    let failed = |error| Error::from_io("waiting for signals", error);
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let (stop_in, stop) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        let _ = stop_in.send(true);
+        // The receivers may outlive this: "nobody can say stop any more" is not to be heard.
+        stop_in.closed().await;
+    });
+    Ok(stop)
+}
+
+/// The status file's content.
+#[derive(Debug, Clone, Serialize)]
+struct Status<'a> {
+    format: u32,
+    state: &'static str,
+    time: String,
+    pid: u32,
+    slot: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[serde(flatten)]
+    report: Option<&'a Report>,
+}
+
+/// Lines on standard error, and the status file.
+struct View {
+    slot: String,
+    lines_every: Duration,
+    status_file: Option<PathBuf>,
+    last_line: std::sync::Mutex<Option<std::time::Instant>>,
+}
+
+impl View {
+    fn show(&self, event: &ReceiveEvent) {
+        match event {
+            ReceiveEvent::Streaming { host, timeline, start } => {
+                super::say(&format!("receiving timeline {timeline} from {start} on from {host}"));
+            }
+            ReceiveEvent::Switched { from, to, switch_lsn } => {
+                super::say(&format!("timeline {from} ended at {switch_lsn}; timeline {to} follows"));
+            }
+            ReceiveEvent::Lost { error, retry_in } => {
+                super::say(&format!("{error}; trying again in {:.1} s", retry_in.as_secs_f64()));
+            }
+            ReceiveEvent::StoreFails { error, retry_in } => super::say(&format!(
+                "not stored yet: {error}; trying again in {:.1} s, the server keeps the WAL",
+                retry_in.as_secs_f64()
+            )),
+            ReceiveEvent::Warning(warning) => super::say(&format!("warning: {warning}")),
+            ReceiveEvent::Report(report) => {
+                let state = if report.streaming { "streaming" } else { "waiting" };
+                self.write_status(&Status { state, ..self.status(Some(report)) });
+                self.line(report);
+            }
+        }
+    }
+
+    fn status<'a>(&'a self, report: Option<&'a Report>) -> Status<'a> {
+        Status {
+            format: 1,
+            state: "starting",
+            time: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Micros, true),
+            pid: std::process::id(),
+            slot: &self.slot,
+            error: None,
+            report,
+        }
+    }
+
+    /// A line of figures now and then, for logs and whoever reads them.
+    fn line(&self, report: &Report) {
+        let mut last = self.last_line.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if last.is_some_and(|last| last.elapsed() < self.lines_every) {
+            return;
+        }
+        *last = Some(std::time::Instant::now());
+        super::say(&format!(
+            "received={} durable={} server={} not_durable_bytes={} uploads={} segments={} received_bytes={} ({}) \
+             stored_bytes={} sessions={}",
+            report.received_lsn,
+            report.durable_lsn,
+            report.server_lsn,
+            report.server_lsn.bytes_since(report.durable_lsn),
+            report.uploads,
+            report.segments,
+            report.received_bytes,
+            HumanBytes(report.received_bytes),
+            report.stored_bytes,
+            report.sessions,
+        ));
+    }
+
+    /// Writes the status file, whole or not at all; that it cannot be written is no reason to end.
+    fn write_status(&self, status: &Status<'_>) {
+        let Some(path) = &self.status_file else { return };
+        let Ok(json) = serde_json::to_vec(status) else { return };
+        if let Err(error) = replace(path, &json) {
+            tracing::warn!("{} cannot be written: {error}", path.display());
+        }
+    }
+}
+
+/// Puts a file in the place of another, without asking that it survive a crash of the machine.
+fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    std::fs::write(&name, bytes)?;
+    std::fs::rename(&name, path)
+}

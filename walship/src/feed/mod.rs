@@ -1,0 +1,14 @@
+//! The thinking part of receiving WAL: what the bytes of a stream belong to, how far everything is
+//! durable, when to speak to the server, and where to go on after a break.
+//!
+//! Pure: bytes, positions and times come in, decisions go out. `receive` carries them out.
+
+mod conversation;
+mod cutter;
+mod frontier;
+mod resume;
+
+pub use conversation::{Conversation, Rules, Verdict};
+pub use cutter::{Cutter, Piece};
+pub use frontier::Frontier;
+pub use resume::{Known, Start, resume};

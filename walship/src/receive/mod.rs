@@ -1,0 +1,360 @@
+//! `walship receive`: a physical replication client that stores WAL as it comes.
+//!
+//! It connects, follows the server's timelines, hands closed segments to the same checks and the same
+//! push as `archive_command`, and tells the server only what is durable in every repository. What to
+//! think of the bytes is [`crate::feed`]'s part; this room waits, connects again and keeps bounds.
+//! Called by the `walship` command.
+//!
+//! Source: `src/bin/pg_basebackup/receivelog.c`, `pg_receivewal.c`.
+
+mod prepare;
+mod segments;
+mod session;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio::sync::watch;
+
+use crate::archive::push::PushOptions;
+use crate::codec::Compression;
+use crate::error::{Error, Result};
+use crate::feed::{Frontier, Rules, Start};
+use crate::pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
+use crate::replication::{ConnectOptions, Connection, ServerError, SessionKind};
+use crate::repository::{ClusterRepository, LineageRepository};
+
+use segments::Uploads;
+use session::Ended;
+
+/// How WAL is received.
+#[derive(Debug, Clone)]
+pub struct ReceiveOptions {
+    /// The replication slot; made when it is not there.
+    pub slot: String,
+    /// How segments are compressed.
+    pub compression: Compression,
+    /// Where the compressed bodies of segments above 32 MiB lie meanwhile.
+    pub spool_dir: PathBuf,
+    /// So many closed segments are on their way at most; then the server has to wait.
+    pub uploads_max: usize,
+    /// When to end.
+    pub until: Until,
+    /// How patient to be with the server.
+    pub rules: Rules,
+    /// How long the end may take: what is not durable then is sent again next time.
+    pub drain_max: Duration,
+    /// How often to report where everything is.
+    pub report_interval: Duration,
+}
+
+/// When to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Until {
+    /// When told to.
+    Stopped,
+    /// When everything before this position is durable.
+    Durable(Lsn),
+    /// When every segment that the server had closed when it was first reached is durable.
+    CaughtUp,
+}
+
+/// What happens meanwhile.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ReceiveEvent {
+    /// Streaming begins.
+    Streaming {
+        /// The server.
+        host: String,
+        /// The timeline.
+        timeline: TimelineId,
+        /// From where.
+        start: Lsn,
+    },
+    /// The server went over to another timeline.
+    Switched {
+        /// The one that ended.
+        from: TimelineId,
+        /// The one that follows.
+        to: TimelineId,
+        /// Where.
+        switch_lsn: Lsn,
+    },
+    /// The session is over; another one is tried.
+    Lost {
+        /// Why.
+        error: String,
+        /// After how long.
+        retry_in: Duration,
+    },
+    /// A store fails; the same is tried again.
+    StoreFails {
+        /// How.
+        error: String,
+        /// After how long.
+        retry_in: Duration,
+    },
+    /// Something to look at.
+    Warning(String),
+    /// Where everything is.
+    Report(Report),
+}
+
+/// Where everything is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Whether WAL is being streamed at the moment.
+    pub streaming: bool,
+    /// The server, when one was reached.
+    pub host: Option<String>,
+    /// The timeline.
+    pub timeline: Option<TimelineId>,
+    /// How far the server's WAL goes, as it last said.
+    pub server_lsn: Lsn,
+    /// How far WAL was received.
+    pub received_lsn: Lsn,
+    /// Before this position everything is durable in every repository; the server was told so.
+    pub durable_lsn: Lsn,
+    /// Closed segments on their way.
+    pub uploads: usize,
+    /// Segments stored so far.
+    pub segments: u64,
+    /// Bytes received so far.
+    pub received_bytes: u64,
+    /// Their length as stored.
+    pub stored_bytes: u64,
+    /// Sessions so far.
+    pub sessions: u64,
+    /// Why the last session ended.
+    pub last_error: Option<String>,
+}
+
+/// Gets to hear what happens.
+pub type Progress = Arc<dyn Fn(ReceiveEvent) + Send + Sync>;
+
+/// Receives WAL into every cluster repository until it is told to stop (`stop` turns true) or as
+/// [`ReceiveOptions::until`] says, and returns where everything was then.
+///
+/// # Errors
+/// What no repetition can mend: a server of another cluster or on a path that the archive does not have, a
+/// refused password, a conflict, WAL that the server has already removed. Outages of the server and of the
+/// stores are waited for.
+/// # Durability
+/// Everything before [`Report::durable_lsn`] survives a crash in every repository, and the server never
+/// hears of more.
+pub async fn receive(
+    clusters: &[ClusterRepository],
+    server: &ConnectOptions,
+    options: &ReceiveOptions,
+    stop: watch::Receiver<bool>,
+    progress: Progress,
+) -> Result<Report> {
+    let mut receiver = Receiver::new(server.clone(), options.clone(), stop, progress);
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
+    loop {
+        let sessions = receiver.report.sessions;
+        let failed = match receiver.one_session(clusters).await {
+            Ok(Ended::Stopped) => return Ok(receiver.finish().await),
+            Ok(Ended::Stalled) => {
+                receiver.wait_for_an_upload().await?;
+                continue;
+            }
+            Err(error) if may_pass(&error) => error,
+            Err(error) => return Err(error),
+        };
+        if receiver.report.sessions > sessions {
+            backoff.restart();
+        }
+        let retry_in = backoff.next();
+        receiver.report.streaming = false;
+        receiver.report.last_error = Some(failed.to_string());
+        (receiver.progress)(ReceiveEvent::Lost { error: failed.to_string(), retry_in });
+        receiver.tell();
+        if receiver.pause(retry_in).await? {
+            return Ok(receiver.finish().await);
+        }
+    }
+}
+
+/// Whether another session may do better.
+fn may_pass(error: &Error) -> bool {
+    // A slot is in use until the server notices that its last user is gone.
+    error.is_transient() || ServerError::of(error).is_some_and(|said| said.code == "55006")
+}
+
+/// Everything that outlives a session.
+struct Receiver {
+    server: ConnectOptions,
+    options: ReceiveOptions,
+    stop: watch::Receiver<bool>,
+    progress: Progress,
+    started: Instant,
+    /// Once a server was reached.
+    archive: Option<Archive>,
+    report: Report,
+    until: Option<Lsn>,
+}
+
+/// What is known of the lineage once a server was reached.
+struct Archive {
+    system_identifier: u64,
+    size: SegmentSize,
+    lineages: Arc<[LineageRepository]>,
+    push: PushOptions,
+    uploads: Uploads,
+    frontier: Frontier,
+    /// The segment to go on with; `None`: to be found out from the repositories.
+    next: Option<Start>,
+    /// Histories that are stored.
+    histories: Vec<TimelineHistory>,
+}
+
+impl Receiver {
+    fn new(
+        server: ConnectOptions,
+        options: ReceiveOptions,
+        stop: watch::Receiver<bool>,
+        progress: Progress,
+    ) -> Self {
+        let report = Report {
+            streaming: false,
+            host: None,
+            timeline: None,
+            server_lsn: Lsn::INVALID,
+            received_lsn: Lsn::INVALID,
+            durable_lsn: Lsn::INVALID,
+            uploads: 0,
+            segments: 0,
+            received_bytes: 0,
+            stored_bytes: 0,
+            sessions: 0,
+            last_error: None,
+        };
+        let started = Instant::now();
+        Self { server, options, stop, progress, started, archive: None, report, until: None }
+    }
+
+    async fn one_session(&mut self, clusters: &[ClusterRepository]) -> Result<Ended> {
+        if *self.stop.borrow() {
+            return Ok(Ended::Stopped);
+        }
+        let connecting = Connection::connect(&self.server, SessionKind::Replication);
+        let mut connection = tokio::select! {
+            connected = connecting => connected?,
+            _ = stopped(&mut self.stop) => return Ok(Ended::Stopped),
+        };
+        let ended = self.talk(&mut connection, clusters).await;
+        if matches!(ended, Ok(Ended::Stopped)) {
+            connection.close().await;
+        }
+        ended
+    }
+
+    /// Waits until there is room for another segment.
+    async fn wait_for_an_upload(&mut self) -> Result<()> {
+        self.report.streaming = false;
+        self.tell();
+        let Some(archive) = &mut self.archive else { return Ok(()) };
+        tokio::select! {
+            stored = archive.uploads.next() => self.note(stored?),
+            _ = stopped(&mut self.stop) => {}
+        }
+        Ok(())
+    }
+
+    /// Waits, while uploads go on; returns whether the time to stop has come meanwhile.
+    async fn pause(&mut self, duration: Duration) -> Result<bool> {
+        let end = tokio::time::Instant::now() + duration;
+        loop {
+            let Some(archive) = &mut self.archive else {
+                tokio::select! {
+                    () = tokio::time::sleep_until(end) => return Ok(false),
+                    _ = stopped(&mut self.stop) => return Ok(true),
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep_until(end) => return Ok(false),
+                _ = stopped(&mut self.stop) => return Ok(true),
+                stored = archive.uploads.next() => self.note(stored?),
+            }
+            if self.is_done() {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Takes note of what is durable now.
+    fn note(&mut self, stored: segments::Stored) {
+        let Some(archive) = &mut self.archive else { return };
+        archive.frontier.add(stored.start, stored.end);
+        self.report.durable_lsn = archive.frontier.durable();
+        self.report.stored_bytes += stored.stored_bytes;
+        self.report.segments += 1;
+        self.report.uploads = archive.uploads.len();
+    }
+
+    fn is_done(&self) -> bool {
+        self.until.is_some_and(|until| self.report.durable_lsn >= until)
+    }
+
+    fn tell(&self) {
+        (self.progress)(ReceiveEvent::Report(self.report.clone()));
+    }
+
+    /// Lets what is on its way come to its end, within bounds.
+    async fn finish(mut self) -> Report {
+        let deadline = tokio::time::Instant::now() + self.options.drain_max;
+        while let Some(archive) = &mut self.archive
+            && archive.uploads.len() > 0
+        {
+            match tokio::time::timeout_at(deadline, archive.uploads.next()).await {
+                Ok(Ok(stored)) => self.note(stored),
+                Ok(Err(error)) => (self.progress)(ReceiveEvent::Warning(error.to_string())),
+                Err(_) => {
+                    let left = archive.uploads.len();
+                    archive.uploads.abort().await;
+                    (self.progress)(ReceiveEvent::Warning(format!(
+                        "{left} segments were not stored in time; the server keeps them and sends them again"
+                    )));
+                }
+            }
+        }
+        self.report.streaming = false;
+        self.report.uploads = 0;
+        self.tell();
+        self.report
+    }
+}
+
+/// Waits until it is time to stop.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        // Nobody is left who could say so.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Pauses that double, with some chance in them so that many do not come back at once.
+struct Backoff {
+    first: Duration,
+    longest: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    fn new(first: Duration, longest: Duration) -> Self {
+        Self { first, longest, next: first }
+    }
+
+    fn next(&mut self) -> Duration {
+        let pause = self.next;
+        self.next = (pause * 2).min(self.longest);
+        pause.mul_f64(rand::random_range(0.5..=1.0))
+    }
+
+    fn restart(&mut self) {
+        self.next = self.first;
+    }
+}

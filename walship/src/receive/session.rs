@@ -1,0 +1,292 @@
+//! One connection: stream, timeline after timeline, until it breaks or it is time to stop.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::prepare::no_archive;
+use super::segments::OpenSegment;
+use super::{ReceiveEvent, Receiver, stopped};
+use crate::error::{Error, Result};
+use crate::feed::{Conversation, Cutter, Start, Verdict};
+use crate::pg::{Lsn, SegmentName};
+use crate::replication::stream::{
+    NextTimeline, StandbyStatus, StreamMessage, end_streaming, next_streamed, send_status, start_streaming,
+};
+use crate::replication::{Connection, ServerError};
+use crate::repository::ClusterRepository;
+
+/// Bytes are waited for in a loop that has its own clock: this is only a bound.
+const READ_PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Why a session ended well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// It was time to stop.
+    Stopped,
+    /// The stores take nothing: the server is left alone meanwhile.
+    Stalled,
+}
+
+/// Why streaming one timeline ended.
+enum Turn {
+    Timeline(NextTimeline),
+    Ended(Ended),
+}
+
+/// What is being streamed.
+struct Streaming {
+    cutter: Cutter,
+    open: Option<OpenSegment>,
+    talk: Conversation,
+    /// Since when no segment may be begun because too many are on their way.
+    full_since: Option<Duration>,
+    next_report: Duration,
+}
+
+impl Receiver {
+    /// Streams until the session ends.
+    pub(super) async fn talk(
+        &mut self,
+        connection: &mut Connection,
+        clusters: &[ClusterRepository],
+    ) -> Result<Ended> {
+        let mut start = self.prepare(connection, clusters).await?;
+        loop {
+            self.report.host = Some(connection.host().to_string());
+            self.report.timeline = Some(start.timeline);
+            self.report.received_lsn = start.lsn;
+            let begun = start_streaming(connection, &self.options.slot, start.timeline, start.lsn).await;
+            let next = match begun.map_err(|error| removed(error, start.lsn))? {
+                Some(next) => next,
+                None => {
+                    (self.progress)(ReceiveEvent::Streaming {
+                        host: connection.host().to_string(),
+                        timeline: start.timeline,
+                        start: start.lsn,
+                    });
+                    self.report.sessions += 1;
+                    self.report.streaming = true;
+                    match self.stream(connection, start).await? {
+                        Turn::Timeline(next) => next,
+                        Turn::Ended(ended) => return Ok(ended),
+                    }
+                }
+            };
+            start = self.switch(connection, start, next).await?;
+        }
+    }
+
+    /// Goes over to the next timeline: everything of the old one is durable before.
+    async fn switch(&mut self, connection: &mut Connection, old: Start, next: NextTimeline) -> Result<Start> {
+        let NextTimeline { timeline, switch_lsn } = next;
+        if timeline <= old.timeline {
+            return Err(Error::corrupt(format!("the server names {timeline:?} after {:?}", old.timeline)));
+        }
+        while self.archive.as_ref().is_some_and(|archive| archive.uploads.len() > 0) {
+            let archive = self.archive.as_mut().ok_or_else(no_archive)?;
+            tokio::select! {
+                stored = archive.uploads.next() => self.note(stored?),
+                _ = stopped(&mut self.stop) => return Err(Error::unavailable("it is time to stop")),
+            }
+        }
+        self.store_history(connection, timeline).await?;
+        let archive = self.archive.as_mut().ok_or_else(no_archive)?;
+        let size = archive.size;
+        let start = Start { timeline, lsn: Lsn(switch_lsn.0 - size.offset_of(switch_lsn)) };
+        archive.next = Some(start);
+        (self.progress)(ReceiveEvent::Switched { from: old.timeline, to: timeline, switch_lsn });
+        Ok(start)
+    }
+
+    async fn stream(&mut self, connection: &mut Connection, start: Start) -> Result<Turn> {
+        let now = self.started.elapsed();
+        let size = self.archive.as_ref().ok_or_else(no_archive)?.size;
+        let mut streaming = Streaming {
+            cutter: Cutter::new(start.timeline, start.lsn, size),
+            open: None,
+            talk: Conversation::new(self.options.rules, now),
+            full_since: None,
+            next_report: now,
+        };
+        loop {
+            let now = self.started.elapsed();
+            let received = streaming.cutter.position();
+            if self.is_done() || *self.stop.borrow() {
+                return self.drain(connection, &mut streaming).await.map(Turn::Ended);
+            }
+            match streaming.talk.verdict(now, self.report.durable_lsn, received) {
+                Verdict::Stay => {}
+                Verdict::Silent => {
+                    return Err(Error::unavailable(format!("{} has fallen silent", connection.host())));
+                }
+                Verdict::KeptWaiting => {
+                    return Err(Error::unavailable(format!(
+                        "{} shuts down, and not all of its WAL is durable here yet",
+                        connection.host()
+                    ))
+                    .with_safe("it was told nothing that is not so: the slot keeps the rest"));
+                }
+            }
+            self.speak(connection, &mut streaming, now).await?;
+            if now >= streaming.next_report {
+                streaming.next_report = now + self.options.report_interval;
+                self.tell();
+            }
+            let archive = self.archive.as_mut().ok_or_else(no_archive)?;
+            let full = streaming.open.is_none() && archive.uploads.len() >= self.options.uploads_max;
+            if !full {
+                streaming.full_since = None;
+            } else if now.saturating_sub(*streaming.full_since.get_or_insert(now))
+                >= self.options.rules.stop_patience
+            {
+                // Not listening, we would not notice that the server wants to shut down.
+                return Ok(Turn::Ended(Ended::Stalled));
+            }
+            let mut look = streaming.talk.next_look(now).min(streaming.next_report.saturating_sub(now));
+            if full {
+                look = look.min(self.options.rules.stop_patience);
+            }
+            tokio::select! {
+                biased;
+                stored = archive.uploads.next() => self.note(stored?),
+                message = next_streamed(connection, READ_PATIENCE), if !full => {
+                    let message = message.map_err(|error| removed(error, received))?;
+                    if let Some(turn) = self.heard(connection, &mut streaming, message).await? {
+                        return Ok(turn);
+                    }
+                }
+                () = sleep(look) => {}
+                () = stopped(&mut self.stop) => {}
+            }
+        }
+    }
+
+    /// Tells the server where we are, when it is time to.
+    async fn speak(
+        &self,
+        connection: &mut Connection,
+        streaming: &mut Streaming,
+        now: Duration,
+    ) -> Result<()> {
+        let durable = self.report.durable_lsn;
+        let Some(reply_requested) = streaming.talk.speak(now, durable) else { return Ok(()) };
+        let status = StandbyStatus { write: durable, flush: durable, reply_requested };
+        send_status(connection, status, chrono::Utc::now().timestamp_micros()).await
+    }
+
+    /// Deals with one message.
+    async fn heard(
+        &mut self,
+        connection: &mut Connection,
+        streaming: &mut Streaming,
+        message: StreamMessage,
+    ) -> Result<Option<Turn>> {
+        let now = self.started.elapsed();
+        match message {
+            StreamMessage::Wal { mut start, mut bytes } => {
+                streaming.talk.heard_wal(now);
+                self.report.received_bytes += bytes.len() as u64;
+                while let Some(piece) = streaming.cutter.take(&mut start, &mut bytes)? {
+                    let open = match streaming.open.take() {
+                        Some(open) => open,
+                        None => self.open(piece.segment)?,
+                    };
+                    let open = streaming.open.insert(open);
+                    open.push(piece.bytes).await?;
+                    if piece.completes
+                        && let Some(open) = streaming.open.take()
+                    {
+                        self.close(piece.segment, open)?;
+                    }
+                }
+                self.report.received_lsn = streaming.cutter.position();
+                self.report.server_lsn = self.report.server_lsn.max(streaming.cutter.position());
+                Ok(None)
+            }
+            StreamMessage::Keepalive { sent, reply_requested } => {
+                streaming.talk.heard_keepalive(now, reply_requested);
+                self.report.server_lsn = self.report.server_lsn.max(sent);
+                Ok(None)
+            }
+            StreamMessage::ServerStopped => {
+                Err(Error::unavailable(format!("{} has shut down", connection.host())))
+            }
+            StreamMessage::End => {
+                let next = end_streaming(connection, true).await?.ok_or_else(|| {
+                    Error::unavailable(format!("{} ended the stream without a word", connection.host()))
+                })?;
+                self.end_timeline(streaming, next.switch_lsn).await?;
+                Ok(Some(Turn::Timeline(next)))
+            }
+        }
+    }
+
+    fn open(&self, name: SegmentName) -> Result<OpenSegment> {
+        let archive = self.archive.as_ref().ok_or_else(no_archive)?;
+        Ok(OpenSegment::start(name, archive.size, &archive.push))
+    }
+
+    /// A segment is whole.
+    fn close(&mut self, name: SegmentName, open: OpenSegment) -> Result<()> {
+        let archive = self.archive.as_mut().ok_or_else(no_archive)?;
+        archive.uploads.segment(name, archive.size, open.close());
+        archive.next = Some(Start { timeline: name.timeline, lsn: name.end(archive.size) });
+        self.report.uploads = archive.uploads.len();
+        Ok(())
+    }
+
+    /// Keeps the last bytes of a timeline that ended at `switch_lsn`.
+    async fn end_timeline(&mut self, streaming: &mut Streaming, switch_lsn: Lsn) -> Result<()> {
+        let position = streaming.cutter.position();
+        if position != switch_lsn {
+            return Err(Error::corrupt(format!(
+                "the server ends {:?} at {switch_lsn}, and has sent WAL up to {position}",
+                streaming.cutter.timeline()
+            )));
+        }
+        let Some(mut open) = streaming.open.take() else { return Ok(()) };
+        let archive = self.archive.as_mut().ok_or_else(no_archive)?;
+        open.fill_up(archive.size).await?;
+        let name = streaming.cutter.segment();
+        archive.uploads.last_segment(name, switch_lsn, archive.size, open.close());
+        self.report.uploads = archive.uploads.len();
+        Ok(())
+    }
+
+    /// Lets what is on its way become durable, tells the server, and takes leave.
+    async fn drain(&mut self, connection: &mut Connection, streaming: &mut Streaming) -> Result<Ended> {
+        // What was received of it is sent again next time.
+        streaming.open = None;
+        let deadline = Instant::now() + self.options.drain_max;
+        loop {
+            let now = self.started.elapsed();
+            self.speak(connection, streaming, now).await?;
+            let look = deadline.min(Instant::now() + streaming.talk.next_look(now));
+            let archive = self.archive.as_mut().ok_or_else(no_archive)?;
+            if archive.uploads.len() == 0 || Instant::now() >= deadline {
+                break;
+            }
+            if let Ok(stored) = timeout_at(look, archive.uploads.next()).await {
+                self.note(stored?);
+            }
+        }
+        // A server that is gone meanwhile does not matter.
+        let _ = end_streaming(connection, false).await;
+        Ok(Ended::Stopped)
+    }
+}
+
+/// Says clearly that the server does not have the WAL any more that is asked of it.
+fn removed(error: Error, from: Lsn) -> Error {
+    let gone = ServerError::of(&error).is_some_and(|said| said.code == "58P01");
+    if !gone {
+        return error;
+    }
+    Error::missing(format!("the server has removed WAL from {from} on, which is not in the repository: {error}"))
+        .with_safe("nothing was skipped; what is stored is unchanged")
+        .with_next(
+            "Push the missing segments from an archive or a standby that has them with `walship wal push`. If they \
+             are lost, no moment behind them can be reached from an older backup: take a new base backup.",
+        )
+}
