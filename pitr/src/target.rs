@@ -163,7 +163,7 @@ pub struct TargetError {
 }
 
 impl TargetError {
-    fn new(what: impl Into<String>, next: impl Into<String>) -> Self {
+    pub(crate) fn new(what: impl Into<String>, next: impl Into<String>) -> Self {
         Self { what: what.into(), next: next.into() }
     }
 }

@@ -123,6 +123,7 @@ impl Scene {
             data_checksums: false,
             manifest_digest,
             settings_files: vec![],
+            names: None,
             prepared: Some(Vec::new()),
         };
         Self { home: tempfile::tempdir().unwrap(), repository, record }

@@ -3,6 +3,7 @@
 //! Filled by `repository::load_catalog`, read by the planner. Pure: no I/O, no clock.
 
 mod gaps;
+mod names;
 mod segments;
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use crate::wal::event::ServerLimits;
 use crate::wal::rollup::Rollup;
 
 pub use gaps::{GapCause, GapKind, GapRecord};
+pub use names::{DatabaseNames, Names, RelationName, SavedNames};
 pub use segments::StoredSegments;
 
 /// One lineage of one cluster: everything under one system identifier and segment size.
@@ -104,6 +106,10 @@ pub struct BackupRecord {
     /// Settings files that lay outside the data directory, saved beside the backup.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub settings_files: Vec<SettingsFile>,
+    /// The names of databases and relations, saved beside the backup; `None` where they could not be read,
+    /// and in older records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub names: Option<SavedNames>,
     /// Transactions whose two-phase state the backup holds: prepared before its checkpoint or while it was
     /// taken, and perhaps ended since. `None` where that was not recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]

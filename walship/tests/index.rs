@@ -248,6 +248,7 @@ async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
             data_checksums: true,
             manifest_digest: String::new(),
             settings_files: vec![],
+            names: None,
             prepared: Some(Vec::new()),
         };
         lineage.put_backup_record(&record).await.unwrap();

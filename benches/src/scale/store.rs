@@ -310,6 +310,7 @@ fn record(
         data_checksums: true,
         manifest_digest: made_up("manifest"),
         settings_files: vec![],
+        names: None,
         prepared: None,
     }
 }

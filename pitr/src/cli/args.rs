@@ -7,10 +7,10 @@ use clap::{Parser, Subcommand, ValueEnum};
 use walship::Result;
 use walship::config::Overrides;
 
-use crate::log::{Kind, Query};
+use crate::log::{Before, Kind, Query, oid_or_name, parse_table};
 use crate::recovery_settings::{RestoreAs, TargetAction};
 use crate::target::{
-    RecoveryTarget, TargetWords, TimelineChoice, Zone, parse_time, parse_timeline, parse_xid,
+    RecoveryTarget, TargetError, TargetWords, TimelineChoice, Zone, parse_time, parse_timeline, parse_xid,
 };
 
 const STATUSES: &str = "Exit status:
@@ -24,6 +24,7 @@ const PLAN_EXAMPLES: &str = "Examples:
   pitr plan --to-time '2026-03-01 14:29:59.8 Europe/Berlin'
   pitr plan --to-xid 48213 --exclusive
   pitr plan --to-lsn 16/B374D848 --timeline 2
+  pitr plan --before drop:public.orders
   pitr plan --latest --json | jq .plan.last_included
 ";
 
@@ -40,6 +41,7 @@ const INFO_EXAMPLES: &str = "Examples:
 
 const LOG_EXAMPLES: &str = "Examples:
   pitr log --since '2026-03-01 14:00 Europe/Berlin' --only drop,truncate
+  pitr log --table public.orders
   pitr log --xid 48213
   pitr log --json | jq -r '.lines[] | select(.at_once) | .just_before'
 ";
@@ -102,9 +104,12 @@ pub(super) struct LogArgs {
     /// Only what this transaction did; its commit or abort too
     #[arg(long, value_name = "XID")]
     xid: Option<String>,
-    /// Only what names this database
-    #[arg(long, value_name = "OID")]
-    database: Option<u32>,
+    /// Only what names this database, by name or oid
+    #[arg(long, value_name = "DATABASE")]
+    database: Option<String>,
+    /// Only what names this table, its indexes or its TOAST table: NAME, SCHEMA.NAME or its oid
+    #[arg(long, value_name = "TABLE")]
+    table: Option<String>,
     /// Only what names this relation file number: pg_class.relfilenode as it was then
     #[arg(long, value_name = "FILENODE")]
     relation: Option<u32>,
@@ -115,6 +120,10 @@ pub(super) struct LogArgs {
     /// The timeline whose way is followed: a number or "latest" [default: latest]
     #[arg(long, value_name = "N")]
     timeline: Option<String>,
+    /// Also ask this server what its databases and relations are called now: a connection string or URI, without
+    /// a password
+    #[arg(long, value_name = "CONNINFO")]
+    pub(super) server: Option<String>,
     /// How many lines at most, the oldest first
     #[arg(long, value_name = "LINES", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     limit: u32,
@@ -134,15 +143,14 @@ impl LogArgs {
             ([], Some(_)) => Kind::OF_TRANSACTION.to_vec(),
             (only, _) => only.to_vec(),
         };
-        let timeline = match self.timeline.as_deref() {
-            None | Some("latest") => TimelineChoice::Latest,
-            Some(text) => TimelineChoice::Number(parse_timeline(text)?),
-        };
+        let timeline = timeline(self.timeline.as_deref())?;
         let query = Query {
             since: since.map(|(time, _)| time),
             until: until.map(|(time, _)| time),
             xid: self.xid.as_deref().map(parse_xid).transpose()?,
-            database: self.database,
+            database: self.database.as_deref().map(oid_or_name),
+            table: self.table.as_deref().map(parse_table).transpose()?,
+            unnamed_too: false,
             relation: self.relation,
             kinds,
             timeline,
@@ -227,6 +235,11 @@ pub(super) struct TargetArgs {
     /// Just before the end of this transaction: --to-xid XID --exclusive
     #[arg(long, value_name = "XID", conflicts_with_all = ["to_xid", "exclusive"])]
     before_xid: Option<String>,
+    /// Just before the last such event: drop:TABLE, truncate:TABLE, drop:DATABASE/TABLE or, of a whole database,
+    /// drop:DATABASE/. A name that could mean several is refused, and each named
+    #[arg(long, value_name = "EVENT", conflicts_with_all = ["to_time", "to_lsn", "to_xid", "before_xid", "to_name",
+        "latest", "immediate", "exclusive"])]
+    before: Option<String>,
     /// A restore point made with pg_create_restore_point()
     #[arg(long, value_name = "NAME")]
     to_name: Option<String>,
@@ -248,7 +261,13 @@ pub(super) struct TargetArgs {
 }
 
 impl TargetArgs {
-    /// Returns the target.
+    /// Returns the event to stop before, when that is how the target is given, and the timeline to follow.
+    pub(super) fn before(&self) -> Result<Option<(Before, TimelineChoice)>> {
+        let Some(text) = &self.before else { return Ok(None) };
+        Ok(Some((Before::parse(text)?, timeline(self.timeline.as_deref())?)))
+    }
+
+    /// Returns the target, unless [`TargetArgs::before`] gives it.
     pub(super) fn target(&self) -> Result<RecoveryTarget> {
         let words = TargetWords {
             time: self.to_time.clone(),
@@ -261,6 +280,13 @@ impl TargetArgs {
             exclusive: self.exclusive || self.before_xid.is_some(),
         };
         Ok(words.parse(local_offset)?)
+    }
+}
+
+fn timeline(text: Option<&str>) -> Result<TimelineChoice, TargetError> {
+    match text {
+        None | Some("latest") => Ok(TimelineChoice::Latest),
+        Some(text) => parse_timeline(text).map(TimelineChoice::Number),
     }
 }
 

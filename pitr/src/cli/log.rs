@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 
 use chrono::{DateTime, Utc};
+use walship::backup::names::{NamesRead, read_names};
+use walship::replication::ConnectOptions;
 use walship::{Error, Result};
 
 use super::args::LogArgs;
@@ -11,8 +13,11 @@ use super::plan::refused;
 use super::source::Source;
 use super::{DAMAGED, DONE};
 use crate::execute::{Logged, read_log};
-use crate::log::{Entry, Line, Log};
+use crate::log::{Entry, Line, Log, NameSource, Relation};
 use crate::target::Zone;
+
+/// `pg_default`, which need not be named.
+const DEFAULT_TABLESPACE: u32 = 1663;
 
 /// How many relations of one event are named in text.
 const RELATIONS_SHOWN: usize = 4;
@@ -20,7 +25,11 @@ const RELATIONS_SHOWN: usize = 4;
 pub(super) async fn run(args: &LogArgs) -> Result<u8> {
     let (query, zone) = args.query()?;
     let source = Source::open(&args.source).await?;
-    let log = match read_log(&source.repository, &source.catalog, &query).await? {
+    let server = match &args.server {
+        Some(conninfo) => Some(live_names(conninfo, source.catalog.lineage.system_identifier).await?),
+        None => None,
+    };
+    let log = match read_log(&source.repository, &source.catalog, &query, server).await? {
         Logged::Log(log) => log,
         Logged::Refused(refusal) => return refused(&refusal, args.source.json),
     };
@@ -33,6 +42,19 @@ pub(super) async fn run(args: &LogArgs) -> Result<u8> {
     }
     let damaged = log.lines.iter().any(|line| matches!(line, Line::Unknown { damaged: true, .. }));
     Ok(if damaged { DAMAGED } else { DONE })
+}
+
+/// Returns what the live server calls its databases and relations.
+async fn live_names(conninfo: &str, system_identifier: u64) -> Result<NamesRead> {
+    let read = read_names(&ConnectOptions::from_env_and_uri(conninfo)?).await?;
+    if read.system_identifier != system_identifier {
+        return Err(Error::mismatch(format!(
+            "the server has system identifier {}, the archived WAL is of {system_identifier}",
+            read.system_identifier
+        ))
+        .with_next("Name the server that this cluster's WAL comes from, or leave out --server."));
+    }
+    Ok(read)
 }
 
 /// Returns the log for people.
@@ -76,6 +98,10 @@ fn text(log: &Log, zone: Zone, style: Style) -> String {
             log.lines.len()
         );
     }
+    for (backup, why) in &log.names_unread {
+        let _ =
+            writeln!(text, "\nThe names saved with backup {} cannot be read: {}", clean(backup), clean(why));
+    }
     for timeline in &log.timelines_left_out {
         let _ = writeln!(
             text,
@@ -90,19 +116,24 @@ fn event(entry: &Entry, zone: Zone, style: Style) -> String {
     let mut facts = vec![format!("lsn {}", entry.lsn), format!("timeline {}", entry.timeline)];
     facts.extend(entry.xid.map(|xid| format!("xid {xid}")));
     let _ = writeln!(text, "  {}", facts.join(", "));
-    for relation in entry.relations.iter().take(RELATIONS_SHOWN) {
-        let (storage, name) = (relation.storage, relation.name.as_deref().unwrap_or("unknown"));
+    for database in &entry.databases {
+        let name = database.name.as_deref().map_or_else(|| "unknown".to_owned(), |name| format!("{name:?}"));
         let _ = writeln!(
             text,
-            "  database {}, tablespace {}, relfilenode {}, name {}",
-            storage.database,
-            storage.tablespace,
-            storage.relation,
-            clean(name)
+            "  database {} (oid {}{})",
+            clean(&name),
+            database.oid,
+            by(database.named_by.as_ref(), zone)
         );
+    }
+    for named in entry.relations.iter().take(RELATIONS_SHOWN) {
+        let _ = writeln!(text, "  {}", relation(named, zone));
     }
     if let Some(others) = entry.relation_count.checked_sub(RELATIONS_SHOWN as u64).filter(|n| *n > 0) {
         let _ = writeln!(text, "  and {others} more");
+    }
+    if let Some(bytes) = entry.freed_bytes {
+        let _ = writeln!(text, "  freed about {}: its files' size in that backup", output::bytes(bytes));
     }
     if entry.at_once {
         text.push_str(
@@ -114,6 +145,39 @@ fn event(entry: &Entry, zone: Zone, style: Style) -> String {
         let _ = writeln!(text, "  then, as DROP DATABASE had marked it invalid by there: {sql}");
     }
     text
+}
+
+/// Returns what is known of a relation.
+fn relation(relation: &Relation, zone: Zone) -> String {
+    let kind = match relation.kind {
+        Some('r') => "table",
+        Some('i') => "index",
+        Some('S') => "sequence",
+        Some('t') => "TOAST table",
+        Some('m') => "materialized view",
+        _ => "relation",
+    };
+    let name = relation.full_name().map_or_else(|| "name unknown".to_owned(), |name| clean(&name));
+    let mut facts = Vec::new();
+    facts.extend(relation.of.as_ref().map(|of| format!("of {}", clean(of))));
+    facts.extend(relation.oid.map(|oid| format!("oid {oid}")));
+    facts.extend(relation.relation.map(|number| format!("relfilenode {number}")));
+    facts.extend(
+        relation.tablespace.filter(|oid| *oid != DEFAULT_TABLESPACE).map(|oid| format!("tablespace {oid}")),
+    );
+    format!("{kind} {name} ({}{})", facts.join(", "), by(relation.named_by.as_ref(), zone))
+}
+
+/// Returns where a name is from.
+fn by(source: Option<&NameSource>, zone: Zone) -> String {
+    match source {
+        None => String::new(),
+        Some(NameSource::Wal) => ", named by the WAL".to_owned(),
+        Some(NameSource::Backup { id, time }) => {
+            format!(", so called at {} by backup {}", zone.text(*time), clean(id))
+        }
+        Some(NameSource::Server { time }) => format!(", called so by the server at {}", zone.text(*time)),
+    }
 }
 
 /// Returns when an event happened; of one whose record does not say, between what.

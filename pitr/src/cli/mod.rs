@@ -1,6 +1,7 @@
 //! The `pitr` command line: words in, words out. People and programs get the same values.
 
 mod args;
+mod before;
 mod index;
 mod info;
 mod log;

@@ -4,6 +4,7 @@ use walship::Result;
 use walship::config::Overrides;
 
 use super::args::PlanArgs;
+use super::before::Asked;
 use super::output::{self, Style};
 use super::source::Source;
 use super::{DONE, NO_PLAN};
@@ -12,8 +13,12 @@ use crate::plan::{PlanOptions, Refusal, RestorePlan};
 use crate::target::shell_word;
 
 pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
-    let target = args.target.target()?;
+    let asked = Asked::of(&args.target)?;
     let source = Source::open(&args.source).await?;
+    let target = match asked.target(&source).await? {
+        Ok(target) => target,
+        Err(refusal) => return refused(&refusal, args.source.json),
+    };
     let options = PlanOptions { backup: args.target.backup.clone() };
     match make_plan(&source.repository, &source.catalog, &target, &options, Proof::Bounded).await? {
         Planned::Plan(plan) => {

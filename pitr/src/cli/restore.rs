@@ -13,6 +13,7 @@ use walship::{Error, Result};
 
 use super::DONE;
 use super::args::RestoreArgs;
+use super::before::Asked;
 use super::output::{self, Style};
 use super::plan::refused;
 use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
@@ -29,9 +30,13 @@ const REDRAW: Duration = Duration::from_millis(200);
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
-    let target = args.target.target()?;
+    let asked = Asked::of(&args.target)?;
     let program = restore_cmd(args.restore_cmd.as_deref())?;
     let source = Source::open(&args.source).await?;
+    let target = match asked.target(&source).await? {
+        Ok(target) => target,
+        Err(refusal) => return refused(&refusal, args.source.json),
+    };
     let options = options(args, &program, source.catalog.lineage.number, target.kind == TargetKind::Latest)?;
     let plan_options = PlanOptions { backup: args.target.backup.clone() };
     let plan =

@@ -1,7 +1,9 @@
 //! What happened in the archived WAL: events are chosen, described, and each given the target that leads to
 //! just before it. Pure, like the planner: what must be known first is asked for.
 
+mod before;
 mod describe;
+mod names;
 mod read;
 
 #[cfg(test)]
@@ -13,11 +15,14 @@ use walship::pg::{Lsn, Oid, SegmentName, TimelineId, Xid};
 use walship::wal::event::{EventKind, RelFileLocator, WalEvent};
 
 use crate::plan::Gap;
-use crate::target::TimelineChoice;
+use crate::target::{TargetError, TimelineChoice};
 
-pub(crate) use read::Reading;
+pub use before::Before;
+pub use names::{DatabaseName, NameSource, Relation, Removed};
+pub(crate) use names::{Dictionary, Documents};
+pub(crate) use read::{Need, Reading};
 
-use describe::{kinds_of, relations_of};
+use describe::{kinds_of, names_databases, names_relations, relations_of};
 
 /// How many relations of one event are listed; the others are counted.
 const RELATIONS_MAX: usize = 20;
@@ -59,7 +64,11 @@ pub struct Query {
     /// Only what this transaction did.
     pub xid: Option<Xid>,
     /// Only what names this database.
-    pub database: Option<Oid>,
+    pub database: Option<OidOrName>,
+    /// Only what names this table, or an index or TOAST table of it.
+    pub table: Option<TableFilter>,
+    /// Also what names a relation or a database whose name is not known: it may be the one that is asked for.
+    pub unnamed_too: bool,
     /// Only what names this relation file number.
     pub relation: Option<Oid>,
     /// Only these kinds.
@@ -70,13 +79,78 @@ pub struct Query {
     pub limit: usize,
 }
 
+/// What is looked for by its oid, or by a name that it had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OidOrName {
+    /// The oid.
+    Oid(Oid),
+    /// The name.
+    Name(String),
+}
+
+/// A table that is looked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableFilter {
+    /// Its schema; `None` for any.
+    pub schema: Option<String>,
+    /// Its `pg_class` oid or its name.
+    pub table: OidOrName,
+}
+
+/// Returns what a word names: an oid when it is a number.
+pub fn oid_or_name(word: &str) -> OidOrName {
+    word.parse().map_or_else(|_| OidOrName::Name(word.to_owned()), OidOrName::Oid)
+}
+
+/// Returns the table that `NAME`, `SCHEMA.NAME` or an oid names. Names are as they are stored, without quotes;
+/// of several dots the first ends the schema.
+///
+/// # Errors
+/// [`TargetError`] for an empty part.
+pub fn parse_table(word: &str) -> Result<TableFilter, TargetError> {
+    let (schema, name) = match word.split_once('.') {
+        Some((schema, name)) => (Some(schema), name),
+        None => (None, word),
+    };
+    if name.is_empty() || schema == Some("") {
+        return Err(TargetError::new(
+            format!("{word:?} names no table"),
+            "Write NAME, SCHEMA.NAME or an oid, without quotes, in the letters that are stored.",
+        ));
+    }
+    let table = if schema.is_none() { oid_or_name(name) } else { OidOrName::Name(name.to_owned()) };
+    Ok(TableFilter { schema: schema.map(str::to_owned), table })
+}
+
+impl TableFilter {
+    /// Returns whether a relation is the table, or belongs to it.
+    fn matches(&self, relation: &Relation) -> bool {
+        match &self.table {
+            OidOrName::Oid(oid) => relation.oid == Some(*oid),
+            OidOrName::Name(name) => {
+                let is = |schema: Option<&str>, own: Option<&str>| {
+                    own == Some(name.as_str())
+                        && self.schema.as_deref().is_none_or(|wanted| schema == Some(wanted))
+                };
+                let owner = relation.of.as_deref().and_then(|of| of.split_once('.'));
+                is(relation.schema.as_deref(), relation.name.as_deref())
+                    || owner.is_some_and(|(schema, name)| is(Some(schema), Some(name)))
+            }
+        }
+    }
+}
+
 impl Query {
-    /// Returns whether an event is asked for, its time not looked at.
+    /// Returns whether an event is asked for as far as its record tells, its time not looked at.
     fn picks(&self, event: &WalEvent) -> bool {
         let touched = |oid: Option<Oid>, of: fn(&RelFileLocator) -> Oid| {
             oid.is_none_or(|oid| relations_of(event).iter().any(|relation| of(relation) == oid))
         };
-        let database = self.database.is_none_or(|oid| match &event.kind {
+        let by_oid = match self.database {
+            Some(OidOrName::Oid(oid)) => Some(oid),
+            _ => None,
+        };
+        let database = by_oid.is_none_or(|oid| match &event.kind {
             EventKind::DatabaseDrop { oid: dropped, .. }
             | EventKind::DatabaseInvalid { oid: dropped, .. } => *dropped == oid,
             EventKind::Commit { dropped_objects: Some(dropped), .. } if dropped.databases.contains(&oid) => {
@@ -90,6 +164,25 @@ impl Query {
             && self.xid.is_none_or(|xid| transaction() == xid)
             && database
             && touched(self.relation, |relation| relation.relation)
+            && (self.database.is_none() || names_databases(event))
+            && (self.table.is_none() || names_relations(event))
+    }
+
+    /// Returns whether an event is asked for by its names too.
+    fn names(&self, entry: &Entry, relations: &[Relation]) -> bool {
+        let kinds = entry.kinds.iter().any(|kind| self.kinds.contains(kind));
+        let database = match &self.database {
+            Some(OidOrName::Name(name)) => entry
+                .databases
+                .iter()
+                .any(|one| one.name.as_ref().map_or(self.unnamed_too, |known| known == name)),
+            _ => true,
+        };
+        let table = |table: &TableFilter| {
+            (self.unnamed_too && entry.unnamed_count > 0)
+                || relations.iter().any(|relation| table.matches(relation))
+        };
+        kinds && database && self.table.as_ref().is_none_or(table)
     }
 
     /// Returns whether an event must be known, to be shown or to describe another.
@@ -107,7 +200,7 @@ impl Query {
     /// Returns whether ends of transactions are asked for that drop nothing.
     fn wants_ends(&self) -> bool {
         let kinds = [Kind::Commit, Kind::Abort].iter().any(|kind| self.kinds.contains(kind));
-        kinds && self.database.is_none() && self.relation.is_none()
+        kinds && self.database.is_none() && self.relation.is_none() && self.table.is_none()
     }
 }
 
@@ -130,6 +223,19 @@ pub struct Log {
     pub more: bool,
     /// Timelines with stored WAL that is not on this way.
     pub timelines_left_out: Vec<TimelineId>,
+    /// Backups whose saved names cannot be read, and why: what they would name is not named.
+    pub names_unread: Vec<(String, String)>,
+}
+
+impl Log {
+    /// Returns whether it is unknown what happened in some WAL behind `lsn`.
+    pub fn is_unknown_behind(&self, lsn: Lsn) -> bool {
+        self.lines.iter().any(|line| match line {
+            Line::Gap(gap) => gap.to > lsn,
+            Line::Unknown { to, .. } => *to > lsn,
+            Line::Event(_) | Line::Fork { .. } => false,
+        })
+    }
 }
 
 /// One line of a log.
@@ -189,23 +295,20 @@ pub struct Entry {
     /// rolled back.
     pub at_once: bool,
     /// The databases that it names.
-    pub databases: Vec<Oid>,
-    /// How many relations lost storage.
+    pub databases: Vec<DatabaseName>,
+    /// How many relations it names.
     pub relation_count: u64,
-    /// The first of them.
+    /// The first of them: tables before what belongs to them.
     pub relations: Vec<Relation>,
+    /// How many of all lost storage and cannot be named.
+    pub unnamed_count: u64,
+    /// Bytes of the files that it took away, as long as they were in the backup that names them; of those
+    /// that are not named nothing is counted. `None` when nothing is known.
+    pub freed_bytes: Option<u64>,
+    /// The position of the record just before which it is undone: its own, or where it began.
+    pub just_before_lsn: Lsn,
     /// The options that spell the target just before it.
     pub just_before: String,
     /// SQL that a server restored to there needs, to undo what came before the record and was not rolled back.
     pub afterwards: Option<String>,
-}
-
-/// A relation whose storage an event names.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Relation {
-    /// Where the storage lies.
-    #[serde(flatten)]
-    pub storage: RelFileLocator,
-    /// The relation's name; the WAL does not hold it.
-    pub name: Option<String>,
 }

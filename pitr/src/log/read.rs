@@ -5,10 +5,26 @@ use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use walship::wal::rollup::{Class, Facts};
 
-use super::describe::{Drops, entry_of, time_of};
-use super::{Kind, Line, Log, Query};
+use super::describe::{Drops, Surroundings, entry_of, names_databases, time_of};
+use super::names::{Documents, NamesAt};
+use super::{Kind, Line, Log, Query, RELATIONS_MAX};
 use crate::plan::{Chain, ChainEnding, Evidence, Halt, Surveyed, Walk, Wanted, chains_of, resolve_timeline};
 use crate::target::TimelineChoice;
+
+/// What must be known before a log goes on.
+#[derive(Debug)]
+pub(crate) enum Need {
+    /// What the planner's rooms ask for, or why there is no way.
+    Halt(Halt),
+    /// The names saved beside the backup with this id.
+    Names(String),
+}
+
+impl From<Halt> for Need {
+    fn from(halt: Halt) -> Self {
+        Self::Halt(halt)
+    }
+}
 
 /// A log on its way: what was found so far, and where it goes on.
 #[derive(Debug)]
@@ -67,6 +83,7 @@ impl Reading {
             lines: Vec::new(),
             more: false,
             timelines_left_out: left_out,
+            names_unread: Vec::new(),
         };
         Ok(Self {
             classes: classes_of(&query.kinds),
@@ -88,6 +105,11 @@ impl Reading {
         self.log
     }
 
+    /// Says that a backup's names cannot be read.
+    pub(crate) fn note_unread(&mut self, backup: &str, why: String) {
+        self.log.names_unread.push((backup.to_owned(), why));
+    }
+
     /// Returns the segment before which nothing needs to be known any more.
     pub(crate) fn at(&self) -> Option<SegmentName> {
         let chain = self.chains.get(self.chain)?;
@@ -98,10 +120,15 @@ impl Reading {
     ///
     /// # Errors
     /// What must be known first; nothing was read then.
-    pub(crate) fn advance(&mut self, catalog: &Catalog, evidence: &Evidence) -> Result<bool, Halt> {
+    pub(crate) fn advance(
+        &mut self,
+        catalog: &Catalog,
+        evidence: &Evidence,
+        documents: &Documents,
+    ) -> Result<bool, Need> {
         let Some(chain) = self.chains.get(self.chain) else { return Ok(false) };
         let Found { mut lines, next, last_time, drops } = if self.step < chain.len() {
-            self.survey(chain, catalog, evidence)?
+            self.survey(chain, catalog, evidence, documents)?
         } else {
             let gap = match &chain.ending {
                 ChainEnding::Gap(gap) => Some(Line::Gap(gap.clone())),
@@ -138,7 +165,13 @@ impl Reading {
     }
 
     /// Returns what is known together from the next step on.
-    fn survey(&self, chain: &Chain, catalog: &Catalog, evidence: &Evidence) -> Result<Found, Halt> {
+    fn survey(
+        &self,
+        chain: &Chain,
+        catalog: &Catalog,
+        evidence: &Evidence,
+        documents: &Documents,
+    ) -> Result<Found, Need> {
         let walk = Walk { chain, evidence, size: catalog.lineage.segment_size, cut: None };
         let query = &self.query;
         let wanted = Wanted {
@@ -168,7 +201,23 @@ impl Reading {
             if !query.picks(event) {
                 continue;
             }
-            let mut entry = entry_of(event, self.timeline_at(event.lsn), self.pinned, &drops);
+            let names = match names_databases(event) {
+                true => documents.at(catalog, self.history.as_ref(), event.lsn).map_err(Need::Names)?,
+                false => NamesAt::default(),
+            };
+            let timeline = self.timeline_at(event.lsn);
+            let around = Surroundings { timeline, pinned: self.pinned, drops: &drops, names };
+            let (mut entry, relations) = entry_of(event, &around);
+            if !query.names(&entry, &relations) {
+                continue;
+            }
+            if let Some(table) = &query.table {
+                // What is asked for is among those that are listed.
+                let mut sorted = relations;
+                sorted.sort_by_key(|relation| !table.matches(relation));
+                sorted.truncate(RELATIONS_MAX);
+                entry.relations = sorted;
+            }
             if entry.time.is_none() {
                 let behind = known.times.partition_point(|(lsn, _)| *lsn <= event.lsn);
                 entry.after = match behind.checked_sub(1).and_then(|at| known.times.get(at)) {

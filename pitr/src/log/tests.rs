@@ -1,9 +1,10 @@
+use walship::catalog::{DatabaseNames, Names, RelationName, SavedNames};
 use walship::wal::event::{DroppedObjects, EventKind, RelFileLocator};
 
 use super::describe::time_of;
 use super::*;
 use crate::plan::tests::{SIZE, World, at, checkpoint, commit, restore_point, tli};
-use crate::plan::{Evidence, Halt, SegmentRequest};
+use crate::plan::{Evidence, Halt, RefusalKind, SegmentRequest};
 use crate::target::{StopSide, TargetKind, TargetWords};
 
 const DATABASE: Oid = 16_384;
@@ -94,6 +95,8 @@ fn query(kinds: &[Kind]) -> Query {
         until: None,
         xid: None,
         database: None,
+        table: None,
+        unnamed_too: false,
         relation: None,
         kinds: kinds.to_vec(),
         timeline: TimelineChoice::Latest,
@@ -111,22 +114,190 @@ const ALL: [Kind; 7] = [
     Kind::Abort,
 ];
 
+/// Names that were saved beside a backup: `public.orders` with its index and TOAST table, and another database.
+fn names() -> Names {
+    let relation = |oid, filenode, name: &str, kind, of| RelationName {
+        oid,
+        tablespace: 1663,
+        filenode,
+        schema: if kind == 't' { "pg_toast" } else { "public" }.to_owned(),
+        name: name.to_owned(),
+        kind,
+        of,
+        bytes: Some(8192),
+    };
+    let shop = DatabaseNames {
+        oid: DATABASE,
+        name: "shop".to_owned(),
+        unread: None,
+        relations: vec![
+            relation(100, 20_001, "orders", 'r', None),
+            relation(101, 20_002, "orders_pkey", 'i', Some(100)),
+            relation(102, 20_003, "pg_toast_100", 't', Some(100)),
+            relation(110, 20_011, "people", 'r', None),
+        ],
+    };
+    let other = DatabaseNames {
+        oid: 5,
+        name: "postgres".to_owned(),
+        unread: Some("it said no".to_owned()),
+        relations: vec![],
+    };
+    Names { format: 1, databases: vec![other, shop] }
+}
+
+/// Gives the world's backup names that were read at `lsn`.
+fn name(world: &mut World, lsn: Lsn) -> Documents {
+    let time = at(500_000);
+    let backup = &mut world.catalog.backups[0];
+    backup.names = Some(SavedNames { lsn, timeline: tli(1), time, digest: String::new() });
+    let mut documents = Documents::default();
+    let source = NameSource::Backup { id: backup.id.clone(), time };
+    documents.insert(backup.id.clone(), Some(Dictionary::new(names(), source)));
+    documents
+}
+
+/// A commit that removes storage and drops relations by oid.
+fn removal(xid: Xid, storage: &[Oid], dropped: &[Oid], micros: i64) -> Option<(Xid, EventKind)> {
+    let mut event = drop_of(xid, storage, micros);
+    if let Some((_, EventKind::Commit { dropped_objects, .. })) = &mut event {
+        *dropped_objects = Some(DroppedObjects { relations: dropped.to_vec(), databases: vec![] });
+    }
+    event
+}
+
+/// A world with a backup and these records behind it, the third of a segment each.
+fn history(events: Vec<Option<(Xid, EventKind)>>) -> World {
+    let mut world = World::new();
+    for event in events {
+        world.push(tli(1), SIZE.bytes() / 3, event);
+    }
+    world.push(tli(1), SIZE.bytes(), None);
+    world.archive(tli(1));
+    let stop = world.records[&tli(1)][0].lsn;
+    world.backup("b1", tli(1), stop, stop);
+    world
+}
+
+#[test]
+fn relations_are_called_as_they_were_when_a_backup_listed_them() {
+    let mut world = history(vec![
+        commit(999, 1),
+        removal(1000, &[20_001, 20_002, 20_003], &[], 2),
+        cut(0, 20_011),
+        removal(1001, &[30_001, 30_002, 30_003], &[100, 101, 102], 3),
+        removal(1002, &[40_000], &[4000], 4),
+        drop_of(1003, &[20_011], 5),
+    ]);
+    let starts: Vec<Lsn> = world.records[&tli(1)].iter().map(|record| record.lsn).collect();
+    let documents = name(&mut world, starts[0]);
+    let log = read_with(&world, &query(&Kind::DEFAULT), 0, &documents);
+    let told: Vec<_> = events(&log).iter().map(|one| (one.what.clone(), one.kinds.clone())).collect();
+    let emptied = "public.orders given new storage (TRUNCATE, VACUUM FULL, CLUSTER or another rewrite)";
+    let unknown = "storage of 1 relation of unknown name removed (DROP, TRUNCATE or a rewrite)";
+    let all = vec![Kind::Drop, Kind::Truncate, Kind::Commit];
+    let expected = [
+        (emptied, vec![Kind::Truncate, Kind::Commit]),
+        ("public.people cut to 0 pages (TRUNCATE, or VACUUM of empty pages)", vec![Kind::Truncate]),
+        // Its storage was made after the names were read; its oid is the same.
+        ("public.orders dropped", vec![Kind::Drop, Kind::Commit]),
+        (unknown, all.clone()),
+        // Of PostgreSQL 14 it is not known.
+        ("public.people lost its storage (DROP, TRUNCATE or a rewrite)", all),
+    ];
+    assert_eq!(told, expected.map(|(what, kinds)| (what.to_owned(), kinds)));
+    let found = events(&log);
+    assert_eq!((found[0].freed_bytes, found[2].freed_bytes), (Some(3 * 8192), None));
+    assert_eq!(found.iter().map(|one| one.unnamed_count).collect::<Vec<_>>(), [0, 0, 0, 1, 0]);
+    assert_eq!(found[0].databases[0].name.as_deref(), Some("shop"));
+    assert_eq!(found[0].relations[1].of.as_deref(), Some("public.orders"));
+
+    let orders = Query { table: Some(parse_table("orders").unwrap()), ..query(&Kind::DEFAULT) };
+    assert_eq!(events(&read_with(&world, &orders, 0, &documents)).len(), 2);
+    let drops = Query { kinds: vec![Kind::Drop], ..orders };
+    assert_eq!(
+        events(&read_with(&world, &drops, 0, &documents)).len(),
+        1,
+        "what was only emptied is no drop"
+    );
+    let elsewhere = Query { database: Some(oid_or_name("postgres")), ..query(&Kind::DEFAULT) };
+    assert!(events(&read_with(&world, &elsewhere, 0, &documents)).is_empty());
+
+    // Names that were read later say nothing of what was before.
+    let documents = name(&mut world, starts[4]);
+    let log = read_with(&world, &query(&Kind::DEFAULT), 0, &documents);
+    let named: Vec<bool> = events(&log).iter().map(|one| one.relations[0].name.is_some()).collect();
+    assert_eq!(named, [false, false, false, false, true]);
+}
+
+#[test]
+fn before_an_event_is_the_last_that_is_known_to_be_meant_or_none() {
+    let mut world = history(vec![
+        commit(999, 1),
+        removal(1000, &[20_001, 20_002], &[], 2),
+        removal(1001, &[30_001, 30_002], &[100, 101], 3),
+        removal(1002, &[20_011], &[110], 4),
+        removal(1003, &[50_000], &[], 5),
+        Some((0, EventKind::DatabaseInvalid { oid: 77, name: "gone".to_owned() })),
+        Some((1004, EventKind::DatabaseDrop { oid: 77, tablespaces: vec![1663] })),
+    ]);
+    let starts: Vec<Lsn> = world.records[&tli(1)].iter().map(|record| record.lsn).collect();
+    let documents = name(&mut world, starts[0]);
+    let choose = |words: &str| {
+        let before = Before::parse(words).unwrap();
+        let log = read_with(&world, &before.query(TimelineChoice::Latest), 0, &documents);
+        before.choose(&log).map(|entry| entry.just_before_lsn)
+    };
+    for (words, at) in [
+        ("drop:public.orders", 2),
+        ("drop:orders", 2),
+        ("drop:shop/orders", 2),
+        ("drop:16384/public.people", 3),
+        ("drop:gone/", 5),
+    ] {
+        assert_eq!(choose(words), Ok(starts[at]), "{words}");
+    }
+    // Something was emptied later whose name is not known.
+    let refusal = choose("truncate:public.orders").unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::AmbiguousEvent);
+    for at in [1, 4] {
+        let target = format!("--to-lsn {} --exclusive", starts[at]);
+        assert!(refusal.hints.iter().any(|hint| hint.starts_with(&target)), "{refusal:?}");
+    }
+    for words in ["drop:public.nothing", "drop:postgres/orders", "drop:other/"] {
+        assert_eq!(choose(words).unwrap_err().kind, RefusalKind::UnknownEvent, "{words}");
+    }
+    for words in
+        ["", "orders", "drop:", "drop:/", "drop:/orders", "truncate:shop/", "drop:.x", "rename:orders"]
+    {
+        assert!(Before::parse(words).is_err(), "{words}");
+    }
+}
+
 /// Reads a log, answering every request, from an index with so many segments in each block; says how many
 /// segments were read.
 fn read(world: &World, query: &Query, segments: u64) -> (Log, usize) {
+    read_all(world, query, segments, &Documents::default())
+}
+
+fn read_with(world: &World, query: &Query, segments: u64, documents: &Documents) -> Log {
+    read_all(world, query, segments, documents).0
+}
+
+fn read_all(world: &World, query: &Query, segments: u64, documents: &Documents) -> (Log, usize) {
     let blocks = if segments == 0 { Default::default() } else { world.blocks(segments) };
     let mut evidence = Evidence { blocks, ..Evidence::default() };
     let mut reading = Reading::new(&world.catalog, query.clone()).unwrap();
     let mut bodies = 0;
     for _ in 0..10_000 {
-        match reading.advance(&world.catalog, &evidence) {
+        match reading.advance(&world.catalog, &evidence, documents) {
             Ok(true) => {
                 if let Some(segment) = reading.at() {
                     evidence.forget_before(segment);
                 }
             }
             Ok(false) => return (reading.into_log(), bodies),
-            Err(Halt::Rollup(first)) => {
+            Err(Need::Halt(Halt::Rollup(first))) => {
                 let last = evidence.blocks[&first].last;
                 evidence.forget_blocks(first, last);
                 let names = std::iter::successors(Some(first), |name| name.next(SIZE));
@@ -134,7 +305,7 @@ fn read(world: &World, query: &Query, segments: u64) -> (Log, usize) {
                     .blocks
                     .extend(names.take_while(|name| *name <= last).map(|name| world.block(name, name)));
             }
-            Err(Halt::Summaries(names)) => {
+            Err(Need::Halt(Halt::Summaries(names))) => {
                 for name in names {
                     if world.damaged.contains(&name) {
                         evidence.unreadable.insert(name);
@@ -143,7 +314,7 @@ fn read(world: &World, query: &Query, segments: u64) -> (Log, usize) {
                     }
                 }
             }
-            Err(Halt::Events(requests)) => {
+            Err(Need::Halt(Halt::Events(requests))) => {
                 for SegmentRequest { segment, following } in requests {
                     bodies += 1;
                     let through = following.last().unwrap_or(&segment).end(SIZE);
@@ -186,8 +357,8 @@ fn every_event_is_found_whatever_the_index_says() {
         Query { since: second(35), ..query(&Kind::DEFAULT) },
         Query { xid: Some(1037), ..query(&Kind::OF_TRANSACTION) },
         Query { relation: Some(20_041), ..query(&Kind::DEFAULT) },
-        Query { database: Some(5), ..query(&Kind::DEFAULT) },
-        Query { database: Some(DATABASE), ..query(&ALL) },
+        Query { database: Some(OidOrName::Oid(5)), ..query(&Kind::DEFAULT) },
+        Query { database: Some(OidOrName::Oid(DATABASE)), ..query(&ALL) },
     ];
     for query in &queries {
         let expected = expected(&world, query);

@@ -57,6 +57,10 @@ pub enum RefusalKind {
     UnknownName,
     /// No end of this transaction is archived.
     UnknownXid,
+    /// No event of the kind and name that were asked for is archived, as far as names are known.
+    UnknownEvent,
+    /// Several archived events may be the one that was asked for.
+    AmbiguousEvent,
     /// WAL on the way was written with `wal_level = minimal`.
     WalLevelMinimal,
     /// WAL on the way cannot be decoded, so the target cannot be checked.

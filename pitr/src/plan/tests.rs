@@ -135,7 +135,7 @@ impl World {
     }
 
     /// Adds a backup; one of its uneventful records becomes its checkpoint, long ago.
-    fn backup(&mut self, id: &str, timeline: TimelineId, start: Lsn, stop: Lsn) {
+    pub(crate) fn backup(&mut self, id: &str, timeline: TimelineId, start: Lsn, stop: Lsn) {
         let records = self.records.get_mut(&timeline).unwrap();
         if !has_checkpoint(records, start, stop)
             && let Some(record) =
@@ -171,6 +171,7 @@ impl World {
             data_checksums: true,
             manifest_digest: String::new(),
             settings_files: vec![],
+            names: None,
             prepared: Some(Vec::new()),
         });
         self.catalog.backups.sort_by_key(|backup| backup.start_lsn);

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use walship_tests::postgres::{PgServer, StopMode, newer_major, primary_major};
 use walship_tests::stage::Stage;
 
@@ -94,11 +94,15 @@ fn dropped(major: u32) {
     let point = the_one(&all, |line| line["kinds"][0] == "restore-point");
     assert!(point["what"].as_str().unwrap().contains("after the truncate"));
     let what = |line: &Value, words: &str| line["what"].as_str().unwrap().contains(words);
-    let gone = the_one(&all, |line| line["databases"][0] == database && what(line, "files of database"));
+    let gone =
+        the_one(&all, |line| line["databases"][0]["oid"] == database && what(line, "files of database"));
     // The same target at its three records, before the first of them.
-    let marked = the_one(&all, |line| line["databases"][0] == database && what(line, "marked invalid"));
+    let marked =
+        the_one(&all, |line| line["databases"][0]["oid"] == database && what(line, "marked invalid"));
     let target = format!("--to-lsn {} --exclusive", marked["lsn"].as_str().unwrap());
-    for event in all["lines"].as_array().unwrap().iter().filter(|line| line["databases"][0] == database) {
+    for event in
+        all["lines"].as_array().unwrap().iter().filter(|line| line["databases"][0]["oid"] == database)
+    {
         assert_eq!(event["just_before"], target, "{event:#}");
         assert_eq!(event["afterwards"], Value::Null, "{event:#}");
     }
@@ -108,6 +112,39 @@ fn dropped(major: u32) {
         let mut args = vec!["plan"];
         args.extend(event["just_before"].as_str().unwrap().split(' '));
         stage.ok(&mut stage.pitr(&args));
+    }
+
+    // By name: as the backup's catalog has it, or the WAL itself.
+    assert_eq!(dropped["what"], "public.victim dropped", "{dropped:#}");
+    assert!(truncated["what"].as_str().unwrap().starts_with("public.emptied given new storage"));
+    assert_eq!(
+        (&dropped["relations"][0]["removed"], &truncated["relations"][0]["removed"]),
+        (&json!("dropped"), &json!("replaced"))
+    );
+    assert_eq!(dropped["databases"][0]["name"], "postgres");
+    assert_eq!(dropped["relations"][0]["named_by"]["source"], "backup", "{dropped:#}");
+    assert!(dropped["freed_bytes"].as_u64().unwrap() >= 1000 * 32, "{dropped:#}");
+    assert_eq!(gone["databases"][0]["name"], "other", "{gone:#}");
+    for (options, event) in [
+        (vec!["--table", "public.victim"], &dropped),
+        (vec!["--table", "victim", "--database", "postgres"], &dropped),
+        (vec!["--table", "emptied", "--only", "truncate"], &truncated),
+    ] {
+        assert_eq!(&the_one(&log(&stage, &options), |_| true), event, "{options:?}");
+    }
+    for (words, event) in [
+        ("drop:public.victim", &dropped),
+        ("drop:postgres/victim", &dropped),
+        ("truncate:emptied", &truncated),
+        ("drop:other/", &gone),
+    ] {
+        let plan = |args: &[&str]| stage.ok(&mut stage.pitr(&[&["plan", "--json"], args].concat()));
+        let target: Vec<&str> = event["just_before"].as_str().unwrap().split(' ').collect();
+        assert_eq!(plan(&["--before", words]), plan(&target), "{words}");
+    }
+    for words in ["drop:emptied", "drop:public.nothing", "drop:template1/victim"] {
+        let refused = stage.fails(&mut stage.pitr(&["plan", "--before", words]), 3);
+        assert!(refused.contains("no such event"), "{refused}");
     }
 
     let found = log(&stage, &["--xid", &early.to_string()]);
@@ -140,5 +177,5 @@ fn dropped(major: u32) {
     fs::remove_file(find(&stage.repository_dir(), &format!("{first}.wal")).unwrap()).unwrap();
     let text = stage.ok(&mut stage.pitr(&["log"]));
     assert!(text.contains("WAL missing from") && text.contains("not known what happened"), "{text}");
-    assert!(text.contains(&format!("files of database {database} removed")), "{text}");
+    assert!(text.contains(&format!("files of database \"other\" (oid {database}) removed")), "{text}");
 }

@@ -20,6 +20,7 @@
 
 mod intake;
 mod members;
+pub mod names;
 mod needed_wal;
 mod pack;
 mod progress;
@@ -29,8 +30,9 @@ use std::time::{Duration, Instant};
 
 use chrono::Utc;
 
-use crate::catalog::{BackupRecord, PreparedTransaction};
+use crate::catalog::{BackupRecord, PreparedTransaction, SavedNames};
 use crate::error::{Error, Result};
+use crate::pg::backup_manifest::BackupManifest;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::replication::base_backup::{AnnouncedTablespace, BackupStart};
 use crate::replication::{
@@ -175,6 +177,8 @@ pub async fn take_backup(
             settings_files = repository.put_backup_settings(&id, &settings).await?;
         }
     }
+    let names =
+        save_names(repositories, server, &received.manifest, &id, stop_timeline, &about, progress).await?;
     let mut manifest_digest = String::new();
     let (manifest_bytes, manifest_stored) = compress_manifest(received.manifest_bytes).await?;
     for repository in repositories {
@@ -212,10 +216,56 @@ pub async fn take_backup(
         data_checksums: about.data_checksums,
         manifest_digest,
         settings_files,
+        names,
         prepared: prepared(&received.two_phase, about.server_version),
     };
     put_records(repositories, &record).await?;
     Ok(record)
+}
+
+/// Saves what databases and relations are called; what cannot be had is a warning.
+async fn save_names(
+    repositories: &[LineageRepository],
+    server: &ConnectOptions,
+    manifest: &BackupManifest,
+    id: &str,
+    timeline: TimelineId,
+    about: &About,
+    progress: &(dyn Fn(BackupEvent) + Send + Sync),
+) -> Result<Option<SavedNames>> {
+    let warn = |why: String| {
+        progress(BackupEvent::Warning(format!(
+            "the names of relations are not saved beside the backup, and `pitr log` will show numbers: {why}"
+        )));
+        Ok(None)
+    };
+    let mut read = match names::read_names(server).await {
+        Ok(read) if read.system_identifier == about.identity.system_identifier => read,
+        Ok(_) => return warn("the server that answered is another cluster's".into()),
+        Err(error) => return warn(error.to_string()),
+    };
+    for database in &read.names.databases {
+        // Of the one that is made so nobody wants to know.
+        if let Some(why) = database.unread.as_ref().filter(|_| database.name != "template0") {
+            progress(BackupEvent::Warning(format!(
+                "relations of database {:?} are not all saved by name beside the backup: {why}",
+                database.name
+            )));
+        }
+    }
+    names::add_sizes(&mut read.names, manifest);
+    let names = read.names;
+    let packed = tokio::task::spawn_blocking(move || LineageRepository::pack_backup_names(&names)).await;
+    let Some(packed) =
+        packed.map_err(|error| Error::unavailable(format!("packing was cut off: {error}")))??
+    else {
+        return warn("there are too many of them".into());
+    };
+    let mut digest = String::new();
+    for repository in repositories {
+        digest = repository.put_backup_names(id, packed.clone()).await?;
+    }
+    Ok(Some(SavedNames { lsn: read.lsn, timeline, time: read.time, digest }))
 }
 
 /// Returns the prepared transactions of the files in `pg_twophase`; `None` when one is not understood: a

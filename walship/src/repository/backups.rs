@@ -2,10 +2,12 @@
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use std::io::Read as _;
+
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 
-use crate::catalog::{BackupRecord, SettingsFile};
+use crate::catalog::{BackupRecord, Names, SettingsFile};
 use crate::codec::Digest;
 use crate::error::{Error, Result};
 use crate::storage::{PutOutcome, Upload};
@@ -21,6 +23,12 @@ const MANIFEST: &str = "manifest.json.zst";
 
 /// The stored settings files' name below their backup's folder.
 const SETTINGS: &str = "settings.json";
+
+/// The stored names' name below their backup's folder.
+const NAMES: &str = "names.json.zst";
+
+/// The longest document of names, in plain JSON.
+const NAMES_BYTES_MAX: u64 = 128 << 20;
 
 /// Returns the id of a backup that is begun at `now`; `random` makes it unlike all others.
 pub fn new_backup_id(now: DateTime<Utc>, random: u64) -> String {
@@ -67,7 +75,12 @@ impl LineageRepository {
     /// Stores a backup's manifest, already compressed (one zstd frame), and returns the digest of the
     /// stored bytes in hex, for [`BackupRecord::manifest_digest`].
     pub async fn put_backup_manifest(&self, id: &str, stored: Bytes) -> Result<String> {
-        let key = self.layout.backup_object(id, MANIFEST)?;
+        self.put_beside(id, MANIFEST, stored).await
+    }
+
+    /// Stores an object beside a backup and returns its digest; taken with the same content is success.
+    async fn put_beside(&self, id: &str, name: &str, stored: Bytes) -> Result<String> {
+        let key = self.layout.backup_object(id, name)?;
         let digest = Digest::of(&stored);
         if self.storage.put_if_absent(&key, stored.into()).await? == PutOutcome::Exists {
             self.storage.confirm(&key).await?;
@@ -146,6 +159,52 @@ impl LineageRepository {
             })
         });
         told.collect()
+    }
+
+    /// Returns names as they are stored: one zstd frame of JSON; `None` when that would be too long to be read.
+    ///
+    /// # Errors
+    /// [`Error::LocalIo`] when packing fails.
+    pub fn pack_backup_names(names: &Names) -> Result<Option<Bytes>> {
+        let json = serde_json::to_vec(names)
+            .map_err(|error| Error::invalid(format!("the names cannot be written as JSON: {error}")))?;
+        if json.len() as u64 > NAMES_BYTES_MAX {
+            return Ok(None);
+        }
+        let packed =
+            zstd::bulk::compress(&json, 3).map_err(|error| Error::from_io("packing names", error))?;
+        Ok(Some(packed.into()))
+    }
+
+    /// Stores packed names beside a backup and returns the digest of the stored bytes in hex.
+    pub async fn put_backup_names(&self, id: &str, packed: Bytes) -> Result<String> {
+        self.put_beside(id, NAMES, packed).await
+    }
+
+    /// Returns the names that a backup's record tells of; `None` when it tells of none.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when they are not there, [`Error::Corrupt`] when they are others, [`Error::Mismatch`]
+    /// when their format is newer.
+    pub async fn get_backup_names(&self, record: &BackupRecord) -> Result<Option<Names>> {
+        let Some(saved) = &record.names else { return Ok(None) };
+        let key = self.layout.backup_object(&record.id, NAMES)?;
+        let stored = self.storage.get(&key, NAMES_BYTES_MAX).await?;
+        let stored = stored.ok_or_else(|| Error::missing(format!("{} is not there", self.shown(&key))))?;
+        let damaged = |what: &dyn std::fmt::Display| Error::corrupt(format!("{}: {what}", self.shown(&key)));
+        if Digest::of(&stored).to_string() != saved.digest {
+            return Err(damaged(&"its digest is not the one in the backup's record"));
+        }
+        let mut json = Vec::new();
+        zstd::stream::read::Decoder::new(&*stored)
+            .and_then(|decoder| decoder.take(NAMES_BYTES_MAX + 1).read_to_end(&mut json))
+            .map_err(|error| damaged(&error))?;
+        if json.len() as u64 > NAMES_BYTES_MAX {
+            return Err(damaged(&"it is too long"));
+        }
+        let names: Names =
+            document::parse(&json).map_err(|error| error.context(format!("reading {}", self.shown(&key))))?;
+        Ok(Some(names))
     }
 
     /// Writes a backup's record: from now on the backup exists. To be called last.

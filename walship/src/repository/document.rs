@@ -1,6 +1,5 @@
 //! The small JSON documents: written once, bounded, versioned.
 
-use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -85,7 +84,7 @@ pub(super) async fn read<T: DeserializeOwned>(storage: &dyn Storage, key: &Objec
     parse(&bytes).map(Some).map_err(|error| error.context(format!("{}/{key}", storage.location())))
 }
 
-fn parse<T: DeserializeOwned>(bytes: &Bytes) -> Result<T> {
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     #[derive(Deserialize)]
     struct Version {
         format: u32,
