@@ -422,6 +422,7 @@ fn record(id: &str, timeline: TimelineId, start: Lsn, stop: Lsn, began: DateTime
         data_checksums: true,
         manifest_digest: String::new(),
         settings_files: vec![],
+        names: None,
         prepared: Some(Vec::new()),
     }
 }
