@@ -113,10 +113,14 @@ pub(super) struct LogArgs {
     /// Only what names this relation file number: pg_class.relfilenode as it was then
     #[arg(long, value_name = "FILENODE")]
     relation: Option<u32>,
-    /// Only these kinds: drop, truncate, restore-point, checkpoint, timeline, commit, abort [default: the first
-    /// three and timeline; with --xid drop, truncate, commit, abort]
+    /// Only these kinds: drop, truncate, delete-heavy, restore-point, checkpoint, timeline, commit, abort [default:
+    /// drop, truncate, restore-point, timeline; with --xid drop, truncate, commit, abort]. checkpoint reads the index
+    /// of every 256 segments; delete-heavy, commit and abort read segments too, where such a transaction ended
     #[arg(long, value_enum, value_delimiter = ',', value_name = "KINDS", hide_possible_values = true)]
     only: Vec<Kind>,
+    /// delete-heavy is a transaction that deleted about so many rows of one relation or more
+    #[arg(long, value_name = "ROWS", default_value_t = Query::DELETE_ROWS, value_parser = clap::value_parser!(u64).range(100..))]
+    delete_rows: u64,
     /// The timeline whose way is followed: a number or "latest" [default: latest]
     #[arg(long, value_name = "N")]
     timeline: Option<String>,
@@ -151,6 +155,7 @@ impl LogArgs {
             database: self.database.as_deref().map(oid_or_name),
             table: self.table.as_deref().map(parse_table).transpose()?,
             unnamed_too: false,
+            delete_rows: self.delete_rows,
             relation: self.relation,
             kinds,
             timeline,
@@ -235,7 +240,7 @@ pub(super) struct TargetArgs {
     /// Just before the end of this transaction: --to-xid XID --exclusive
     #[arg(long, value_name = "XID", conflicts_with_all = ["to_xid", "exclusive"])]
     before_xid: Option<String>,
-    /// Just before the last such event: drop:TABLE, truncate:TABLE, drop:DATABASE/TABLE or, of a whole database,
+    /// Just before the last such event: drop:TABLE, truncate:TABLE, delete:TABLE (1000 rows or more), drop:DATABASE/TABLE or, of a whole database,
     /// drop:DATABASE/. A name that could mean several is refused, and each named
     #[arg(long, value_name = "EVENT", conflicts_with_all = ["to_time", "to_lsn", "to_xid", "before_xid", "to_name",
         "latest", "immediate", "exclusive"])]

@@ -98,6 +98,13 @@ fn text(log: &Log, zone: Zone, style: Style) -> String {
             log.lines.len()
         );
     }
+    if log.deletes_uncounted > 0 {
+        let _ = writeln!(
+            text,
+            "\n{} rows were deleted in segments that an earlier release archived; by whom is not known.",
+            log.deletes_uncounted
+        );
+    }
     for (backup, why) in &log.names_unread {
         let _ =
             writeln!(text, "\nThe names saved with backup {} cannot be read: {}", clean(backup), clean(why));
@@ -160,6 +167,7 @@ fn relation(relation: &Relation, zone: Zone) -> String {
     let name = relation.full_name().map_or_else(|| "name unknown".to_owned(), |name| clean(&name));
     let mut facts = Vec::new();
     facts.extend(relation.of.as_ref().map(|of| format!("of {}", clean(of))));
+    facts.extend(relation.deleted_rows.map(|rows| format!("about {rows} rows")));
     facts.extend(relation.oid.map(|oid| format!("oid {oid}")));
     facts.extend(relation.relation.map(|number| format!("relfilenode {number}")));
     facts.extend(

@@ -27,7 +27,7 @@ pub struct Before {
 }
 
 impl Before {
-    /// Returns the event that `text` names: `drop:` or `truncate:`, then a table as
+    /// Returns the event that `text` names: `drop:`, `truncate:` or `delete:` (of many rows), then a table as
     /// [`parse_table`] takes it, with `DATABASE/` before it where several databases have such a one;
     /// `drop:DATABASE/` is the database itself.
     ///
@@ -37,7 +37,7 @@ impl Before {
         let bad = || {
             TargetError::new(
                 format!("{text:?} names no event to stop before"),
-                "Write drop:public.orders, truncate:public.orders, drop:DATABASE/public.orders, or \
+                "Write drop:public.orders, truncate:public.orders, delete:public.orders, drop:DATABASE/public.orders, or \
                  drop:DATABASE/ for a database.",
             )
         };
@@ -45,6 +45,7 @@ impl Before {
         let kind = match verb {
             "drop" => Kind::Drop,
             "truncate" => Kind::Truncate,
+            "delete" => Kind::DeleteHeavy,
             _ => return Err(bad()),
         };
         let (database, table) = match object.rsplit_once('/') {
@@ -72,6 +73,7 @@ impl Before {
             table: self.table.clone(),
             unnamed_too: true,
             relation: None,
+            delete_rows: Query::DELETE_ROWS,
             kinds: vec![self.kind],
             timeline,
             limit: EVENTS_MAX,
@@ -185,7 +187,11 @@ impl Before {
             refusal.hints.push(format!("and {shown} earlier; `pitr log` shows them."));
         }
         if none {
-            let only = if self.kind == Kind::Drop { "drop" } else { "truncate" };
+            let only = match self.kind {
+                Kind::Drop => "drop",
+                Kind::Truncate => "truncate",
+                _ => "delete-heavy",
+            };
             refusal
                 .hints
                 .push(format!("Look for it with `pitr log --only {only}`; each event has its target."));

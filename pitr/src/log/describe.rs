@@ -312,6 +312,44 @@ pub(super) struct Surroundings<'a> {
     pub(super) names: NamesAt<'a>,
 }
 
+/// Returns the entry of a transaction's end that deleted so many rows, and the relations that it deleted of.
+pub(super) fn deletes_of(
+    event: &WalEvent,
+    deleted: &[(RelFileLocator, u64)],
+    around: &Surroundings<'_>,
+) -> (Entry, Vec<Relation>) {
+    let mut relations: Vec<Relation> = Vec::new();
+    for (storage, rows) in deleted {
+        let relation = around.names.stored(*storage);
+        relations.push(Relation { deleted_rows: Some(*rows), bytes: None, ..relation });
+    }
+    relations.sort_by_key(|relation| std::cmp::Reverse(relation.deleted_rows));
+    let unknown = || "a relation of unknown name".to_owned();
+    let phrases: Vec<String> = relations
+        .iter()
+        .take(NAMED_MAX)
+        .map(|one| {
+            format!("{} rows of {}", one.deleted_rows.unwrap_or(0), one.full_name().unwrap_or_else(unknown))
+        })
+        .collect();
+    let more = match relations.len().saturating_sub(NAMED_MAX) {
+        0 => String::new(),
+        more => format!(" and of {more} more relations"),
+    };
+    let mut oids: Vec<Oid> = relations.iter().map(|relation| relation.database).collect();
+    oids.sort_unstable();
+    oids.dedup();
+    let mut entry = entry_of(event, around).0;
+    entry.kinds = vec![Kind::DeleteHeavy, Kind::Commit];
+    entry.what = format!("about {}{more} deleted", phrases.join(", "));
+    entry.databases = oids.iter().map(|oid| around.names.database(*oid)).collect();
+    entry.relation_count = relations.len() as u64;
+    entry.relations = relations.iter().take(RELATIONS_MAX).cloned().collect();
+    entry.unnamed_count = relations.iter().filter(|relation| relation.name.is_none()).count() as u64;
+    entry.freed_bytes = None;
+    (entry, relations)
+}
+
 /// Returns an event as it is shown, and all relations that it names.
 pub(super) fn entry_of(event: &WalEvent, around: &Surroundings<'_>) -> (Entry, Vec<Relation>) {
     let names = &around.names;

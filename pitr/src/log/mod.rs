@@ -3,6 +3,7 @@
 
 mod before;
 mod describe;
+mod heavy;
 mod names;
 mod read;
 
@@ -35,6 +36,8 @@ pub enum Kind {
     Drop,
     /// Relations' storage removed by a commit (the WAL does not tell TRUNCATE from DROP) or cut at once.
     Truncate,
+    /// A transaction deleted many rows of a relation.
+    DeleteHeavy,
     /// A restore point was made.
     RestorePoint,
     /// A checkpoint was completed.
@@ -71,6 +74,8 @@ pub struct Query {
     pub unnamed_too: bool,
     /// Only what names this relation file number.
     pub relation: Option<Oid>,
+    /// From so many rows of one relation on, deleted by one transaction or subtransaction, they are many.
+    pub delete_rows: u64,
     /// Only these kinds.
     pub kinds: Vec<Kind>,
     /// The timeline whose way is followed.
@@ -141,6 +146,14 @@ impl TableFilter {
 }
 
 impl Query {
+    /// From so many deleted rows on they are many, unless another number is asked for.
+    pub const DELETE_ROWS: u64 = 1000;
+
+    /// Returns whether mass deletes are asked for.
+    fn wants_deletes(&self) -> bool {
+        self.kinds.contains(&Kind::DeleteHeavy)
+    }
+
     /// Returns whether an event is asked for as far as its record tells, its time not looked at.
     fn picks(&self, event: &WalEvent) -> bool {
         let touched = |oid: Option<Oid>, of: fn(&RelFileLocator) -> Oid| {
@@ -159,13 +172,17 @@ impl Query {
             EventKind::Truncate { database, .. } => *database == oid,
             _ => touched(Some(oid), |relation| relation.database),
         });
-        let transaction = || event.kind.ended_xid(event.xid).unwrap_or(event.xid);
         kinds_of(event).iter().any(|kind| self.kinds.contains(kind))
-            && self.xid.is_none_or(|xid| transaction() == xid)
+            && self.is_of_transaction(event)
             && database
             && touched(self.relation, |relation| relation.relation)
             && (self.database.is_none() || names_databases(event))
             && (self.table.is_none() || names_relations(event))
+    }
+
+    /// Returns whether an event is what the transaction did that is asked for, if one is.
+    fn is_of_transaction(&self, event: &WalEvent) -> bool {
+        self.xid.is_none_or(|xid| event.kind.ended_xid(event.xid).unwrap_or(event.xid) == xid)
     }
 
     /// Returns whether an event is asked for by its names too.
@@ -176,7 +193,8 @@ impl Query {
                 .databases
                 .iter()
                 .any(|one| one.name.as_ref().map_or(self.unnamed_too, |known| known == name)),
-            _ => true,
+            Some(OidOrName::Oid(oid)) => entry.databases.iter().any(|one| one.oid == *oid),
+            None => true,
         };
         let table = |table: &TableFilter| {
             (self.unnamed_too && entry.unnamed_count > 0)
@@ -223,6 +241,9 @@ pub struct Log {
     pub more: bool,
     /// Timelines with stored WAL that is not on this way.
     pub timelines_left_out: Vec<TimelineId>,
+    /// Rows deleted in segments whose summaries, of an earlier release, do not say by whom; 0 when that was not
+    /// asked for.
+    pub deletes_uncounted: u64,
     /// Backups whose saved names cannot be read, and why: what they would name is not named.
     pub names_unread: Vec<(String, String)>,
 }

@@ -74,6 +74,8 @@ pub struct Relation {
     pub of: Option<String>,
     /// What became of it, where that is known.
     pub removed: Option<Removed>,
+    /// About how many rows were deleted of it, of an event that deleted many.
+    pub deleted_rows: Option<u64>,
     /// The bytes of its files in the backup that tells its name.
     pub bytes: Option<u64>,
     /// Where its name is from.
@@ -106,6 +108,7 @@ impl Relation {
             kind: None,
             of: None,
             removed: None,
+            deleted_rows: None,
             bytes: None,
             named_by: None,
         }

@@ -5,10 +5,13 @@ use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use walship::wal::rollup::{Class, Facts};
 
-use super::describe::{Drops, Surroundings, entry_of, names_databases, time_of};
+use super::describe::{Drops, Surroundings, deletes_of, entry_of, names_databases, time_of};
+use super::heavy::Heavy;
 use super::names::{Documents, NamesAt};
-use super::{Kind, Line, Log, Query, RELATIONS_MAX};
-use crate::plan::{Chain, ChainEnding, Evidence, Halt, Surveyed, Walk, Wanted, chains_of, resolve_timeline};
+use super::{Entry, Kind, Line, Log, Query, RELATIONS_MAX};
+use crate::plan::{
+    Chain, ChainEnding, Evidence, Halt, Known, Surveyed, Walk, Wanted, chains_of, resolve_timeline,
+};
 use crate::target::TimelineChoice;
 
 /// What must be known before a log goes on.
@@ -43,6 +46,7 @@ pub(crate) struct Reading {
     /// The last known time before that step.
     last_time: Option<DateTime<Utc>>,
     drops: Drops,
+    heavy: Heavy,
 }
 
 /// What one stretch of the way added.
@@ -54,6 +58,10 @@ struct Found {
     last_time: Option<DateTime<Utc>>,
     /// The drops that began in or before it.
     drops: Drops,
+    /// The deletes of transactions that did not end in or before it.
+    heavy: Heavy,
+    /// Deleted rows in it of which it is not known who deleted them.
+    deletes_uncounted: u64,
 }
 
 impl Reading {
@@ -83,6 +91,7 @@ impl Reading {
             lines: Vec::new(),
             more: false,
             timelines_left_out: left_out,
+            deletes_uncounted: 0,
             names_unread: Vec::new(),
         };
         Ok(Self {
@@ -97,6 +106,7 @@ impl Reading {
             forks_told: 0,
             last_time: None,
             drops: Drops::default(),
+            heavy: Heavy::default(),
         })
     }
 
@@ -127,7 +137,8 @@ impl Reading {
         documents: &Documents,
     ) -> Result<bool, Need> {
         let Some(chain) = self.chains.get(self.chain) else { return Ok(false) };
-        let Found { mut lines, next, last_time, drops } = if self.step < chain.len() {
+        let Found { mut lines, next, last_time, drops, heavy, deletes_uncounted } = if self.step < chain.len()
+        {
             self.survey(chain, catalog, evidence, documents)?
         } else {
             let gap = match &chain.ending {
@@ -135,8 +146,8 @@ impl Reading {
                 ChainEnding::EndOfArchive => None,
             };
             // What a clock said before a gap says nothing of what comes behind it.
-            let drops = Drops::default();
-            Found { lines: gap.into_iter().collect(), next: None, last_time: None, drops }
+            let (lines, drops, heavy) = (gap.into_iter().collect(), Drops::default(), Heavy::default());
+            Found { lines, next: None, last_time: None, drops, heavy, deletes_uncounted: 0 }
         };
         let until = match next {
             Some(next) => chain.step(next - 1).to,
@@ -152,7 +163,8 @@ impl Reading {
             self.log.lines.push(line);
         }
         self.log.until_lsn = Some(until);
-        (self.last_time, self.drops) = (last_time, drops);
+        (self.last_time, self.drops, self.heavy) = (last_time, drops, heavy);
+        self.log.deletes_uncounted = self.log.deletes_uncounted.saturating_add(deletes_uncounted);
         match next {
             Some(next) => self.step = next,
             None => (self.chain, self.step) = (self.chain + 1, 0),
@@ -176,8 +188,15 @@ impl Reading {
         let query = &self.query;
         let wanted = Wanted {
             classes: &self.classes,
-            ends: &|facts| may_hold_ends(query, facts),
-            matches: &|event| query.needs(event) && time_of(event).is_none_or(|time| query.covers(time)),
+            deletes: query.wants_deletes(),
+            ends: &|facts| {
+                let heavy = query.wants_deletes() && self.heavy.may_end_in(facts, query.delete_rows);
+                heavy || may_hold_ends(query, facts)
+            },
+            matches: &|event| {
+                let end = query.wants_deletes() && event.kind.stop_time().is_some();
+                (end || query.needs(event)) && time_of(event).is_none_or(|time| query.covers(time))
+            },
         };
         let known = match walk.survey(self.step, &wanted)? {
             Surveyed::Known(known) => known,
@@ -187,55 +206,63 @@ impl Reading {
                 let why = undecoded.unwrap_or_else(|| "it is damaged where it is stored".to_owned());
                 let line = Line::Unknown { segment, from: step.from, to: step.to, damaged, why };
                 let next = Some(self.step + 1);
-                return Ok(Found {
-                    lines: vec![line],
-                    next,
-                    last_time: self.last_time,
-                    drops: self.drops.clone(),
-                });
+                let (last_time, drops, heavy) = (self.last_time, self.drops.clone(), self.heavy.clone());
+                return Ok(Found { lines: vec![line], next, last_time, drops, heavy, deletes_uncounted: 0 });
             }
         };
-        let (mut lines, mut drops) = (Vec::new(), self.drops.clone());
+        let (mut lines, mut drops, mut heavy) = (Vec::new(), self.drops.clone(), self.heavy.clone());
+        heavy.add(&known.deletes);
         for event in &known.events {
             drops.note(event);
-            if !query.picks(event) {
+            let mut deleted = heavy.end(event, query.delete_rows);
+            deleted.retain(|_| query.wants_deletes() && query.is_of_transaction(event));
+            if deleted.is_empty() && !query.picks(event) {
                 continue;
             }
-            let names = match names_databases(event) {
+            let names = match names_databases(event) || !deleted.is_empty() {
                 true => documents.at(catalog, self.history.as_ref(), event.lsn).map_err(Need::Names)?,
                 false => NamesAt::default(),
             };
             let timeline = self.timeline_at(event.lsn);
             let around = Surroundings { timeline, pinned: self.pinned, drops: &drops, names };
-            let (mut entry, relations) = entry_of(event, &around);
-            if !query.names(&entry, &relations) {
-                continue;
+            let mut found = Vec::new();
+            if !deleted.is_empty() {
+                found.push(deletes_of(event, &deleted, &around));
             }
-            if let Some(table) = &query.table {
-                // What is asked for is among those that are listed.
-                let mut sorted = relations;
-                sorted.sort_by_key(|relation| !table.matches(relation));
-                sorted.truncate(RELATIONS_MAX);
-                entry.relations = sorted;
+            if query.picks(event) {
+                found.push(entry_of(event, &around));
             }
-            if entry.time.is_none() {
-                let behind = known.times.partition_point(|(lsn, _)| *lsn <= event.lsn);
-                entry.after = match behind.checked_sub(1).and_then(|at| known.times.get(at)) {
-                    Some((_, time)) => Some(*time),
-                    None => self.last_time,
-                };
-                entry.before = match known.times.get(behind) {
-                    Some((_, time)) => Some(*time),
-                    None => walk.next_time(known.next)?,
-                };
-                if !may_be_covered(query, entry.after, entry.before) {
-                    continue;
+            found.retain(|(entry, relations)| query.names(entry, relations));
+            for (mut entry, relations) in found {
+                if let Some(table) = &query.table {
+                    // What is asked for is among those that are listed.
+                    let mut sorted = relations;
+                    sorted.sort_by_key(|relation| !table.matches(relation));
+                    sorted.truncate(RELATIONS_MAX);
+                    entry.relations = sorted;
+                }
+                if entry.time.is_some() || self.give_bounds(&mut entry, &known, &walk)? {
+                    lines.push(Line::Event(Box::new(entry)));
                 }
             }
-            lines.push(Line::Event(Box::new(entry)));
         }
         let last_time = known.times.last().map(|(_, time)| *time).or(self.last_time);
-        Ok(Found { lines, next: Some(known.next), last_time, drops })
+        let (next, deletes_uncounted) = (Some(known.next), known.deletes_uncounted);
+        Ok(Found { lines, next, last_time, drops, heavy, deletes_uncounted })
+    }
+
+    /// Says between what times an entry without one of its own lies; returns whether that may be asked for.
+    fn give_bounds(&self, entry: &mut Entry, known: &Known, walk: &Walk<'_>) -> Result<bool, Halt> {
+        let behind = known.times.partition_point(|(lsn, _)| *lsn <= entry.lsn);
+        entry.after = match behind.checked_sub(1).and_then(|at| known.times.get(at)) {
+            Some((_, time)) => Some(*time),
+            None => self.last_time,
+        };
+        entry.before = match known.times.get(behind) {
+            Some((_, time)) => Some(*time),
+            None => walk.next_time(known.next)?,
+        };
+        Ok(may_be_covered(&self.query, entry.after, entry.before))
     }
 
     fn timeline_at(&self, lsn: Lsn) -> TimelineId {
@@ -304,7 +331,7 @@ fn classes_of(kinds: &[Kind]) -> Vec<Class> {
             Kind::Drop | Kind::Truncate | Kind::Commit => Some(Class::Destructive),
             Kind::RestorePoint | Kind::Timeline => Some(Class::Planning),
             Kind::Checkpoint => Some(Class::Checkpoints),
-            Kind::Abort => None,
+            Kind::Abort | Kind::DeleteHeavy => None,
         })
         .collect();
     classes.sort_unstable();

@@ -97,6 +97,7 @@ fn query(kinds: &[Kind]) -> Query {
         database: None,
         table: None,
         unnamed_too: false,
+        delete_rows: Query::DELETE_ROWS,
         relation: None,
         kinds: kinds.to_vec(),
         timeline: TimelineChoice::Latest,

@@ -36,7 +36,7 @@ pub use chain::{Chain, ChainEnding, ChainStep, build_chain, gaps_of};
 pub use gap::{Gap, KnownBy};
 pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};
-pub(crate) use survey::{Surveyed, Wanted};
+pub(crate) use survey::{Known, Surveyed, Wanted};
 pub(crate) use walk::Walk;
 pub use windows::{Window, windows};
 

@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use walship::pg::{Lsn, SegmentName};
+use walship::wal::deletes::DeleteCount;
 use walship::wal::event::WalEvent;
 use walship::wal::rollup::{Class, Facts};
 use walship::wal::summary::SegmentEnding;
@@ -19,6 +20,8 @@ pub(crate) struct Wanted<'q> {
     /// Whether the end of a transaction that drops nothing may be wanted that lies whole in a stretch of WAL
     /// with these facts: only the segments themselves list them.
     pub(crate) ends: &'q dyn Fn(&Facts) -> bool,
+    /// Whether counts of deleted rows are wanted.
+    pub(crate) deletes: bool,
     /// Whether this event is wanted.
     pub(crate) matches: &'q dyn Fn(&WalEvent) -> bool,
 }
@@ -43,8 +46,25 @@ pub(crate) struct Known {
     pub(crate) events: Vec<WalEvent>,
     /// Some records in it whose time is known, in WAL order.
     pub(crate) times: Vec<(Lsn, DateTime<Utc>)>,
+    /// The largest counts of deleted rows, when they are wanted.
+    pub(crate) deletes: Vec<DeleteCount>,
+    /// Deleted rows of which it is not known who deleted them.
+    pub(crate) deletes_uncounted: u64,
     /// The step behind it.
     pub(crate) next: usize,
+}
+
+impl Known {
+    fn new(events: Vec<WalEvent>, facts: Option<&Facts>, wanted: &Wanted<'_>, next: usize) -> Self {
+        let counted = facts.filter(|_| wanted.deletes);
+        Self {
+            events,
+            times: facts.map(times_of).unwrap_or_default(),
+            deletes: counted.map(|facts| facts.deletes.largest.clone()).unwrap_or_default(),
+            deletes_uncounted: counted.map_or(0, |facts| facts.deletes_uncounted),
+            next,
+        }
+    }
 }
 
 impl Walk<'_> {
@@ -90,11 +110,15 @@ impl Walk<'_> {
         if !enough {
             return Ok(None);
         }
-        let mut known = Known {
-            events: self.listed(&stretch).cloned().collect(),
-            times: times_of(&block.facts),
-            next: stretch.to + 1,
-        };
+        // Counts of a block count once, and only when all of it is passed.
+        let (first, last) = (self.chain.step(at).segment, self.chain.step(stretch.to).segment);
+        let whole = last == block.last && self.evidence.blocks.contains_key(&first);
+        let counted = wanted.deletes && block.facts.counts.heap_deletes > 0;
+        if counted && !block.is_segment && !whole {
+            return Err(Self::refine(&stretch));
+        }
+        let events = self.listed(&stretch).cloned().collect();
+        let mut known = Known::new(events, Some(&block.facts), wanted, stretch.to + 1);
         if self.leaves_open(&stretch) {
             // Nothing is left out when the last step alone must tell: it comes next.
             let damaged = self.evidence.unreadable.contains(&self.chain.step(stretch.to).segment);
@@ -103,6 +127,7 @@ impl Walk<'_> {
                 Crossing::Nothing => {}
                 Crossing::Event(event) => known.events.push(event),
                 Crossing::ReadSegments if stretch.to == at => return Ok(None),
+                Crossing::ReadSegments if counted => return Err(Self::refine(&stretch)),
                 Crossing::ReadSegments => known.next = stretch.to,
             }
         }
@@ -116,11 +141,9 @@ impl Walk<'_> {
             return Ok(Surveyed::Unknown { segment, undecoded: None });
         }
         if let Some(events) = self.loaded(at) {
-            return Ok(Surveyed::Known(Known {
-                events: events.cloned().collect(),
-                times: vec![],
-                next: at + 1,
-            }));
+            let events = events.cloned().collect();
+            let facts = if wanted.deletes { Some(Facts::of(self.summary(at)?, 0)) } else { None };
+            return Ok(Surveyed::Known(Known::new(events, facts.as_ref(), wanted, at + 1)));
         }
         let summary = self.summary(at)?;
         if let SegmentEnding::Undecoded { reason } = &summary.ending {
@@ -134,7 +157,7 @@ impl Walk<'_> {
             Crossing::Event(event) if !missing => events.push(event),
             _ => return Err(Halt::Events(vec![self.request(at)?])),
         }
-        Ok(Surveyed::Known(Known { events, times: times_of(&facts), next: at + 1 }))
+        Ok(Surveyed::Known(Known::new(events, Some(&facts), wanted, at + 1)))
     }
 
     /// Returns the record that leaves step `at`; one that ends in a damaged segment is not known, and that

@@ -20,7 +20,7 @@ fn what_was_dropped_is_found_and_brought_back_on_a_newer_major() {
 }
 
 /// Does something in a transaction and returns its id.
-fn transaction(server: &PgServer, sql: &str, end: &str) -> u64 {
+pub(crate) fn transaction(server: &PgServer, sql: &str, end: &str) -> u64 {
     let said = server.psql(&format!("begin; {sql}; select pg_current_xact_id()::text; {end}"));
     let xid = said.lines().find_map(|line| line.trim().parse().ok());
     xid.unwrap_or_else(|| panic!("no transaction id: {said}"))
@@ -30,14 +30,14 @@ fn number(server: &PgServer, sql: &str) -> u64 {
     server.psql(sql).trim().parse().unwrap()
 }
 
-fn log(stage: &Stage, args: &[&str]) -> Value {
+pub(crate) fn log(stage: &Stage, args: &[&str]) -> Value {
     let mut words = vec!["log", "--json"];
     words.extend(args);
     serde_json::from_str(&stage.ok(&mut stage.pitr(&words))).unwrap()
 }
 
 /// Returns the only event that this is true of.
-fn the_one(log: &Value, is: impl Fn(&Value) -> bool) -> Value {
+pub(crate) fn the_one(log: &Value, is: impl Fn(&Value) -> bool) -> Value {
     let lines = log["lines"].as_array().unwrap();
     let found: Vec<_> = lines.iter().filter(|line| line["line"] == "event" && is(line)).collect();
     assert_eq!(found.len(), 1, "{found:#?} of {log:#}");

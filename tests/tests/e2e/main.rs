@@ -12,6 +12,7 @@ mod harness;
 mod kill;
 mod large_segments;
 mod log;
+mod log_under_load;
 mod main_job;
 mod outside_settings;
 mod pitr;
