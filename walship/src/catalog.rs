@@ -30,6 +30,8 @@ pub struct Catalog {
     pub histories: BTreeMap<TimelineId, TimelineHistory>,
     /// The whole segments that are stored.
     pub segments: StoredSegments,
+    /// The last segment of which the index told, of timelines that have lost it since: WAL at their end is gone.
+    pub lost_ends: BTreeMap<TimelineId, SegmentName>,
     /// What was read of the index to know that, those that cover most first. A cache: it may be empty.
     pub rollups: Vec<Rollup>,
     /// `.partial` files that are stored.
@@ -181,6 +183,11 @@ impl Catalog {
         let mut timelines = self.segments.timelines();
         timelines.extend(self.histories.keys());
         timelines.into_iter().collect()
+    }
+
+    /// Returns the position after the last stored segment of a timeline.
+    pub fn stored_until(&self, timeline: TimelineId) -> Option<Lsn> {
+        self.segments.last_of_timeline(timeline).map(|last| last.end(self.lineage.segment_size))
     }
 
     /// Returns the history of `timeline`: its stored file, or for timeline 1 the empty one; `None`

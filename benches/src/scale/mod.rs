@@ -9,8 +9,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
+use pitr::execute::info::read_info;
 use pitr::execute::{Planned, Proof, make_plan};
-use pitr::plan::{PlanOptions, gaps_of, windows};
+use pitr::plan::PlanOptions;
 use pitr::target::{RecoveryTarget, TargetKind, TimelineChoice, Zone};
 use walship::pg::TimelineId;
 use walship::repository::{ClusterRepository, load_catalog};
@@ -99,19 +100,13 @@ async fn ask(storage: Arc<dyn Storage>, question: &str) -> walship::Result<()> {
     let catalog = load_catalog(&repository).await?;
     assert_eq!(catalog.backups.len(), world::BACKUPS);
     if question == "info" {
-        let mut segments = 0;
-        for timeline in catalog.timelines() {
-            let history = catalog.history(timeline).expect("its history is stored");
-            assert!(gaps_of(&catalog, &history).is_empty());
-            let runs = catalog.segments.runs(timeline);
-            let number = |name: walship::pg::SegmentName| name.number(world::SIZE);
-            segments += runs.iter().map(|run| number(run.last) - number(run.first) + 1).sum::<u64>();
-            for window in windows(&catalog, timeline) {
-                let last = window.last_segment.expect("a window has segments");
-                assert!(repository.segment_summary(last).await?.is_some());
-            }
+        let now = world::commit_time(world::SEGMENTS);
+        let info = read_info(&repository, catalog, Vec::new(), None, now).await?;
+        assert_eq!(info.timelines.iter().map(|timeline| timeline.segments).sum::<u64>(), world::SEGMENTS);
+        for timeline in &info.timelines {
+            assert!(timeline.gaps.is_empty() && !timeline.windows.is_empty());
+            assert!(timeline.windows.iter().all(|window| window.latest_transaction.is_some()));
         }
-        assert_eq!(segments, world::SEGMENTS);
         return Ok(());
     }
     // Between the two commits of a segment.

@@ -36,6 +36,7 @@ const RESTORE_EXAMPLES: &str = "Examples:
 
 const INFO_EXAMPLES: &str = "Examples:
   pitr info
+  pitr info --server --connection 'host=db1 user=monitor'
   pitr info --json | jq '.timelines[].windows'
 ";
 
@@ -167,6 +168,9 @@ impl LogArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct InfoArgs {
+    /// Ask the server how far the archive is behind it: the one of --connection, else of libpq's PG* variables
+    #[arg(long)]
+    pub(super) server: bool,
     #[command(flatten)]
     pub(super) source: SourceArgs,
 }

@@ -3,6 +3,7 @@
 //! Nothing is chosen here. What a plan says is done as it says it, or fails.
 
 mod configuration;
+pub mod info;
 pub mod load;
 mod load_index;
 mod outside_settings;

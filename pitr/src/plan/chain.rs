@@ -3,7 +3,7 @@
 use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 
-use super::gap::{Gap, ending_at};
+use super::gap::{Gap, KnownBy, ending_at};
 
 /// The stored WAL from one position on, as far as it is unbroken: steps of one segment each, kept as spans.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +77,11 @@ impl Chain {
         let number = SegmentName::containing(span.first.timeline, lsn, self.size).number(self.size);
         let within = number.checked_sub(span.first.number(self.size))?;
         (lsn >= span.from).then(|| span.before + within as usize)
+    }
+
+    /// Returns the number of the last step that begins before `lsn`.
+    pub fn last_before(&self, lsn: Lsn) -> Option<usize> {
+        if self.is_empty() || lsn <= self.start { None } else { Some(self.step_reaching(lsn)) }
     }
 
     /// Returns the number of the first step that reaches `lsn`, at most that of the last step.
@@ -262,7 +267,8 @@ pub(crate) fn chains_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Cha
     while let Some(start) = at {
         let chain = build_chain(catalog, history, start);
         at = match &chain.ending {
-            ChainEnding::Gap(gap) if gap.to > start => Some(gap.to),
+            // Behind all other gaps nothing is stored.
+            ChainEnding::Gap(gap) if gap.known_by == KnownBy::LaterWal => Some(gap.to),
             _ => None,
         };
         chains.push(chain);

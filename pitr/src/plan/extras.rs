@@ -19,7 +19,7 @@ const PREPARED_SEGMENTS_MAX: usize = 16;
 const DROP_SEGMENTS: usize = 4;
 
 /// `wal_level = minimal` as WAL writes it.
-const WAL_LEVEL_MINIMAL: i32 = 0;
+pub(crate) const WAL_LEVEL_MINIMAL: i32 = 0;
 
 /// What the notable records between backup and stop say.
 pub(crate) struct Notable {

@@ -38,6 +38,8 @@ pub enum KnownBy {
         /// The backup's id.
         id: String,
     },
+    /// Nothing later is stored; the index tells of it.
+    Index,
     /// Nothing later is stored; a timeline left this way only later.
     Fork {
         /// That timeline.
@@ -55,6 +57,7 @@ impl std::fmt::Display for Gap {
         write!(f, " ({} to {})", self.from, self.to)?;
         match &self.known_by {
             KnownBy::LaterWal | KnownBy::Ledger => {}
+            KnownBy::Index => f.write_str(", which were stored when the index was written")?,
             KnownBy::Backup { id } => write!(f, ", which backup {id} was complete with")?,
             KnownBy::Fork { timeline } => write!(f, ", behind which timeline {timeline} begins")?,
         }
@@ -141,8 +144,13 @@ fn known_end(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -> Option<(L
         });
         left.collect::<Vec<_>>()
     });
+    let indexed = catalog.lost_ends.iter().filter_map(|(timeline, last)| {
+        let left_at = history.switch_lsn_of(*timeline).unwrap_or(Lsn(u64::MAX));
+        let end = last.end(catalog.lineage.segment_size).min(left_at);
+        history.contains(*timeline).then_some((end, KnownBy::Index))
+    });
     let ledger = ledger.filter(|(end, _)| *end > at).max_by_key(|(end, _)| *end);
-    let others = backups.chain(forks).filter(|(end, _)| *end > at).max_by_key(|(end, _)| *end);
+    let others = backups.chain(forks).chain(indexed).filter(|(end, _)| *end > at).max_by_key(|(end, _)| *end);
     match (ledger, others) {
         // The ledger tells why.
         (Some(ledger), Some(other)) if ledger.0 < other.0 => Some((other.0, ledger.1)),

@@ -273,7 +273,7 @@ proptest! {
         let scene = build(&script);
         for (timeline, history) in &scene.histories {
             let model = Model { catalog: &scene.catalog, history };
-            let found = windows(&scene.catalog, *timeline);
+            let found = windows(&scene.catalog, *timeline, &[]);
             if scene.catalog.history(*timeline).is_none() {
                 prop_assert!(found.is_empty());
                 continue;

@@ -33,12 +33,13 @@ use walship::wal::summary::SegmentSummary;
 
 pub(crate) use chain::chains_of;
 pub use chain::{Chain, ChainEnding, ChainStep, build_chain, gaps_of};
+pub(crate) use extras::WAL_LEVEL_MINIMAL;
 pub use gap::{Gap, KnownBy};
 pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};
 pub(crate) use survey::{Known, Surveyed, Wanted};
 pub(crate) use walk::Walk;
-pub use windows::{Window, windows};
+pub use windows::{Window, WindowEnd, windows};
 
 use crate::target::{RecoveryTarget, StopSide, TargetKind, TimelineChoice};
 

@@ -97,6 +97,7 @@ impl World {
             lineage,
             histories: BTreeMap::new(),
             segments: StoredSegments::new(SIZE),
+            lost_ends: BTreeMap::new(),
             rollups: vec![],
             partials: vec![],
             incomplete: vec![],

@@ -27,15 +27,30 @@ pub struct Window {
     pub until_lsn: Lsn,
     /// The last segment that is used.
     pub last_segment: Option<SegmentName>,
-    /// The gap that ends it; `None` when the archive ends there.
+    /// What ends it.
+    pub ended_by: WindowEnd,
+    /// The gap that ends it.
     pub gap: Option<Gap>,
 }
 
-/// Returns the windows that end on `timeline`, in WAL order; none when its history is not stored.
+/// What ends a window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WindowEnd {
+    /// The archive.
+    EndOfArchive,
+    /// WAL is missing behind it.
+    Gap,
+    /// `wal_level` was minimal from there on: PostgreSQL refuses to recover across it.
+    WalLevelMinimal,
+}
+
+/// Returns the windows that end on `timeline`, in WAL order; none when its history is not stored. `breaks` are
+/// the records by which `wal_level` became minimal, each with the timeline that it is on.
 ///
 /// A window that begins on an ancestor and leads into the timeline is one of them, a window that
 /// ends before the timeline begins is the ancestor's.
-pub fn windows(catalog: &Catalog, timeline: TimelineId) -> Vec<Window> {
+pub fn windows(catalog: &Catalog, timeline: TimelineId, breaks: &[(TimelineId, Lsn)]) -> Vec<Window> {
     let Some(history) = catalog.history(timeline) else { return Vec::new() };
     let begin = begin_of(&history, timeline).unwrap_or(Lsn(0));
     let mut windows: Vec<Window> = Vec::new();
@@ -60,14 +75,28 @@ pub fn windows(catalog: &Catalog, timeline: TimelineId) -> Vec<Window> {
             continue;
         }
         let chain = build_chain(catalog, &history, backup.start_lsn);
-        if chain.end() >= backup.stop_lsn && chain.end() > begin {
-            windows.push(window_of(&history, backup, &chain));
+        let on_path = breaks.iter().filter(|(timeline, lsn)| history.timeline_of(*lsn) == *timeline);
+        let broken_at =
+            on_path.map(|(_, lsn)| *lsn).filter(|lsn| *lsn >= backup.start_lsn && *lsn < chain.end());
+        let window = window_of(&history, backup, &chain, broken_at.min());
+        if window.until_lsn >= backup.stop_lsn && window.until_lsn > begin {
+            windows.push(window);
         }
     }
     windows
 }
 
-fn window_of(history: &TimelineHistory, backup: &walship::catalog::BackupRecord, chain: &Chain) -> Window {
+fn window_of(
+    history: &TimelineHistory,
+    backup: &walship::catalog::BackupRecord,
+    chain: &Chain,
+    broken_at: Option<Lsn>,
+) -> Window {
+    let until_lsn = broken_at.unwrap_or(chain.end());
+    let gap = match (&chain.ending, broken_at) {
+        (ChainEnding::Gap(gap), None) => Some(gap.clone()),
+        _ => None,
+    };
     Window {
         timeline: history.timeline,
         from_lsn: backup.stop_lsn,
@@ -75,11 +104,13 @@ fn window_of(history: &TimelineHistory, backup: &walship::catalog::BackupRecord,
         first_backup: backup.id.clone(),
         newest_backup: backup.id.clone(),
         backups: 1,
-        until_lsn: chain.end(),
-        last_segment: chain.last_step().map(|step| step.segment),
-        gap: match &chain.ending {
-            ChainEnding::Gap(gap) => Some(gap.clone()),
-            ChainEnding::EndOfArchive => None,
+        until_lsn,
+        last_segment: chain.last_before(until_lsn).map(|step| chain.step(step).segment),
+        ended_by: match (&gap, broken_at) {
+            (_, Some(_)) => WindowEnd::WalLevelMinimal,
+            (Some(_), None) => WindowEnd::Gap,
+            (None, None) => WindowEnd::EndOfArchive,
         },
+        gap,
     }
 }

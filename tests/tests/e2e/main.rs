@@ -9,6 +9,7 @@ mod doctor;
 mod exact;
 mod gaps;
 mod harness;
+mod json_docs;
 mod kill;
 mod large_segments;
 mod log;

@@ -114,6 +114,13 @@ impl StoredSegments {
         (next.timeline == name.timeline).then_some(next)
     }
 
+    /// Returns the last stored segment of a timeline.
+    pub fn last_of_timeline(&self, timeline: TimelineId) -> Option<SegmentName> {
+        let first = SegmentName { timeline, log: 0, seg: 0 };
+        let last = SegmentName { timeline, log: u32::MAX, seg: u32::MAX };
+        self.runs.range(first..=last).next_back().map(|(_, last)| *last)
+    }
+
     /// Returns the stored size of the segments of an unbroken piece that begins here and ends before or at
     /// `last`, and the piece's last segment.
     pub fn piece(&self, first: SegmentName, last: SegmentName) -> Option<(SegmentName, u64)> {

@@ -2,10 +2,12 @@
 
 use chrono::{TimeDelta, Utc};
 use serde::Serialize;
+use walship::catalog::Catalog;
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
 use walship::pg::WalFileName;
 use walship::replication::connection::Connection;
+use walship::replication::{ServerPosition, server_position};
 use walship::repository::{ClusterName, ClusterRepository, LineageRepository, load_catalog};
 use walship::storage::{self, StorageConfig};
 
@@ -16,6 +18,9 @@ const UNDER_WAY: TimeDelta = TimeDelta::days(1);
 
 /// More would hide the rest of the report.
 const UNFINISHED_SHOWN_MAX: usize = 20;
+
+/// As many full segments may wait for an archiver that keeps up.
+const BEHIND_SEGMENTS_MAX: u64 = 4;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -72,6 +77,7 @@ struct Server {
     identity: Identity,
     /// The file with which the archiver failed last, when nothing was archived since.
     failing: Option<WalFileName>,
+    position: ServerPosition,
 }
 
 async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Findings) -> Result<Server> {
@@ -96,8 +102,9 @@ async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Fin
         }
     }
     let failing = check_archiver(&mut connection, findings).await?;
+    let position = server_position(&mut connection).await?;
     connection.close().await;
-    Ok(Server { identity, failing })
+    Ok(Server { identity, failing, position })
 }
 
 /// Looks at the archiver's statistics; returns the file that it cannot archive, if there is one.
@@ -155,7 +162,11 @@ async fn check_repository(
     };
     check_conflict(&lineage, server.and_then(|server| server.failing), findings).await?;
     check_leftovers(&lineage, findings).await?;
-    check_gaps(&lineage, findings).await?;
+    let catalog = load_catalog(&lineage).await?;
+    check_gaps(&lineage, &catalog, findings);
+    if let Some(server) = server {
+        check_tail(&lineage, &catalog, &server.position, findings);
+    }
     check_unfinished(&cluster, findings).await
 }
 
@@ -238,8 +249,7 @@ async fn check_conflict(
 }
 
 /// Gaps of the ledger whose WAL is not there.
-async fn check_gaps(lineage: &LineageRepository, findings: &mut Findings) -> Result<()> {
-    let catalog = load_catalog(lineage).await?;
+fn check_gaps(lineage: &LineageRepository, catalog: &Catalog, findings: &mut Findings) {
     let newest = catalog.backups.iter().map(|backup| backup.start_lsn).max();
     for gap in &catalog.gaps {
         let (from, to) = (gap.start_lsn, gap.end_lsn);
@@ -260,7 +270,43 @@ async fn check_gaps(lineage: &LineageRepository, findings: &mut Findings) -> Res
     if catalog.gaps.is_empty() {
         findings.good(format!("the ledger of gaps in {} has no open one", lineage.location()));
     }
-    Ok(())
+    for (timeline, last) in &catalog.lost_ends {
+        findings.add(
+            Weight::Needed,
+            format!(
+                "{}: the end of timeline {timeline} is gone: the index knows of WAL up to segment {last}, which is \
+                 not stored",
+                lineage.location()
+            ),
+            Some("Find out who removed it, or whether this is an older copy of the repository.".to_owned()),
+        );
+    }
+}
+
+/// What the server has written and the repository does not hold.
+fn check_tail(
+    lineage: &LineageRepository,
+    catalog: &Catalog,
+    server: &ServerPosition,
+    findings: &mut Findings,
+) {
+    let location = lineage.location();
+    let ServerPosition { timeline, wal_lsn, .. } = server;
+    let Some(end) = catalog.stored_until(*timeline) else {
+        let next = "Run `SELECT pg_switch_wal()` and check again.".to_owned();
+        let what = format!("{location} holds no WAL yet of timeline {timeline}, which the server is on");
+        return findings.add(Weight::Advice, what, Some(next));
+    };
+    let behind = wal_lsn.0.saturating_sub(end.0);
+    let segments = behind / server.segment_size.bytes();
+    let what = format!(
+        "{location} ends at {end} on timeline {timeline}, the server at {wal_lsn}: {segments} full segments behind"
+    );
+    if segments < BEHIND_SEGMENTS_MAX {
+        return findings.good(what);
+    }
+    let next = "Look at the archiver's findings above, and at how long one segment takes to be archived.";
+    findings.add(Weight::Advice, what, Some(next.to_owned()));
 }
 
 async fn check_leftovers(lineage: &LineageRepository, findings: &mut Findings) -> Result<()> {

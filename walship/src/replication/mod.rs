@@ -22,6 +22,7 @@ pub mod conninfo;
 pub mod message;
 pub mod options;
 pub mod passfile;
+pub mod position;
 pub mod server_error;
 pub mod slot;
 pub mod stream;
@@ -32,6 +33,7 @@ pub use base_backup::{
 };
 pub use connection::{Connection, Rows, SUPPORTED_MAJORS, SessionKind};
 pub use options::{ConnectOptions, Origin};
+pub use position::{Archiver, ServerPosition, Slot, server_position};
 pub use server_error::ServerError;
 pub use slot::{
     SlotLifetime, SlotState, SystemIdentity, create_slot, drop_slot, identify_system, read_slot,

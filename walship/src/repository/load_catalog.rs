@@ -50,6 +50,7 @@ async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
         lineage: repository.lineage.clone(),
         histories: load_histories(repository, &timelines).await?,
         segments: StoredSegments::new(repository.lineage.segment_size),
+        lost_ends: BTreeMap::new(),
         rollups: Vec::new(),
         partials: Vec::new(),
         incomplete: Vec::new(),
@@ -57,7 +58,8 @@ async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
         backups,
         unfinished_backups,
     };
-    for found in found {
+    for (timeline, found) in timelines.iter().zip(found) {
+        catalog.lost_ends.extend(found.lost_end.map(|last| (*timeline, last)));
         catalog.segments.append(found.segments);
         catalog.rollups.extend(found.rollups);
         catalog.partials.extend(found.partials);

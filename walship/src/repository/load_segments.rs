@@ -19,6 +19,8 @@ pub(super) struct Found {
     pub(super) rollups: Vec<Rollup>,
     pub(super) partials: Vec<SegmentName>,
     pub(super) incomplete: Vec<SegmentName>,
+    /// The last segment of which the index told, when it is gone.
+    pub(super) lost_end: Option<SegmentName>,
 }
 
 /// Whether the index is used.
@@ -44,11 +46,20 @@ pub(super) async fn load_segments(
     timeline: TimelineId,
     using: Using,
 ) -> Result<Found> {
+    let found = load_once(repository, timeline, using).await?;
+    let Some(lost_end) = found.lost_end else { return Ok(found) };
+    // An index that tells of an end that is not there is no help with this timeline.
+    let listed = load_once(repository, timeline, Using::Listings).await?;
+    Ok(Found { lost_end: Some(lost_end), ..listed })
+}
+
+async fn load_once(repository: &LineageRepository, timeline: TimelineId, using: Using) -> Result<Found> {
     let mut found = Found {
         segments: StoredSegments::new(repository.lineage.segment_size),
         rollups: Vec::new(),
         partials: Vec::new(),
         incomplete: Vec::new(),
+        lost_end: None,
     };
     let level = if using == Using::Index { LEVEL_MAX } else { 0 };
     let mut unknown = vec![Unknown { from: 0, until: u64::MAX, level }];
@@ -68,13 +79,24 @@ async fn list(
     unknown: &Unknown,
     found: &mut Found,
 ) -> Result<()> {
+    // The last segment that the index tells of is looked for together with what comes behind it: an older or
+    // a pruned copy of a repository must not look complete.
+    let told = found.segments.last_of_timeline(timeline).filter(|_| unknown.until == u64::MAX);
+    let told = told.filter(|last| last.number(repository.lineage.segment_size) + 1 == unknown.from);
+    let mut is_there = told.is_none();
+    let from = unknown.from - u64::from(told.is_some());
     let show = |listed| match listed {
+        Listed::Segment(name, _) if Some(name) == told => is_there = true,
         Listed::Segment(name, bytes) => found.segments.insert(name, bytes),
         Listed::Partial(name) => found.partials.push(name),
         Listed::Incomplete(name) => found.incomplete.push(name),
         Listed::Copy(_) => {}
     };
-    repository.wal_between(timeline, unknown.from, unknown.until, show).await
+    repository.wal_between(timeline, from, unknown.until, show).await?;
+    if !is_there {
+        found.lost_end = told;
+    }
+    Ok(())
 }
 
 /// Reads the roll-ups of one level that tell of unknown segments, and notes what stays unknown.
