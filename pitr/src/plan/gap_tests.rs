@@ -33,6 +33,8 @@ struct Script {
     lost_histories: BTreeSet<u32>,
     gaps: Vec<(u32, u64, u64)>,
     backups: Vec<(u32, u64, u64)>,
+    /// Segments that the index knew last.
+    indexed: Vec<(u32, u64)>,
 }
 
 fn scripts() -> impl Strategy<Value = Script> {
@@ -46,14 +48,15 @@ fn scripts() -> impl Strategy<Value = Script> {
         prop::collection::btree_set(2_u32..5, 0..2),
         prop::collection::vec(span.clone(), 0..3),
         prop::collection::vec(span, 0..4),
+        prop::collection::vec((1_u32..5, SEGMENTS), 0..2),
     )
-        .prop_map(|(forks, runs, missing, lost_histories, gaps, backups)| {
+        .prop_map(|(forks, runs, missing, lost_histories, gaps, backups, indexed)| {
             let mut stored = BTreeSet::new();
             for (timeline, first, many) in runs {
                 stored.extend((first..first + many).filter(|n| SEGMENTS.contains(n)).map(|n| (timeline, n)));
             }
             stored.retain(|one| !missing.contains(one));
-            Script { forks, stored, lost_histories, gaps, backups }
+            Script { forks, stored, lost_histories, gaps, backups, indexed }
         })
 }
 
@@ -105,6 +108,12 @@ fn build(script: &Script) -> Scene {
         let mut world = World::new();
         world.backup_record(&format!("b{at_}"), tli(*timeline), lsn(*start), lsn(start + units));
         catalog.backups.append(&mut world.catalog.backups);
+    }
+    for (timeline, number) in &script.indexed {
+        let last = SegmentName::from_number(tli(*timeline), *number, SIZE).unwrap();
+        if catalog.segments.first_from(last).is_none() {
+            catalog.lost_ends.insert(tli(*timeline), last);
+        }
     }
     catalog.backups.sort_by_key(|backup| (backup.start_lsn, backup.id.clone()));
     Scene { catalog, histories }
@@ -193,7 +202,15 @@ impl Model<'_> {
             let last = all.clone().filter(shared).max()? + 1;
             (last / UNITS > end / UNITS).then_some(last)
         });
-        of_backups.chain(of_forks).max()
+        let of_index = self.catalog.lost_ends.iter().filter_map(|(timeline, last)| {
+            let told = |unit: &u64| {
+                let parts = Self::parts(self.history);
+                let left = parts.iter().find(|(own, ..)| own == timeline).map(|(.., left)| *left);
+                lsn(*unit) < last.end(SIZE) && left.is_some_and(|left| *unit < left)
+            };
+            all.clone().filter(told).max().map(|unit| unit + 1)
+        });
+        of_backups.chain(of_forks).chain(of_index).max()
     }
 
     /// The gap behind `end`: up to where, and which of the ledger's it is.

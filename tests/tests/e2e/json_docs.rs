@@ -77,18 +77,42 @@ fn the_page_about_json_says_what_is_printed() {
         printed["server"]
     );
 
-    let elsewhere = ["timelines[].windows[].gap", "timelines[].gaps[].ledger[]"];
+    compare("pitr info", &[printed], &["timelines[].windows[].gap", "timelines[].gaps[].ledger[]"]);
+
+    let plan = |words: &[&str]| -> Value {
+        let mut plan = stage.pitr(&["plan", "--json"]);
+        serde_json::from_slice(&stage.run(plan.args(words)).stdout).unwrap()
+    };
+    let answers = [plan(&["--to-name", "here"]), plan(&["--latest"]), plan(&["--to-name", "nowhere"])];
+    let outcomes: Vec<_> = answers.iter().map(|answer| answer["outcome"].as_str().unwrap()).collect();
+    assert_eq!(outcomes, ["plan", "refused", "refused"]);
+    let elsewhere = [
+        "plan.backup",
+        "plan.limits",
+        "plan.stop.record",
+        "plan.first_excluded",
+        "plan.gap_behind",
+        "refusal.gap",
+        "plan.open_prepared[]",
+        "plan.tablespace_paths[]",
+    ];
+    compare("pitr plan", &answers, &elsewhere);
+}
+
+/// Compares what was printed with a section of the page. What the page describes in another place is looked
+/// into no further.
+fn compare(section: &str, printed: &[Value], elsewhere: &[&str]) {
     let mut found = BTreeSet::new();
-    keys(&printed, "", &elsewhere, &mut found);
-    let (all, sometimes) = documented("pitr info");
+    printed.iter().for_each(|value| keys(value, "", elsewhere, &mut found));
+    let (all, sometimes) = documented(section);
     // An array is told by its elements' keys, where these are objects.
     let told =
         |key: &String| all.contains(key) || all.iter().any(|other| other.starts_with(&format!("{key}.")));
     let untold: Vec<_> = found.iter().filter(|key| !told(key)).collect();
-    assert!(untold.is_empty(), "printed and not on the page: {untold:?}");
+    assert!(untold.is_empty(), "{section}: printed and not on the page: {untold:?}");
     let unprinted: Vec<_> =
         all.iter().filter(|key| !found.contains(*key) && !sometimes.contains(*key)).collect();
-    assert!(unprinted.is_empty(), "on the page and not printed: {unprinted:?}");
+    assert!(unprinted.is_empty(), "{section}: on the page and not printed: {unprinted:?}");
 }
 
 #[test]
