@@ -88,6 +88,9 @@ pub struct Overrides {
     /// [env: WALSHIP_REPO]
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "URL"))]
     pub repo: Vec<String>,
+    /// Leave this one of the configured repositories out; repeat for several
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "URL", hide_short_help = true))]
+    pub without_repo: Vec<String>,
     /// The cluster's name in the repository [env: WALSHIP_CLUSTER]
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "NAME"))]
     pub cluster: Option<String>,
@@ -202,6 +205,7 @@ impl Config {
         let s3 = outer_s3(flags, &environment)?;
         let repositories = repositories(flags, &environment, file.repositories)?
             .into_iter()
+            .filter(|own| !flags.without_repo.contains(&own.url))
             .map(|own| {
                 let limits = limits.or(own.limits).or(file.limits);
                 let mut s3 = s3_or(s3_or(s3.clone(), own.s3), file.s3.clone());

@@ -10,7 +10,7 @@ use walship::{Error, Result};
 use super::args::LogArgs;
 use super::output::{self, Style, clean};
 use super::plan::refused;
-use super::source::Source;
+use super::source::{Source, say_notes};
 use super::{DAMAGED, DONE};
 use crate::execute::{Logged, read_log};
 use crate::log::{Entry, Line, Log, NameSource, Relation};
@@ -33,6 +33,7 @@ pub(super) async fn run(args: &LogArgs) -> Result<u8> {
         Logged::Log(log) => log,
         Logged::Refused(refusal) => return refused(&refusal, args.source.json),
     };
+    say_notes(&source.repository);
     if args.source.json {
         let value = serde_json::to_value(&log)
             .map_err(|error| Error::invalid(format!("what is stored cannot be shown as JSON: {error}")))?;

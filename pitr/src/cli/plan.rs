@@ -6,7 +6,7 @@ use walship::config::Overrides;
 use super::args::PlanArgs;
 use super::before::Asked;
 use super::output::{self, Style};
-use super::source::Source;
+use super::source::{Source, say_notes};
 use super::{DONE, NO_PLAN};
 use crate::execute::{Planned, Proof, make_plan};
 use crate::plan::{PlanOptions, Refusal, RestorePlan};
@@ -21,7 +21,8 @@ pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
     };
     let options = PlanOptions { backup: args.target.backup.clone() };
     match make_plan(&source.repository, &source.catalog, &target, &options, Proof::Bounded).await? {
-        Planned::Plan(plan) => {
+        Planned::Plan(mut plan) => {
+            plan.warnings.extend(source.repository.notes());
             if args.source.json {
                 output::print_json(&output::plan_json(&plan))?;
             } else {
@@ -30,7 +31,10 @@ pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
             }
             Ok(DONE)
         }
-        Planned::Refused(refusal) => refused(&refusal, args.source.json),
+        Planned::Refused(refusal) => {
+            say_notes(&source.repository);
+            refused(&refusal, args.source.json)
+        }
     }
 }
 
@@ -54,6 +58,9 @@ fn restore_command_line(plan: &RestorePlan, overrides: &Overrides) -> String {
     }
     for repository in &overrides.repo {
         words.push(format!("--repo {}", shell_word(repository)));
+    }
+    for repository in &overrides.without_repo {
+        words.push(format!("--without-repo {}", shell_word(repository)));
     }
     if let Some(cluster) = &overrides.cluster {
         words.push(format!("--cluster {}", shell_word(cluster)));

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
+use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
 use super::DONE;
@@ -37,13 +38,15 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Ok(target) => target,
         Err(refusal) => return refused(&refusal, args.source.json),
     };
-    let options = options(args, &program, source.catalog.lineage.number, target.kind == TargetKind::Latest)?;
+    let options = options(args, &program, &source.repository, target.kind == TargetKind::Latest)?;
     let plan_options = PlanOptions { backup: args.target.backup.clone() };
-    let plan =
+    let mut plan =
         match make_plan(&source.repository, &source.catalog, &target, &plan_options, Proof::Whole).await? {
             Planned::Plan(plan) => plan,
             Planned::Refused(refusal) => return refused(&refusal, args.source.json),
         };
+    let before = source.repository.notes();
+    plan.warnings.extend(before.iter().cloned());
     let style = Style::of_stdout();
     if !args.source.json {
         output::print(&output::plan_text(&plan, None, style))?;
@@ -58,6 +61,12 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
             () = show(&shown, plan.backup.data_bytes) => unreachable_end()?,
         }
     };
+    report.notes.extend(source.repository.notes().into_iter().filter(|note| !before.contains(note)));
+    for url in source.repository.unreadable() {
+        report.notes.push(format!(
+            "restore_command in postgresql.auto.conf leaves {url} out (--without-repo), because it cannot be read now"
+        ));
+    }
     report.notes.extend(credentials_note(&args.source.overrides)?);
     if args.source.json {
         let value = json!({
@@ -77,10 +86,15 @@ fn unreachable_end() -> Result<RestoreReport> {
     Err(Error::local_io("the progress display ended before the restore"))
 }
 
-fn options(args: &RestoreArgs, program: &str, lineage: u32, latest: bool) -> Result<RestoreOptions> {
+fn options(
+    args: &RestoreArgs,
+    program: &str,
+    repository: &LineageRepository,
+    latest: bool,
+) -> Result<RestoreOptions> {
     let restore_as = RestoreAs::from(args.restore_as);
     let action = action(restore_as, latest, args.target_action.map(TargetAction::from))?;
-    let command = restore_command(program, &restore_cmd_arguments(&args.source.overrides, lineage)?);
+    let command = restore_command(program, &restore_cmd_arguments(&args.source.overrides, repository)?);
     Ok(RestoreOptions {
         data_dir: args.data_dir.clone(),
         tablespaces: mappings(&args.tablespace_mapping)?,

@@ -5,11 +5,14 @@ use std::path::{Path, PathBuf};
 
 use walship::catalog::Catalog;
 use walship::config::{Config, DEFAULT_PATH, Overrides};
-use walship::repository::{ClusterName, ClusterRepository, LineageRepository, load_catalog};
+use walship::repository::{
+    ClusterName, ClusterRepository, LineageRepository, load_catalog, open_same_lineage,
+};
 use walship::storage::StorageConfig;
 use walship::{Error, Result, storage};
 
 use super::args::SourceArgs;
+use super::output;
 
 /// Variables of our own that hold S3 credentials; they outrank the configuration file.
 const OWN_CREDENTIALS: &[&str] =
@@ -33,7 +36,7 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// Opens the lineage in the first configured repository that can be read.
+    /// Opens the lineage in every configured repository that can be read.
     pub(super) async fn open(args: &SourceArgs) -> Result<Self> {
         let (repository, _) = open_lineages(args).await?;
         let catalog = load_catalog(&repository).await?;
@@ -41,37 +44,43 @@ impl Source {
     }
 }
 
-/// Returns the chosen lineage and the cluster that it belongs to.
+/// Returns the chosen lineage, as all configured repositories hold it that can be read, and the cluster that it
+/// belongs to.
 pub(super) async fn open_lineages(args: &SourceArgs) -> Result<(LineageRepository, ClusterRepository)> {
     let config = Config::load(&args.overrides)?;
     let cluster: ClusterName = config.cluster.parse()?;
-    let mut first_error = None;
-    for place in &config.repositories {
-        let opened = async {
-            let cluster = ClusterRepository::open(storage::open(place)?, &cluster).await?;
-            let lineage = match args.lineage {
-                Some(number) => cluster.lineage(number).await?,
-                None => cluster.newest_lineage().await?,
-            };
-            Ok((lineage, cluster))
-        };
-        match opened.await {
-            Ok(opened) => return Ok(opened),
-            Err(error) => {
-                if first_error.is_none() {
-                    first_error = Some(error);
-                }
-            }
-        }
-    }
-    Err(first_error.unwrap_or_else(|| Error::invalid("no repository is configured")))
+    let opens = config.repositories.iter().map(async |place| {
+        let opened = async { ClusterRepository::open(storage::open(place)?, &cluster).await };
+        (place.url.clone(), opened.await)
+    });
+    let opened = futures_util::future::join_all(opens).await;
+    open_same_lineage(opened, args.lineage).await
+}
+
+/// Says on standard error what is to be known about the repositories.
+pub(super) fn say_notes(repository: &LineageRepository) {
+    repository.notes().iter().for_each(|note| eprintln!("note:  {}", output::clean(note)));
 }
 
 /// Returns the arguments that lead `restore-cmd` to the same repository when PostgreSQL runs it: its
 /// environment will be the server's, so what came by flag or variable is spelled out. Secrets are not.
-pub(super) fn restore_cmd_arguments(overrides: &Overrides, lineage: u32) -> Result<Vec<String>> {
-    // Pinned: a lineage that is registered later must not serve this recovery.
-    let mut arguments = vec!["--lineage".to_owned(), lineage.to_string()];
+///
+/// A repository that could not be read is left out: without its answer nobody could say that a timeline does not
+/// exist, which PostgreSQL asks before it opens.
+pub(super) fn restore_cmd_arguments(
+    overrides: &Overrides,
+    repository: &LineageRepository,
+) -> Result<Vec<String>> {
+    // Pinned: a lineage that is registered later must not serve this recovery. Where the repositories number it
+    // differently, the restored data directory's system identifier must do.
+    let number = repository.lineage().number;
+    let mut arguments = Vec::new();
+    if repository.each().iter().all(|one| one.lineage().number == number) {
+        arguments.extend(["--lineage".to_owned(), number.to_string()]);
+    }
+    for url in repository.unreadable().iter().chain(&overrides.without_repo) {
+        arguments.extend(["--without-repo".to_owned(), url.clone()]);
+    }
     let config = overrides.config.clone().or_else(|| env::var_os("WALSHIP_CONFIG").map(PathBuf::from));
     if let Some(config) = config {
         let path = std::path::absolute(&config)

@@ -137,7 +137,7 @@ async fn judge(
             }
             Err(error) => return Err(error),
         };
-        if length != one.stored_bytes {
+        if length != one.stored_bytes && !repository.is_whole_elsewhere(one.name).await? {
             return Err(Error::corrupt(format!(
                 "segment {} in {} is damaged: its object has {} bytes instead of {length}",
                 one.name,

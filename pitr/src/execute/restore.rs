@@ -240,8 +240,44 @@ fn read_manifest(stored: &[u8]) -> Result<(Vec<u8>, BackupManifest)> {
     Ok((bytes, manifest))
 }
 
-/// Fetches one object range by range while a thread unpacks what has come.
+/// Fetches one object and unpacks it; where it is missing or damaged in one repository, what came of it is
+/// removed and it is taken from another.
 async fn fetch_object(
+    repository: &LineageRepository,
+    id: &str,
+    object: &BackupObject,
+    destination: Arc<Destination>,
+    progress: Arc<Progress>,
+) -> Result<()> {
+    let mut failure: Option<(String, Error)> = None;
+    for one in repository.each() {
+        if failure.is_some() {
+            let (destination, name) = (destination.clone(), object.name.clone());
+            blocking(move || destination.give_back(&name)).await?;
+        }
+        let fetched = fetch_object_from(&one, id, object, destination.clone(), progress.clone()).await;
+        match fetched {
+            Ok(()) => {
+                if let Some((location, error)) = failure {
+                    let from = one.location();
+                    repository.note(format!(
+                        "{} of backup {id} was taken from {from}, not from {location}: {error}",
+                        object.name
+                    ));
+                }
+                return Ok(());
+            }
+            Err(error) => {
+                one.failed(&error);
+                failure.get_or_insert((one.location(), error));
+            }
+        }
+    }
+    Err(failure.map_or_else(|| Error::invalid("no repository is configured"), |(_, error)| error))
+}
+
+/// Fetches one object range by range while a thread unpacks what has come.
+async fn fetch_object_from(
     repository: &LineageRepository,
     id: &str,
     object: &BackupObject,

@@ -53,6 +53,8 @@ pub(super) struct Destination {
 #[derive(Debug, Default)]
 struct State {
     written: HashSet<PathBuf>,
+    /// The files of each object: their names in the manifest, and where they are.
+    claimed: HashMap<String, Vec<(PathBuf, PathBuf)>>,
     control_file: Option<Vec<u8>>,
 }
 
@@ -76,8 +78,27 @@ impl Destination {
         state.control_file.take().ok_or_else(|| damaged("the backup does not hold global/pg_control"))
     }
 
-    /// Takes a name once.
-    fn claim(&self, name: &Path) -> Result<&ManifestFile> {
+    /// Removes every file that was written from an object, and lets its names be taken again.
+    pub(super) fn give_back(&self, object: &str) -> Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for (listed, local) in state.claimed.remove(object).unwrap_or_default() {
+            match fs::remove_file(&local) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::from_io(format!("removing {}", local.display()), error));
+                }
+                _ => {}
+            }
+            if listed == Path::new(CONTROL_FILE) {
+                state.control_file = None;
+            }
+            state.written.remove(&listed);
+        }
+        Ok(())
+    }
+
+    /// Takes a name once, for an object.
+    fn claim(&self, object: &str, place: &Place) -> Result<&ManifestFile> {
+        let name = &place.listed;
         let file = self
             .expected
             .get(name)
@@ -86,6 +107,8 @@ impl Destination {
         if !state.written.insert(name.to_owned()) {
             return Err(damaged(format!("the backup holds {name:?} twice")));
         }
+        let claimed = state.claimed.entry(object.to_owned()).or_default();
+        claimed.push((name.to_owned(), place.local.clone()));
         Ok(file)
     }
 }
@@ -155,7 +178,7 @@ fn unpack_stream(destination: &Destination, object: &BackupObject, arriving: Arr
             tar::EntryType::Regular if NEVER_FILLED.iter().any(|folder| place.listed.starts_with(folder)) => {
                 return Err(damaged(format!("a backup holds no such file as {name:?}")));
             }
-            tar::EntryType::Regular => write_file(destination, &place, mode, &mut entry)?,
+            tar::EntryType::Regular => write_file(destination, &object.name, &place, mode, &mut entry)?,
             // The links of tablespaces are made from the plan, never from the archive.
             tar::EntryType::Symlink if is_tablespace_link(destination, object.tablespace, &name) => {}
             other => {
@@ -248,11 +271,12 @@ fn make_dir(path: &Path, mode: u32) -> Result<()> {
 
 fn write_file(
     destination: &Destination,
+    object: &str,
     place: &Place,
     mode: u32,
     entry: &mut tar::Entry<'_, impl Read>,
 ) -> Result<()> {
-    let file = destination.claim(&place.listed)?;
+    let file = destination.claim(object, place)?;
     if entry.size() != file.bytes {
         return Err(damaged(format!(
             "{:?} has {} bytes, the manifest says {}",

@@ -100,6 +100,12 @@ impl LineageRepository {
     /// # Errors
     /// [`Error::Missing`] when it is not there, [`Error::Corrupt`] when it is another.
     pub async fn get_backup_manifest(&self, record: &BackupRecord) -> Result<Bytes> {
+        let read = |one: Self| async move { one.backup_manifest_here(record).await.map(Some) };
+        let found = self.ask_each(format!("the manifest of backup {}", record.id), read).await?;
+        found.ok_or_else(|| Error::missing(format!("the manifest of backup {} is not there", record.id)))
+    }
+
+    async fn backup_manifest_here(&self, record: &BackupRecord) -> Result<Bytes> {
         let key = self.layout.backup_object(&record.id, MANIFEST)?;
         let stored = self.storage.get(&key, MANIFEST_BYTES_MAX).await?;
         let stored = stored.ok_or_else(|| Error::missing(format!("{} is not there", self.shown(&key))))?;
@@ -146,6 +152,12 @@ impl LineageRepository {
         if record.settings_files.is_empty() {
             return Ok(Vec::new());
         }
+        let read = |one: Self| async move { one.backup_settings_here(record).await.map(Some) };
+        let found = self.ask_each(format!("the settings files of backup {}", record.id), read).await?;
+        Ok(found.unwrap_or_default())
+    }
+
+    async fn backup_settings_here(&self, record: &BackupRecord) -> Result<Vec<(String, Vec<u8>)>> {
         let key = self.layout.backup_object(&record.id, SETTINGS)?;
         let document: Option<BackupSettings> = document::read(&*self.storage, &key).await?;
         let document =

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 
-use crate::catalog::{BackupRecord, Catalog, StoredSegments};
+use crate::catalog::{BackupRecord, Catalog, GapRecord, StoredSegments};
 use crate::codec::ObjectKind;
 use crate::error::{Error, Result};
-use crate::pg::{TimelineHistory, TimelineId};
+use crate::pg::{SegmentName, TimelineHistory, TimelineId};
 use crate::storage::{ObjectKey, ObjectMeta, list_all};
 
 use super::document;
@@ -41,7 +41,99 @@ pub async fn load_catalog_from_listings(repository: &LineageRepository) -> Resul
     load(repository, Using::Listings).await
 }
 
+/// Loads what the lineage holds in each repository, and puts it together.
 async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
+    if !repository.has_others() {
+        return load_one(repository, using).await;
+    }
+    let each = repository.each();
+    let loads = futures_util::future::join_all(each.iter().map(|one| load_one(one, using))).await;
+    let (mut catalogs, mut failure) = (Vec::new(), None);
+    for (one, loaded) in each.iter().zip(loads) {
+        match loaded {
+            Ok(catalog) => catalogs.push((one, catalog)),
+            Err(error) => {
+                one.failed(&error);
+                repository.note(format!("{} is left out of what is planned with: {error}", one.location()));
+                failure = failure.or(Some(error));
+            }
+        }
+    }
+    let Some(mut all) = catalogs.first().map(|(_, catalog)| catalog.clone()) else {
+        return Err(failure.unwrap_or_else(|| Error::invalid("no repository is configured")));
+    };
+    all.lineage = repository.lineage.clone();
+    // What is said last of the index counts: that of the fullest.
+    catalogs.sort_by_key(|(_, catalog)| stored(catalog));
+    all.rollups.clear();
+    for (_, catalog) in &catalogs {
+        unite(&mut all, catalog);
+    }
+    unite_gaps(&mut all, catalogs.iter().map(|(_, catalog)| catalog));
+    let whole = (stored(&all), all.backups.len());
+    for (one, catalog) in catalogs {
+        let (segments, backups) = (whole.0 - stored(&catalog), whole.1 - catalog.backups.len());
+        if segments > 0 || backups > 0 {
+            repository.note(format!(
+                "{} lacks {segments} segment(s) and {backups} backup(s) that others hold",
+                one.location()
+            ));
+        }
+    }
+    Ok(all)
+}
+
+/// Returns how many segments a catalog holds.
+fn stored(catalog: &Catalog) -> u64 {
+    let timelines = catalog.segments.timelines();
+    timelines.into_iter().map(|timeline| catalog.segments.count(timeline, 0, u64::MAX)).sum()
+}
+
+/// Adds to a catalog what the same lineage holds elsewhere.
+fn unite(all: &mut Catalog, other: &Catalog) {
+    all.segments.append(other.segments.clone());
+    all.rollups.extend(other.rollups.iter().cloned());
+    for (timeline, history) in &other.histories {
+        all.histories.entry(*timeline).or_insert_with(|| history.clone());
+    }
+    all.lost_ends.extend(&other.lost_ends);
+    let Catalog { lost_ends, segments, .. } = &mut *all;
+    lost_ends.retain(|_, last| !segments.contains(*last));
+    all.partials.extend(&other.partials);
+    all.incomplete.extend(&other.incomplete);
+    for names in [&mut all.partials, &mut all.incomplete] {
+        names.sort_unstable();
+        names.dedup();
+    }
+    for backup in &other.backups {
+        if !all.backups.iter().any(|known| known.id == backup.id) {
+            all.backups.push(backup.clone());
+        }
+    }
+    all.backups.sort_by(|a, b| (a.start_lsn, a.started, &a.id).cmp(&(b.start_lsn, b.started, &b.id)));
+    all.unfinished_backups.extend(other.unfinished_backups.iter().cloned());
+    all.unfinished_backups.sort();
+    all.unfinished_backups.dedup();
+    let complete: BTreeSet<&str> = all.backups.iter().map(|backup| &*backup.id).collect();
+    all.unfinished_backups.retain(|(id, _)| !complete.contains(&**id));
+}
+
+/// Notes every gap that the segments of all together do not close. Where other content stands in the place of
+/// what is missing, recovery may be given that by any repository: the segment does not count as stored.
+fn unite_gaps<'a>(all: &mut Catalog, catalogs: impl Iterator<Item = &'a Catalog>) {
+    let size = all.lineage.segment_size;
+    let mut gaps: BTreeMap<String, GapRecord> = BTreeMap::new();
+    for gap in catalogs.flat_map(|catalog| &catalog.gaps) {
+        if gap.segment_digest.is_some() {
+            all.segments.remove(&SegmentName::containing(gap.timeline, gap.start_lsn, size));
+        }
+        gaps.insert(gap.id.clone(), gap.clone());
+    }
+    all.gaps = gaps.into_values().filter(|gap| !gap.is_covered_by(&all.segments, size)).collect();
+    all.gaps.sort_by(|a, b| (a.timeline, a.start_lsn, &a.id).cmp(&(b.timeline, b.start_lsn, &b.id)));
+}
+
+async fn load_one(repository: &LineageRepository, using: Using) -> Result<Catalog> {
     // In this order: a backup's WAL is stored before its record, so that none seems to lack it.
     let (backups, unfinished_backups) = load_backups(repository).await?;
     let (timelines, found) = load_wal(repository, using).await?;
@@ -186,6 +278,12 @@ impl LineageRepository {
         if !record.objects.is_empty() {
             return Ok(record.clone());
         }
+        let read = |one: Self| async move { one.whole_record_here(record).await.map(Some) };
+        let found = self.ask_each(format!("the record of backup {}", record.id), read).await?;
+        found.ok_or_else(|| Error::missing(format!("the record of backup {} is gone", record.id)))
+    }
+
+    async fn whole_record_here(&self, record: &BackupRecord) -> Result<BackupRecord> {
         let key =
             self.layout.backup_record(&record.id, record.timeline, record.start_lsn, record.stop_lsn)?;
         let whole = document::read::<BackupRecord>(&*self.storage, &key).await?;

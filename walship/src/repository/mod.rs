@@ -28,6 +28,7 @@ mod layout;
 mod listing;
 mod load_catalog;
 mod load_segments;
+mod others;
 pub mod probe;
 mod segments;
 mod stored;
@@ -48,6 +49,7 @@ pub use document::BackupStarted;
 pub use gaps::{CAUSE_BYTES_MAX, ListedGap, new_gap_id};
 pub use layout::ClusterName;
 pub use load_catalog::{load_catalog, load_catalog_from_listings};
+pub use others::open_same_lineage;
 pub use segments::{Leftover, Put, Summarized};
 
 use document::{ClusterDocument, DOCUMENT_VERSION, LineageDocument, RepositoryDocument};
@@ -76,6 +78,7 @@ pub struct LineageRepository {
     cluster: ClusterName,
     lineage: Lineage,
     layout: LineageLayout,
+    others: others::Others,
 }
 
 impl Repository {
@@ -295,6 +298,7 @@ impl ClusterRepository {
             cluster: self.name.clone(),
             layout: LineageLayout::new(&self.name, lineage.number),
             lineage,
+            others: others::Others::default(),
         }
     }
 }

@@ -102,7 +102,9 @@ impl LineageRepository {
     /// Returns a WAL file's original content, checked; `None` when it is not there. For whole
     /// segments up to 1 GiB this is as much memory as the segment is long.
     pub async fn wal_file_bytes(&self, name: WalFileName) -> Result<Option<Vec<u8>>> {
-        Ok(self.get(name, || Ok(ToMemory)).await?.map(|(_, bytes)| bytes))
+        let read =
+            |one: Self| async move { Ok(one.get(name, || Ok(ToMemory)).await?.map(|(_, bytes)| bytes)) };
+        self.ask_each(name.to_string(), read).await
     }
 
     /// Returns a segment's original content, checked; `None` when it is not there.
@@ -124,6 +126,11 @@ impl LineageRepository {
     /// # Errors
     /// [`Error::Corrupt`] when no readable copy of the summary is stored.
     pub async fn summarized(&self, name: SegmentName) -> Result<Option<Summarized>> {
+        let read = |one: Self| async move { one.summarized_here(name).await };
+        self.ask_each(format!("the summary of segment {name}"), read).await
+    }
+
+    async fn summarized_here(&self, name: SegmentName) -> Result<Option<Summarized>> {
         let key = self.layout.segment(name)?;
         let expected = Expected { name: WalFileName::Segment(name), kind: ObjectKind::Segment };
         let Some(head) = self.read_head(&key, expected).await? else { return Ok(None) };

@@ -30,6 +30,7 @@ pub(super) async fn run(args: &InfoArgs) -> Result<u8> {
     // The server first: what it has written by then must be in what is looked at afterwards.
     let asked = if args.server { Some(ask(args).await) } else { None };
     let catalog = load_catalog(&repository).await?;
+    super::source::say_notes(&repository);
     let server = asked.map(|asked| compare(&catalog, asked));
     let info = read_info(&repository, catalog, lineages, server, Utc::now()).await?;
     if args.source.json {

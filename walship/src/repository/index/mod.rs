@@ -145,7 +145,8 @@ impl LineageRepository {
     /// # Errors
     /// [`Error::Unavailable`]: the store may not answer for anything else either.
     pub async fn read_sound_rollup(&self, stored: &StoredRollup) -> Result<Option<Known>> {
-        match self.read_rollup(stored).await {
+        let read = |one: Self| async move { one.read_rollup(stored).await };
+        match self.ask_each(String::new(), read).await {
             Err(error @ Error::Unavailable(_)) => Err(error),
             Err(error) => {
                 tracing::debug!(%error, "a roll-up cannot be read");
@@ -207,6 +208,36 @@ impl LineageRepository {
         from: u64,
         until: u64,
     ) -> Result<Vec<ListedSegment>> {
+        if !self.has_others() {
+            return self.listed_here(timeline, from, until).await;
+        }
+        let (mut found, mut failure, mut answered) = (Vec::new(), None, false);
+        for one in self.each() {
+            match one.listed_here(timeline, from, until).await {
+                Ok(listed) => {
+                    answered = true;
+                    Self::join_lists(&mut found, listed);
+                }
+                Err(error) => {
+                    one.failed(&error);
+                    failure = Some(error);
+                }
+            }
+            if found.len() as u64 == until.saturating_sub(from) {
+                return Ok(found);
+            }
+        }
+        match failure {
+            Some(error) if !answered => Err(error),
+            Some(error) => {
+                self.note(format!("a repository could not be asked for all segments: {error}"));
+                Ok(found)
+            }
+            None => Ok(found),
+        }
+    }
+
+    async fn listed_here(&self, timeline: TimelineId, from: u64, until: u64) -> Result<Vec<ListedSegment>> {
         let mut found: Vec<ListedSegment> = Vec::new();
         self.wal_between(timeline, from, until, |listed| match listed {
             Listed::Segment(name, stored_bytes) => {
