@@ -8,7 +8,7 @@
 //! use pitr::target::TargetWords;
 //!
 //! let words = TargetWords { time: Some("2026-03-01 14:29:59.8 Europe/Berlin".into()), ..TargetWords::default() };
-//! let target = words.parse(|_| None)?;
+//! let target = words.parse(|_| Vec::new())?;
 //! assert_eq!(target.to_string(), "time 2026-03-01 13:29:59.8Z = 2026-03-01 14:29:59.8+01:00 (Europe/Berlin)");
 //! # Ok::<(), pitr::target::TargetError>(())
 //! ```

@@ -102,7 +102,7 @@ pub(super) struct LogArgs {
     /// Nothing that happened after this time, which has an offset or a zone
     #[arg(long, value_name = "TIME")]
     until: Option<String>,
-    /// Only what this transaction did; its commit or abort too
+    /// Only what this transaction did; its commit or abort too. A subtransaction's is that of its top-level one
     #[arg(long, value_name = "XID")]
     xid: Option<String>,
     /// Only what names this database, by name or oid
@@ -114,9 +114,10 @@ pub(super) struct LogArgs {
     /// Only what names this relation file number: pg_class.relfilenode as it was then
     #[arg(long, value_name = "FILENODE")]
     relation: Option<u32>,
-    /// Only these kinds: drop, truncate, delete-heavy, restore-point, checkpoint, timeline, commit, abort [default:
+    /// Only these kinds: drop, truncate, delete-heavy, restore-point, checkpoint, timeline, commit, abort, prepare
+    /// [default:
     /// drop, truncate, restore-point, timeline; with --xid drop, truncate, commit, abort]. checkpoint reads the index
-    /// of every 256 segments; delete-heavy, commit and abort read segments too, where such a transaction ended
+    /// of every 256 segments; delete-heavy, commit, abort and prepare read segments too, where there was such a transaction
     #[arg(long, value_enum, value_delimiter = ',', value_name = "KINDS", hide_possible_values = true)]
     only: Vec<Kind>,
     /// delete-heavy is a transaction that deleted about so many rows of one relation or more
@@ -299,9 +300,13 @@ fn timeline(text: Option<&str>) -> Result<TimelineChoice, TargetError> {
     }
 }
 
-/// Returns the offset of this machine's zone at a local time, to name a likely reading.
-fn local_offset(naive: NaiveDateTime) -> Option<FixedOffset> {
-    Local.from_local_datetime(&naive).earliest().map(|time| time.offset().fix())
+/// Returns the offsets of this machine's zone at a local time, to name likely readings.
+fn local_offset(naive: NaiveDateTime) -> Vec<FixedOffset> {
+    let local = Local.from_local_datetime(&naive);
+    let mut offsets: Vec<FixedOffset> =
+        [local.earliest(), local.latest()].into_iter().flatten().map(|time| time.offset().fix()).collect();
+    offsets.dedup();
+    offsets
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

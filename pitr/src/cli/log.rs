@@ -13,7 +13,7 @@ use super::plan::refused;
 use super::source::{Source, say_notes};
 use super::{DAMAGED, DONE};
 use crate::execute::{Logged, read_log};
-use crate::log::{Entry, Line, Log, NameSource, Relation};
+use crate::log::{Entry, Kind, Line, Log, NameSource, Relation};
 use crate::target::Zone;
 
 /// `pg_default`, which need not be named.
@@ -143,6 +143,18 @@ fn event(entry: &Entry, zone: Zone, style: Style) -> String {
     if let Some(bytes) = entry.freed_bytes {
         let _ = writeln!(text, "  freed about {}: its files' size in that backup", output::bytes(bytes));
     }
+    if entry.kinds.contains(&Kind::Prepare) {
+        let _ = match &entry.outcome {
+            Some(end) => writeln!(
+                text,
+                "  {} at {}, lsn {}",
+                if end.committed { "committed" } else { "rolled back" },
+                zone.both(end.time),
+                end.lsn
+            ),
+            None => writeln!(text, "  still open where this log ends"),
+        };
+    }
     if entry.at_once {
         text.push_str(
             "  took effect at once, before its transaction ended and even if that was rolled back\n",
@@ -209,7 +221,7 @@ mod tests {
     #[test]
     fn a_log_reads_well() {
         let log = one_of_each();
-        let zone = crate::target::parse_time("2026-03-01 13:00 Europe/Berlin", |_| None).unwrap().1;
+        let zone = crate::target::parse_time("2026-03-01 13:00 Europe/Berlin", |_| Vec::new()).unwrap().1;
         insta::assert_snapshot!(text(&log, zone, Style::Plain));
         insta::assert_snapshot!("log_json", serde_json::to_string_pretty(&log).unwrap());
         assert!(text(&log, Zone::Utc, Style::Colour).contains("\x1b[1mLog of"));

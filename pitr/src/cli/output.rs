@@ -298,7 +298,8 @@ mod tests {
 
     #[test]
     fn a_plan_reads_well() {
-        let (time, zone) = crate::target::parse_time("2026-03-01 13:00:20 Europe/Berlin", |_| None).unwrap();
+        let (time, zone) =
+            crate::target::parse_time("2026-03-01 13:00:20 Europe/Berlin", |_| Vec::new()).unwrap();
         let target = RecoveryTarget {
             stop: StopSide::Exclusive,
             ..RecoveryTarget::new(TargetKind::Time { time, zone })

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
-use walship::pg::{Lsn, Oid, TimelineId};
+use walship::pg::{Lsn, Oid, TimelineId, Xid};
 use walship::wal::event::{EventKind, RelFileLocator, WalEvent};
 
 use super::names::NamesAt;
@@ -75,7 +75,8 @@ pub(super) fn time_of(event: &WalEvent) -> Option<DateTime<Utc>> {
     match &event.kind {
         EventKind::RestorePoint { time, .. }
         | EventKind::Checkpoint { time, .. }
-        | EventKind::EndOfRecovery { time, .. } => Some(*time),
+        | EventKind::EndOfRecovery { time, .. }
+        | EventKind::Prepare { time, .. } => Some(*time),
         kind => kind.stop_time(),
     }
 }
@@ -98,12 +99,20 @@ pub(super) fn kinds_of(event: &WalEvent) -> &'static [Kind] {
         | EventKind::DatabaseDrop { .. }
         | EventKind::DatabaseInvalid { .. } => &[Kind::Drop],
         EventKind::StorageTruncate { .. } | EventKind::Truncate { .. } => &[Kind::Truncate],
-        EventKind::Prepare { .. }
-        | EventKind::Switch
+        EventKind::Prepare { .. } => &[Kind::Prepare],
+        EventKind::Switch
         | EventKind::OverwriteContrecord { .. }
         | EventKind::BackupEnd { .. }
         | EventKind::ParameterChange { .. }
         | EventKind::TablespaceCreate { .. } => &[],
+    }
+}
+
+/// Returns the subtransactions that end with a transaction.
+pub(super) fn subxids_of(event: &WalEvent) -> &[Xid] {
+    match &event.kind {
+        EventKind::Commit { subxids, .. } | EventKind::Abort { subxids, .. } => subxids,
+        _ => &[],
     }
 }
 
@@ -257,6 +266,7 @@ fn words(event: &WalEvent, relations: &[Relation], unnamed: u64, databases: &[Da
         }
         EventKind::Commit { .. } => commit_words(event, relations, unnamed),
         EventKind::Abort { .. } => "rolled back".to_owned(),
+        EventKind::Prepare { gid, .. } => format!("prepared as {gid:?}"),
         EventKind::RestorePoint { name, .. } => format!("restore point {name:?}"),
         EventKind::Checkpoint { redo, shutdown, .. } => {
             format!("checkpoint{}, redo {redo}", if *shutdown { " at shutdown" } else { "" })
@@ -400,6 +410,7 @@ pub(super) fn entry_of(event: &WalEvent, around: &Surroundings<'_>) -> (Entry, V
         relations: relations.iter().take(RELATIONS_MAX).cloned().collect(),
         unnamed_count,
         freed_bytes,
+        outcome: None,
         just_before_lsn,
         just_before: target.options(),
         afterwards: began.filter(|(_, began)| began.invalid).map(|(oid, _)| revive(oid)),

@@ -23,7 +23,7 @@ pub use names::{DatabaseName, NameSource, Relation, Removed};
 pub(crate) use names::{Dictionary, Documents};
 pub(crate) use read::{Need, Reading};
 
-use describe::{kinds_of, names_databases, names_relations, relations_of};
+use describe::{kinds_of, names_databases, names_relations, relations_of, subxids_of};
 
 /// How many relations of one event are listed; the others are counted.
 const RELATIONS_MAX: usize = 20;
@@ -48,6 +48,8 @@ pub enum Kind {
     Commit,
     /// A transaction was rolled back.
     Abort,
+    /// A transaction was prepared for two-phase commit.
+    Prepare,
 }
 
 impl Kind {
@@ -149,6 +151,11 @@ impl Query {
     /// From so many deleted rows on they are many, unless another number is asked for.
     pub const DELETE_ROWS: u64 = 1000;
 
+    /// Returns whether prepared transactions are asked for.
+    fn wants_prepared(&self) -> bool {
+        self.kinds.contains(&Kind::Prepare) && self.database.is_none() && self.table.is_none()
+    }
+
     /// Returns whether mass deletes are asked for.
     fn wants_deletes(&self) -> bool {
         self.kinds.contains(&Kind::DeleteHeavy)
@@ -182,7 +189,9 @@ impl Query {
 
     /// Returns whether an event is what the transaction did that is asked for, if one is.
     fn is_of_transaction(&self, event: &WalEvent) -> bool {
-        self.xid.is_none_or(|xid| event.kind.ended_xid(event.xid).unwrap_or(event.xid) == xid)
+        self.xid.is_none_or(|xid| {
+            event.kind.ended_xid(event.xid).unwrap_or(event.xid) == xid || subxids_of(event).contains(&xid)
+        })
     }
 
     /// Returns whether an event is asked for by its names too.
@@ -249,6 +258,21 @@ pub struct Log {
 }
 
 impl Log {
+    /// Says what became of a prepared transaction that is among the lines.
+    fn end_prepared(&mut self, xid: Xid, end: PreparedEnd) {
+        let prepared = self.lines.iter_mut().rev().find_map(|line| match line {
+            Line::Event(entry)
+                if entry.kinds.contains(&Kind::Prepare) && entry.xid == Some(xid) && entry.lsn < end.lsn =>
+            {
+                Some(entry)
+            }
+            _ => None,
+        });
+        if let Some(entry) = prepared {
+            entry.outcome.get_or_insert(end);
+        }
+    }
+
     /// Returns whether it is unknown what happened in some WAL behind `lsn`.
     pub fn is_unknown_behind(&self, lsn: Lsn) -> bool {
         self.lines.iter().any(|line| match line {
@@ -293,6 +317,17 @@ pub enum Line {
     },
 }
 
+/// The end of a prepared transaction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PreparedEnd {
+    /// Whether it was committed, not rolled back.
+    pub committed: bool,
+    /// When.
+    pub time: DateTime<Utc>,
+    /// Where the record of its end starts.
+    pub lsn: Lsn,
+}
+
 /// An event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Entry {
@@ -326,6 +361,8 @@ pub struct Entry {
     /// Bytes of the files that it took away, as long as they were in the backup that names them; of those
     /// that are not named nothing is counted. `None` when nothing is known.
     pub freed_bytes: Option<u64>,
+    /// What became of a prepared transaction; `None` of all else, and when its end is not in the log's WAL.
+    pub outcome: Option<PreparedEnd>,
     /// The position of the record just before which it is undone: its own, or where it began.
     pub just_before_lsn: Lsn,
     /// The options that spell the target just before it.

@@ -1,18 +1,24 @@
 //! Reads a log, step after step along the way to a timeline.
 
+use std::collections::BTreeSet;
+
 use chrono::{DateTime, Utc};
 use walship::catalog::Catalog;
-use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
+use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId, Xid};
+use walship::wal::event::{EventKind, WalEvent};
 use walship::wal::rollup::{Class, Facts};
 
 use super::describe::{Drops, Surroundings, deletes_of, entry_of, names_databases, time_of};
 use super::heavy::Heavy;
 use super::names::{Documents, NamesAt};
-use super::{Entry, Kind, Line, Log, Query, RELATIONS_MAX};
+use super::{Entry, Kind, Line, Log, PreparedEnd, Query, RELATIONS_MAX};
 use crate::plan::{
     Chain, ChainEnding, Evidence, Halt, Known, Surveyed, Walk, Wanted, chains_of, resolve_timeline,
 };
 use crate::target::TimelineChoice;
+
+/// How far behind the transactions that end in a segment a subtransaction is looked for that ends there.
+const SUBXID_NEAR: Xid = 64;
 
 /// What must be known before a log goes on.
 #[derive(Debug)]
@@ -47,6 +53,8 @@ pub(crate) struct Reading {
     last_time: Option<DateTime<Utc>>,
     drops: Drops,
     heavy: Heavy,
+    /// Prepared transactions among the lines whose end was not read.
+    open: BTreeSet<Xid>,
 }
 
 /// What one stretch of the way added.
@@ -62,6 +70,8 @@ struct Found {
     heavy: Heavy,
     /// Deleted rows in it of which it is not known who deleted them.
     deletes_uncounted: u64,
+    /// Ends of prepared transactions in it.
+    prepared_ends: Vec<(Xid, PreparedEnd)>,
 }
 
 impl Reading {
@@ -107,6 +117,7 @@ impl Reading {
             last_time: None,
             drops: Drops::default(),
             heavy: Heavy::default(),
+            open: BTreeSet::new(),
         })
     }
 
@@ -137,18 +148,26 @@ impl Reading {
         documents: &Documents,
     ) -> Result<bool, Need> {
         let Some(chain) = self.chains.get(self.chain) else { return Ok(false) };
-        let Found { mut lines, next, last_time, drops, heavy, deletes_uncounted } = if self.step < chain.len()
-        {
-            self.survey(chain, catalog, evidence, documents)?
-        } else {
-            let gap = match &chain.ending {
-                ChainEnding::Gap(gap) => Some(Line::Gap(gap.clone())),
-                ChainEnding::EndOfArchive => None,
+        let Found { mut lines, next, last_time, drops, heavy, deletes_uncounted, prepared_ends } =
+            if self.step < chain.len() {
+                self.survey(chain, catalog, evidence, documents)?
+            } else {
+                let gap = match &chain.ending {
+                    ChainEnding::Gap(gap) => Some(Line::Gap(gap.clone())),
+                    ChainEnding::EndOfArchive => None,
+                };
+                // What a clock said before a gap says nothing of what comes behind it.
+                let (lines, drops, heavy) = (gap.into_iter().collect(), Drops::default(), Heavy::default());
+                Found {
+                    lines,
+                    next: None,
+                    last_time: None,
+                    drops,
+                    heavy,
+                    deletes_uncounted: 0,
+                    prepared_ends: Vec::new(),
+                }
             };
-            // What a clock said before a gap says nothing of what comes behind it.
-            let (lines, drops, heavy) = (gap.into_iter().collect(), Drops::default(), Heavy::default());
-            Found { lines, next: None, last_time: None, drops, heavy, deletes_uncounted: 0 }
-        };
         let until = match next {
             Some(next) => chain.step(next - 1).to,
             None => chain.end(),
@@ -160,7 +179,16 @@ impl Reading {
                 return Ok(false);
             }
             self.log.until_lsn = Some(position(&line));
+            if let Line::Event(entry) = &line
+                && entry.kinds.contains(&Kind::Prepare)
+            {
+                self.open.extend(entry.xid);
+            }
             self.log.lines.push(line);
+        }
+        for (xid, end) in prepared_ends {
+            self.open.remove(&xid);
+            self.log.end_prepared(xid, end);
         }
         self.log.until_lsn = Some(until);
         (self.last_time, self.drops, self.heavy) = (last_time, drops, heavy);
@@ -191,11 +219,18 @@ impl Reading {
             deletes: query.wants_deletes(),
             ends: &|facts| {
                 let heavy = query.wants_deletes() && self.heavy.may_end_in(facts, query.delete_rows);
-                heavy || may_hold_ends(query, facts)
+                let prepared = query.wants_prepared()
+                    && (facts.counts.prepares > 0
+                        || facts
+                            .ended_xids
+                            .is_some_and(|(low, high)| self.open.range(low..=high).next().is_some()));
+                heavy || prepared || may_hold_ends(query, facts)
             },
             matches: &|event| {
                 let end = query.wants_deletes() && event.kind.stop_time().is_some();
-                (end || query.needs(event)) && time_of(event).is_none_or(|time| query.covers(time))
+                let prepared = query.wants_prepared() && prepared_end(event).is_some();
+                prepared
+                    || (end || query.needs(event)) && time_of(event).is_none_or(|time| query.covers(time))
             },
         };
         let known = match walk.survey(self.step, &wanted)? {
@@ -207,13 +242,26 @@ impl Reading {
                 let line = Line::Unknown { segment, from: step.from, to: step.to, damaged, why };
                 let next = Some(self.step + 1);
                 let (last_time, drops, heavy) = (self.last_time, self.drops.clone(), self.heavy.clone());
-                return Ok(Found { lines: vec![line], next, last_time, drops, heavy, deletes_uncounted: 0 });
+                return Ok(Found {
+                    lines: vec![line],
+                    next,
+                    last_time,
+                    drops,
+                    heavy,
+                    deletes_uncounted: 0,
+                    prepared_ends: Vec::new(),
+                });
             }
         };
         let (mut lines, mut drops, mut heavy) = (Vec::new(), self.drops.clone(), self.heavy.clone());
+        let mut prepared_ends = Vec::new();
         heavy.add(&known.deletes);
         for event in &known.events {
             drops.note(event);
+            prepared_ends.extend(prepared_end(event).filter(|_| query.wants_prepared()));
+            if time_of(event).is_some_and(|time| !query.covers(time)) {
+                continue;
+            }
             let mut deleted = heavy.end(event, query.delete_rows);
             deleted.retain(|_| query.wants_deletes() && query.is_of_transaction(event));
             if deleted.is_empty() && !query.picks(event) {
@@ -241,6 +289,9 @@ impl Reading {
                     sorted.truncate(RELATIONS_MAX);
                     entry.relations = sorted;
                 }
+                if let Some(xid) = query.xid.filter(|xid| entry.xid != Some(*xid)) {
+                    entry.what.push_str(&format!("; {xid} is a subtransaction of it"));
+                }
                 if entry.time.is_some() || self.give_bounds(&mut entry, &known, &walk)? {
                     lines.push(Line::Event(Box::new(entry)));
                 }
@@ -248,7 +299,7 @@ impl Reading {
         }
         let last_time = known.times.last().map(|(_, time)| *time).or(self.last_time);
         let (next, deletes_uncounted) = (Some(known.next), known.deletes_uncounted);
-        Ok(Found { lines, next, last_time, drops, heavy, deletes_uncounted })
+        Ok(Found { lines, next, last_time, drops, heavy, deletes_uncounted, prepared_ends })
     }
 
     /// Says between what times an entry without one of its own lies; returns whether that may be asked for.
@@ -312,7 +363,20 @@ fn may_hold_ends(query: &Query, facts: &Facts) -> bool {
         && counted
         && query.since.is_none_or(|since| max.time >= since)
         && query.until.is_none_or(|until| min.time <= until)
-        && query.xid.is_none_or(|xid| facts.ended_xids.is_some_and(|(low, high)| (low..=high).contains(&xid)))
+        && query.xid.is_none_or(|xid| {
+            // A subtransaction's id is taken soon after that of the transaction whose end ends it.
+            facts.ended_xids.is_some_and(|(low, high)| low <= xid && xid.saturating_sub(high) <= SUBXID_NEAR)
+        })
+}
+
+/// Returns which prepared transaction an event ends, and how.
+fn prepared_end(event: &WalEvent) -> Option<(Xid, PreparedEnd)> {
+    let (committed, time, xid) = match &event.kind {
+        EventKind::Commit { time, prepared_xid, .. } => (true, *time, (*prepared_xid)?),
+        EventKind::Abort { time, prepared_xid, .. } => (false, *time, (*prepared_xid)?),
+        _ => return None,
+    };
+    Some((xid, PreparedEnd { committed, time, lsn: event.lsn }))
 }
 
 /// Returns whether something that happened between records of these times may be asked for. Where no time is
@@ -331,7 +395,7 @@ fn classes_of(kinds: &[Kind]) -> Vec<Class> {
             Kind::Drop | Kind::Truncate | Kind::Commit => Some(Class::Destructive),
             Kind::RestorePoint | Kind::Timeline => Some(Class::Planning),
             Kind::Checkpoint => Some(Class::Checkpoints),
-            Kind::Abort | Kind::DeleteHeavy => None,
+            Kind::Abort | Kind::DeleteHeavy | Kind::Prepare => None,
         })
         .collect();
     classes.sort_unstable();

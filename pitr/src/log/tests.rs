@@ -105,7 +105,7 @@ fn query(kinds: &[Kind]) -> Query {
     }
 }
 
-const ALL: [Kind; 7] = [
+const ALL: [Kind; 8] = [
     Kind::Drop,
     Kind::Truncate,
     Kind::RestorePoint,
@@ -113,6 +113,7 @@ const ALL: [Kind; 7] = [
     Kind::Timeline,
     Kind::Commit,
     Kind::Abort,
+    Kind::Prepare,
 ];
 
 /// Names that were saved beside a backup: `public.orders` with its index and TOAST table, and another database.
@@ -400,7 +401,7 @@ fn just_before_is_the_record_itself() {
         let words: Vec<_> = entry.just_before.split(' ').collect();
         let ["--to-lsn", lsn, "--exclusive"] = *words else { panic!("{words:?}") };
         let words = TargetWords { lsn: Some(lsn.into()), exclusive: true, ..TargetWords::default() };
-        let target = words.parse(|_| None).unwrap();
+        let target = words.parse(|_| Vec::new()).unwrap();
         assert_eq!((target.kind, target.stop), (TargetKind::Lsn(entry.lsn), StopSide::Exclusive));
     }
     let at_once: Vec<_> = events(&log).into_iter().filter(|entry| entry.at_once).collect();
@@ -457,6 +458,84 @@ fn just_before_a_dropped_database_is_before_it_was_marked() {
         let log = read(&world, &Query { xid: Some(1001), ..query(&[Kind::Drop]) }, segments).0;
         assert_eq!(events(&log).len(), 2);
         assert!(events(&log)[0].just_before.contains(&starts[1].to_string()));
+    }
+}
+
+#[test]
+fn prepared_transactions_are_shown_with_what_became_of_them() {
+    let prepare = |xid: Xid, micros| {
+        let gid = format!("gid {xid}");
+        Some((xid, EventKind::Prepare { time: at(micros), prepared_xid: xid, gid }))
+    };
+    let finish = |xid: Xid, committed, micros| {
+        let (time, prepared_xid, subxids) = (at(micros), Some(xid), vec![]);
+        let (dropped_relations, dropped_objects) = (vec![], None);
+        let kind = match committed {
+            true => EventKind::Commit { time, prepared_xid, subxids, dropped_relations, dropped_objects },
+            false => EventKind::Abort { time, prepared_xid, subxids },
+        };
+        Some((0, kind))
+    };
+    let events_of_it = vec![
+        prepare(1000, 1),
+        prepare(1001, 2),
+        commit(1002, 3),
+        None,
+        None,
+        None,
+        finish(1001, false, 4),
+        prepare(1003, 5),
+        None,
+        None,
+        None,
+        None,
+        finish(1000, true, 9_000_000),
+    ];
+    let world = history(events_of_it);
+    for segments in [0, 1, 2] {
+        let asked = Query { until: Some(at(1_000_000)), ..query(&[Kind::Prepare]) };
+        let log = read(&world, &asked, segments).0;
+        let told: Vec<_> = events(&log)
+            .iter()
+            .map(|one| (one.xid, one.what.clone(), one.outcome.as_ref().map(|end| end.committed)))
+            .collect();
+        let expected = [(1000, Some(true)), (1001, Some(false)), (1003, None)]
+            .map(|(xid, outcome)| (Some(xid), format!("prepared as \"gid {xid}\""), outcome));
+        assert_eq!(told, expected, "{segments}");
+    }
+}
+
+#[test]
+fn a_subtransaction_is_found_by_the_end_of_its_transaction() {
+    let with_sub = |top: Xid, subxids: Vec<Xid>, micros| {
+        let mut event = commit(top, micros);
+        if let Some((_, EventKind::Commit { subxids: own, .. })) = &mut event {
+            *own = subxids;
+        }
+        event
+    };
+    let world = history(vec![
+        commit(1000, 1),
+        None,
+        None,
+        with_sub(1001, vec![1002, 1040], 2),
+        None,
+        None,
+        commit(1050, 3),
+    ]);
+    for (xid, what) in [
+        (1001, Some("committed")),
+        (1002, Some("committed; 1002 is a subtransaction of it")),
+        (1040, Some("committed; 1040 is a subtransaction of it")),
+        (1041, None),
+    ] {
+        for segments in [0, 1] {
+            let asked = Query { xid: Some(xid), ..query(&Kind::OF_TRANSACTION) };
+            let log = read(&world, &asked, segments).0;
+            let told: Vec<_> = events(&log).iter().map(|one| (one.xid, one.what.clone())).collect();
+            let expected: Vec<_> = what.map(|what| (Some(1001), what.to_owned())).into_iter().collect();
+            assert_eq!(told, expected, "{xid}, {segments}");
+        }
     }
 }
 

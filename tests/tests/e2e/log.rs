@@ -57,7 +57,8 @@ fn just_before(stage: &Stage, event: &Value, name: &str) -> PgServer {
 
 fn dropped(major: u32) {
     let stage = Stage::folder("main");
-    let mut server = stage.archiving(PgServer::builder(major)).start();
+    let mut server =
+        stage.archiving(PgServer::builder(major)).setting("max_prepared_transactions", 10).start();
     stage.init(&server);
     server.psql("create table t (id int); create table kept (x int)");
     server.psql("create table victim as select generate_series(1, 1000) as x");
@@ -79,6 +80,19 @@ fn dropped(major: u32) {
     server.psql("insert into t values (3)");
     server.psql("drop database other");
     server.psql("insert into t values (4)");
+    let prepare = |gid: &str| {
+        let sql = format!(
+            "begin; insert into kept values (1); select pg_current_xact_id()::text; prepare transaction '{gid}'"
+        );
+        server.psql(&sql).trim().parse::<u64>().unwrap()
+    };
+    let (one, two, three) = (prepare("one: it''s"), prepare("two"), prepare("three"));
+    server.psql("commit prepared 'one: it''s'; rollback prepared 'two'");
+    server.psql(
+        "begin; insert into t values (100); savepoint s; insert into t values (101); release s; commit",
+    );
+    let xmin = |id: u32| number(&server, &format!("select xmin::text from t where id = {id}"));
+    let (top, sub) = (xmin(100), xmin(101));
     server.archive_now();
     server.stop(StopMode::Fast);
 
@@ -149,6 +163,23 @@ fn dropped(major: u32) {
 
     let found = log(&stage, &["--xid", &early.to_string()]);
     assert_eq!(the_one(&found, |_| true)["what"], "committed", "{found:#}");
+    assert_ne!(top, sub);
+    for xid in [top, sub] {
+        assert_eq!(the_one(&log(&stage, &["--xid", &xid.to_string()]), |_| true)["xid"], top, "{xid}");
+    }
+    let found = log(&stage, &["--only", "prepare"]);
+    for (xid, what, outcome) in [
+        (one, "prepared as \"one: it's\"", json!(true)),
+        (two, "prepared as \"two\"", json!(false)),
+        (three, "prepared as \"three\"", Value::Null),
+    ] {
+        let prepared = the_one(&found, |line| line["xid"] == xid);
+        assert_eq!(
+            (&prepared["what"], &prepared["outcome"]["committed"]),
+            (&json!(what), &outcome),
+            "{prepared:#}"
+        );
+    }
     let found = log(&stage, &["--relation", &victim.to_string()]);
     assert_eq!(the_one(&found, |_| true), dropped);
     let found = log(&stage, &["--only", "commit", "--limit", "10000"]);
