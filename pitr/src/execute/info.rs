@@ -422,34 +422,26 @@ impl Sources<'_> {
 
     async fn latest(&mut self, chain: &Chain, window: &Window) -> Result<Option<TransactionTime>> {
         let size = self.catalog.lineage.segment_size;
-        let inside = |stop: &StopTime| window.from_lsn <= stop.lsn && stop.lsn < window.until_lsn;
         let Some(mut at) = chain.last_before(window.until_lsn) else { return Ok(None) };
-        let mut reads = 0;
+        let mut reads_left = LOOK_ASIDE_MAX;
         loop {
             let segment = chain.step(at).segment;
-            let mut steps = 1;
-            let told = match self.evidence.block_of(segment) {
-                Some((first, block)) if tells_times(&block.facts) => {
-                    steps = (segment.number(size) - first.number(size) + 1) as usize;
-                    block.facts.max_time
+            let told = match self.told(segment, window, Side::Latest) {
+                Told::Ask if reads_left == 0 => return Ok(None),
+                Told::Ask => {
+                    reads_left -= 1;
+                    let summary = self.summary(segment).await?;
+                    let stops = summary.map_or([None, None], |summary| [summary.max_time, summary.min_time]);
+                    Told::of_segment(stops, segment, window)
                 }
-                _ => None,
+                told => told,
             };
-            let found = match told {
-                Some(stop) if inside(&stop) => Some(stop),
-                None if steps > 1 => None,
-                _ => {
-                    steps = 1;
-                    reads += 1;
-                    if reads > LOOK_ASIDE_MAX {
-                        return Ok(None);
-                    }
-                    self.summary(segment).await?.and_then(|summary| summary.max_time).filter(inside)
-                }
+            let first = match told {
+                Told::Found(stop) => return Ok(Some(stop)),
+                Told::Nothing { first, .. } => first,
+                Told::Ask => segment,
             };
-            if let Some(stop) = found {
-                return Ok(Some(shown(stop)));
-            }
+            let steps = (segment.number(size) - first.number(size) + 1) as usize;
             match at.checked_sub(steps).filter(|at| chain.step(*at).to > window.from_lsn) {
                 Some(before) => at = before,
                 None => return Ok(None),
@@ -459,38 +451,50 @@ impl Sources<'_> {
 
     async fn earliest(&mut self, chain: &Chain, window: &Window) -> Result<Option<TransactionTime>> {
         let size = self.catalog.lineage.segment_size;
-        let inside = |stop: &StopTime| window.from_lsn <= stop.lsn && stop.lsn < window.until_lsn;
         let mut at = chain.step_of(window.from_lsn).unwrap_or(chain.len());
-        let mut reads = 0;
+        let mut reads_left = LOOK_ASIDE_MAX;
         while at < chain.len() && chain.step(at).from < window.until_lsn {
             let segment = chain.step(at).segment;
-            let mut steps = 1;
-            let told = match self.evidence.block_of(segment) {
-                Some((_, block)) if tells_times(&block.facts) => {
-                    steps = (block.last.number(size) - segment.number(size) + 1) as usize;
-                    block.facts.min_time
+            let told = match self.told(segment, window, Side::Earliest) {
+                Told::Ask if reads_left == 0 => return Ok(None),
+                Told::Ask => {
+                    reads_left -= 1;
+                    let summary = self.summary(segment).await?;
+                    let stops = summary.map_or([None, None], |summary| [summary.min_time, summary.max_time]);
+                    Told::of_segment(stops, segment, window)
                 }
-                _ => None,
+                told => told,
             };
-            let found = match told {
-                None if steps > 1 => None,
-                // Of many segments the earliest time may lie anywhere.
-                Some(stop) if steps == 1 && inside(&stop) => Some(stop),
-                _ => {
-                    steps = 1;
-                    reads += 1;
-                    if reads > LOOK_ASIDE_MAX {
-                        return Ok(None);
-                    }
-                    self.summary(segment).await?.and_then(|summary| summary.min_time).filter(inside)
-                }
+            let last = match told {
+                Told::Found(stop) => return Ok(Some(stop)),
+                Told::Nothing { last, .. } => last,
+                Told::Ask => segment,
             };
-            if let Some(stop) = found {
-                return Ok(Some(shown(stop)));
-            }
-            at += steps;
+            at += (last.number(size) - segment.number(size) + 1) as usize;
         }
         Ok(None)
+    }
+
+    /// Returns what the index says of a segment and its neighbours.
+    fn told(&self, segment: SegmentName, window: &Window, side: Side) -> Told {
+        let Some((first, block)) = self.evidence.block_of(segment) else { return Told::Ask };
+        let facts = &block.facts;
+        if !tells_times(facts) {
+            return Told::Ask;
+        }
+        let stops = match side {
+            Side::Latest => [facts.max_time, facts.min_time],
+            Side::Earliest => [facts.min_time, facts.max_time],
+        };
+        if block.is_segment {
+            return Told::of_segment(stops, segment, window);
+        }
+        match (stops[0], side) {
+            (None, _) => Told::Nothing { first, last: block.last },
+            // Of many segments the earliest time may lie anywhere.
+            (Some(stop), Side::Latest) if is_inside(&stop, window) => Told::Found(shown(stop)),
+            _ => Told::Ask,
+        }
     }
 
     async fn summary(&mut self, name: SegmentName) -> Result<Option<&SegmentSummary>> {
@@ -515,6 +519,36 @@ impl Sources<'_> {
         }
         Ok(())
     }
+}
+
+/// Which end of a window is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Earliest,
+    Latest,
+}
+
+/// What is known of the ends of transactions near one end of a window.
+enum Told {
+    Found(TransactionTime),
+    /// None lies in these segments (inclusive) and the window.
+    Nothing {
+        first: SegmentName,
+        last: SegmentName,
+    },
+    /// Only the segment's summary tells.
+    Ask,
+}
+
+impl Told {
+    fn of_segment(stops: [Option<StopTime>; 2], segment: SegmentName, window: &Window) -> Self {
+        let found = stops.into_iter().flatten().find(|stop| is_inside(stop, window));
+        found.map_or(Self::Nothing { first: segment, last: segment }, |stop| Self::Found(shown(stop)))
+    }
+}
+
+fn is_inside(stop: &StopTime, window: &Window) -> bool {
+    window.from_lsn <= stop.lsn && stop.lsn < window.until_lsn
 }
 
 /// Whether the facts tell of the ends of all transactions.

@@ -156,6 +156,24 @@ async fn windows_end_at_minimal_wal_and_gaps_and_name_transactions_within() {
     assert_eq!(info.timelines[1].segments_not_looked_at, 5);
 }
 
+#[tokio::test]
+async fn idle_segments_that_the_index_tells_of_are_passed_over() {
+    let mut catalog = catalog();
+    for entry in &mut catalog.rollups[0].entries {
+        if entry.runs[0].first.number(SIZE) != 9 {
+            (entry.facts.min_time, entry.facts.max_time) = (None, None);
+        }
+    }
+    catalog.rollups[0].entries.iter_mut().for_each(|entry| {
+        // Behind the backup's end.
+        entry.facts.max_time.iter_mut().for_each(|stop| stop.lsn = lsn(9, 7000));
+    });
+    let info = read_info(&repository().await, catalog, vec![], None, now()).await.unwrap();
+    let window = info.timelines[0].windows.last().unwrap();
+    let xids = [window.earliest_transaction, window.latest_transaction].map(|stop| stop.map(|stop| stop.xid));
+    assert_eq!(xids, [Some(209), Some(209)]);
+}
+
 #[test]
 fn a_server_that_is_another_is_said_and_not_compared() {
     let catalog = catalog();
