@@ -26,6 +26,7 @@ use crate::wal::page::PageHeader;
 
 use super::DataDirectory;
 use super::asked::{Answer, Asked, Order, Share, forks_inside, share_of};
+use super::tail::Tail;
 
 /// The pause between two attempts.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -192,10 +193,41 @@ impl Request<'_> {
         if lineages.is_empty() {
             return Err(Error::invalid("no repository is configured"));
         }
+        let tail = match self.name {
+            WalFileName::Segment(segment) => super::tail::longest(segment, &lineages, self.target).await?,
+            _ => None,
+        };
         for lineage in &lineages {
-            self.check_absence(lineage).await?;
+            // All parts of a segment are as good as the segment, whatever is stored behind it.
+            let whole = tail.as_ref().is_some_and(Tail::is_whole) && self.gaps(lineage).await?.is_empty();
+            if !whole {
+                self.check_absence(lineage).await?;
+            }
         }
-        Ok(FetchOutcome::Absent)
+        match tail {
+            None => Ok(FetchOutcome::Absent),
+            Some(tail) => self.deliver_tail(tail).await,
+        }
+    }
+
+    /// Puts an assembled segment in place; behind its end it reads as zeros, which PostgreSQL takes for the
+    /// end of WAL.
+    async fn deliver_tail(&self, tail: Tail<'_>) -> Result<FetchOutcome> {
+        let Tail { temp, end, lineage } = tail;
+        let size = lineage.lineage().segment_size;
+        self.check_no_new_fork(lineage).await?;
+        check_first_page(self.name, temp.file(), lineage)
+            .map_err(|error| error.context(format!("the parts in {}", lineage.location())))?;
+        let cut_at = match self.share(lineage).await? {
+            Share::First(offset) => Some(offset),
+            Share::All | Share::Nothing => None,
+        };
+        let failed = |error| Error::from_io("ending the segment", error);
+        temp.file().set_len(cut_at.map_or(end, |cut_at| end.min(cut_at))).map_err(failed)?;
+        temp.file().set_len(size.bytes()).map_err(failed)?;
+        temp.publish()?;
+        let from = format!("{} (the first {end} bytes, in parts)", lineage.location());
+        Ok(FetchOutcome::Delivered { bytes: size.bytes(), from, cut_at })
     }
 
     async fn deliver_from(&self, lineage: &LineageRepository) -> Result<Tried> {
@@ -400,7 +432,9 @@ fn check_delivery(
     head: &ObjectHead,
     lineage: &LineageRepository,
 ) -> Result<()> {
-    let (WalFileName::Segment(segment) | WalFileName::Partial(segment)) = name else { return Ok(()) };
+    if !matches!(name, WalFileName::Segment(_) | WalFileName::Partial(_)) {
+        return Ok(());
+    }
     let ours = lineage.lineage();
     if head.envelope.plain_bytes != ours.segment_size.bytes() {
         return Err(Error::corrupt(format!(
@@ -409,6 +443,13 @@ fn check_delivery(
             ours.segment_size.bytes()
         )));
     }
+    check_first_page(name, file, lineage)
+}
+
+/// Checks that a segment begins as that segment of that lineage.
+fn check_first_page(name: WalFileName, file: &File, lineage: &LineageRepository) -> Result<()> {
+    let (WalFileName::Segment(segment) | WalFileName::Partial(segment)) = name else { return Ok(()) };
+    let ours = lineage.lineage();
     let mut start = [0; PageHeader::LONG_LEN];
     file.read_exact_at(&mut start, 0).map_err(|error| Error::from_io("reading back a segment", error))?;
     let header = PageHeader::parse(&start).filter(PageHeader::is_plausible_first);

@@ -12,5 +12,7 @@ pub mod give_up;
 mod place;
 #[cfg(feature = "store")]
 pub mod push;
+#[cfg(feature = "store")]
+mod tail;
 
 pub use place::{DataDirectory, own_folder};

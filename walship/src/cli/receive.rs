@@ -9,14 +9,18 @@ use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use walship::archive::own_folder;
+use walship::codec::TailPart;
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
-use walship::feed::Rules;
+use walship::feed::{Eagerness, Rules, TailRules};
 use walship::pg::Lsn;
 use walship::receive::{ReceiveEvent, ReceiveOptions, Report, Until, receive};
 use walship::replication::ConnectOptions;
 
 use super::open::Configured;
+
+/// How many parts of the open segment are on their way at once: one while the next one fills.
+const PARTS_IN_FLIGHT_MAX: usize = 2;
 
 /// How often the status file is written.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
@@ -27,6 +31,8 @@ Examples:
   walship receive 'host=db1 user=replicator'
   walship receive --slot walship_b --status-file /run/walship/receive.json \\
       'postgresql://replicator@db1,db2/?target_session_attrs=primary'
+
+  walship receive --flush repository         # and synchronous_standby_names = 'walship': no acknowledged commit is lost
 
 Runs until SIGTERM or SIGINT: what is on its way is stored, the server is told, and it ends with status 0. The user
 needs the REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The slot keeps WAL on the server until it
@@ -39,6 +45,14 @@ pub(super) struct Args {
     /// The replication slot; made when it is not there [env: WALSHIP_RECEIVE_SLOT] [default: walship]
     #[arg(long, value_name = "NAME")]
     slot: Option<String>,
+    /// When the open segment's bytes are stored, and with that when the server hears that they are durable
+    /// [env: WALSHIP_RECEIVE_FLUSH] [default: async]
+    #[arg(long, value_name = "MODE", value_enum)]
+    flush: Option<Flush>,
+    /// Milliseconds that bytes of the open segment may wait with --flush async; 0: for the whole segment
+    /// [env: WALSHIP_RECEIVE_TAIL_INTERVAL_MS] [default: 250]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(..=600_000))]
+    tail_interval: Option<u64>,
     /// Closed segments on their way at most; then the server waits [env: WALSHIP_RECEIVE_UPLOADS_MAX] [default: 4]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..=64))]
     uploads_max: Option<u64>,
@@ -51,12 +65,21 @@ pub(super) struct Args {
     /// End when all WAL before this position is durable
     #[arg(long, value_name = "LSN", conflicts_with = "once")]
     until: Option<Lsn>,
-    /// End when every segment is durable that the server had closed when it was reached
+    /// End when everything is durable that the server had flushed when it was reached
     #[arg(long)]
     once: bool,
     /// Print what was done as JSON at the end
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Flush {
+    /// After --tail-interval: commits do not wait
+    Async,
+    /// At once, group by group: with this receiver's application_name (walship) in the server's
+    /// synchronous_standby_names, a commit returns when it is durable in every repository
+    Repository,
 }
 
 /// Receives WAL.
@@ -103,7 +126,29 @@ fn options(args: &Args, config: &Config) -> Result<ReceiveOptions> {
     if !(1..=64).contains(&uploads_max) {
         return Err(Error::invalid(format!("receive.uploads_max is {uploads_max}; it can be 1 to 64")));
     }
+    let flush = match (args.flush, settings.flush.as_deref()) {
+        (Some(flush), _) => flush,
+        (None, None) => Flush::Async,
+        (None, Some(text)) => clap::ValueEnum::from_str(text, false).map_err(|_| {
+            Error::invalid(format!("receive.flush is {text:?}; there are async and repository"))
+        })?,
+    };
+    let eagerness = match (flush, args.tail_interval.or(settings.tail_interval_ms).unwrap_or(250)) {
+        (Flush::Repository, _) => Eagerness::AtOnce,
+        (Flush::Async, 0) => Eagerness::Never,
+        (Flush::Async, millis @ 1..=600_000) => Eagerness::After(Duration::from_millis(millis)),
+        (Flush::Async, millis) => {
+            return Err(Error::invalid(format!(
+                "receive.tail_interval_ms is {millis}; it can be up to 600000"
+            )));
+        }
+    };
     Ok(ReceiveOptions {
+        tail: TailRules {
+            eagerness,
+            in_flight_max: PARTS_IN_FLIGHT_MAX,
+            part_bytes_max: TailPart::BYTES_MAX,
+        },
         slot: args.slot.clone().or(settings.slot.clone()).unwrap_or_else(|| "walship".to_owned()),
         compression: config.compression,
         spool_dir: match &config.state_dir {
@@ -211,7 +256,7 @@ impl View {
         }
         *last = Some(std::time::Instant::now());
         super::say(&format!(
-            "received={} durable={} server={} not_durable_bytes={} uploads={} segments={} received_bytes={} ({}) \
+            "received={} durable={} server={} not_durable_bytes={} uploads={} segments={} parts={} received_bytes={} ({}) \
              stored_bytes={} sessions={}",
             report.received_lsn,
             report.durable_lsn,
@@ -219,6 +264,7 @@ impl View {
             report.server_lsn.bytes_since(report.durable_lsn),
             report.uploads,
             report.segments,
+            report.parts,
             report.received_bytes,
             HumanBytes(report.received_bytes),
             report.stored_bytes,

@@ -10,8 +10,10 @@ mod compress;
 mod digest;
 mod envelope;
 mod object;
+mod part;
 
 pub use compress::{Codec, Compression};
 pub use digest::Digest;
 pub use envelope::{Envelope, FORMAT_VERSION, ObjectHead, ObjectKind};
 pub use object::{Encoded, EncodedBody, EncodedObject, PLAIN_BYTES_MAX, decode_body, encode_body};
+pub use part::TailPart;

@@ -14,6 +14,11 @@ use crate::error::Result;
 pub struct ReceiveSettings {
     /// The replication slot. `WALSHIP_RECEIVE_SLOT`.
     pub slot: Option<String>,
+    /// When the server hears that WAL is durable, `async` or `repository`. `WALSHIP_RECEIVE_FLUSH`.
+    pub flush: Option<String>,
+    /// How old bytes of the open segment may be before they are shipped, in milliseconds; 0: they wait for
+    /// the whole segment. `WALSHIP_RECEIVE_TAIL_INTERVAL_MS`.
+    pub tail_interval_ms: Option<u64>,
     /// How many closed segments are on their way at most. `WALSHIP_RECEIVE_UPLOADS_MAX`.
     pub uploads_max: Option<u64>,
     /// The file that says where everything is. `WALSHIP_RECEIVE_STATUS_FILE`.
@@ -25,6 +30,10 @@ impl ReceiveSettings {
     pub(super) fn with_environment(self, environment: &Variables<'_>) -> Result<Self> {
         Ok(Self {
             slot: environment.text("WALSHIP_RECEIVE_SLOT")?.or(self.slot),
+            flush: environment.text("WALSHIP_RECEIVE_FLUSH")?.or(self.flush),
+            tail_interval_ms: environment
+                .number("WALSHIP_RECEIVE_TAIL_INTERVAL_MS")?
+                .or(self.tail_interval_ms),
             uploads_max: environment.number("WALSHIP_RECEIVE_UPLOADS_MAX")?.or(self.uploads_max),
             status_file: environment.path("WALSHIP_RECEIVE_STATUS_FILE").or(self.status_file),
         })

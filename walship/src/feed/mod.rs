@@ -7,8 +7,10 @@ mod conversation;
 mod cutter;
 mod frontier;
 mod resume;
+mod tail;
 
 pub use conversation::{Conversation, Rules, Verdict};
 pub use cutter::{Cutter, Piece};
 pub use frontier::Frontier;
 pub use resume::{Known, Start, resume};
+pub use tail::{Eagerness, Part, TailCutter, TailRules};

@@ -11,6 +11,7 @@ mod prepare;
 mod segments;
 mod session;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,12 +22,13 @@ use tokio::sync::watch;
 use crate::archive::push::PushOptions;
 use crate::codec::Compression;
 use crate::error::{Error, Result};
-use crate::feed::{Frontier, Rules, Start};
-use crate::pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
+use crate::feed::{Frontier, Rules, Start, TailRules};
+use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use crate::replication::{ConnectOptions, Connection, ServerError, SessionKind};
 use crate::repository::{ClusterRepository, LineageRepository};
+use crate::storage::ObjectKey;
 
-use segments::Uploads;
+use segments::{Uploads, What};
 use session::Ended;
 
 /// How WAL is received.
@@ -40,6 +42,8 @@ pub struct ReceiveOptions {
     pub spool_dir: PathBuf,
     /// So many closed segments are on their way at most; then the server has to wait.
     pub uploads_max: usize,
+    /// What becomes of the open segment.
+    pub tail: TailRules,
     /// When to end.
     pub until: Until,
     /// How patient to be with the server.
@@ -57,7 +61,8 @@ pub enum Until {
     Stopped,
     /// When everything before this position is durable.
     Durable(Lsn),
-    /// When every segment that the server had closed when it was first reached is durable.
+    /// When everything is durable that the server had flushed when it was first reached; without parts, every
+    /// segment that it had closed.
     CaughtUp,
 }
 
@@ -121,6 +126,8 @@ pub struct Report {
     pub uploads: usize,
     /// Segments stored so far.
     pub segments: u64,
+    /// Parts of open segments stored so far.
+    pub parts: u64,
     /// Bytes received so far.
     pub received_bytes: u64,
     /// Their length as stored.
@@ -209,6 +216,36 @@ struct Archive {
     next: Option<Start>,
     /// Histories that are stored.
     histories: Vec<TimelineHistory>,
+    /// The parts that this process has stored of segments that are not stored whole yet: for each part its
+    /// keys in the lineages.
+    parts: BTreeMap<SegmentName, Vec<Vec<ObjectKey>>>,
+    /// The newest segments that are stored whole: a part of one may still come to its end.
+    wholes: BTreeSet<SegmentName>,
+}
+
+/// More segments than there are on their way at once.
+const WHOLES_MAX: usize = 128;
+
+impl Archive {
+    /// Removes parts that are of no more use: those of a segment that is stored whole.
+    fn tidy(&mut self, what: What) {
+        match what {
+            What::Segment { name, whole: true } => {
+                self.wholes.insert(name);
+                if self.wholes.len() > WHOLES_MAX {
+                    self.wholes.pop_first();
+                }
+                // The last segment of a timeline never becomes whole: its parts stay.
+                self.parts.retain(|segment, _| segment.timeline == name.timeline);
+                if let Some(parts) = self.parts.remove(&name) {
+                    self.uploads.tidy(parts);
+                }
+            }
+            What::Segment { whole: false, .. } => {}
+            What::Part { segment, keys } if self.wholes.contains(&segment) => self.uploads.tidy(vec![keys]),
+            What::Part { segment, keys } => self.parts.entry(segment).or_default().push(keys),
+        }
+    }
 }
 
 impl Receiver {
@@ -227,6 +264,7 @@ impl Receiver {
             durable_lsn: Lsn::INVALID,
             uploads: 0,
             segments: 0,
+            parts: 0,
             received_bytes: 0,
             stored_bytes: 0,
             sessions: 0,
@@ -291,8 +329,12 @@ impl Receiver {
         archive.frontier.add(stored.start, stored.end);
         self.report.durable_lsn = archive.frontier.durable();
         self.report.stored_bytes += stored.stored_bytes;
-        self.report.segments += 1;
-        self.report.uploads = archive.uploads.len();
+        match stored.what {
+            What::Segment { .. } => self.report.segments += 1,
+            What::Part { .. } => self.report.parts += 1,
+        }
+        archive.tidy(stored.what);
+        self.report.uploads = archive.uploads.segments();
     }
 
     fn is_done(&self) -> bool {
@@ -307,17 +349,17 @@ impl Receiver {
     async fn finish(mut self) -> Report {
         let deadline = tokio::time::Instant::now() + self.options.drain_max;
         while let Some(archive) = &mut self.archive
-            && archive.uploads.len() > 0
+            && !archive.uploads.is_empty()
         {
             match tokio::time::timeout_at(deadline, archive.uploads.next()).await {
                 Ok(Ok(stored)) => self.note(stored),
                 Ok(Err(error)) => (self.progress)(ReceiveEvent::Warning(error.to_string())),
                 Err(_) => {
-                    let left = archive.uploads.len();
                     archive.uploads.abort().await;
-                    (self.progress)(ReceiveEvent::Warning(format!(
-                        "{left} segments were not stored in time; the server keeps them and sends them again"
-                    )));
+                    (self.progress)(ReceiveEvent::Warning(
+                        "not everything was stored in time; the server keeps it and sends it again"
+                            .to_owned(),
+                    ));
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! What has to be known and done before the first byte is streamed: whose server it is, its path, the
 //! slot, and where to go on.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::segments::{Uploads, push_history};
@@ -8,7 +9,7 @@ use super::{Archive, ReceiveEvent, Receiver, Until};
 use crate::archive::push::PushOptions;
 use crate::catalog::StoredSegments;
 use crate::error::{Error, Result};
-use crate::feed::{Frontier, Known, Start, resume};
+use crate::feed::{Eagerness, Frontier, Known, Start, resume};
 use crate::pg::{Lsn, TimelineHistory, TimelineId};
 use crate::replication::{
     Connection, ServerError, SessionKind, SlotLifetime, SlotState, SystemIdentity, create_slot, drop_slot,
@@ -47,6 +48,7 @@ impl Receiver {
         self.until = match self.options.until {
             Until::Stopped => None,
             Until::Durable(lsn) => Some(lsn),
+            Until::CaughtUp if self.options.tail.eagerness != Eagerness::Never => Some(identity.flush_lsn),
             Until::CaughtUp => Some(Lsn(identity.flush_lsn.0 / size * size)),
         };
     }
@@ -90,6 +92,8 @@ impl Receiver {
             frontier: Frontier::new(Lsn::INVALID),
             next: None,
             histories: Vec::new(),
+            parts: BTreeMap::new(),
+            wholes: BTreeSet::new(),
         });
         Ok(())
     }

@@ -9,14 +9,20 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::{Backoff, Progress, ReceiveEvent};
-use crate::archive::push::{EncodedFile, PushOptions, encode_stream, push_to_lineages};
+use crate::archive::push::{EncodedFile, PushOptions, PushReport, encode_stream, push_to_lineages};
+use crate::codec::Compression;
 use crate::error::{Error, Result};
+use crate::feed::Part;
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineId, WalFileName};
 use crate::repository::LineageRepository;
-use crate::wal::scan::Verdict;
+use crate::storage::ObjectKey;
 
 /// How many pieces may wait for the encoder: at 128 KiB each, the most a server sends at once, 4 MiB.
 const PIECES_MAX: usize = 32;
+
+/// The pauses between two attempts at a store.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What fills up a segment that ends early.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -90,29 +96,50 @@ impl Read for Queue {
 }
 
 /// What is durable now.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct Stored {
     pub(super) start: Lsn,
     pub(super) end: Lsn,
     pub(super) stored_bytes: u64,
+    pub(super) what: What,
 }
 
-/// The files that are being stored, side by side. A store that fails for a time is asked again for as long
-/// as it takes: until then nothing of this counts as durable, and the server keeps it.
+/// Of which kind it is.
+#[derive(Debug)]
+pub(super) enum What {
+    /// A segment, or the last one of a timeline; whether it stands under its name.
+    Segment { name: SegmentName, whole: bool },
+    /// A part of an open one, and its key in each lineage.
+    Part { segment: SegmentName, keys: Vec<ObjectKey> },
+}
+
+/// What is being stored, side by side. A store that fails for a time is asked again for as long as it takes:
+/// until then nothing of this counts as durable, and the server keeps it.
 pub(super) struct Uploads {
     lineages: Arc<[LineageRepository]>,
     progress: Progress,
     tasks: JoinSet<Result<Stored>>,
+    parts: usize,
 }
 
 impl Uploads {
     pub(super) fn new(lineages: Arc<[LineageRepository]>, progress: Progress) -> Self {
-        Self { lineages, progress, tasks: JoinSet::new() }
+        Self { lineages, progress, tasks: JoinSet::new(), parts: 0 }
     }
 
-    /// Returns how many files are on their way.
-    pub(super) fn len(&self) -> usize {
-        self.tasks.len()
+    /// Whether nothing is on its way.
+    pub(super) fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
+    /// Returns how many segments are on their way.
+    pub(super) fn segments(&self) -> usize {
+        self.tasks.len() - self.parts
+    }
+
+    /// Returns how many parts of open segments are on their way.
+    pub(super) fn parts(&self) -> usize {
+        self.parts
     }
 
     /// Stores a whole segment as soon as it is encoded.
@@ -122,8 +149,7 @@ impl Uploads {
         size: SegmentSize,
         encoding: JoinHandle<Result<EncodedFile>>,
     ) {
-        let (start, end) = (name.start(size), name.end(size));
-        self.store(encoding, start, end, |file| file);
+        self.store(name, encoding, name.end(size), size, |file| file);
     }
 
     /// Stores the last segment of a timeline that ends at `end`, as a `.partial` file.
@@ -134,14 +160,15 @@ impl Uploads {
         size: SegmentSize,
         encoding: JoinHandle<Result<EncodedFile>>,
     ) {
-        self.store(encoding, name.start(size), end, EncodedFile::into_partial);
+        self.store(name, encoding, end, size, EncodedFile::into_partial);
     }
 
     fn store(
         &mut self,
+        name: SegmentName,
         encoding: JoinHandle<Result<EncodedFile>>,
-        start: Lsn,
         end: Lsn,
+        size: SegmentSize,
         finish: fn(EncodedFile) -> EncodedFile,
     ) {
         let (lineages, progress) = (Arc::clone(&self.lineages), Arc::clone(&self.progress));
@@ -150,8 +177,32 @@ impl Uploads {
                 .await
                 .map_err(|error| Error::local_io(format!("encoding was broken off: {error}")))??;
             let file = finish(file);
-            let stored_bytes = push_patiently(&lineages, &file, &progress).await?;
-            Ok(Stored { start, end, stored_bytes })
+            let report = push_patiently(&lineages, &file, &progress).await?;
+            let whole = report.whole && file.name() == WalFileName::Segment(name);
+            let what = What::Segment { name, whole };
+            Ok(Stored { start: name.start(size), end, stored_bytes: report.stored_bytes, what })
+        });
+    }
+
+    /// Stores a part of an open segment.
+    pub(super) fn part(&mut self, part: Part, compression: Compression) {
+        let (lineages, progress) = (Arc::clone(&self.lineages), Arc::clone(&self.progress));
+        self.parts += 1;
+        self.tasks.spawn(async move {
+            let keys = put_patiently(&lineages, &part, compression, &progress).await?;
+            let (start, end) = (part.start, Lsn(part.start.0 + part.bytes.len() as u64));
+            Ok(Stored { start, end, stored_bytes: 0, what: What::Part { segment: part.segment, keys } })
+        });
+    }
+
+    /// Removes parts of segments that are stored whole, in the background.
+    pub(super) fn tidy(&self, parts: Vec<Vec<ObjectKey>>) {
+        let lineages = Arc::clone(&self.lineages);
+        tokio::spawn(async move {
+            for (number, lineage) in lineages.iter().enumerate() {
+                let keys: Vec<_> = parts.iter().filter_map(|keys| keys.get(number).cloned()).collect();
+                lineage.tidy_tail(&keys).await;
+            }
         });
     }
 
@@ -162,16 +213,21 @@ impl Uploads {
     /// # Cancel safety
     /// Cancel safe.
     pub(super) async fn next(&mut self) -> Result<Stored> {
-        match self.tasks.join_next().await {
+        let stored = match self.tasks.join_next().await {
             None => std::future::pending().await,
-            Some(Ok(stored)) => stored,
-            Some(Err(error)) => Err(Error::local_io(format!("an upload was broken off: {error}"))),
+            Some(Ok(stored)) => stored?,
+            Some(Err(error)) => return Err(Error::local_io(format!("an upload was broken off: {error}"))),
+        };
+        if matches!(stored.what, What::Part { .. }) {
+            self.parts -= 1;
         }
+        Ok(stored)
     }
 
     /// Gives up everything that is on its way.
     pub(super) async fn abort(&mut self) {
         self.tasks.shutdown().await;
+        self.parts = 0;
     }
 }
 
@@ -180,25 +236,51 @@ async fn push_patiently(
     lineages: &[LineageRepository],
     file: &EncodedFile,
     progress: &Progress,
-) -> Result<u64> {
-    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
-    loop {
-        match push_to_lineages(lineages, file).await {
-            Ok(report) => {
-                report.warnings.into_iter().for_each(|warning| progress(ReceiveEvent::Warning(warning)));
-                let whole = file.scan().map(|scan| &scan.verdict);
-                if !matches!(whole, None | Some(Verdict::Incomplete { .. })) {
-                    tracing::debug!(file = report.file, "stored");
-                }
-                return Ok(report.stored_bytes);
-            }
-            Err(error) if error.is_transient() => {
-                let pause = backoff.next();
-                progress(ReceiveEvent::StoreFails { error: error.to_string(), retry_in: pause });
-                tokio::time::sleep(pause).await;
-            }
-            Err(error) => return Err(error),
+) -> Result<PushReport> {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    let mut report = loop {
+        let pushed = push_to_lineages(lineages, file).await;
+        if let Some(report) = done_or_pause(pushed, &mut backoff, progress).await? {
+            break report;
         }
+    };
+    report.warnings.drain(..).for_each(|warning| progress(ReceiveEvent::Warning(warning)));
+    Ok(report)
+}
+
+/// Stores a part in every lineage, however long the stores take to come back; returns its key in each.
+async fn put_patiently(
+    lineages: &[LineageRepository],
+    part: &Part,
+    compression: Compression,
+    progress: &Progress,
+) -> Result<Vec<ObjectKey>> {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let puts = lineages.iter().map(|lineage| {
+            lineage.put_tail(part.segment.timeline, part.start, part.bytes.clone(), compression)
+        });
+        let put = futures_util::future::join_all(puts).await.into_iter().collect();
+        if let Some(keys) = done_or_pause(put, &mut backoff, progress).await? {
+            return Ok(keys);
+        }
+    }
+}
+
+/// Returns what succeeded; `None`, after a pause, for a failure that may pass.
+async fn done_or_pause<T>(
+    outcome: Result<T>,
+    backoff: &mut Backoff,
+    progress: &Progress,
+) -> Result<Option<T>> {
+    match outcome {
+        Err(error) if error.is_transient() => {
+            let pause = backoff.next();
+            progress(ReceiveEvent::StoreFails { error: error.to_string(), retry_in: pause });
+            tokio::time::sleep(pause).await;
+            Ok(None)
+        }
+        outcome => outcome.map(Some),
     }
 }
 

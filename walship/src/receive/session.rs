@@ -8,7 +8,7 @@ use super::prepare::no_archive;
 use super::segments::OpenSegment;
 use super::{ReceiveEvent, Receiver, stopped};
 use crate::error::{Error, Result};
-use crate::feed::{Conversation, Cutter, Start, Verdict};
+use crate::feed::{Conversation, Cutter, Start, TailCutter, Verdict};
 use crate::pg::{Lsn, SegmentName};
 use crate::replication::stream::{
     NextTimeline, StandbyStatus, StreamMessage, end_streaming, next_streamed, send_status, start_streaming,
@@ -38,8 +38,9 @@ enum Turn {
 struct Streaming {
     cutter: Cutter,
     open: Option<OpenSegment>,
+    tail: TailCutter,
     talk: Conversation,
-    /// Since when no segment may be begun because too many are on their way.
+    /// Since when nothing is taken because too much is on its way.
     full_since: Option<Duration>,
     next_report: Duration,
 }
@@ -83,7 +84,7 @@ impl Receiver {
         if timeline <= old.timeline {
             return Err(Error::corrupt(format!("the server names {timeline:?} after {:?}", old.timeline)));
         }
-        while self.archive.as_ref().is_some_and(|archive| archive.uploads.len() > 0) {
+        while self.archive.as_ref().is_some_and(|archive| !archive.uploads.is_empty()) {
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
             tokio::select! {
                 stored = archive.uploads.next() => self.note(stored?),
@@ -95,6 +96,9 @@ impl Receiver {
         let size = archive.size;
         let start = Start { timeline, lsn: Lsn(switch_lsn.0 - size.offset_of(switch_lsn)) };
         archive.next = Some(start);
+        // The new timeline's first segment begins with the old one's bytes: durable is what is stored as its own.
+        archive.frontier.go_back(start.lsn);
+        self.report.durable_lsn = archive.frontier.durable();
         (self.progress)(ReceiveEvent::Switched { from: old.timeline, to: timeline, switch_lsn });
         Ok(start)
     }
@@ -105,6 +109,7 @@ impl Receiver {
         let mut streaming = Streaming {
             cutter: Cutter::new(start.timeline, start.lsn, size),
             open: None,
+            tail: TailCutter::new(self.options.tail, size),
             talk: Conversation::new(self.options.rules, now),
             full_since: None,
             next_report: now,
@@ -133,8 +138,10 @@ impl Receiver {
                 streaming.next_report = now + self.options.report_interval;
                 self.tell();
             }
+            self.ship(&mut streaming, now)?;
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
-            let full = streaming.open.is_none() && archive.uploads.len() >= self.options.uploads_max;
+            let full = streaming.tail.is_full()
+                || streaming.open.is_none() && archive.uploads.segments() >= self.options.uploads_max;
             if !full {
                 streaming.full_since = None;
             } else if now.saturating_sub(*streaming.full_since.get_or_insert(now))
@@ -144,6 +151,9 @@ impl Receiver {
                 return Ok(Turn::Ended(Ended::Stalled));
             }
             let mut look = streaming.talk.next_look(now).min(streaming.next_report.saturating_sub(now));
+            if archive.uploads.parts() < self.options.tail.in_flight_max {
+                look = streaming.tail.next_look(now).map_or(look, |next| look.min(next));
+            }
             if full {
                 look = look.min(self.options.rules.stop_patience);
             }
@@ -160,6 +170,15 @@ impl Receiver {
                 () = stopped(&mut self.stop) => {}
             }
         }
+    }
+
+    /// Ships what is due of the open segment.
+    fn ship(&mut self, streaming: &mut Streaming, now: Duration) -> Result<()> {
+        let archive = self.archive.as_mut().ok_or_else(no_archive)?;
+        while let Some(part) = streaming.tail.take(now, archive.uploads.parts()) {
+            archive.uploads.part(part, self.options.compression);
+        }
+        Ok(())
     }
 
     /// Tells the server where we are, when it is time to.
@@ -188,6 +207,7 @@ impl Receiver {
                 streaming.talk.heard_wal(now);
                 self.report.received_bytes += bytes.len() as u64;
                 while let Some(piece) = streaming.cutter.take(&mut start, &mut bytes)? {
+                    streaming.tail.add(&piece, now);
                     let open = match streaming.open.take() {
                         Some(open) => open,
                         None => self.open(piece.segment)?,
@@ -206,6 +226,9 @@ impl Receiver {
             }
             StreamMessage::Keepalive { sent, reply_requested } => {
                 streaming.talk.heard_keepalive(now, reply_requested);
+                if reply_requested {
+                    streaming.tail.hurry();
+                }
                 self.report.server_lsn = self.report.server_lsn.max(sent);
                 Ok(None)
             }
@@ -232,7 +255,7 @@ impl Receiver {
         let archive = self.archive.as_mut().ok_or_else(no_archive)?;
         archive.uploads.segment(name, archive.size, open.close());
         archive.next = Some(Start { timeline: name.timeline, lsn: name.end(archive.size) });
-        self.report.uploads = archive.uploads.len();
+        self.report.uploads = archive.uploads.segments();
         Ok(())
     }
 
@@ -245,26 +268,37 @@ impl Receiver {
                 streaming.cutter.timeline()
             )));
         }
+        while !streaming.tail.is_empty() {
+            streaming.tail.hurry();
+            self.ship(streaming, self.started.elapsed())?;
+            let archive = self.archive.as_mut().ok_or_else(no_archive)?;
+            if archive.uploads.parts() > 0 {
+                let stored = archive.uploads.next().await?;
+                self.note(stored);
+            }
+        }
         let Some(mut open) = streaming.open.take() else { return Ok(()) };
         let archive = self.archive.as_mut().ok_or_else(no_archive)?;
         open.fill_up(archive.size).await?;
         let name = streaming.cutter.segment();
         archive.uploads.last_segment(name, switch_lsn, archive.size, open.close());
-        self.report.uploads = archive.uploads.len();
+        self.report.uploads = archive.uploads.segments();
         Ok(())
     }
 
     /// Lets what is on its way become durable, tells the server, and takes leave.
     async fn drain(&mut self, connection: &mut Connection, streaming: &mut Streaming) -> Result<Ended> {
-        // What was received of it is sent again next time.
+        // What was received of it is sent again next time; its parts are durable.
         streaming.open = None;
         let deadline = Instant::now() + self.options.drain_max;
         loop {
             let now = self.started.elapsed();
+            streaming.tail.hurry();
+            self.ship(streaming, now)?;
             self.speak(connection, streaming, now).await?;
             let look = deadline.min(Instant::now() + streaming.talk.next_look(now));
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
-            if archive.uploads.len() == 0 || Instant::now() >= deadline {
+            if archive.uploads.is_empty() || Instant::now() >= deadline {
                 break;
             }
             if let Ok(stored) = timeout_at(look, archive.uploads.next()).await {

@@ -173,6 +173,28 @@ impl LineageLayout {
         format!("{}/wal/{}{name}.{word}.", self.base, folder(WalFileName::Segment(name)))
     }
 
+    /// What the keys of all tail parts of one timeline start with.
+    pub(super) fn timeline_tails_prefix(&self, timeline: TimelineId) -> String {
+        format!("{}/tail/{}/", self.base, timeline.hex())
+    }
+
+    /// What the keys of all tail parts of a segment start with.
+    pub(super) fn tails_prefix(&self, name: SegmentName) -> String {
+        format!("{}{name}/", self.timeline_tails_prefix(name.timeline))
+    }
+
+    /// The key of the tail part with these offsets in its segment.
+    pub(super) fn tail(&self, name: SegmentName, start: u64, end: u64) -> Result<ObjectKey> {
+        ObjectKey::new(format!("{}{start:08X}-{end:08X}", self.tails_prefix(name)))
+    }
+
+    /// Reads the offsets in a tail part's key back; `None` for anything that this format does not name.
+    pub(super) fn parse_tail(&self, name: SegmentName, key: &ObjectKey) -> Option<(u64, u64)> {
+        let (start, end) = key.as_str().strip_prefix(&self.tails_prefix(name))?.split_once('-')?;
+        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        (start < end && self.tail(name, start, end).ok().as_ref() == Some(key)).then_some((start, end))
+    }
+
     /// What all WAL keys start with.
     pub(super) fn wal_prefix(&self) -> String {
         format!("{}/wal/", self.base)

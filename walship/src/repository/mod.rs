@@ -32,6 +32,7 @@ mod others;
 pub mod probe;
 mod segments;
 mod stored;
+mod tails;
 #[cfg(feature = "test-util")]
 pub mod testing;
 
@@ -51,6 +52,7 @@ pub use layout::ClusterName;
 pub use load_catalog::{load_catalog, load_catalog_from_listings};
 pub use others::open_same_lineage;
 pub use segments::{Leftover, Put, Summarized};
+pub use tails::ListedPart;
 
 use document::{ClusterDocument, DOCUMENT_VERSION, LineageDocument, RepositoryDocument};
 use layout::LineageLayout;

@@ -158,8 +158,8 @@ impl LineageRepository {
     }
 
     /// Returns a stored object that lies behind `name` on its timeline, if there is one: any later
-    /// segment, whole or not; for a history file, any WAL of its timeline and anything of later ones.
-    /// One request, for a history file up to two.
+    /// segment, whole or not, or a part of one; for a history file, any WAL of its timeline and anything of
+    /// later ones. Up to two requests, for a history file up to three.
     pub async fn anything_after(&self, name: WalFileName) -> Result<Option<String>> {
         match name {
             WalFileName::Segment(segment)
@@ -167,13 +167,19 @@ impl LineageRepository {
             | WalFileName::BackupHistory(segment, _) => {
                 let prefix = self.layout.timeline_prefix(segment.timeline);
                 let page = self.storage.list(&prefix, Some(&self.layout.after_segment(segment))).await?;
-                Ok(page.objects.first().map(|meta| self.shown(&meta.key)))
+                match page.objects.first() {
+                    Some(meta) => Ok(Some(self.shown(&meta.key))),
+                    None => self.tail_after(segment).await,
+                }
             }
             WalFileName::History(timeline) => {
                 let own = self.storage.list(&self.layout.timeline_prefix(timeline), None).await?;
                 match own.objects.first() {
                     Some(meta) => Ok(Some(self.shown(&meta.key))),
-                    None => Ok(self.first_above(timeline).await?.map(|(_, location)| location)),
+                    None => match self.any_tail(timeline).await? {
+                        Some(location) => Ok(Some(location)),
+                        None => Ok(self.first_above(timeline).await?.map(|(_, location)| location)),
+                    },
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 mod life;
 mod oracle;
+mod tail;
 
 use std::fs;
 use std::net::SocketAddr;

@@ -1,7 +1,8 @@
 //! Every segment byte for byte as `pg_receivewal` has it, which runs beside it on the same server.
 
 use std::fs;
-use std::process::{Child, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -16,24 +17,38 @@ use super::{Front, Reading, Receiving, names, server, standby_of};
 struct Oracle {
     child: Child,
     folder: TempDir,
+    program: PathBuf,
+    port: u16,
 }
 
 impl Oracle {
     fn start(server: &PgServer, front: &Front) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let tool = |args: &[&str]| {
-            let mut command = process::guarded(server.tool("pg_receivewal").get_program());
-            command
-                .env("PGHOST", "127.0.0.1")
-                .env("PGPORT", front.port().to_string())
-                .env("PGUSER", "postgres");
-            command.arg("-D").arg(folder.path()).args(args);
-            command
-        };
-        process::run_ok(&mut tool(&["--slot", "oracle", "--create-slot"]));
-        let mut command = tool(&["--slot", "oracle"]);
+        let program = PathBuf::from(server.tool("pg_receivewal").get_program());
+        let port = front.port();
+        process::run_ok(&mut Self::tool(&program, port, folder.path(), &["--create-slot"]));
+        let child = Self::stream(&program, port, folder.path());
+        Self { child, folder, program, port }
+    }
+
+    fn tool(program: &Path, port: u16, folder: &Path, args: &[&str]) -> Command {
+        let mut command = process::guarded(program);
+        command.env("PGHOST", "127.0.0.1").env("PGPORT", port.to_string()).env("PGUSER", "postgres");
+        command.args(["--slot", "oracle", "-D"]).arg(folder).args(args);
+        command
+    }
+
+    fn stream(program: &Path, port: u16, folder: &Path) -> Child {
+        let mut command = Self::tool(program, port, folder, &[]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Self { child: process::spawn(command).unwrap(), folder }
+        process::spawn(command).unwrap()
+    }
+
+    /// It ends for good when the server goes away at the wrong moment of a new session.
+    fn revive(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            self.child = Self::stream(&self.program, self.port, self.folder.path());
+        }
     }
 
     fn segments(&self) -> Vec<String> {
@@ -78,9 +93,10 @@ fn load(server: &PgServer, rounds: usize) {
 }
 
 /// Switches and waits until both have the segment.
-fn catch_up(server: &PgServer, oracle: &Oracle, reading: &Reading) {
+fn catch_up(server: &PgServer, oracle: &mut Oracle, reading: &Reading) {
     let last = server.switch_wal();
     wait::until_within(&format!("pg_receivewal has {last}"), 2 * wait::PATIENCE, || {
+        oracle.revive();
         oracle.segments().contains(&last)
     });
     wait::until(&format!("{last} is stored"), || reading.has(&last));
@@ -92,14 +108,14 @@ fn through_everything(major: u32, segment_size_mb: u32) {
     stage.init(&primary);
     let (_folder, standby_data) = standby_of(&primary);
     let (ours, theirs) = (Front::of(&primary), Front::of(&primary));
-    let oracle = Oracle::start(&primary, &theirs);
+    let mut oracle = Oracle::start(&primary, &theirs);
     let mut receiving = Receiving::start(&stage, &ours.conninfo(), &[]);
     let reading = Reading::of(&stage);
     primary.wait_for("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "2");
 
     primary.pgbench(&["-i", "-q", "-s", "2"]);
     load(&primary, 4);
-    catch_up(&primary, &oracle, &reading);
+    catch_up(&primary, &mut oracle, &reading);
 
     // A clean restart: nobody is held up, though the open segment is not durable here.
     let stopping = Instant::now();
@@ -109,7 +125,7 @@ fn through_everything(major: u32, segment_size_mb: u32) {
     ours.turn_to(&primary);
     theirs.turn_to(&primary);
     load(&primary, 2);
-    catch_up(&primary, &oracle, &reading);
+    catch_up(&primary, &mut oracle, &reading);
 
     // A crash.
     load(&primary, 1);
@@ -118,7 +134,7 @@ fn through_everything(major: u32, segment_size_mb: u32) {
     ours.turn_to(&primary);
     theirs.turn_to(&primary);
     load(&primary, 2);
-    catch_up(&primary, &oracle, &reading);
+    catch_up(&primary, &mut oracle, &reading);
 
     // A failover to a standby that has replayed everything.
     let conninfo = format!("host=127.0.0.1 port={} user=postgres", primary.port());
@@ -135,7 +151,7 @@ fn through_everything(major: u32, segment_size_mb: u32) {
     theirs.turn_to(&standby);
     standby.promote();
     load(&standby, 3);
-    catch_up(&standby, &oracle, &reading);
+    catch_up(&standby, &mut oracle, &reading);
 
     assert!(receiving.terminate().success(), "{}", receiving.said());
     assert_eq!(receiving.status().unwrap()["state"], "stopped");

@@ -1,0 +1,239 @@
+//! Which bytes of the open segment to ship when.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::Piece;
+use crate::pg::{Lsn, SegmentName, SegmentSize};
+
+/// So many bytes that are not shipped yet are held at most; then the server has to wait.
+const PENDING_BYTES_MAX: u64 = 8 << 20;
+
+/// How eager to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Eagerness {
+    /// Not at all: segments are stored when they are complete.
+    Never,
+    /// When bytes have waited this long.
+    After(Duration),
+    /// At once: what arrives while parts are on their way goes with the next one.
+    AtOnce,
+}
+
+/// Bounds of [`TailCutter`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TailRules {
+    /// How eager to be.
+    pub eagerness: Eagerness,
+    /// So many parts are on their way at once.
+    pub in_flight_max: usize,
+    /// The longest part in bytes.
+    pub part_bytes_max: usize,
+}
+
+/// A part to ship: consecutive bytes of one segment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// The segment.
+    pub segment: SegmentName,
+    /// Where the bytes begin.
+    pub start: Lsn,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// Collects the bytes of the open segment and cuts them into parts.
+#[derive(Debug)]
+pub struct TailCutter {
+    rules: TailRules,
+    size: SegmentSize,
+    /// What is to be shipped, in order; of one or, when eager, of several segments.
+    pending: VecDeque<(SegmentName, Lsn, Bytes)>,
+    pending_bytes: u64,
+    since: Duration,
+    hurry: bool,
+}
+
+impl TailCutter {
+    /// Returns a cutter that holds nothing.
+    pub fn new(rules: TailRules, size: SegmentSize) -> Self {
+        Self { rules, size, pending: VecDeque::new(), pending_bytes: 0, since: Duration::ZERO, hurry: false }
+    }
+
+    /// Takes the next bytes.
+    pub fn add(&mut self, piece: &Piece, now: Duration) {
+        if self.rules.eagerness == Eagerness::Never {
+            return;
+        }
+        if self.pending.is_empty() {
+            self.since = now;
+        }
+        let start = Lsn(piece.segment.start(self.size).0 + piece.offset);
+        self.pending_bytes += piece.bytes.len() as u64;
+        self.pending.push_back((piece.segment, start, piece.bytes.clone()));
+        // The whole segment is on its way: its last bytes need no part of their own, unless somebody waits.
+        if piece.completes && self.rules.eagerness != Eagerness::AtOnce {
+            self.pending.clear();
+            self.pending_bytes = 0;
+            self.hurry = false;
+        }
+    }
+
+    /// Ships what is there as soon as may be: the server wants to know, or it is the end.
+    pub fn hurry(&mut self) {
+        self.hurry = !self.pending.is_empty();
+    }
+
+    /// Returns the next part to ship now, when so many are on their way.
+    pub fn take(&mut self, now: Duration, in_flight: usize) -> Option<Part> {
+        if in_flight >= self.rules.in_flight_max || !self.is_due(now) {
+            return None;
+        }
+        let (segment, start, _) = self.pending.front()?;
+        let (segment, start) = (*segment, *start);
+        let mut bytes = Vec::new();
+        while let Some((of, at, piece)) = self.pending.front_mut() {
+            let room = self.rules.part_bytes_max - bytes.len();
+            if *of != segment || room == 0 {
+                break;
+            }
+            let taken = piece.split_to(room.min(piece.len()));
+            *at = Lsn(at.0 + taken.len() as u64);
+            bytes.extend_from_slice(&taken);
+            if piece.is_empty() {
+                self.pending.pop_front();
+            }
+        }
+        self.pending_bytes -= bytes.len() as u64;
+        self.hurry &= !self.pending.is_empty();
+        self.since = now;
+        Some(Part { segment, start, bytes })
+    }
+
+    fn is_due(&self, now: Duration) -> bool {
+        match self.rules.eagerness {
+            Eagerness::Never => false,
+            Eagerness::AtOnce => true,
+            Eagerness::After(interval) => {
+                self.hurry || self.is_full() || now.saturating_sub(self.since) >= interval
+            }
+        }
+    }
+
+    /// Whether no more bytes should be taken until parts are durable.
+    pub fn is_full(&self) -> bool {
+        self.pending_bytes >= PENDING_BYTES_MAX
+    }
+
+    /// Whether everything was shipped.
+    pub fn is_empty(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Returns how long the next part has to wait yet for its time.
+    pub fn next_look(&self, now: Duration) -> Option<Duration> {
+        match self.rules.eagerness {
+            Eagerness::After(interval) if !self.pending.is_empty() => {
+                Some((self.since + interval).saturating_sub(now))
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::TimelineId;
+    use proptest::prelude::*;
+
+    const SIZE: SegmentSize = SegmentSize::MIN;
+
+    fn ms(millis: u64) -> Duration {
+        Duration::from_millis(millis)
+    }
+
+    fn piece(offset: u64, bytes: &'static [u8], completes: bool) -> Piece {
+        let segment = SegmentName::from_number(TimelineId::FIRST, 5, SIZE).unwrap();
+        Piece { segment, offset, bytes: Bytes::from_static(bytes), completes }
+    }
+
+    fn cutter(eagerness: Eagerness) -> TailCutter {
+        TailCutter::new(TailRules { eagerness, in_flight_max: 2, part_bytes_max: 4 }, SIZE)
+    }
+
+    fn start(offset: u64) -> Lsn {
+        Lsn(5 * SIZE.bytes() + offset)
+    }
+
+    #[test]
+    fn bytes_wait_for_their_time_or_for_somebody_who_asks() {
+        let mut tail = cutter(Eagerness::After(ms(250)));
+        tail.add(&piece(0, b"ab", false), ms(1000));
+        tail.add(&piece(2, b"c", false), ms(1200));
+        assert_eq!(tail.take(ms(1249), 0), None);
+        assert_eq!(tail.next_look(ms(1200)), Some(ms(50)));
+        assert_eq!(tail.take(ms(1250), 2), None, "enough are on their way");
+        let part = tail.take(ms(1250), 1).unwrap();
+        assert_eq!((part.start, &*part.bytes), (start(0), &b"abc"[..]));
+        assert!(tail.is_empty() && tail.next_look(ms(1250)).is_none(), "none without new bytes");
+        tail.add(&piece(3, b"defghi", false), ms(2000));
+        tail.hurry();
+        assert_eq!(tail.take(ms(2000), 0).unwrap().bytes, b"defg");
+        assert_eq!(tail.take(ms(2000), 0).unwrap().bytes, b"hi");
+        tail.hurry();
+        tail.add(&piece(9, b"j", false), ms(2000));
+        assert_eq!(tail.take(ms(2000), 0), None, "there was nothing to hurry");
+        // The whole segment follows.
+        tail.add(&piece(10, b"k", true), ms(2000));
+        assert!(tail.is_empty());
+    }
+
+    #[test]
+    fn nothing_is_shipped_where_nobody_wants_it() {
+        let mut never = cutter(Eagerness::Never);
+        never.add(&piece(0, b"abc", false), ms(0));
+        never.hurry();
+        assert_eq!(never.take(ms(9999), 0), None);
+    }
+
+    proptest! {
+        #[test]
+        fn parts_are_all_bytes_in_order_within_segments(
+            steps in proptest::collection::vec((1usize..10, 0u64..300, 0usize..3, any::<bool>()), 1..40),
+            at_once in any::<bool>(),
+        ) {
+            static BYTES: [u8; 16] = *b"0123456789abcdef";
+            let eagerness = if at_once { Eagerness::AtOnce } else { Eagerness::After(ms(250)) };
+            let mut tail = cutter(eagerness);
+            let (mut now, mut fed, mut shipped) = (0, 0, 0);
+            let check = |part: Part, shipped: &mut u64| {
+                assert_eq!(part.start, start(*shipped));
+                let expected: Vec<u8> = (*shipped..).map(|at| BYTES[at as usize % 16]).take(part.bytes.len()).collect();
+                assert_eq!(part.bytes, expected);
+                assert!((1..=4).contains(&part.bytes.len()));
+                *shipped += part.bytes.len() as u64;
+            };
+            for (length, pause, in_flight, hurry) in steps {
+                let bytes: Vec<u8> = (fed..fed + length).map(|at| BYTES[at % 16]).collect();
+                let segment = SegmentName::from_number(TimelineId::FIRST, 5, SIZE).unwrap();
+                let piece = Piece { segment, offset: fed as u64, bytes: bytes.into(), completes: false };
+                tail.add(&piece, ms(now));
+                fed += length;
+                now += pause;
+                if hurry {
+                    tail.hurry();
+                }
+                while let Some(part) = tail.take(ms(now), in_flight) {
+                    check(part, &mut shipped);
+                }
+            }
+            while let Some(part) = { tail.hurry(); tail.take(ms(now), 0) } {
+                check(part, &mut shipped);
+            }
+            prop_assert_eq!(shipped, fed as u64);
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Parts of open segments: put, listed, put together.
+//!
+//! Two receivers cut differently: parts are joined by position, and where they overlap they have to agree.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+
+use super::LineageRepository;
+use crate::codec::{Compression, TailPart};
+use crate::error::{Error, Result};
+use crate::pg::{Lsn, SegmentName, TimelineId};
+use crate::storage::{ObjectKey, PutOutcome, list_all};
+
+/// More parts than a segment ever has.
+const PARTS_MAX: usize = 200_000;
+
+/// How many parts are read at once.
+const READS_MAX: usize = 16;
+
+/// A part as its key tells it: offsets in its segment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedPart {
+    /// Where it begins.
+    pub start: u64,
+    /// Where it ends (exclusive).
+    pub end: u64,
+    key: ObjectKey,
+}
+
+impl LineageRepository {
+    /// Stores a part of a segment and returns its key. The same part again is success.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] when other bytes are stored for the same place, [`Error::Corrupt`] when what is
+    /// stored there is damaged, [`Error::Invalid`] for what is no part.
+    /// # Durability
+    /// After `Ok` the part survives a crash.
+    pub async fn put_tail(
+        &self,
+        timeline: TimelineId,
+        start: Lsn,
+        bytes: Vec<u8>,
+        compression: Compression,
+    ) -> Result<ObjectKey> {
+        let part = TailPart {
+            timeline,
+            start,
+            system_identifier: self.lineage.system_identifier,
+            segment_size: self.lineage.segment_size,
+            bytes,
+        };
+        let (segment, offset) = (part.segment(), part.offset());
+        let key = self.layout.tail(segment, offset, offset + part.bytes.len() as u64)?;
+        let object = Bytes::from(part.encode(compression)?);
+        if self.storage.put_if_absent(&key, object.into()).await? == PutOutcome::Stored {
+            return Ok(key);
+        }
+        self.storage.confirm(&key).await?;
+        if self.read_part(segment, &listed(&key, &part)).await?.bytes == part.bytes {
+            return Ok(key);
+        }
+        Err(Error::conflict(format!("other WAL is stored as {}, a part of {segment}", self.shown(&key)))
+            .with_next(
+                "Two servers write different WAL on one timeline: check that only one cluster streams to this name.",
+            ))
+    }
+
+    /// Returns the parts of a segment, by where they begin.
+    pub async fn tail_of(&self, segment: SegmentName) -> Result<Vec<ListedPart>> {
+        let objects = list_all(&*self.storage, &self.layout.tails_prefix(segment), PARTS_MAX).await?;
+        let parts = objects.into_iter().filter_map(|meta| {
+            let (start, end) = self.layout.parse_tail(segment, &meta.key)?;
+            Some(ListedPart { start, end, key: meta.key })
+        });
+        let mut parts: Vec<_> = parts.collect();
+        parts.sort_by_key(|part| (part.start, part.end));
+        Ok(parts)
+    }
+
+    /// Writes what is stored of an open segment into `file`, from its start and as far as parts are
+    /// contiguous, and returns that length; 0 when there is nothing.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] when parts disagree; [`Error::Corrupt`] when a damaged one leaves a hole.
+    pub async fn tail_into(&self, segment: SegmentName, file: &File) -> Result<u64> {
+        let mut parts = self.tail_of(segment).await?;
+        let promised = chain(&parts).last().map_or(0, |part| part.end);
+        loop {
+            let chosen = chain(&parts);
+            if chosen.last().map_or(0, |part| part.end) < promised {
+                return Err(Error::corrupt(format!(
+                    "a part of {segment} in {} is damaged, and no other holds its bytes",
+                    self.location()
+                ))
+                .with_next(
+                    "Keep the repository as it is, and look for the segment in the pg_wal of a server.",
+                ));
+            }
+            match self.write_parts(segment, &chosen, file).await? {
+                None => return Ok(promised),
+                Some(damaged) => parts.retain(|part| part.key != damaged),
+            }
+        }
+    }
+
+    /// Writes parts that form a chain; returns the key of the first that is damaged.
+    async fn write_parts(
+        &self,
+        segment: SegmentName,
+        chain: &[ListedPart],
+        file: &File,
+    ) -> Result<Option<ObjectKey>> {
+        let failed = |error| Error::from_io("putting a segment together", error);
+        file.set_len(0).map_err(failed)?;
+        let reads = chain.iter().map(|part| async move {
+            match self.read_part(segment, part).await {
+                Ok(read) => Ok((part, Some(read))),
+                Err(Error::Corrupt(damage)) => {
+                    tracing::warn!("{damage}");
+                    Ok((part, None))
+                }
+                Err(error) => Err(error),
+            }
+        });
+        let mut reads = futures_util::stream::iter(reads).buffered(READS_MAX);
+        let mut written = 0;
+        while let Some((part, read)) = reads.try_next().await? {
+            let Some(read) = read else { return Ok(Some(part.key.clone())) };
+            let known = usize::try_from(written - part.start).unwrap_or(usize::MAX).min(read.bytes.len());
+            let (overlap, new) = read.bytes.split_at(known);
+            let mut before = vec![0; overlap.len()];
+            file.read_exact_at(&mut before, part.start).map_err(failed)?;
+            if before != overlap {
+                return Err(Error::conflict(format!(
+                    "parts of {segment} in {} hold different bytes for the same place, {} among them",
+                    self.location(),
+                    self.shown(&part.key)
+                ))
+                .with_next("Two servers wrote different WAL on one timeline: find out which one is right."));
+            }
+            file.write_all_at(new, written).map_err(failed)?;
+            written = written.max(part.end);
+        }
+        Ok(None)
+    }
+
+    async fn read_part(&self, segment: SegmentName, part: &ListedPart) -> Result<TailPart> {
+        let object = self.storage.get(&part.key, TailPart::OBJECT_BYTES_MAX).await?;
+        let object = object
+            .ok_or_else(|| Error::unavailable(format!("{} was there a moment ago", self.shown(&part.key))))?;
+        let read = TailPart::decode(&object).map_err(|error| error.context(self.shown(&part.key)))?;
+        let fits = read.segment() == segment
+            && read.offset() == part.start
+            && read.bytes.len() as u64 == part.end - part.start
+            && read.segment_size == self.lineage.segment_size
+            && read.system_identifier == self.lineage.system_identifier;
+        if !fits {
+            return Err(Error::corrupt(format!("{} holds something else", self.shown(&part.key))));
+        }
+        Ok(read)
+    }
+
+    /// Returns a stored part of a later segment of the same timeline, if there is one. One request.
+    pub(super) async fn tail_after(&self, segment: SegmentName) -> Result<Option<String>> {
+        let prefix = self.layout.timeline_tails_prefix(segment.timeline);
+        let after = format!("{}~", self.layout.tails_prefix(segment));
+        let page = self.storage.list(&prefix, Some(&after)).await?;
+        Ok(page.objects.first().map(|meta| self.shown(&meta.key)))
+    }
+
+    /// Returns a stored part of any segment of a timeline. One request.
+    pub(super) async fn any_tail(&self, timeline: TimelineId) -> Result<Option<String>> {
+        let page = self.storage.list(&self.layout.timeline_tails_prefix(timeline), None).await?;
+        Ok(page.objects.first().map(|meta| self.shown(&meta.key)))
+    }
+
+    /// Removes parts of a segment that is stored whole: tidying, of which nothing depends. Stops where the
+    /// store does not allow it.
+    pub async fn tidy_tail(&self, parts: &[ObjectKey]) {
+        for key in parts {
+            if let Err(error) = self.storage.delete(key).await {
+                tracing::debug!(%error, "a part that is not needed any more stays");
+                return;
+            }
+        }
+    }
+}
+
+fn listed(key: &ObjectKey, part: &TailPart) -> ListedPart {
+    let start = part.offset();
+    ListedPart { start, end: start + part.bytes.len() as u64, key: key.clone() }
+}
+
+/// Returns the fewest parts that lead from the segment's start as far as parts are contiguous.
+fn chain(parts: &[ListedPart]) -> Vec<ListedPart> {
+    let (mut chosen, mut end, mut best) = (Vec::new(), 0, None::<&ListedPart>);
+    for part in parts {
+        if part.start > end {
+            match best.take() {
+                Some(found) => {
+                    end = found.end;
+                    chosen.push(found.clone());
+                }
+                None => break,
+            }
+        }
+        if part.start > end {
+            break;
+        }
+        if part.end > best.map_or(end, |best| best.end) {
+            best = Some(part);
+        }
+    }
+    chosen.extend(best.filter(|best| best.end > end).cloned());
+    chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_chain_reaches_as_far_as_all_parts_do(mut ranges in proptest::collection::vec((0u64..40, 1u64..9), 0..20)) {
+            ranges.sort_unstable();
+            let part = |(start, length): &(u64, u64)| ListedPart {
+                start: *start,
+                end: start + length,
+                key: ObjectKey::new(format!("x/{start}-{length}")).unwrap(),
+            };
+            let parts: Vec<_> = ranges.iter().map(part).collect();
+            let held = |at: u64| parts.iter().any(|part| (part.start..part.end).contains(&at));
+            let expected = (0..).find(|at| !held(*at)).unwrap();
+            let chain = chain(&parts);
+            prop_assert_eq!(chain.last().map_or(0, |part| part.end), expected);
+            let mut end = 0;
+            for part in &chain {
+                prop_assert!(part.start <= end && part.end > end);
+                end = part.end;
+            }
+        }
+    }
+}
