@@ -110,7 +110,8 @@ impl GeneratedStore {
             // What names it changes with it.
             real.digests.retain(|thing, _| matches!(thing, Thing::Segment(..)));
             real.objects.retain(|thing, _| matches!(thing, Thing::Segment(..)));
-            return Err(Error::denied("it is not there yet"));
+            // Not an error that readers of the index go on after.
+            return Err(Error::unavailable("it is not there yet"));
         }
         if let Some(known) = self.real().objects.get(&thing) {
             return Ok(known.clone());
@@ -173,8 +174,13 @@ impl GeneratedStore {
                 low = middle + 1
             }
         }
+        let real = self.real();
+        let bytes = |number| {
+            let object = real.objects.get(&Thing::Segment(timeline, number));
+            object.map_or(STORED_BYTES, |object| object.len() as u64)
+        };
         (low..end.min(low + PAGE as u64 + 1))
-            .map(|number| meta(Self::segment_key(timeline, number), STORED_BYTES))
+            .map(|number| meta(Self::segment_key(timeline, number), bytes(number)))
             .collect()
     }
 
