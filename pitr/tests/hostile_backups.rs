@@ -164,6 +164,8 @@ impl Scene {
             limits: LIMITS,
             tablespace_paths: vec![],
             open_prepared: None,
+            half_done: vec![],
+            parent_segments: vec![],
             gap_behind: None,
             damaged_behind: None,
             reasons: vec![],

@@ -16,7 +16,7 @@ use walship::wal::event::ServerLimits;
 use walship::wal::rollup::{LEVEL_MAX, Place, Rollup, span};
 use walship::{Error, Result};
 
-use super::world::{self, Node, SIZE, STORED_BYTES, World, is_backup, made_up, name, range};
+use super::world::{self, Node, SIZE, STORED_BYTES, Shape, World, made_up, name};
 
 const PAGE: usize = 1000;
 
@@ -25,6 +25,18 @@ const PAGE: usize = 1000;
 enum Thing {
     Segment(TimelineId, u64),
     Rollup(Place, u64),
+}
+
+impl Thing {
+    /// Returns whether this is a roll-up that may name the other thing, or one that does.
+    fn stands_for(self, other: Self) -> bool {
+        let Self::Rollup(place, _) = self else { return false };
+        let (timeline, level, first) = match other {
+            Self::Segment(timeline, number) => (timeline, 0, number),
+            Self::Rollup(place, _) => (place.timeline, place.level, place.first),
+        };
+        place.timeline == timeline && place.level > level && (place.first..place.end()).contains(&first)
+    }
 }
 
 #[derive(Clone)]
@@ -39,6 +51,8 @@ pub(super) struct GeneratedStore {
 struct Real {
     things: BTreeSet<Thing>,
     wishes: bool,
+    /// What cannot be read.
+    damaged: Option<(u8, u64)>,
     digests: HashMap<Thing, String>,
     objects: HashMap<Thing, Bytes>,
 }
@@ -52,8 +66,15 @@ impl std::fmt::Debug for GeneratedStore {
 impl GeneratedStore {
     pub(super) async fn new(world: Arc<World>) -> Self {
         let rest = MemoryStorage::new();
-        fill(&rest).await.expect("memory takes everything");
+        fill(&rest, world.shape).await.expect("memory takes everything");
         Self { world, rest, real: Arc::default() }
+    }
+
+    /// Damages the fullest roll-up of a level that stands for a segment, or none.
+    pub(super) fn damage(&self, rollup: Option<(u8, u64)>) {
+        let mut real = self.real();
+        real.damaged = rollup;
+        real.objects.clear();
     }
 
     /// Returns whether something was asked for whose digest was made up; from now on it has its own.
@@ -94,9 +115,16 @@ impl GeneratedStore {
             let first = run.first.number(SIZE);
             let child = match node.0.level {
                 1 => Thing::Segment(timeline, first),
-                level => Thing::Rollup(Place { timeline, level: level - 1, first }, entry.segments()),
+                level => {
+                    let below = Place::of(run.first, SIZE, level - 1);
+                    let count = self.world.version_of(below, entry.segments());
+                    Thing::Rollup(below, count.expect("what a roll-up names was written"))
+                }
             };
             entry.digest = self.digest(child);
+            if let Thing::Segment(timeline, number) = child {
+                entry.facts.stored_bytes = self.stored_bytes(timeline, number);
+            }
         }
         rollup
     }
@@ -108,13 +136,28 @@ impl GeneratedStore {
             real.things.insert(thing);
             real.wishes = true;
             // What names it changes with it.
-            real.digests.retain(|thing, _| matches!(thing, Thing::Segment(..)));
-            real.objects.retain(|thing, _| matches!(thing, Thing::Segment(..)));
+            let sound = |other: &Thing| !other.stands_for(thing);
+            real.digests.retain(|other, _| sound(other));
+            real.objects.retain(|other, _| sound(other));
             // Not an error that readers of the index go on after.
             return Err(Error::unavailable("it is not there yet"));
         }
         if let Some(known) = self.real().objects.get(&thing) {
             return Ok(known.clone());
+        }
+        let damaged = match thing {
+            Thing::Rollup(place, count) => {
+                let fullest = self.world.versions(place).last() == Some(&count);
+                let of = |(level, number): (u8, u64)| {
+                    place.level == level && (place.first..place.end()).contains(&number)
+                };
+                let damaged = self.real().damaged;
+                fullest && damaged.is_some_and(of)
+            }
+            Thing::Segment(..) => false,
+        };
+        if damaged {
+            return Ok(Bytes::from_static(b"not what it was"));
         }
         let bytes: Bytes = match thing {
             Thing::Segment(timeline, number) => {
@@ -139,7 +182,8 @@ impl GeneratedStore {
         let digest = self.digest(Thing::Rollup(place, count));
         let (timeline, level) = (place.timeline.hex(), place.level);
         let start = place.start_lsn(SIZE).0;
-        format!("main/0001/index/{timeline}/{level}/{start:016X}-{count:010X}-{}.json.zst", &digest[..32])
+        let covered = self.world.covered((place, count));
+        format!("main/0001/index/{timeline}/{level}/{start:016X}-{covered:010X}-{}.json.zst", &digest[..32])
     }
 
     /// Returns what a key names, and of roll-ups whatever digest it says.
@@ -148,7 +192,7 @@ impl GeneratedStore {
         if let Some(rest) = rest.strip_prefix("wal/") {
             let segment: walship::pg::SegmentName =
                 rest.rsplit('/').next()?.strip_suffix(".wal")?.parse().ok()?;
-            let (first, end) = range(segment.timeline);
+            let (first, end) = self.world.shape.range(segment.timeline);
             let number = segment.number(SIZE);
             return (first..end).contains(&number).then_some(Thing::Segment(segment.timeline, number));
         }
@@ -159,12 +203,12 @@ impl GeneratedStore {
         let first = u64::from_str_radix(words.next()?, 16).ok()? / SIZE.bytes();
         let count = u64::from_str_radix(words.next()?, 16).ok()?;
         let place = Place { timeline, level, first };
-        self.world.versions(place).contains(&count).then_some(Thing::Rollup(place, count))
+        Some(Thing::Rollup(place, self.world.version_of(place, count)?))
     }
 
     /// Returns the keys of segments behind `after`, a page and one more.
     fn segments_behind(&self, timeline: TimelineId, after: &str) -> Vec<ObjectMeta> {
-        let (first, end) = range(timeline);
+        let (first, end) = self.world.shape.range(timeline);
         let (mut low, mut high) = (first, end);
         while low < high {
             let middle = low + (high - low) / 2;
@@ -174,18 +218,22 @@ impl GeneratedStore {
                 low = middle + 1
             }
         }
-        let real = self.real();
-        let bytes = |number| {
-            let object = real.objects.get(&Thing::Segment(timeline, number));
-            object.map_or(STORED_BYTES, |object| object.len() as u64)
-        };
-        (low..end.min(low + PAGE as u64 + 1))
-            .map(|number| meta(Self::segment_key(timeline, number), bytes(number)))
-            .collect()
+        let page = low..end.min(low + PAGE as u64 + 1);
+        let listed = |number| meta(Self::segment_key(timeline, number), self.stored_bytes(timeline, number));
+        page.map(listed).collect()
+    }
+
+    /// Returns how long a segment's object is, or is said to be while nobody looks at it.
+    fn stored_bytes(&self, timeline: TimelineId, number: u64) -> u64 {
+        let thing = Thing::Segment(timeline, number);
+        if !self.real().things.contains(&thing) {
+            return STORED_BYTES;
+        }
+        self.object(thing).map_or(STORED_BYTES, |bytes| bytes.len() as u64)
     }
 
     fn rollups_behind(&self, timeline: TimelineId, level: u8, after: &str) -> Vec<ObjectMeta> {
-        let (first, end) = range(timeline);
+        let (first, end) = self.world.shape.range(timeline);
         let places = first / span(level)..end.div_ceil(span(level));
         let place = |at: u64| Place { timeline, level, first: at * span(level) };
         let prefix = |at: u64| {
@@ -222,8 +270,8 @@ fn json(rollup: &Rollup) -> Vec<u8> {
 }
 
 /// Stores the documents, the histories and the backups.
-async fn fill(rest: &MemoryStorage) -> Result<()> {
-    let now = world::commit_time(1);
+async fn fill(rest: &MemoryStorage, shape: Shape) -> Result<()> {
+    let now = shape.commit_time(1);
     let repository = Repository::create(Arc::new(rest.clone()), now).await?;
     let cluster = repository.create_cluster(&"main".parse()?, now).await?;
     let lineage = cluster.register_lineage(world::SYSTEM, SIZE, 17, now).await?;
@@ -234,21 +282,21 @@ async fn fill(rest: &MemoryStorage) -> Result<()> {
         spool_dir: folder.path().to_owned(),
     };
     let mut history = String::new();
-    for (number, first, _) in &world::TIMELINES[1..] {
+    for (number, first, _) in &shape.timelines[1..] {
         history.push_str(&format!("{}\t{}\tpromoted\n", number - 1, Lsn(first * SIZE.bytes())));
         let path = folder.path().join(format!("{number:08X}.history"));
         std::fs::write(&path, &history).expect("a small file");
         push_file(std::slice::from_ref(&cluster), &path, &options).await?;
     }
-    let numbers = (1..world::SEGMENTS).filter(|number| is_backup(*number));
+    let numbers = (1..shape.segments).filter(|number| shape.is_backup(*number));
     for (at, number) in numbers.enumerate() {
-        let timelines = super::timelines();
+        let timelines = super::timelines(shape);
         let timeline = timelines.into_iter().find(|timeline| {
-            let (first, end) = range(*timeline);
+            let (first, end) = shape.range(*timeline);
             (first..end).contains(&number)
         });
         let timeline = timeline.expect("every segment has a timeline");
-        let started = world::commit_time(number);
+        let started = shape.commit_time(number);
         let id = new_backup_id(started, number);
         let start_lsn = Lsn(number * SIZE.bytes() + 40);
         lineage
@@ -359,8 +407,11 @@ impl Storage for GeneratedStore {
     async fn list(&self, prefix: &str, page: Option<&str>) -> Result<ListPage> {
         let after = page.unwrap_or("").max(prefix);
         let mut found = self.rest.list(prefix, page).await?.objects;
-        for timeline in super::timelines() {
-            found.extend(self.segments_behind(timeline, after));
+        for timeline in super::timelines(self.world.shape) {
+            let own = format!("main/0001/wal/{}/", timeline.hex());
+            if own.starts_with(prefix) || prefix.starts_with(&own) {
+                found.extend(self.segments_behind(timeline, after));
+            }
             for level in 1..=LEVEL_MAX {
                 let own = format!("main/0001/index/{}/{level}/", timeline.hex());
                 // Only what can be in the page is made.

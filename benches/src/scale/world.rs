@@ -16,13 +16,65 @@ use walship::wal::testing::WalBuilder;
 
 pub(super) const SIZE: SegmentSize = SegmentSize::DEFAULT;
 pub(super) const SYSTEM: u64 = 7_123_456_789_012_345_678;
-pub(super) const SEGMENTS: u64 = 10_000_000;
-pub(super) const BACKUPS: usize = 1000;
-/// From this segment on the clock is an hour behind.
-pub(super) const STEP_BACK_AT: u64 = 5_000_000;
-/// Number, first segment, segment behind the last. A server begins with segment 1.
-pub(super) const TIMELINES: [(u32, u64, u64); 3] =
-    [(1, 1, 4_000_000), (2, 4_000_000, 7_000_000), (3, 7_000_000, SEGMENTS + 1)];
+
+/// How large an archive is, and what befell it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) segments: u64,
+    /// A backup begins in the middle of each so many segments.
+    pub(super) backup_every: u64,
+    /// From this segment on the clock is an hour behind.
+    pub(super) step_back_at: u64,
+    /// Number, first segment, segment behind the last. A server begins with segment 1.
+    pub(super) timelines: [(u32, u64, u64); 3],
+    /// A segment that was archived when the roll-up of its log was written already: archiving alone then
+    /// leaves the log, and the logs around it, out of the roll-ups above.
+    pub(super) late: Option<u64>,
+}
+
+impl Shape {
+    /// Ten million segments and a thousand backups.
+    pub(super) const LARGE: Self = Self::of(10_000_000, 1000);
+    /// What a test has time for.
+    #[cfg(test)]
+    pub(super) const SMALL: Self = Self::of(15_000, 150);
+
+    const fn of(segments: u64, backups: u64) -> Self {
+        let (second, third) = (segments / 10 * 4, segments / 10 * 7);
+        Self {
+            segments,
+            backup_every: segments / backups,
+            step_back_at: segments / 2,
+            timelines: [(1, 1, second), (2, second, third), (3, third, segments + 1)],
+            late: None,
+        }
+    }
+
+    /// Returns how many backups there are.
+    pub(super) fn backups(self) -> u64 {
+        self.segments / self.backup_every
+    }
+
+    pub(super) fn is_backup(self, number: u64) -> bool {
+        number % self.backup_every == self.backup_every / 2
+    }
+
+    fn has_checkpoint(self, number: u64) -> bool {
+        number.is_multiple_of(75) || self.is_backup(number)
+    }
+
+    /// Returns the time of the first commit in a segment; the second is two seconds later.
+    pub(super) fn commit_time(self, number: u64) -> DateTime<Utc> {
+        let back = if number >= self.step_back_at { 3600 } else { 0 };
+        DateTime::from_timestamp(START + number as i64 * SECONDS - back, 0).expect("a time of this century")
+    }
+
+    /// Returns the first segment of a timeline and the one behind its last.
+    pub(super) fn range(self, timeline: TimelineId) -> (u64, u64) {
+        let found = self.timelines.iter().find(|(number, ..)| *number == timeline.get());
+        found.map_or((0, 0), |(_, first, end)| (*first, *end))
+    }
+}
 /// Seconds from one segment to the next.
 const SECONDS: i64 = 4;
 /// 2026-01-01 in seconds after 1970, and 2000-01-01.
@@ -31,60 +83,42 @@ const POSTGRES_EPOCH: i64 = 946_684_800;
 /// What every segment object is said to take.
 pub(super) const STORED_BYTES: u64 = 5_000_000;
 
-/// Returns the time of the first commit in a segment; the second is two seconds later.
-pub(super) fn commit_time(number: u64) -> DateTime<Utc> {
-    let back = if number >= STEP_BACK_AT { 3600 } else { 0 };
-    DateTime::from_timestamp(START + number as i64 * SECONDS - back, 0).expect("a time of this century")
-}
-
-/// Returns the transaction that commits first in a segment.
+/// Returns the transaction that commits first in a segment; the next one commits second, the third never ends.
 pub(super) fn xid(number: u64) -> u64 {
-    1000 + 2 * number
-}
-
-pub(super) fn is_backup(number: u64) -> bool {
-    number % 10_000 == 5_000
-}
-
-fn has_checkpoint(number: u64) -> bool {
-    number.is_multiple_of(75) || is_backup(number)
+    1000 + 3 * number
 }
 
 pub(super) fn name(timeline: TimelineId, number: u64) -> SegmentName {
     SegmentName::from_number(timeline, number, SIZE).expect("far from the LSN space's end")
 }
 
-/// Returns the first segment of a timeline and the one behind its last.
-pub(super) fn range(timeline: TimelineId) -> (u64, u64) {
-    let found = TIMELINES.iter().find(|(number, ..)| *number == timeline.get());
-    found.map_or((0, 0), |(_, first, end)| (*first, *end))
-}
-
-/// A roll-up: its place and how many segments it covers, from the first that an archiver put into it.
+/// A roll-up: its place and how many segments there were when it was written, from the first that an
+/// archiver put into it.
 pub(super) type Node = (Place, u64);
 
 pub(super) struct World {
+    pub(super) shape: Shape,
     /// A scanned segment without and with a checkpoint, on number 1.
     templates: [SegmentSummary; 2],
     nodes: Mutex<HashMap<Node, Arc<Rollup>>>,
 }
 
 impl World {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(shape: Shape) -> Self {
         let scanned = |checkpoint| {
-            let bytes = bytes_of(TimelineId::FIRST, 1, checkpoint);
+            let bytes = bytes_of(shape, TimelineId::FIRST, 1, checkpoint);
             let mut scanner = SegmentScanner::new(name(TimelineId::FIRST, 1), SIZE);
             scanner.push(&bytes);
             scanner.finish().summary
         };
-        Self { templates: [scanned(false), scanned(true)], nodes: Mutex::default() }
+        Self { shape, templates: [scanned(false), scanned(true)], nodes: Mutex::default() }
     }
 
     /// Returns what a scan of the segment would say.
     pub(super) fn summary(&self, timeline: TimelineId, number: u64) -> SegmentSummary {
         let segment = name(timeline, number);
         let shift = |lsn: Lsn| Lsn(lsn.0 - SIZE.bytes() + number * SIZE.bytes());
-        let mut summary = self.templates[usize::from(has_checkpoint(number))].clone();
+        let mut summary = self.templates[usize::from(self.shape.has_checkpoint(number))].clone();
         let [first, second] = [0, 1].map(|at| (xid(number) + at) as u32);
         summary.segment = segment;
         summary.first_page_timeline = timeline;
@@ -92,14 +126,14 @@ impl World {
         summary.end_of_wal = shift(summary.end_of_wal);
         summary.ended_xids = Some((first, second));
         if let (Some(min), Some(max)) = (&mut summary.min_time, &mut summary.max_time) {
-            (min.lsn, min.xid, min.time) = (shift(min.lsn), first, commit_time(number));
+            (min.lsn, min.xid, min.time) = (shift(min.lsn), first, self.shape.commit_time(number));
             (max.lsn, max.xid) = (shift(max.lsn), second);
-            max.time = commit_time(number) + chrono::TimeDelta::seconds(2);
+            max.time = self.shape.commit_time(number) + chrono::TimeDelta::seconds(2);
         }
         for event in &mut summary.events {
             (event.lsn, event.end_lsn) = (shift(event.lsn), shift(event.end_lsn));
             if let EventKind::Checkpoint { redo, time, timeline: own, .. } = &mut event.kind {
-                (*redo, *time, *own) = (shift(*redo), commit_time(number), timeline);
+                (*redo, *time, *own) = (shift(*redo), self.shape.commit_time(number), timeline);
             }
         }
         summary
@@ -107,7 +141,7 @@ impl World {
 
     /// Returns the segment as it is stored.
     pub(super) fn object(&self, timeline: TimelineId, number: u64) -> EncodedObject {
-        let bytes = bytes_of(timeline, number, has_checkpoint(number));
+        let bytes = bytes_of(self.shape, timeline, number, self.shape.has_checkpoint(number));
         let mut scanner = SegmentScanner::new(name(timeline, number), SIZE);
         scanner.push(&bytes);
         assert_eq!(scanner.finish().summary, self.summary(timeline, number), "{number}");
@@ -117,7 +151,7 @@ impl World {
     /// Returns the first segment that the roll-up of a place covers and how many it covers when it is fullest,
     /// as archiving alone leaves it: of level 1 each sixteen, above only what is full below.
     pub(super) fn coverage(&self, place: Place) -> Option<(u64, u64)> {
-        let (first, end) = range(place.timeline);
+        let (first, end) = self.shape.range(place.timeline);
         let below = if place.level == 1 { 1 } else { span(place.level - 1) };
         let from = place.first.max(first).next_multiple_of(below);
         let written = if place.level == 1 { 16 } else { below };
@@ -126,13 +160,40 @@ impl World {
         (to > from).then(|| (from, to - from))
     }
 
-    /// Returns the versions of a place's roll-up, by how many segments each covers.
+    /// Returns the versions of a place's roll-up, by how many segments there were.
     pub(super) fn versions(&self, place: Place) -> Vec<u64> {
         let Some((from, most)) = self.coverage(place) else { return Vec::new() };
         let step = if place.level == 1 { 16 } else { span(place.level - 1) };
-        let boundary = |at: &u64| *at > from;
-        let boundaries = (from / step * step..=from + most).step_by(step as usize).filter(boundary);
-        boundaries.map(|at| at - from).collect()
+        let boundaries = (from / step * step..=from + most).step_by(step as usize).filter(|at| *at > from);
+        // One that would say nothing new is not written.
+        let news = |at: &u64| place.level == 1 || self.left_out(place).is_none_or(|(_, end)| end != *at);
+        boundaries.filter(news).map(|at| at - from).collect()
+    }
+
+    /// Returns the segments that the roll-ups of a place leave out because one of them came late.
+    fn left_out(&self, place: Place) -> Option<(u64, u64)> {
+        let late = self.shape.late.filter(|late| (place.first..place.end()).contains(late))?;
+        let (first, end) = self.shape.range(place.timeline);
+        if !(first..end).contains(&late) {
+            return None;
+        }
+        // Only what is full goes into the roll-up above.
+        let below = span(place.level - 1);
+        Some((late / below * below, late / below * below + below))
+    }
+
+    /// Returns how many segments a roll-up covers.
+    pub(super) fn covered(&self, (place, count): Node) -> u64 {
+        let (from, _) = self.coverage(place).expect("only what was written is asked for");
+        let out = self
+            .left_out(place)
+            .map_or(0, |(first, end)| end.min(from + count).saturating_sub(first.max(from)));
+        count - out
+    }
+
+    /// Returns the roll-up of a place that covers so many segments.
+    pub(super) fn version_of(&self, place: Place, covered: u64) -> Option<u64> {
+        self.versions(place).into_iter().find(|count| self.covered((place, *count)) == covered)
     }
 
     /// Returns a roll-up, the digests in it made up.
@@ -144,15 +205,17 @@ impl World {
         let (place, count) = node;
         let (from, _) = self.coverage(place).expect("only what was written is asked for");
         let timeline = place.timeline;
+        let out = self.left_out(place).unwrap_or((0, 0));
+        let covered = |number: &u64| !(out.0..out.1).contains(number);
         let rollup = if place.level == 1 {
-            let parts = (from..from + count).map(|number| {
+            let parts = (from..from + count).filter(covered).map(|number| {
                 let digest = made_up(&format!("{timeline} {number}"));
                 Part::of_segment(&self.summary(timeline, number), digest, STORED_BYTES)
             });
             build(place, SIZE, SYSTEM, parts)
         } else {
             let below = span(place.level - 1);
-            let parts = (from..from + count).step_by(below as usize).map(|first| {
+            let parts = (from..from + count).step_by(below as usize).filter(covered).map(|first| {
                 let child = (Place { timeline, level: place.level - 1, first }, below);
                 Part::of_rollup((*self.node(child)).clone(), made_up(&format!("{child:?}")))
             });
@@ -171,10 +234,10 @@ pub(super) fn made_up(of: &str) -> String {
     Digest::of(of.as_bytes()).to_string()
 }
 
-fn bytes_of(timeline: TimelineId, number: u64, checkpoint: bool) -> Vec<u8> {
+fn bytes_of(shape: Shape, timeline: TimelineId, number: u64, checkpoint: bool) -> Vec<u8> {
     let mut wal = WalBuilder::new(17, SIZE, SYSTEM).starting_at(number);
     wal.set_timeline(timeline);
-    let seconds = commit_time(number).timestamp();
+    let seconds = shape.commit_time(number).timestamp();
     let micros = (seconds - POSTGRES_EPOCH) * 1_000_000;
     wal.commit(xid(number) as u32, micros);
     if checkpoint {

@@ -7,6 +7,7 @@ pub mod info;
 pub mod load;
 mod load_index;
 mod outside_settings;
+mod parent_segments;
 mod prove;
 mod read_log;
 pub mod restore;

@@ -24,6 +24,7 @@ use walship::{Error, Result};
 
 use super::configuration;
 use super::outside_settings;
+use super::parent_segments;
 use super::unpack::{Arriving, CONTROL_FILE, Destination, create, unpack};
 use crate::plan::RestorePlan;
 use crate::recovery_settings::{RestoreAs, SIGNAL_FILE, SettingsOptions, auto_conf, overruled};
@@ -197,6 +198,7 @@ pub async fn restore(
         let folder = folder.clone();
         blocking(move || outside_settings::write(&folder, &files)).await?;
     }
+    let parents = plan.parent_segments.clone();
     let (plan, settings) = (plan.clone(), options.settings.clone());
     let folders: Vec<PathBuf> = report.tablespaces.values().cloned().collect();
     let has_configuration = data_dir.join("postgresql.conf").exists();
@@ -218,11 +220,14 @@ pub async fn restore(
         manifest: manifest_bytes,
         control_file,
     };
+    parent_segments::put(repository, &parents, &data_dir).await?;
     blocking(move || complete(&data_dir, &folders, &files)).await?;
     Ok(report)
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(Error::local_io(format!("a thread of the restore ended early: {error}"))),

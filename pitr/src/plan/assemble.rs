@@ -4,8 +4,9 @@ use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::{SegmentName, TimelineHistory};
 use walship::wal::event::{EventKind, WalEvent};
 
-use super::chain::{Chain, ChainEnding, begin_of, oldest_way};
+use super::chain::{Chain, ChainEnding, begin_of, oldest_way, parent_segments};
 use super::extras;
+use super::half_done;
 use super::reach::{Reach, Stop, StopKind};
 use super::refusal;
 use super::walk::{Seek, Walk};
@@ -41,7 +42,7 @@ pub(crate) fn assemble(
         _ => first_excluded(&all, last, &stop)?,
     };
     let open_prepared = extras::open_prepared(&walk, last, &stop, backup)?;
-    let drop = extras::half_done_drop(&walk, last, &stop)?;
+    let half_done = half_done::half_done(question, &walk, last, &stop, backup.stop_lsn)?;
 
     let older = match stop.kind {
         StopKind::EndOfWal => None,
@@ -73,9 +74,15 @@ pub(crate) fn assemble(
         wal_fetch_bytes: parts.iter().map(|part| part.stored_bytes).sum(),
         wal_replay_bytes: walk.wal_bytes(last, stop.final_lsn)?,
         chain: parts,
+        // No transaction can be prepared where the setting is 0.
+        parent_segments: match notable.limits.max_prepared_transactions {
+            0 => Vec::new(),
+            _ => parent_segments(history, chain, used),
+        },
         limits: notable.limits,
         tablespace_paths: notable.tablespace_paths,
         open_prepared,
+        half_done,
         damaged_behind: damaged_after(&all, last)?,
         gap_behind: gap_of(chain).or_else(|| gap_of(&candidate.chain)),
         reasons: Vec::new(),
@@ -86,7 +93,7 @@ pub(crate) fn assemble(
     if not_tried > 0 {
         plan.reasons.push(format!("{not_tried} newer backup(s) were started long after the target"));
     }
-    plan.warnings = warnings(question, &walk, &plan, drop.as_ref(), passed_over);
+    plan.warnings = warnings(question, &walk, &plan, passed_over);
     if let Some(why) = &plan.first_excluded_unknown {
         plan.warnings.push(format!("which commit comes first behind the stop is not known: {why}"));
     }
@@ -253,22 +260,9 @@ fn warnings(
     question: &Question<'_>,
     walk: &Walk<'_>,
     plan: &RestorePlan,
-    drop: Option<&WalEvent>,
     passed_over: &[(&BackupRecord, Reach)],
 ) -> Vec<String> {
-    let mut warnings = Vec::new();
-    if let Some(event) = drop {
-        let what = match &event.kind {
-            EventKind::DatabaseDrop { oid, .. } => format!("database {oid}"),
-            EventKind::TablespaceDrop { oid } => format!("tablespace {oid}"),
-            _ => "storage".to_owned(),
-        };
-        warnings.push(format!(
-            "the stop lies inside the removal of {what} (transaction {}): its files will be gone although \
-             the removal is not committed; --to-lsn {} --exclusive stops before it",
-            event.xid, event.lsn
-        ));
-    }
+    let mut warnings: Vec<String> = plan.half_done.iter().map(half_done::HalfDone::warning).collect();
     for tablespace in &plan.tablespace_paths {
         warnings.push(format!(
             "replay creates tablespace {} in {:?}, the original server's folder",

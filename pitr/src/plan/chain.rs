@@ -1,5 +1,6 @@
 //! The unbroken run of segments along a timeline path, found by LSN arithmetic and history files.
 
+use serde::Serialize;
 use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 
@@ -241,6 +242,46 @@ fn stored_copy(
         }
     }
     None
+}
+
+/// A piece of WAL that PostgreSQL may look for in `pg_wal` under a name that recovery never fetches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ParentSegment {
+    /// The name: the segment of the timeline that was left inside it.
+    pub segment: SegmentName,
+    /// The segment of the chain that holds the same bytes.
+    pub stored: SegmentName,
+    /// The position after the last of them: where the timeline was left.
+    pub until: Lsn,
+}
+
+/// Returns the parents' names of segments with forks in the steps `0..=last`, where the chain holds a younger
+/// timeline's copy.
+///
+/// While replay is before the fork PostgreSQL reads the state of a transaction prepared in that segment from the
+/// parent's file, and ends recovery when it is not in `pg_wal`. It does so at the end of a recovery that stops
+/// there, and with `hot_standby` at a shutdown checkpoint, with which a timeline begins whose server was promoted
+/// at its recovery target.
+/// Source: `src/backend/access/transam/twophase.c`, XlogReadTwoPhaseData; `xlogutils.c`,
+/// XLogReadDetermineTimeline and wal_segment_open; the same in 14 to 18.
+pub(crate) fn parent_segments(history: &TimelineHistory, chain: &Chain, last: usize) -> Vec<ParentSegment> {
+    let size = chain.size;
+    let inside = history.ancestors.iter().filter(|entry| size.offset_of(entry.switch_lsn) != 0);
+    let found = inside.filter_map(|entry| {
+        let segment = SegmentName::containing(entry.timeline, entry.switch_lsn, size);
+        if entry.switch_lsn <= chain.start {
+            // What was prepared before replay begins is a file of the backup.
+            return None;
+        }
+        let at = chain.step_of(segment.start(size).max(chain.start)).filter(|at| *at <= last)?;
+        let stored = chain.step(at).segment;
+        (stored.timeline > entry.timeline).then_some(ParentSegment {
+            segment,
+            stored,
+            until: entry.switch_lsn,
+        })
+    });
+    found.collect()
 }
 
 /// Returns where `timeline` begins on the path: the switch point of the ancestor before it.

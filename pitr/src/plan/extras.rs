@@ -4,19 +4,16 @@
 use std::collections::BTreeMap;
 
 use walship::catalog::{BackupRecord, PreparedTransaction};
-use walship::pg::{Lsn, Xid};
-use walship::wal::event::{EventKind, ServerLimits, WalEvent};
+use walship::pg::Xid;
+use walship::wal::event::{EventKind, ServerLimits};
 use walship::wal::rollup::Class;
 
-use super::reach::{Stop, StopKind};
+use super::reach::Stop;
 use super::walk::{Seek, Walk};
 use super::{Halt, Refusal, RefusalKind, TablespacePath};
 
 /// How many segments are read at most to find prepared transactions that stay open.
 const PREPARED_SEGMENTS_MAX: usize = 16;
-
-/// How many segments before the stop are searched for drops that outlive their transaction.
-const DROP_SEGMENTS: usize = 4;
 
 /// `wal_level = minimal` as WAL writes it.
 pub(crate) const WAL_LEVEL_MINIMAL: i32 = 0;
@@ -140,46 +137,6 @@ pub(crate) fn open_prepared(
         }
         from = at + 1;
     }
-}
-
-/// Returns the first drop of a database's or tablespace's files that is replayed although the commit
-/// of its transaction is not: the files would be gone and the catalogs still name them.
-pub(crate) fn half_done_drop(walk: &Walk<'_>, last: usize, stop: &Stop) -> Result<Option<WalEvent>, Halt> {
-    if stop.kind == StopKind::EndOfWal {
-        return Ok(None);
-    }
-    let first = (last + 1).saturating_sub(DROP_SEGMENTS);
-    let is_drop = |event: &WalEvent| {
-        matches!(event.kind, EventKind::DatabaseDrop { .. } | EventKind::TablespaceDrop { .. })
-            && event.lsn < stop.cut_lsn
-            && event.xid != 0
-    };
-    let events = walk.notable(first, last, Class::Destructive)?.into_iter().filter(is_drop);
-    let drops: Vec<_> = events.filter_map(|event| Some((walk.chain.step_of(event.lsn)?, event))).collect();
-    for (at, drop) in drops {
-        let steps: Vec<usize> = (at..=last).collect();
-        load(walk, &steps)?;
-        if !ended_before(walk, &steps, drop.xid, drop.lsn, stop.cut_lsn)? {
-            return Ok(Some(drop));
-        }
-    }
-    Ok(None)
-}
-
-fn ended_before(walk: &Walk<'_>, steps: &[usize], xid: Xid, from: Lsn, cut: Lsn) -> Result<bool, Halt> {
-    for &at in steps {
-        let mut events = walk.events(at)?.filter(|event| event.lsn >= from && event.lsn < cut);
-        let ends = |event: &WalEvent| match &event.kind {
-            EventKind::Commit { subxids, .. } => {
-                event.kind.ended_xid(event.xid) == Some(xid) || subxids.contains(&xid)
-            }
-            _ => false,
-        };
-        if events.any(ends) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 /// Asks for the events of those of `steps` that are not loaded.

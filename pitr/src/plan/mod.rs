@@ -10,6 +10,7 @@ mod assemble;
 mod chain;
 mod extras;
 mod gap;
+mod half_done;
 mod reach;
 mod refusal;
 mod survey;
@@ -32,9 +33,10 @@ use walship::wal::rollup::{Block, Rollup};
 use walship::wal::summary::SegmentSummary;
 
 pub(crate) use chain::chains_of;
-pub use chain::{Chain, ChainEnding, ChainStep, build_chain, gaps_of};
+pub use chain::{Chain, ChainEnding, ChainStep, ParentSegment, build_chain, gaps_of};
 pub(crate) use extras::WAL_LEVEL_MINIMAL;
 pub use gap::{Gap, KnownBy};
+pub use half_done::{HalfDone, Removed};
 pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};
 pub(crate) use survey::{Known, Surveyed, Wanted};
@@ -183,6 +185,9 @@ pub struct RestorePlan {
     pub backup: BackupRecord,
     /// The WAL segments to fetch, in order, as unbroken runs.
     pub chain: Vec<ChainPart>,
+    /// WAL of the chain that must lie in `pg_wal` under the names of older timelines, so that PostgreSQL finds
+    /// what was prepared in it.
+    pub parent_segments: Vec<ParentSegment>,
     /// Where and why recovery stops.
     pub stop: Stop,
     /// The last commit that will be there; `None` when none lies between backup and target.
@@ -212,6 +217,8 @@ pub struct RestorePlan {
     /// Prepared transactions that are open at the target; `None` when there are too many to look for, or
     /// the backup's own are not known.
     pub open_prepared: Option<Vec<PreparedTransaction>>,
+    /// Removals of databases and tablespaces that are replayed although their commit is not.
+    pub half_done: Vec<HalfDone>,
     /// The gap that ends the WAL behind the target; recovery must not read ahead into it.
     pub gap_behind: Option<Gap>,
     /// The segment behind the last one to fetch, when it is damaged where it is stored; recovery must not

@@ -1007,6 +1007,81 @@ fn what_replay_does_on_the_way_is_told() {
     assert_eq!(world.plan(&xid(10)).unwrap_err().kind, RefusalKind::WalLevelMinimal);
 }
 
+#[test]
+fn a_stop_inside_a_removal_is_told_for_every_kind_of_target() {
+    let mut world = World::new();
+    let start = world.push(tli(1), 64, None);
+    let stop = world.end(tli(1));
+    world.backup("b1", tli(1), start, stop);
+    world.push(tli(1), 64, commit(6, 0));
+    let marked = EventKind::DatabaseInvalid { oid: 16_600, name: "shop".into() };
+    let mark = world.push(tli(1), 64, Some((0, marked)));
+    world.push(tli(1), 64, restore_point("marked", 1));
+    // As far apart as a checkpoint in between makes them.
+    world.push(tli(1), 6 * SIZE.bytes(), None);
+    let dropped = EventKind::DatabaseDrop { oid: 16_600, tablespaces: vec![1663] };
+    let files = world.push(tli(1), 64, Some((8, dropped)));
+    world.push(tli(1), 64, restore_point("gone", 9));
+    world.push(tli(1), 64, commit(7, 10));
+    let end = world.end(tli(1));
+    world.push(tli(1), 64, commit(8, 20));
+    world.push(tli(1), 64, commit(9, 30));
+    world.push(tli(1), 2 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    let safe = format!("--to-lsn {mark} --exclusive");
+    let lsn = |lsn| RecoveryTarget::new(TargetKind::Lsn(lsn));
+    let gone = [
+        (time(10), true),
+        (exclusive(time(20)), true),
+        (xid(7), true),
+        (exclusive(xid(8)), true),
+        (lsn(files), true),
+        (name("gone"), true),
+        (exclusive(lsn(files)), false),
+        (name("marked"), false),
+    ];
+    for (target, files_gone) in gone {
+        let plan = world.plan(&target).unwrap();
+        let [half] = &plan.half_done[..] else { panic!("{target:?}: {:?}", plan.half_done) };
+        assert_eq!((half.what, half.oid, half.lsn), (Removed::Database, 16_600, mark), "{target:?}");
+        assert_eq!((half.files_gone, half.xid), (files_gone, files_gone.then_some(8)), "{target:?}");
+        assert_eq!(half.safe_options.as_ref(), Some(&safe), "{target:?}");
+        assert!(plan.warnings[0].contains(&safe), "{:?}", plan.warnings);
+    }
+    assert_eq!(
+        world.plan(&on(1, xid(7))).unwrap().half_done[0].safe_options,
+        Some(format!("{safe} --timeline 1"))
+    );
+    for target in [xid(8), time(20), xid(9), exclusive(lsn(mark)), RecoveryTarget::new(TargetKind::Latest)] {
+        assert_eq!(world.plan(&target).unwrap().half_done, [], "{target:?}");
+    }
+    // The archive ends inside of it; a mark that lies before the backup is consistent cannot be avoided with it.
+    let mut ended = world.clone();
+    ended.records.get_mut(&tli(1)).unwrap().retain(|record| record.lsn < end);
+    ended.push(tli(1), 2 * SIZE.bytes(), None);
+    assert!(ended.plan(&RecoveryTarget::new(TargetKind::Latest)).unwrap().half_done[0].files_gone);
+    world.catalog.backups[0].stop_lsn = Lsn(mark.0 + 64);
+    assert_eq!(world.plan(&xid(7)).unwrap().half_done[0].safe_options, None);
+}
+
+#[test]
+fn a_fork_on_the_way_needs_its_segment_under_the_parents_name() {
+    let (mut world, switch) = forked();
+    let fork = SegmentName::containing(tli(2), switch, SIZE);
+    assert_eq!(world.plan(&xid(6010)).unwrap().parent_segments, [], "nothing can be prepared");
+    world.catalog.backups[0].limits.max_prepared_transactions = 10;
+    let parent = ParentSegment { segment: fork.on(tli(1)), stored: fork, until: switch };
+    assert_eq!(world.plan(&xid(6010)).unwrap().parent_segments, std::slice::from_ref(&parent));
+    // Along the parent its own segment is fetched.
+    assert_eq!(world.plan(&on(1, xid(5010))).unwrap().parent_segments, []);
+    assert_eq!(world.plan(&xid(1010)).unwrap().parent_segments, []);
+    // Of the child's first segment alone recovery reads what lies before the fork, too.
+    world.catalog.segments.remove(&fork.on(tli(1)));
+    let before = world.records[&tli(2)].iter().rfind(|record| record.end < switch).unwrap().lsn;
+    let plan = world.plan(&exclusive(RecoveryTarget::new(TargetKind::Lsn(before)))).unwrap();
+    assert_eq!((plan.timeline, plan.parent_segments), (tli(2), vec![parent]));
+}
+
 /// What PostgreSQL would do with this backup, record by record: the planner's oracle.
 fn simulate(world: &World, backup: &BackupRecord, target: &RecoveryTarget) -> Option<(Lsn, Lsn)> {
     let mut end = SegmentName::containing(tli(1), backup.start_lsn, SIZE);

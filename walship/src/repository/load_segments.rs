@@ -127,7 +127,8 @@ async fn read(
         }
         for pair in runs.windows(2) {
             let gap = number(&pair[0]) + pair[0].segments;
-            rest.push(Unknown { from: gap.max(from), until: number(&pair[1]), level: 0 });
+            let (from, until) = (gap.max(from), number(&pair[1]));
+            rest.push(Unknown { from, until, level: level_inside(from, until, level) });
         }
         let end = runs.last().map_or(first, |run| number(run) + run.segments);
         cursor = cursor.max(end);
@@ -140,6 +141,16 @@ async fn read(
         rest.push(Unknown { from: cursor, until, level: level - 1 });
     }
     Ok(())
+}
+
+/// Returns the level below `level` whose roll-ups may tell of a hole: a log that was not full when the roll-up above
+/// was written is left out of it as a whole.
+fn level_inside(from: u64, until: u64, level: u8) -> u8 {
+    let fits = |level: &u8| {
+        let whole = from.checked_next_multiple_of(span(*level)).and_then(|at| at.checked_add(span(*level)));
+        whole.is_some_and(|end| end <= until)
+    };
+    (1..level).rev().find(fits).unwrap_or(0)
 }
 
 /// Returns whether the fullest roll-up of a place covers more than is known of it.
