@@ -57,9 +57,9 @@ fn the_page_about_json_says_what_is_printed() {
     let stage = Stage::folder("main");
     let server = stage.archiving(PgServer::builder(primary_major()).wal_segment_size_mb(1)).start();
     stage.init(&server);
-    server.psql("create table t (n int)");
+    server.psql("create table t (n int); create table victim (n int)");
     stage.backup(&server);
-    server.psql("insert into t values (1)");
+    server.psql("insert into t values (1); drop table victim");
     server.psql("select pg_create_restore_point('here')");
     let segment = server.archive_now();
     // The next one is given up although it is still to come.
@@ -97,6 +97,11 @@ fn the_page_about_json_says_what_is_printed() {
         "plan.tablespace_paths[]",
     ];
     compare("pitr plan", &answers, &elsewhere);
+
+    let log: Value = serde_json::from_str(&stage.ok(&mut stage.pitr(&["log", "--json"]))).unwrap();
+    let lines = log["lines"].as_array().unwrap();
+    assert!(lines.iter().any(|line| line["relations"][0]["name"] == "victim"), "{log:#}");
+    compare("pitr log", &[log], &["lines[].known_by", "lines[].ledger[]"]);
 }
 
 /// Compares what was printed with a section of the page. What the page describes in another place is looked
