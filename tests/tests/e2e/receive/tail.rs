@@ -178,7 +178,10 @@ fn parts_go_when_their_segment_is_whole() {
     let last = server.switch_wal();
     let reading = Reading::of(&stage);
     wait::until("the last segment is stored", || reading.has(&last));
-    assert!(receiving.status().unwrap()["parts"].as_u64().unwrap() > 3);
+    // The status file is written once a second.
+    wait::until("the status file tells of parts", || {
+        receiving.status().unwrap()["parts"].as_u64().unwrap() > 3
+    });
     let tails = stage.repository_dir().join("main/0001/tail/00000001");
     let left = || {
         let files = |folder: fs::DirEntry| fs::read_dir(folder.path()).map_or(0, Iterator::count);
