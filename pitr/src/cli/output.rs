@@ -169,10 +169,10 @@ pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) ->
 /// Returns how much of the chain was looked for in the repository.
 fn checked(plan: &RestorePlan) -> String {
     match (plan.wal_segments_checked, plan.wal_segments) {
-        (checked, all) if checked >= all => format!("chain checked: all {all} segments are stored"),
+        (checked, all) if checked >= all => format!("all {all} segments are stored"),
         (checked, all) => {
             format!(
-                "chain checked: {checked} of {all} segments are stored; `pitr restore` looks for all of them"
+                "{checked} of {all} segments are known to be stored; `pitr restore` looks for all of them"
             )
         }
     }
