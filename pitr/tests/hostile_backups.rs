@@ -20,19 +20,9 @@ use walship::catalog::{BackupObject, BackupRecord, Tablespace};
 use walship::pg::{Lsn, SegmentSize, TimelineId};
 use walship::repository::{LineageRepository, Repository};
 use walship::storage::memory::MemoryStorage;
-use walship::wal::event::ServerLimits;
+use walship::wal::testing::INITDB_LIMITS;
 
 const ID: &str = "20261121T010203Z-0123456789abcdef";
-const LIMITS: ServerLimits = ServerLimits {
-    max_connections: 100,
-    max_worker_processes: 8,
-    max_wal_senders: 10,
-    max_prepared_transactions: 0,
-    max_locks_per_transaction: 64,
-    wal_level: 1,
-    wal_log_hints: false,
-    track_commit_timestamp: false,
-};
 
 /// A tar member whose name is taken as it is.
 fn member(name: &str, kind: tar::EntryType, link: &str, content: &[u8]) -> Vec<u8> {
@@ -119,7 +109,7 @@ impl Scene {
             files: files.len() as u64,
             tablespaces: vec![],
             objects: vec![object],
-            limits: LIMITS,
+            limits: INITDB_LIMITS,
             data_checksums: false,
             manifest_digest,
             settings_files: vec![],
@@ -161,7 +151,7 @@ impl Scene {
             wal_segments_checked: 0,
             wal_fetch_bytes: 0,
             wal_replay_bytes: 0,
-            limits: LIMITS,
+            limits: INITDB_LIMITS,
             tablespace_paths: vec![],
             open_prepared: None,
             half_done: vec![],

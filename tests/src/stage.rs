@@ -11,6 +11,7 @@ use tempfile::TempDir;
 use crate::bins;
 use crate::postgres::{PgServer, PgServerBuilder};
 use crate::process::{self, RunOptions};
+use crate::s3_inprocess::{ACCESS_KEY, BUCKET, SECRET_KEY};
 
 /// A repository's address, a configuration file that names it, and the programs.
 ///
@@ -32,19 +33,6 @@ pub struct Stage {
     cluster: String,
 }
 
-/// How to reach an S3 server, and the bucket in it.
-#[derive(Debug, Clone)]
-pub struct S3Place<'a> {
-    /// The server's URL.
-    pub endpoint: &'a str,
-    /// The bucket, which exists.
-    pub bucket: &'a str,
-    /// The access key.
-    pub access_key_id: &'a str,
-    /// Its secret.
-    pub secret_access_key: &'a str,
-}
-
 impl Stage {
     /// A repository in a folder of its own; it is made by `walship init`.
     pub fn folder(cluster: &str) -> Self {
@@ -53,12 +41,11 @@ impl Stage {
         Self { home, url, cluster: cluster.to_owned() }.configured("")
     }
 
-    /// A repository below a prefix of a bucket.
-    pub fn s3(cluster: &str, place: &S3Place<'_>) -> Self {
-        let url = format!("s3://{}/walship", place.bucket);
+    /// A repository below a prefix of the bucket of one of the tests' S3 servers.
+    pub fn s3(cluster: &str, endpoint: &str) -> Self {
+        let url = format!("s3://{BUCKET}/walship");
         let s3 = format!(
-            "[s3]\nendpoint = {:?}\naccess_key_id = {:?}\nsecret_access_key = {:?}\n",
-            place.endpoint, place.access_key_id, place.secret_access_key
+            "[s3]\nendpoint = {endpoint:?}\naccess_key_id = {ACCESS_KEY:?}\nsecret_access_key = {SECRET_KEY:?}\n"
         );
         Self { home: home(), url, cluster: cluster.to_owned() }.configured(&s3)
     }

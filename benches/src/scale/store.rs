@@ -12,8 +12,8 @@ use walship::pg::{Lsn, TimelineId};
 use walship::repository::{BackupStarted, Repository, index, new_backup_id};
 use walship::storage::memory::MemoryStorage;
 use walship::storage::{FolderPage, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Upload};
-use walship::wal::event::ServerLimits;
 use walship::wal::rollup::{LEVEL_MAX, Place, Rollup, span};
+use walship::wal::testing::INITDB_LIMITS;
 use walship::{Error, Result};
 
 use super::world::{self, Node, SIZE, STORED_BYTES, Shape, World, made_up, name};
@@ -351,16 +351,7 @@ fn record(
         files: 20_000,
         tablespaces: vec![],
         objects,
-        limits: ServerLimits {
-            max_connections: 100,
-            max_worker_processes: 8,
-            max_wal_senders: 10,
-            max_prepared_transactions: 0,
-            max_locks_per_transaction: 64,
-            wal_level: 1,
-            wal_log_hints: false,
-            track_commit_timestamp: false,
-        },
+        limits: INITDB_LIMITS,
         data_checksums: true,
         manifest_digest: made_up("manifest"),
         settings_files: vec![],

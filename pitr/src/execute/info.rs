@@ -426,20 +426,10 @@ impl Sources<'_> {
         let mut reads_left = LOOK_ASIDE_MAX;
         loop {
             let segment = chain.step(at).segment;
-            let told = match self.told(segment, window, Side::Latest) {
-                Told::Ask if reads_left == 0 => return Ok(None),
-                Told::Ask => {
-                    reads_left -= 1;
-                    let summary = self.summary(segment).await?;
-                    let stops = summary.map_or([None, None], |summary| [summary.max_time, summary.min_time]);
-                    Told::of_segment(stops, segment, window)
-                }
-                told => told,
-            };
-            let first = match told {
-                Told::Found(stop) => return Ok(Some(stop)),
-                Told::Nothing { first, .. } => first,
-                Told::Ask => segment,
+            let first = match self.look(segment, window, Side::Latest, &mut reads_left).await? {
+                None => return Ok(None),
+                Some(Told::Found(stop)) => return Ok(Some(stop)),
+                Some(Told::Nothing { first, .. }) => first,
             };
             let steps = (segment.number(size) - first.number(size) + 1) as usize;
             match at.checked_sub(steps).filter(|at| chain.step(*at).to > window.from_lsn) {
@@ -455,45 +445,51 @@ impl Sources<'_> {
         let mut reads_left = LOOK_ASIDE_MAX;
         while at < chain.len() && chain.step(at).from < window.until_lsn {
             let segment = chain.step(at).segment;
-            let told = match self.told(segment, window, Side::Earliest) {
-                Told::Ask if reads_left == 0 => return Ok(None),
-                Told::Ask => {
-                    reads_left -= 1;
-                    let summary = self.summary(segment).await?;
-                    let stops = summary.map_or([None, None], |summary| [summary.min_time, summary.max_time]);
-                    Told::of_segment(stops, segment, window)
-                }
-                told => told,
-            };
-            let last = match told {
-                Told::Found(stop) => return Ok(Some(stop)),
-                Told::Nothing { last, .. } => last,
-                Told::Ask => segment,
+            let last = match self.look(segment, window, Side::Earliest, &mut reads_left).await? {
+                None => return Ok(None),
+                Some(Told::Found(stop)) => return Ok(Some(stop)),
+                Some(Told::Nothing { last, .. }) => last,
             };
             at += (last.number(size) - segment.number(size) + 1) as usize;
         }
         Ok(None)
     }
 
+    /// Returns what the index or else the segment's summary tells; `None` when no more summaries may be read.
+    async fn look(
+        &mut self,
+        segment: SegmentName,
+        window: &Window,
+        side: Side,
+        reads_left: &mut usize,
+    ) -> Result<Option<Told>> {
+        if let Some(told) = self.told(segment, window, side) {
+            return Ok(Some(told));
+        }
+        let Some(left) = reads_left.checked_sub(1) else { return Ok(None) };
+        *reads_left = left;
+        let summary = self.summary(segment).await?;
+        let stops =
+            summary.map_or([None, None], |summary| side.nearest_first(summary.min_time, summary.max_time));
+        Ok(Some(Told::of_segment(stops, segment, window)))
+    }
+
     /// Returns what the index says of a segment and its neighbours.
-    fn told(&self, segment: SegmentName, window: &Window, side: Side) -> Told {
-        let Some((first, block)) = self.evidence.block_of(segment) else { return Told::Ask };
+    fn told(&self, segment: SegmentName, window: &Window, side: Side) -> Option<Told> {
+        let (first, block) = self.evidence.block_of(segment)?;
         let facts = &block.facts;
         if !tells_times(facts) {
-            return Told::Ask;
+            return None;
         }
-        let stops = match side {
-            Side::Latest => [facts.max_time, facts.min_time],
-            Side::Earliest => [facts.min_time, facts.max_time],
-        };
+        let stops = side.nearest_first(facts.min_time, facts.max_time);
         if block.is_segment {
-            return Told::of_segment(stops, segment, window);
+            return Some(Told::of_segment(stops, segment, window));
         }
         match (stops[0], side) {
-            (None, _) => Told::Nothing { first, last: block.last },
+            (None, _) => Some(Told::Nothing { first, last: block.last }),
             // Of many segments the earliest time may lie anywhere.
-            (Some(stop), Side::Latest) if is_inside(&stop, window) => Told::Found(shown(stop)),
-            _ => Told::Ask,
+            (Some(stop), Side::Latest) if is_inside(&stop, window) => Some(Told::Found(shown(stop))),
+            _ => None,
         }
     }
 
@@ -528,6 +524,15 @@ enum Side {
     Latest,
 }
 
+impl Side {
+    fn nearest_first(self, min: Option<StopTime>, max: Option<StopTime>) -> [Option<StopTime>; 2] {
+        match self {
+            Self::Earliest => [min, max],
+            Self::Latest => [max, min],
+        }
+    }
+}
+
 /// What is known of the ends of transactions near one end of a window.
 enum Told {
     Found(TransactionTime),
@@ -536,8 +541,6 @@ enum Told {
         first: SegmentName,
         last: SegmentName,
     },
-    /// Only the segment's summary tells.
-    Ask,
 }
 
 impl Told {

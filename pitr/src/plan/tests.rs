@@ -7,6 +7,7 @@ use walship::pg::{HistoryEntry, Lsn, SegmentName, SegmentSize, TimelineHistory, 
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::rollup::{Block, Class, Facts};
 use walship::wal::summary::{Counts, Fragment, SegmentEnding, SegmentSummary, StopTime};
+use walship::wal::testing::INITDB_LIMITS;
 
 use super::*;
 use crate::target::{StopSide, Zone};
@@ -23,16 +24,7 @@ pub(crate) fn at(micros: i64) -> DateTime<Utc> {
 }
 
 fn limits(connections: i32) -> ServerLimits {
-    ServerLimits {
-        max_connections: connections,
-        max_worker_processes: 8,
-        max_wal_senders: 10,
-        max_prepared_transactions: 0,
-        max_locks_per_transaction: 64,
-        wal_level: 1,
-        wal_log_hints: false,
-        track_commit_timestamp: false,
-    }
+    ServerLimits { max_connections: connections, ..INITDB_LIMITS }
 }
 
 pub(crate) fn commit(xid: Xid, micros: i64) -> Option<(Xid, EventKind)> {

@@ -18,9 +18,8 @@ use walship::repository::index::write::extend;
 use walship::repository::{LineageRepository, Put, Repository};
 use walship::storage::ObjectKey;
 use walship::storage::memory::MemoryStorage;
-use walship::wal::event::ServerLimits;
 use walship::wal::scan::SegmentScanner;
-use walship::wal::testing::WalBuilder;
+use walship::wal::testing::{INITDB_LIMITS, WalBuilder};
 
 pub(crate) const SIZE: SegmentSize = SegmentSize::MIN;
 const SYSTEM: u64 = 42;
@@ -409,16 +408,7 @@ fn record(id: &str, timeline: TimelineId, start: Lsn, stop: Lsn, began: DateTime
             tar_bytes: 1,
             digest: "0".repeat(64),
         }],
-        limits: ServerLimits {
-            max_connections: 100,
-            max_worker_processes: 8,
-            max_wal_senders: 10,
-            max_prepared_transactions: 0,
-            max_locks_per_transaction: 64,
-            wal_level: 1,
-            wal_log_hints: false,
-            track_commit_timestamp: false,
-        },
+        limits: INITDB_LIMITS,
         data_checksums: true,
         manifest_digest: String::new(),
         settings_files: vec![],

@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 use walship_tests::bins;
 use walship_tests::postgres::{PgServer, majors, primary_major};
-use walship_tests::s3_inprocess::{ACCESS_KEY, BUCKET, Fault, S3Server, SECRET_KEY};
-use walship_tests::stage::{S3Place, Stage};
+use walship_tests::s3_inprocess::{Fault, S3Server};
+use walship_tests::stage::Stage;
 use walship_tests::weed::WeedServer;
 
 /// The findings of `walship check` as JSON, after the text form was seen to agree with the status.
@@ -141,13 +141,7 @@ fn check_names_a_conflict() {
 fn check_of_a_store_that_is_dead_or_keeps_uploads() {
     let s3 = S3Server::start();
     let endpoint = s3.endpoint();
-    let place = S3Place {
-        endpoint: &endpoint,
-        bucket: BUCKET,
-        access_key_id: ACCESS_KEY,
-        secret_access_key: SECRET_KEY,
-    };
-    let stage = Stage::s3("main", &place).configured("[limits]\nrequest_ms = 1000\ndeadline_ms = 1500\n");
+    let stage = Stage::s3("main", &endpoint).configured("[limits]\nrequest_ms = 1000\ndeadline_ms = 1500\n");
     let server = archiving(&stage);
     stage.init(&server);
     let orphans = |key: &str| {

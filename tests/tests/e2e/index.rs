@@ -7,8 +7,7 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 use walship::storage::{ObjectKey, Storage, StorageConfig, list_all};
 use walship_tests::postgres::{PgServer, PgServerBuilder, StopMode, newer_major, primary_major};
-use walship_tests::s3_inprocess::{ACCESS_KEY, BUCKET, SECRET_KEY};
-use walship_tests::stage::{S3Place, Stage};
+use walship_tests::stage::Stage;
 use walship_tests::weed::WeedServer;
 
 /// The repository's objects, to be spoilt.
@@ -124,13 +123,7 @@ fn plans_do_not_depend_on_the_index_in_a_folder() {
 #[test]
 fn plans_do_not_depend_on_the_index_on_s3() {
     let weed = WeedServer::start();
-    let place = S3Place {
-        endpoint: &weed.endpoint(),
-        bucket: BUCKET,
-        access_key_id: ACCESS_KEY,
-        secret_access_key: SECRET_KEY,
-    };
-    let stage = Stage::s3("main", &place);
+    let stage = Stage::s3("main", &weed.endpoint());
     plans_do_not_depend_on_the_index(&stage, &weed.config("walship"), newer_major());
 }
 

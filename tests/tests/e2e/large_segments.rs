@@ -6,8 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use walship_tests::postgres::{PgServer, primary_major};
-use walship_tests::s3_inprocess::{ACCESS_KEY, BUCKET, SECRET_KEY};
-use walship_tests::stage::{S3Place, Stage};
+use walship_tests::stage::Stage;
 use walship_tests::weed::WeedServer;
 
 /// Memory of its own that a process may hold: what it does with a segment of any size.
@@ -72,11 +71,5 @@ fn a_spooled_segment_comes_back_byte_for_byte_in_bounded_memory() {
     comes_back(&Stage::folder("main"), &server, &segment);
     let weed = WeedServer::start();
     let endpoint = weed.endpoint();
-    let place = S3Place {
-        endpoint: &endpoint,
-        bucket: BUCKET,
-        access_key_id: ACCESS_KEY,
-        secret_access_key: SECRET_KEY,
-    };
-    comes_back(&Stage::s3("main", &place), &server, &segment);
+    comes_back(&Stage::s3("main", &endpoint), &server, &segment);
 }

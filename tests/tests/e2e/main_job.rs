@@ -5,8 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use walship_tests::postgres::{self, PgServer};
-use walship_tests::s3_inprocess::{ACCESS_KEY, BUCKET, SECRET_KEY};
-use walship_tests::stage::{S3Place, Stage};
+use walship_tests::stage::Stage;
 use walship_tests::weed::WeedServer;
 
 /// What was committed before somebody dropped the table, known from the production server itself.
@@ -148,15 +147,9 @@ fn accepted_by_pg_verifybackup(server: &PgServer, data_dir: &Path) {
 #[test]
 fn a_dropped_table_comes_back_from_s3() {
     let weed = WeedServer::start();
-    let place = S3Place {
-        endpoint: &weed.endpoint(),
-        bucket: BUCKET,
-        access_key_id: ACCESS_KEY,
-        secret_access_key: SECRET_KEY,
-    };
     for (major, by_time) in postgres::majors().into_iter().zip([false, true].into_iter().cycle()) {
         let cluster = format!("pg{major}");
-        the_main_job(&Stage::s3(&cluster, &place), major, 16, by_time);
+        the_main_job(&Stage::s3(&cluster, &weed.endpoint()), major, 16, by_time);
     }
 }
 

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 use walship_tests::postgres::{PgServer, StopMode, primary_major};
-use walship_tests::s3_inprocess::{ACCESS_KEY, BUCKET, Fault, S3Server, SECRET_KEY};
-use walship_tests::stage::{S3Place, Stage};
+use walship_tests::s3_inprocess::{ACCESS_KEY, Fault, S3Server, SECRET_KEY};
+use walship_tests::stage::Stage;
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
@@ -259,13 +259,7 @@ fn a_full_disk_ends_a_restore_clearly() {
 #[test]
 fn faults_of_the_store_end_a_restore_or_are_outlasted() {
     let s3 = S3Server::start();
-    let place = S3Place {
-        endpoint: &s3.endpoint(),
-        bucket: BUCKET,
-        access_key_id: ACCESS_KEY,
-        secret_access_key: SECRET_KEY,
-    };
-    let stage = Stage::s3("main", &place)
+    let stage = Stage::s3("main", &s3.endpoint())
         .configured("[limits]\nconnect_ms = 500\nrequest_ms = 2000\ndeadline_ms = 6000\n");
     let mut server = production(&stage, &[]);
     stage.backup(&server);
@@ -320,13 +314,7 @@ fn faults_of_the_store_end_a_restore_or_are_outlasted() {
 #[test]
 fn credentials_of_the_environment_are_not_promised_to_the_server() {
     let s3 = S3Server::start();
-    let place = S3Place {
-        endpoint: &s3.endpoint(),
-        bucket: BUCKET,
-        access_key_id: ACCESS_KEY,
-        secret_access_key: SECRET_KEY,
-    };
-    let stage = Stage::s3("main", &place);
+    let stage = Stage::s3("main", &s3.endpoint());
     let mut server = production(&stage, &[]);
     stage.backup(&server);
     server.archive_now();

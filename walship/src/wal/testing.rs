@@ -2,10 +2,23 @@
 
 use super::bytes::align8;
 use super::crc::record_crc;
+use super::event::ServerLimits;
 use super::layout::{Layout, rmgr};
 use super::page::{PAGE_SIZE, PageHeader, flags};
 use super::record::RecordHeader;
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineId, Xid};
+
+/// The settings of a server as `initdb` leaves them.
+pub const INITDB_LIMITS: ServerLimits = ServerLimits {
+    max_connections: 100,
+    max_worker_processes: 8,
+    max_wal_senders: 10,
+    max_prepared_transactions: 0,
+    max_locks_per_transaction: 64,
+    wal_level: 1,
+    wal_log_hints: false,
+    track_commit_timestamp: false,
+};
 
 /// Writes WAL as a server would, into memory.
 ///

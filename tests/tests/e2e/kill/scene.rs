@@ -11,8 +11,7 @@ use walship::repository::{ClusterRepository, LineageRepository, load_catalog};
 use walship::storage::{self, ObjectMeta, list_all};
 use walship_tests::bins;
 use walship_tests::postgres::{PgServer, primary_major};
-use walship_tests::s3_inprocess::{ACCESS_KEY, BUCKET, SECRET_KEY};
-use walship_tests::stage::{S3Place, Stage};
+use walship_tests::stage::Stage;
 use walship_tests::weed::WeedServer;
 
 /// How many segments there are to push and fetch.
@@ -45,13 +44,7 @@ impl Scene {
     pub(crate) fn on_s3() -> Self {
         let store = WeedServer::start();
         let endpoint = store.endpoint();
-        let place = S3Place {
-            endpoint: &endpoint,
-            bucket: BUCKET,
-            access_key_id: ACCESS_KEY,
-            secret_access_key: SECRET_KEY,
-        };
-        let (archive, pushing) = (Stage::s3("main", &place), Stage::s3("pushed", &place));
+        let (archive, pushing) = (Stage::s3("main", &endpoint), Stage::s3("pushed", &endpoint));
         Self::new(Some(store), archive, pushing)
     }
 
