@@ -16,6 +16,8 @@ use walship::replication::{
 use walship_tests::postgres::{PgServer, StopMode, majors, primary_major};
 use walship_tests::process;
 
+use super::receive::standby_of;
+
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
@@ -165,6 +167,60 @@ fn outages_are_transient_and_the_next_host_is_tried() {
     server.stop(StopMode::Fast);
     let error = connect(&options_with(&several, &[]), SessionKind::Ordinary).unwrap_err();
     assert!(error.is_transient(), "{error}");
+}
+
+#[test]
+fn target_session_attrs_choose_among_hosts_as_libpq_does() {
+    for major in majors() {
+        let primary = PgServer::builder(major).wal_segment_size_mb(1).start();
+        let (_folder, data) = standby_of(&primary);
+        let standby = PgServer::from_data_dir(&data).start();
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let choose = |ports: [u16; 3], target: &str, kind: SessionKind| {
+            let [a, b, c] = ports;
+            let text = format!(
+                "host=127.0.0.1,127.0.0.1,127.0.0.1 port={a},{b},{c} user=postgres dbname=postgres \
+                 target_session_attrs={target}"
+            );
+            let libpq = process::run(
+                standby.tool("psql").args(["-X", "-A", "-t", "-c", "SHOW port", "-d", &text]),
+                process::RunOptions::default(),
+            );
+            let found = connect(&options_with(&text, &[]), kind).map(|session| session.host().port).ok();
+            let expected: Option<u16> = String::from_utf8(libpq.stdout).unwrap().trim().parse().ok();
+            assert_eq!(found, expected, "{major}, {kind:?}, {target}: psql found another");
+            found
+        };
+        let (p, s) = (primary.port(), standby.port());
+        for kind in [SessionKind::Ordinary, SessionKind::Replication] {
+            for (target, found) in [
+                ("any", [p, s, p]),
+                ("read-write", [p, p, p]),
+                ("primary", [p, p, p]),
+                ("read-only", [s, s, s]),
+                ("standby", [s, s, s]),
+                ("prefer-standby", [s, s, s]),
+            ] {
+                let orders = [[closed, p, s], [closed, s, p], [p, closed, s]];
+                assert_eq!(orders.map(|order| choose(order, target, kind)), found.map(Some), "{target}");
+            }
+            assert_eq!(choose([closed, p, p], "prefer-standby", kind), Some(p));
+            assert_eq!(choose([closed, p, p], "standby", kind), None);
+            assert_eq!(choose([closed, s, s], "primary", kind), None);
+        }
+        // A primary that takes no writes by default, and a standby that becomes a primary.
+        primary.psql("ALTER SYSTEM SET default_transaction_read_only = on");
+        primary.psql("SELECT pg_reload_conf()");
+        primary.wait_for("SHOW default_transaction_read_only", "on");
+        standby.promote();
+        for kind in [SessionKind::Ordinary, SessionKind::Replication] {
+            for (target, found) in
+                [("read-write", Some(s)), ("read-only", Some(p)), ("primary", Some(p)), ("standby", None)]
+            {
+                assert_eq!(choose([closed, p, s], target, kind), found, "{target}");
+            }
+        }
+    }
 }
 
 /// Two authorities and a server certificate for the name `localhost` by the first of them.

@@ -1,16 +1,14 @@
-//! One session with a server: reaching it, proving who we are, simple queries.
+//! One session with a server: proving who we are, simple queries. Which server that is, `reach` finds out.
 //!
 //! Source: PostgreSQL documentation, "Frontend/Backend Protocol"; `src/interfaces/libpq/fe-connect.c`.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use nix::sys::socket::{setsockopt, sockopt};
 use postgres_protocol::authentication::{md5_hash, sasl};
 use postgres_protocol::message::frontend;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
@@ -19,9 +17,9 @@ use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 
 use super::message::{self, BackendMessage, MAX_BYTES, MAX_BYTES_STARTUP};
-use super::options::{ChannelBinding, ConnectOptions, Host, Keepalive, SslMode, TargetSession};
+use super::options::{ChannelBinding, ConnectOptions, Host};
 use super::server_error::ServerError;
-use super::tls;
+use super::{reach, tls};
 use crate::error::{Error, Result};
 
 /// The major versions that walship works with.
@@ -58,7 +56,7 @@ impl Rows {
     }
 }
 
-enum Stream {
+pub(super) enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
     Tls(Box<TlsStream<TcpStream>>),
@@ -126,67 +124,22 @@ impl std::fmt::Debug for Connection {
     }
 }
 
-/// How one attempt treats TLS.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wish {
-    Plain,
-    TlsIfOffered,
-    Tls,
-}
-
 impl Connection {
     /// Returns a session with the first host that answers and is of the wanted kind.
     ///
-    /// Each host may take [`ConnectOptions::connect_timeout`]. A host that refuses us (wrong
+    /// Each address of a host may take [`ConnectOptions::connect_timeout`]. A host that refuses us (wrong
     /// password, no pg_hba.conf entry) ends the search: the others would hardly differ.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when no host answers or none is of the wanted kind (the last one's
+    /// [`Error::Unavailable`] when no host answers or none is of the wanted kind (with each one's
     /// reason), [`Error::Denied`] when one refuses, [`Error::Invalid`] for options that make no sense.
     pub async fn connect(options: &ConnectOptions, kind: SessionKind) -> Result<Self> {
-        let mut last = None;
-        let passes: &[TargetSession] = match options.target_session {
-            TargetSession::PreferStandby => &[TargetSession::Standby, TargetSession::Any],
-            ref other => std::slice::from_ref(other),
-        };
-        for target in passes {
-            for host in &options.hosts {
-                let attempt = timeout(options.connect_timeout, connect_host(options, host, kind));
-                let found = match attempt.await {
-                    Ok(found) => found,
-                    Err(_) => Err(Error::unavailable(format!(
-                        "{host} did not answer within {} s",
-                        options.connect_timeout.as_secs()
-                    ))),
-                };
-                match found.and_then(|connection| connection.check_target(*target)) {
-                    Ok(connection) => return Ok(connection),
-                    Err(error) if error.is_transient() => last = Some(error),
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        Err(last.unwrap_or_else(|| Error::invalid("no host is given")))
+        reach::reach(options, kind).await
     }
 
-    fn check_target(self, target: TargetSession) -> Result<Self> {
-        let standby = self.parameter("in_hot_standby") == Some("on");
-        let read_only = standby || self.parameter("default_transaction_read_only") == Some("on");
-        let wrong = match target {
-            TargetSession::Any | TargetSession::PreferStandby => None,
-            TargetSession::ReadWrite => read_only.then_some("is read-only"),
-            TargetSession::ReadOnly => (!read_only).then_some("accepts writes"),
-            TargetSession::Primary => standby.then_some("is a standby"),
-            TargetSession::Standby => (!standby).then_some("is not a standby"),
-        };
-        match wrong {
-            None => Ok(self),
-            Some(why) => Err(Error::unavailable(format!(
-                "{} {why}, and target_session_attrs={target} is asked for",
-                self.host
-            ))
-            .with_next("Name all hosts of the cluster, or change target_session_attrs.")),
-        }
+    /// Returns the kind of the session.
+    pub(super) fn kind(&self) -> SessionKind {
+        self.kind
     }
 
     /// Returns the host that answered.
@@ -364,7 +317,7 @@ impl Connection {
     }
 }
 
-fn broken(host: &Host, error: &io::Error) -> Error {
+pub(super) fn broken(host: &Host, error: &io::Error) -> Error {
     Error::unavailable(format!("the connection to {host} broke: {error}"))
 }
 
@@ -384,152 +337,8 @@ fn version_number(text: &str) -> Option<u32> {
     major.parse::<u32>().ok().filter(|major| (1..1000).contains(major)).map(|major| major * 10_000 + minor)
 }
 
-/// Connects to one host: every address it has, every way of encryption that `sslmode` allows.
-async fn connect_host(options: &ConnectOptions, host: &Host, kind: SessionKind) -> Result<Connection> {
-    if let Some(folders) = host.socket_folders() {
-        let stream = connect_unix(host, &folders).await?;
-        return start(options, host, kind, Stream::Unix(stream)).await;
-    }
-    let addresses = resolve(host).await?;
-    let wishes: &[Wish] = match options.sslmode {
-        SslMode::Disable => &[Wish::Plain],
-        SslMode::Allow => &[Wish::Plain, Wish::Tls],
-        SslMode::Prefer => &[Wish::TlsIfOffered, Wish::Plain],
-        SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => &[Wish::Tls],
-    };
-    let mut last = None;
-    for address in addresses {
-        for (number, wish) in wishes.iter().enumerate() {
-            match connect_tcp(options, host, kind, address, *wish).await {
-                Ok(connection) => return Ok(connection),
-                Err(Failure { error, other_wish_may_help }) => {
-                    if other_wish_may_help && number + 1 < wishes.len() {
-                        continue;
-                    }
-                    if !error.is_transient() {
-                        return Err(error);
-                    }
-                    last = Some(error);
-                    break;
-                }
-            }
-        }
-    }
-    Err(last.unwrap_or_else(|| Error::unavailable(format!("{host} has no address"))))
-}
-
-struct Failure {
-    error: Error,
-    /// Whether the same server may let us in with the other way of encryption.
-    other_wish_may_help: bool,
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        // "No pg_hba.conf entry": the entry may be one for the other kind of connection.
-        let other_wish_may_help = ServerError::of(&error).is_some_and(|said| said.code == "28000");
-        Self { error, other_wish_may_help }
-    }
-}
-
-async fn connect_tcp(
-    options: &ConnectOptions,
-    host: &Host,
-    kind: SessionKind,
-    address: SocketAddr,
-    wish: Wish,
-) -> std::result::Result<Connection, Failure> {
-    let mut socket = TcpStream::connect(address)
-        .await
-        .map_err(|error| Error::unavailable(format!("{host} ({address}) cannot be reached: {error}")))?;
-    socket.set_nodelay(true).map_err(|error| broken(host, &error))?;
-    if let Some(keepalive) = options.keepalive {
-        set_keepalive(&socket, keepalive).map_err(|error| broken(host, &error.into()))?;
-    }
-    if wish == Wish::Plain || !tls_offered(host, &mut socket).await? {
-        if wish == Wish::Tls {
-            return Err(Failure {
-                error: Error::denied(format!(
-                    "{host} offers no TLS, and sslmode={} needs it",
-                    options.sslmode
-                ))
-                .with_safe("no password was sent")
-                .with_next("Switch ssl on at the server, or choose another sslmode."),
-                other_wish_may_help: false,
-            });
-        }
-        return Ok(start(options, host, kind, Stream::Tcp(socket)).await?);
-    }
-    let stream = tls::handshake(options, host, socket)
-        .await
-        .map_err(|error| Failure { error, other_wish_may_help: true })?;
-    Ok(start(options, host, kind, Stream::Tls(Box::new(stream))).await?)
-}
-
-/// Asks whether the server speaks TLS. One byte is read and no more, so that nothing sent in clear
-/// can be taken for part of the encrypted session.
-async fn tls_offered(host: &Host, socket: &mut TcpStream) -> Result<bool> {
-    let mut request = BytesMut::new();
-    frontend::ssl_request(&mut request);
-    socket.write_all(&request).await.map_err(|error| broken(host, &error))?;
-    match socket.read_u8().await.map_err(|error| broken(host, &error))? {
-        b'S' => Ok(true),
-        b'N' => Ok(false),
-        b'E' => Err(Error::unavailable(format!("{host} failed when it was asked for TLS"))
-            .with_next("See the server's log: it may be out of processes or memory.")),
-        _ => Err(Error::mismatch(format!("{host} does not speak PostgreSQL's protocol"))
-            .with_next("Check that host and port are those of a PostgreSQL server.")),
-    }
-}
-
-fn set_keepalive(socket: &TcpStream, keepalive: Keepalive) -> nix::Result<()> {
-    setsockopt(socket, sockopt::KeepAlive, &true)?;
-    if let Some(idle) = keepalive.idle {
-        setsockopt(socket, sockopt::TcpKeepIdle, &idle)?;
-    }
-    if let Some(interval) = keepalive.interval {
-        setsockopt(socket, sockopt::TcpKeepInterval, &interval)?;
-    }
-    if let Some(count) = keepalive.count {
-        setsockopt(socket, sockopt::TcpKeepCount, &count)?;
-    }
-    Ok(())
-}
-
-async fn connect_unix(host: &Host, folders: &[std::path::PathBuf]) -> Result<UnixStream> {
-    let mut last = None;
-    for folder in folders {
-        let path = folder.join(format!(".s.PGSQL.{}", host.port));
-        match UnixStream::connect(&path).await {
-            Ok(stream) => return Ok(stream),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                return Err(Error::from_io(format!("the socket {}", path.display()), error));
-            }
-            Err(error) => {
-                let error =
-                    Error::unavailable(format!("the socket {} cannot be reached: {error}", path.display()))
-                        .with_next("Check that the server runs, and its unix_socket_directories and port.");
-                // The first folder's answer is the interesting one unless there was no socket at all.
-                last.get_or_insert(error);
-            }
-        }
-    }
-    Err(last.unwrap_or_else(|| Error::invalid("no socket folder is known")))
-}
-
-async fn resolve(host: &Host) -> Result<Vec<SocketAddr>> {
-    if let Some(address) = host.address {
-        return Ok(vec![SocketAddr::new(address, host.port)]);
-    }
-    let found = tokio::net::lookup_host((host.name.as_str(), host.port)).await.map_err(|error| {
-        Error::unavailable(format!("the host name {:?} cannot be resolved: {error}", host.name))
-            .with_next("Check the host's name and this machine's name service.")
-    })?;
-    Ok(found.take(16).collect())
-}
-
 /// Starts the session on an open stream: startup packet, authentication, parameters.
-async fn start(
+pub(super) async fn start(
     options: &ConnectOptions,
     host: &Host,
     kind: SessionKind,

@@ -2,8 +2,8 @@
 //! and base backups.
 //!
 //! It decides nothing about backups or WAL: it hands on what the server sends. `message`,
-//! `conninfo` and `passfile` are pure; `options` reads the environment once; `connection` is the
-//! socket loop. Called by `backup` and `receive`.
+//! `conninfo` and `passfile` are pure; `options` reads the environment once; `reach` finds the
+//! server, `connection` is the socket loop. Called by `backup` and `receive`.
 //!
 //! ```no_run
 //! use walship::replication::{ConnectOptions, Connection, SessionKind, identify_system};
@@ -23,6 +23,7 @@ pub mod message;
 pub mod options;
 pub mod passfile;
 pub mod position;
+mod reach;
 pub mod server_error;
 pub mod slot;
 pub mod stream;

@@ -167,6 +167,16 @@ word_enum! {
     }
 }
 
+word_enum! {
+    /// `load_balance_hosts`: in which order hosts and their addresses are tried.
+    LoadBalance, "load_balance_hosts" {
+        /// As given.
+        Disable = "disable",
+        /// By chance.
+        Random = "random",
+    }
+}
+
 /// Which certificates are trusted as roots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RootCerts {
@@ -203,7 +213,9 @@ pub struct ConnectOptions {
     pub channel_binding: ChannelBinding,
     /// `target_session_attrs`.
     pub target_session: TargetSession,
-    /// How long each host may take to be connected to.
+    /// `load_balance_hosts`.
+    pub load_balance: LoadBalance,
+    /// How long each address of a host may take to be connected to.
     pub connect_timeout: Duration,
     /// How long an ordinary command may take.
     pub command_timeout: Duration,
@@ -260,6 +272,7 @@ const VARIABLES: &[(&str, &str)] = &[
     ("PGGSSENCMODE", "gssencmode"),
     ("PGCONNECT_TIMEOUT", "connect_timeout"),
     ("PGTARGETSESSIONATTRS", "target_session_attrs"),
+    ("PGLOADBALANCEHOSTS", "load_balance_hosts"),
     ("PGSSLNEGOTIATION", "sslnegotiation"),
 ];
 
@@ -271,7 +284,6 @@ const HARMLESS: &[&str] = &[
     "gsslib",
     "gssdelegation",
     "sslcompression",
-    "load_balance_hosts",
     "sslpassword",
     "replication",
     "tcp_user_timeout",
@@ -387,6 +399,7 @@ impl ConnectOptions {
             sslsni: get("sslsni") != Some("0"),
             channel_binding: get("channel_binding").unwrap_or("prefer").parse()?,
             target_session: get("target_session_attrs").unwrap_or("any").parse()?,
+            load_balance: get("load_balance_hosts").unwrap_or("disable").parse()?,
             connect_timeout: connect_timeout(get("connect_timeout"))?,
             command_timeout: Duration::from_secs(60),
             application_name: get("application_name").unwrap_or("walship").to_owned(),
@@ -699,6 +712,28 @@ mod tests {
     }
 
     #[test]
+    fn lists_of_hosts_are_read_as_libpq_reads_them() {
+        for (text, expected) in [
+            ("host=a,b port=1", vec!["a port 1", "b port 1"]),
+            ("host=a,b port=1,2", vec!["a port 1", "b port 2"]),
+            ("host=a,b port=,2", vec!["a port 5432", "b port 2"]),
+            ("host=a,,/run port=1,2,3", vec!["a port 1", "the local socket 2", "/run/.s.PGSQL.3"]),
+            ("host=a,b hostaddr=127.0.0.1,", vec!["a (127.0.0.1) port 5432", "b port 5432"]),
+            ("hostaddr=127.0.0.1,::1 port=7", vec!["127.0.0.1 port 7", "::1 port 7"]),
+            ("", vec!["the local socket 5432"]),
+        ] {
+            let options = resolve(&format!("user=u {text}"), &[]).unwrap();
+            let hosts: Vec<_> = options.hosts.iter().map(ToString::to_string).collect();
+            assert_eq!(hosts, expected, "{text}");
+            assert_eq!(options.load_balance, LoadBalance::Disable);
+        }
+        let options = resolve("postgresql://u@a:1,b/?load_balance_hosts=random", &[]).unwrap();
+        assert_eq!(options.load_balance, LoadBalance::Random);
+        let options = resolve("user=u", &[("PGLOADBALANCEHOSTS", "random")]).unwrap();
+        assert_eq!(options.load_balance, LoadBalance::Random);
+    }
+
+    #[test]
     fn a_password_in_an_argument_is_refused_and_never_shown() {
         for text in ["postgresql://u:hunter2@h", "host=h password=hunter2", "postgresql://h?password=hunter2"]
         {
@@ -729,6 +764,8 @@ mod tests {
             "user=u hostaddr=localhost",
             "user=u host=@abstract",
             "user=u target_session_attrs=x",
+            "user=u load_balance_hosts=x",
+            "user=u hostaddr=127.0.0.1,127.0.0.2 port=1,2,3",
             "user=u connect_timeout=x",
         ] {
             assert!(matches!(resolve(text, &[]), Err(Error::Invalid(_))), "{text}");
