@@ -62,6 +62,9 @@ pub(super) struct Args {
     /// Seconds between two lines of figures on standard error
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     report_interval: u64,
+    /// Receive from a primary although the archive knows a younger timeline than its own
+    #[arg(long)]
+    accept_overtaken: bool,
     /// End when all WAL before this position is durable
     #[arg(long, value_name = "LSN", conflicts_with = "once")]
     until: Option<Lsn>,
@@ -156,6 +159,7 @@ fn options(args: &Args, config: &Config) -> Result<ReceiveOptions> {
             None => std::env::temp_dir(),
         },
         uploads_max: uploads_max as usize,
+        accept_overtaken: args.accept_overtaken,
         until: match (args.until, args.once) {
             (Some(lsn), _) => Until::Durable(lsn),
             (None, true) => Until::CaughtUp,

@@ -9,6 +9,7 @@
 
 mod prepare;
 mod segments;
+mod server;
 mod session;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,7 +25,7 @@ use crate::codec::Compression;
 use crate::error::{Error, Result};
 use crate::feed::{Frontier, Rules, Start, TailRules};
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
-use crate::replication::{ConnectOptions, Connection, ServerError, SessionKind};
+use crate::replication::{ConnectOptions, ServerError};
 use crate::repository::{ClusterRepository, LineageRepository};
 use crate::storage::ObjectKey;
 
@@ -44,6 +45,8 @@ pub struct ReceiveOptions {
     pub uploads_max: usize,
     /// What becomes of the open segment.
     pub tail: TailRules,
+    /// Receive also from a primary on a timeline that the archive knows a younger one of.
+    pub accept_overtaken: bool,
     /// When to end.
     pub until: Until,
     /// How patient to be with the server.
@@ -272,22 +275,6 @@ impl Receiver {
         };
         let started = Instant::now();
         Self { server, options, stop, progress, started, archive: None, report, until: None }
-    }
-
-    async fn one_session(&mut self, clusters: &[ClusterRepository]) -> Result<Ended> {
-        if *self.stop.borrow() {
-            return Ok(Ended::Stopped);
-        }
-        let connecting = Connection::connect(&self.server, SessionKind::Replication);
-        let mut connection = tokio::select! {
-            connected = connecting => connected?,
-            _ = stopped(&mut self.stop) => return Ok(Ended::Stopped),
-        };
-        let ended = self.talk(&mut connection, clusters).await;
-        if matches!(ended, Ok(Ended::Stopped)) {
-            connection.close().await;
-        }
-        ended
     }
 
     /// Waits until there is room for another segment.

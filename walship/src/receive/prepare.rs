@@ -27,6 +27,7 @@ impl Receiver {
         connection.server_version()?;
         let identity = identify_system(connection).await?;
         self.find_archive(connection, clusters, &identity).await?;
+        self.refuse_overtaken(connection, &identity).await?;
         let slot = self.ensure_slot(connection).await?;
         // Only now: the slot starts no later than this.
         let identity = identify_system(connection).await?;

@@ -14,7 +14,6 @@ use crate::replication::stream::{
     NextTimeline, StandbyStatus, StreamMessage, end_streaming, next_streamed, send_status, start_streaming,
 };
 use crate::replication::{Connection, ServerError};
-use crate::repository::ClusterRepository;
 
 /// Bytes are waited for in a loop that has its own clock: this is only a bound.
 const READ_PATIENCE: Duration = Duration::from_secs(3600);
@@ -46,13 +45,8 @@ struct Streaming {
 }
 
 impl Receiver {
-    /// Streams until the session ends.
-    pub(super) async fn talk(
-        &mut self,
-        connection: &mut Connection,
-        clusters: &[ClusterRepository],
-    ) -> Result<Ended> {
-        let mut start = self.prepare(connection, clusters).await?;
+    /// Streams from `start` on until the session ends.
+    pub(super) async fn talk(&mut self, connection: &mut Connection, mut start: Start) -> Result<Ended> {
         loop {
             self.report.host = Some(connection.host().to_string());
             self.report.timeline = Some(start.timeline);
@@ -188,7 +182,9 @@ impl Receiver {
         streaming: &mut Streaming,
         now: Duration,
     ) -> Result<()> {
-        let durable = self.report.durable_lsn;
+        // Never more than this server has sent: behind the end of a timeline, what a dead primary wrote before may
+        // be durable at positions that are other WAL on this server's path.
+        let durable = self.report.durable_lsn.min(streaming.cutter.position());
         let Some(reply_requested) = streaming.talk.speak(now, durable) else { return Ok(()) };
         let status = StandbyStatus { write: durable, flush: durable, reply_requested };
         send_status(connection, status, chrono::Utc::now().timestamp_micros()).await

@@ -1,5 +1,6 @@
 //! `walship receive` on real servers.
 
+mod failover;
 mod life;
 mod oracle;
 mod tail;
