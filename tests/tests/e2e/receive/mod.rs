@@ -4,6 +4,7 @@ mod failover;
 mod life;
 mod oracle;
 mod tail;
+mod together;
 
 use std::fs;
 use std::net::SocketAddr;
