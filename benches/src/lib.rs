@@ -22,5 +22,6 @@
 pub mod measure;
 pub mod object;
 pub mod scale;
+pub mod streaming;
 pub mod tables;
 pub mod wal;

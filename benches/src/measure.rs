@@ -195,7 +195,22 @@ fn cpu_of(usage: &Usage) -> Duration {
     duration(usage.user_time()) + duration(usage.system_time())
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// Returns the smallest of `values` that is at least as large as this share of them (0 to 1).
+///
+/// # Panics
+/// Without values.
+pub fn quantile(values: &[f64], share: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted[rank.clamp(1, sorted.len()) - 1]
+}
+
+/// Returns the middle of `values`; of an even number the mean of the two in the middle.
+///
+/// # Panics
+/// Without values.
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
@@ -209,6 +224,8 @@ mod tests {
     fn medians_and_ratios_are_taken_round_by_round() {
         assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(vec![4.0, 1.0]), 2.5);
+        let hundred: Vec<f64> = (1..=100).rev().map(f64::from).collect();
+        assert_eq!([0.0, 0.5, 0.99, 1.0].map(|share| quantile(&hundred, share)), [1.0, 50.0, 99.0, 100.0]);
         let run = |factor: u64| {
             move |round: usize| Measurement {
                 wall: Duration::from_millis(factor * (round as u64 + 1)),

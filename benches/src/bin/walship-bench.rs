@@ -1,18 +1,22 @@
 //! Prints the tables of `docs/benchmarks.md`; `benches/run` builds and calls it.
 
 use walship_benches::tables::{self, Effort};
-use walship_benches::{measure, scale};
+use walship_benches::{measure, scale, streaming};
 
 /// A table's title and what makes it.
 type Table = (&'static str, fn(Effort) -> String);
 
-const TABLES: [Table; 6] = [
+const TABLES: [Table; 10] = [
     ("Record decoding", tables::decoding),
     ("Codecs", tables::codecs),
     ("Segment objects", tables::encoding),
     ("One segment, whole processes", tables::processes),
     ("Base backup and restore", tables::backups),
     ("Ten million segments", |_| scale::table()),
+    ("Streaming: age of the newest durable commit", streaming::ages),
+    ("Streaming: synchronous commits", streaming::commits),
+    ("Streaming: a slow store", streaming::slow_stores),
+    ("Streaming: catching up", streaming::catching_up),
 ];
 
 fn main() {
@@ -24,11 +28,11 @@ fn main() {
         match argument.as_str() {
             "--quick" => effort = Effort { rounds: 3, long_rounds: 1 },
             "-h" | "--help" => {
-                println!("usage: walship-bench [--quick] [TABLE...]\n\ntables:");
+                println!("usage: walship-bench [--quick] [TABLE...]\n\ntables, each by its first words:");
                 TABLES.iter().for_each(|(title, _)| println!("  {title}"));
                 return;
             }
-            table if TABLES.iter().any(|(title, _)| *title == table) => wanted.push(argument),
+            table if TABLES.iter().any(|(title, _)| title.starts_with(table)) => wanted.push(argument),
             other => {
                 eprintln!("walship-bench: there is no table {other:?}; see --help");
                 std::process::exit(2);
@@ -36,7 +40,7 @@ fn main() {
         }
     }
     for (title, make) in TABLES {
-        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == title) {
+        if wanted.is_empty() || wanted.iter().any(|wanted| title.starts_with(wanted.as_str())) {
             println!("### {title}\n{}", make(effort));
         }
     }

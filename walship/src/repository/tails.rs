@@ -59,7 +59,7 @@ impl LineageRepository {
             return Ok(key);
         }
         self.storage.confirm(&key).await?;
-        if self.read_part(segment, &listed(&key, &part)).await?.bytes == part.bytes {
+        if self.tail_part(segment, &listed(&key, &part)).await?.bytes == part.bytes {
             return Ok(key);
         }
         Err(Error::conflict(format!("other WAL is stored as {}, a part of {segment}", self.shown(&key)))
@@ -116,7 +116,7 @@ impl LineageRepository {
         let failed = |error| Error::from_io("putting a segment together", error);
         file.set_len(0).map_err(failed)?;
         let reads = chain.iter().map(|part| async move {
-            match self.read_part(segment, part).await {
+            match self.tail_part(segment, part).await {
                 Ok(read) => Ok((part, Some(read))),
                 Err(Error::Corrupt(damage)) => {
                     tracing::warn!("{damage}");
@@ -147,7 +147,12 @@ impl LineageRepository {
         Ok(None)
     }
 
-    async fn read_part(&self, segment: SegmentName, part: &ListedPart) -> Result<TailPart> {
+    /// Returns a stored part, checked.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when it is damaged or not what its key says; [`Error::Unavailable`] also when it is
+    /// not there any more.
+    pub async fn tail_part(&self, segment: SegmentName, part: &ListedPart) -> Result<TailPart> {
         let object = self.storage.get(&part.key, TailPart::OBJECT_BYTES_MAX).await?;
         let object = object
             .ok_or_else(|| Error::unavailable(format!("{} was there a moment ago", self.shown(&part.key))))?;
