@@ -224,12 +224,12 @@ fn target_session_attrs_choose_among_hosts_as_libpq_does() {
 }
 
 /// Two authorities and a server certificate for the name `localhost` by the first of them.
-struct Certificates {
+pub(super) struct Certificates {
     folder: TempDir,
 }
 
 impl Certificates {
-    fn make() -> Self {
+    pub(super) fn make() -> Self {
         let folder = TempDir::new().unwrap();
         let this = Self { folder };
         for name in ["ca", "other-ca"] {
@@ -258,7 +258,7 @@ impl Certificates {
         this
     }
 
-    fn path(&self, name: &str) -> std::path::PathBuf {
+    pub(super) fn path(&self, name: &str) -> std::path::PathBuf {
         self.folder.path().join(name)
     }
 

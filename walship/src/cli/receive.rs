@@ -102,6 +102,7 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         lines_every: Duration::from_secs(args.report_interval),
         status_file,
         last_line: std::sync::Mutex::new(None),
+        last_reason: std::sync::Mutex::default(),
     });
     let shown = Arc::clone(&view);
     let done = receive(&clusters, &server, &options, stop, Arc::new(move |event| shown.show(&event))).await;
@@ -213,19 +214,28 @@ struct View {
     lines_every: Duration,
     status_file: Option<PathBuf>,
     last_line: std::sync::Mutex<Option<std::time::Instant>>,
+    /// Why the last session ended.
+    last_reason: std::sync::Mutex<String>,
 }
 
 impl View {
     fn show(&self, event: &ReceiveEvent) {
         match event {
             ReceiveEvent::Streaming { host, timeline, start } => {
+                self.is_news("");
                 super::say(&format!("receiving timeline {timeline} from {start} on from {host}"));
             }
             ReceiveEvent::Switched { from, to, switch_lsn } => {
                 super::say(&format!("timeline {from} ended at {switch_lsn}; timeline {to} follows"));
             }
-            ReceiveEvent::Lost { error, retry_in } => {
-                super::say(&format!("{error}; trying again in {:.1} s", retry_in.as_secs_f64()));
+            ReceiveEvent::Lost { error, safe, next, retry_in } => {
+                let again = format!("trying again in {:.1} s", retry_in.as_secs_f64());
+                // All of it once; while the reason stays the same, one line tells that it does.
+                if self.is_news(error) {
+                    super::say(&format!("error: {error}\nsafe:  {safe}\nnext:  {next}\n{again}"));
+                } else {
+                    super::say(&format!("{error}; {again}"));
+                }
             }
             ReceiveEvent::StoreFails { error, retry_in } => super::say(&format!(
                 "not stored yet: {error}; trying again in {:.1} s, the server keeps the WAL",
@@ -238,6 +248,16 @@ impl View {
                 self.line(report);
             }
         }
+    }
+
+    /// Returns whether the reason is another one than last time.
+    fn is_news(&self, reason: &str) -> bool {
+        let mut last = self.last_reason.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let news = *last != reason;
+        if news {
+            reason.clone_into(&mut last);
+        }
+        news
     }
 
     fn status<'a>(&'a self, report: Option<&'a Report>) -> Status<'a> {

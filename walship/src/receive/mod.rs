@@ -94,6 +94,10 @@ pub enum ReceiveEvent {
     Lost {
         /// Why.
         error: String,
+        /// What is still true.
+        safe: String,
+        /// What to do about it, if it does not pass.
+        next: String,
         /// After how long.
         retry_in: Duration,
     },
@@ -180,7 +184,12 @@ pub async fn receive(
         let retry_in = backoff.next();
         receiver.report.streaming = false;
         receiver.report.last_error = Some(failed.to_string());
-        (receiver.progress)(ReceiveEvent::Lost { error: failed.to_string(), retry_in });
+        (receiver.progress)(ReceiveEvent::Lost {
+            error: failed.to_string(),
+            safe: failed.safe().to_owned(),
+            next: failed.next().to_owned(),
+            retry_in,
+        });
         receiver.tell();
         if receiver.pause(retry_in).await? {
             return Ok(receiver.finish().await);

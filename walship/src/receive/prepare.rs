@@ -143,7 +143,7 @@ impl Receiver {
     /// Makes sure that the slot is there, and returns what it holds WAL back from where that can be known.
     async fn ensure_slot(&mut self, connection: &mut Connection) -> Result<Option<Lsn>> {
         let slot = self.options.slot.clone();
-        let mut state = read_slot(connection, &slot).await?;
+        let mut state = read_slot(connection, &slot).await.map_err(|error| not_physical(error, &slot))?;
         if state == SlotState::Unknown {
             state = self.read_slot_by_sql(&slot).await;
         }
@@ -170,6 +170,10 @@ impl Receiver {
         };
         Ok(match state {
             SlotState::Holds(lsn) => Some(lsn),
+            // The name is taken, and not by a physical one.
+            SlotState::Missing if connection.server_version()? / 10_000 < 15 => {
+                return Err(is_logical(&slot));
+            }
             _ => None,
         })
     }
@@ -185,7 +189,9 @@ impl Receiver {
                     Connection::connect(&server, SessionKind::Ordinary).await?
                 }
             };
-            let sql = format!("SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '{slot}'");
+            let sql = format!(
+                "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '{slot}' AND slot_type = 'physical'"
+            );
             let rows = session.query(&sql).await?;
             session.close().await;
             Ok::<_, Error>(match (rows.rows.first(), rows.get(0, 0).map(str::parse)) {
@@ -253,8 +259,30 @@ impl Receiver {
                     .to_owned(),
             ));
         }
+        let (commit, names) = (
+            show(connection, "synchronous_commit").await?,
+            show(connection, "synchronous_standby_names").await?,
+        );
+        if commit == "remote_apply" && may_wait_for(&names, &self.server.application_name) {
+            (self.progress)(ReceiveEvent::Warning(format!(
+                "synchronous_commit is remote_apply and synchronous_standby_names is '{names}': nothing is replayed here, \
+                 so commits that wait for \"{}\" wait for ever. Use synchronous_commit = on",
+                self.server.application_name
+            )));
+        }
         Ok(())
     }
+}
+
+/// Whether a server with these `synchronous_standby_names` may wait for this standby.
+/// Source: `src/backend/replication/syncrep_scanner.l`.
+fn may_wait_for(names: &str, standby: &str) -> bool {
+    let within = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '$' | '*') || !c.is_ascii();
+    // What stands in quotes is a name as it is, the rest is made of words and what separates them.
+    names.split('"').enumerate().any(|(number, text)| match number % 2 {
+        1 => text.eq_ignore_ascii_case(standby),
+        _ => text.split(|c| !within(c)).any(|word| word == "*" || word.eq_ignore_ascii_case(standby)),
+    })
 }
 
 /// The server's WAL ends before the place where the archive goes on.
@@ -276,6 +304,43 @@ fn ahead(connection: &Connection, start: Start, identity: &SystemIdentity) -> Er
     )
 }
 
+/// Says what it means when the server refuses to read a slot.
+fn not_physical(error: Error, slot: &str) -> Error {
+    match ServerError::of(&error).map(|said| said.code.as_str()) {
+        Some("0A000" | "55000") => is_logical(slot),
+        _ => error,
+    }
+}
+
+fn is_logical(slot: &str) -> Error {
+    Error::invalid(format!(
+        "the slot \"{slot}\" is a logical one, and WAL is streamed through a physical one"
+    ))
+    .with_safe("the slot was not changed")
+    .with_next("Name another slot (--slot): it is made when it is not there.")
+}
+
 pub(super) fn no_archive() -> Error {
     Error::invalid("no repository is configured")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_standby_is_found_among_names() {
+        for (names, found) in [
+            ("", false),
+            ("walship", true),
+            ("a, Walship", true),
+            ("FIRST 1 (walship, b)", true),
+            ("ANY 2 (a, \"walship\")", true),
+            ("*", true),
+            ("walship_b", false),
+            ("\"a walship b\"", false),
+        ] {
+            assert_eq!(may_wait_for(names, "walship"), found, "{names}");
+        }
+    }
 }

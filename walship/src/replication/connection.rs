@@ -172,11 +172,12 @@ impl Connection {
             .ok_or_else(|| Error::mismatch(format!("the server's version {text:?} is not understood")))?;
         if !SUPPORTED_MAJORS.contains(&(number / 10_000)) {
             return Err(Error::mismatch(format!(
-                "the server is PostgreSQL {text}; walship works with {} to {}",
+                "{} is PostgreSQL {text}; walship works with {} to {}",
+                self.host,
                 SUPPORTED_MAJORS.start(),
                 SUPPORTED_MAJORS.end()
             ))
-            .with_next("Use a walship release that knows this PostgreSQL version."));
+            .with_next("Upgrade PostgreSQL, or use a walship release that knows this version."));
         }
         Ok(number)
     }

@@ -39,6 +39,12 @@ impl ServerError {
                 Error::denied(text),
                 Some("Check the password in ~/.pgpass or PGPASSWORD, and the user's name."),
             ),
+            "28000" if self.message.contains("pg_hba.conf") && self.message.contains("no encryption") => (
+                Error::denied(text),
+                Some(
+                    "Try sslmode=require: the server may let this user in with TLS only. Else add a line for this user and address to the server's pg_hba.conf (database \"replication\" for replication connections) and reload.",
+                ),
+            ),
             "28000" if self.message.contains("pg_hba.conf") => (
                 Error::denied(text),
                 Some(
@@ -51,6 +57,13 @@ impl ServerError {
                 Some("Give the user the rights: ALTER ROLE name REPLICATION; for settings GRANT pg_monitor."),
             ),
             "3D000" => (Error::missing(text), Some("Name an existing database, such as postgres.")),
+            // No server with it can have WAL senders at all: waiting does not help.
+            "53300" if self.message.contains("max_wal_senders") && self.message.contains(" 0)") => (
+                Error::invalid(text),
+                Some(
+                    "Set max_wal_senders to 2 or more, and wal_level to replica (with minimal there can be no senders); then restart the server.",
+                ),
+            ),
             "53300" => (
                 Error::unavailable(text),
                 Some("Raise max_wal_senders (or max_connections), or end a connection that is not needed."),
@@ -67,7 +80,13 @@ impl ServerError {
                 Error::corrupt(text),
                 Some("The server's own data is damaged: check its storage, and find the last sound backup."),
             ),
-            "55000" | "55006" => (Error::invalid(text), None),
+            "55006" => (
+                Error::unavailable(text),
+                Some(
+                    "Give each receiver a slot of its own (--slot). What a dead one held is free once the server notices (wal_sender_timeout).",
+                ),
+            ),
+            "55000" => (Error::invalid(text), None),
             "42601" | "0A000" | "08P01" => (
                 Error::mismatch(text),
                 Some("Check that this is PostgreSQL 14 to 18 itself, not a pooler or another version."),
@@ -116,6 +135,17 @@ mod tests {
         assert!(matches!(role, Error::Denied(_)) && role.next().contains("REPLICATION"));
         let full = error("53300", "number of requested standby connections exceeds max_wal_senders");
         assert!(full.is_transient() && full.next().contains("max_wal_senders"));
+        let none = error(
+            "53300",
+            "number of requested standby connections exceeds \"max_wal_senders\" (currently 0)",
+        );
+        assert!(!none.is_transient() && none.next().contains("wal_level"));
+        let full =
+            error("53300", "number of requested standby connections exceeds max_wal_senders (currently 10)");
+        assert!(full.is_transient());
+        let plain = error("28000", "no pg_hba.conf entry for host \"::1\", user \"u\", no encryption");
+        assert!(matches!(plain, Error::Denied(_)) && plain.next().contains("sslmode=require"));
+        assert!(error("55006", "replication slot \"walship\" is active for PID 7").is_transient());
         assert!(error("57P03", "the database system is starting up").is_transient());
         assert!(matches!(error("XX001", "checksum"), Error::Corrupt(_)));
         assert!(matches!(error("22023", "x"), Error::Invalid(_)));

@@ -1,5 +1,6 @@
 //! `walship receive` on real servers.
 
+mod bad_input;
 mod failover;
 mod life;
 mod oracle;
