@@ -5,6 +5,8 @@ mod before;
 mod index;
 mod info;
 mod log;
+#[cfg(test)]
+pub(crate) mod offers_tests;
 mod output;
 mod plan;
 mod restore;

@@ -146,8 +146,12 @@ impl<'a> Loader<'a> {
                     }));
                 }
                 Outcome::NeedRecord(request) => {
-                    let found = load_record(repository, &request).await?;
-                    self.evidence.records.insert((request.request.segment, request.at), found);
+                    let at = (request.request.segment, request.at);
+                    match load_record(repository, &request).await {
+                        Ok(found) => drop(self.evidence.records.insert(at, found)),
+                        Err((name, error @ Error::Corrupt(_))) => self.damaged(name, error),
+                        Err((_, error)) => return Err(error),
+                    }
                 }
             }
         }
@@ -229,15 +233,18 @@ pub(super) async fn load_events(
 }
 
 /// Returns the first record that starts in the segment at or after a position.
+///
+/// # Errors
+/// What went wrong, and with which of the segments.
 async fn load_record(
     repository: &LineageRepository,
     request: &RecordRequest,
-) -> Result<Option<RecordBounds>> {
+) -> Result<Option<RecordBounds>, (SegmentName, Error)> {
     let size = repository.lineage().segment_size;
     let first = request.request.segment;
     let mut search = RecordSearch::new(first, size, request.at);
     for &name in std::iter::once(&first).chain(&request.request.following) {
-        let bytes = segment_bytes(repository, name).await?;
+        let bytes = segment_bytes(repository, name).await.map_err(|error| (name, error))?;
         if search.segment(name, &bytes) {
             break;
         }
@@ -246,7 +253,8 @@ async fn load_record(
         && let Some(stop) = search.reader.stop()
         && stop.lsn < first.end(size)
     {
-        return Err(unreadable(repository, first, stop.lsn, &stop.reason.to_string()));
+        let error = unreadable(repository, first, stop.lsn, &stop.reason.to_string());
+        return Err((first, error));
     }
     Ok(search.found)
 }

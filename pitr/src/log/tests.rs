@@ -3,6 +3,7 @@ use walship::wal::event::{DroppedObjects, EventKind, RelFileLocator};
 
 use super::describe::time_of;
 use super::*;
+use crate::cli::offers_tests::{options_in, paste};
 use crate::plan::tests::{SIZE, World, at, checkpoint, commit, restore_point, tli};
 use crate::plan::{Evidence, Halt, RefusalKind, SegmentRequest};
 use crate::target::{StopSide, TargetKind, TargetWords};
@@ -265,6 +266,14 @@ fn before_an_event_is_the_last_that_is_known_to_be_meant_or_none() {
     for at in [1, 4] {
         let target = format!("--to-lsn {} --exclusive", starts[at]);
         assert!(refusal.hints.iter().any(|hint| hint.starts_with(&target)), "{refusal:?}");
+    }
+    let offered: Vec<String> = refusal.hints.iter().flat_map(|hint| options_in(hint)).collect();
+    assert_eq!(offered.len(), 2);
+    for options in offered {
+        let (target, pinned) = paste(&options);
+        let plan =
+            world.plan_with(&target, &pinned).unwrap_or_else(|refusal| panic!("{options}: {refusal:?}"));
+        assert_eq!(target.kind, TargetKind::Lsn(plan.stop.cut_lsn));
     }
     for words in ["drop:public.nothing", "drop:postgres/orders", "drop:other/"] {
         assert_eq!(choose(words).unwrap_err().kind, RefusalKind::UnknownEvent, "{words}");

@@ -3,6 +3,7 @@
 use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::{SegmentName, TimelineHistory};
 use walship::wal::event::{EventKind, WalEvent};
+use walship::wal::rollup::Class;
 
 use super::chain::{Chain, ChainEnding, begin_of, oldest_way, parent_segments};
 use super::extras;
@@ -47,6 +48,10 @@ pub(crate) fn assemble(
     let older = match stop.kind {
         StopKind::EndOfWal => None,
         _ => oldest_way(catalog, question.history, backup.stop_timeline, backup.start_lsn, stop.through_lsn),
+    };
+    let older = match older {
+        Some((_, chain)) if !copies_serve(question, &candidate.chain, &chain, &stop)? => None,
+        older => older,
     };
     let (history, chain) =
         older.as_ref().map_or((question.history, &candidate.chain), |(history, chain)| (history, chain));
@@ -98,6 +103,24 @@ pub(crate) fn assemble(
         plan.warnings.push(format!("which commit comes first behind the stop is not known: {why}"));
     }
     Ok(plan)
+}
+
+/// Returns whether the segments that only the older way uses can be read as far as those they stand for.
+fn copies_serve(question: &Question<'_>, own: &Chain, older: &Chain, stop: &Stop) -> Result<bool, Halt> {
+    let walk = Walk::new(question, older);
+    for at in (0..=last_step(older, stop)).rev() {
+        let step = older.step(at);
+        let same = own.step_of(step.from).is_some_and(|at| own.step(at).segment == step.segment);
+        if same {
+            break;
+        }
+        match walk.notable(at, at, Class::Planning) {
+            Ok(_) => {}
+            Err(Halt::Refuse(_) | Halt::Unreadable(_)) => return Ok(false),
+            Err(halt) => return Err(halt),
+        }
+    }
+    Ok(true)
 }
 
 /// What is known of the WAL behind the stop.
@@ -221,6 +244,7 @@ fn reasons(
                 "backup {} is too new: recovery would stop at {lsn}, before it is consistent ({})",
                 other.id, other.stop_lsn
             ),
+            Reach::Unknown => format!("backup {} cannot be used: its own WAL cannot be read", other.id),
             _ => format!("backup {} does not lead to the target", other.id),
         });
     }
@@ -296,14 +320,14 @@ fn warnings(
         );
     }
     if let TargetKind::Name(wanted) = &question.target.kind {
-        warnings.extend(same_name(walk, plan, wanted));
+        warnings.extend(same_name(question, walk, plan, wanted));
     }
     warnings
 }
 
 /// Returns a warning when a later restore point has the same name, as far as the summaries tell that are
 /// known anyway.
-fn same_name(walk: &Walk<'_>, plan: &RestorePlan, wanted: &str) -> Option<String> {
+fn same_name(question: &Question<'_>, walk: &Walk<'_>, plan: &RestorePlan, wanted: &str) -> Option<String> {
     let cut = plan.stop.cut_lsn;
     let again = |event: &&WalEvent| {
         event.lsn >= cut && matches!(&event.kind, EventKind::RestorePoint { name, .. } if name == wanted)
@@ -317,9 +341,13 @@ fn same_name(walk: &Walk<'_>, plan: &RestorePlan, wanted: &str) -> Option<String
         step.is_some_and(|segment| walk.tells_of(segment, event))
     };
     let event = known.filter(again).filter(on_the_way).min_by_key(|event| event.lsn)?;
+    let other = RecoveryTarget {
+        timeline: question.target.timeline,
+        ..RecoveryTarget::new(TargetKind::Lsn(event.lsn))
+    };
     Some(format!(
-        "another restore point has this name, at {}; recovery stops at the first: use --to-lsn {} to reach \
-         the other",
-        event.lsn, event.lsn
+        "another restore point has this name, at {}; recovery stops at the first: use {} to reach the other",
+        event.lsn,
+        other.options()
     ))
 }

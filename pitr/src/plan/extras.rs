@@ -18,6 +18,11 @@ const PREPARED_SEGMENTS_MAX: usize = 16;
 /// `wal_level = minimal` as WAL writes it.
 pub(crate) const WAL_LEVEL_MINIMAL: i32 = 0;
 
+/// Returns whether WAL behind this record lacks what a recovery needs.
+pub(crate) fn is_minimal(settings: &ServerLimits) -> bool {
+    settings.wal_level == WAL_LEVEL_MINIMAL
+}
+
 /// What the notable records between backup and stop say.
 pub(crate) struct Notable {
     pub(crate) limits: ServerLimits,
@@ -36,8 +41,9 @@ pub(crate) fn notable(
     for event in events.into_iter().filter(|event| event.lsn < stop.cut_lsn) {
         match event.kind {
             EventKind::ParameterChange { settings } => {
-                if settings.wal_level == WAL_LEVEL_MINIMAL {
-                    return Err(Refusal::halt(
+                if is_minimal(&settings) {
+                    return Err(Refusal::halt_at(
+                        event.lsn,
                         RefusalKind::WalLevelMinimal,
                         format!(
                             "wal_level was set to minimal at {}: changes after that are not in the WAL, \

@@ -11,6 +11,7 @@ mod chain;
 mod extras;
 mod gap;
 mod half_done;
+mod offers;
 mod reach;
 mod refusal;
 mod survey;
@@ -354,49 +355,141 @@ fn try_plan(
     target: &RecoveryTarget,
     options: &PlanOptions,
 ) -> Result<RestorePlan, Halt> {
-    let history = resolve_timeline(catalog, target.timeline)?;
-    let question = Question { catalog, evidence, target, history: &history };
-    let (backups, much_newer) = in_order(usable_backups(&question, options)?, target);
+    let asked = Asked { catalog, evidence, target, options };
+    let tried = resolve_timeline(catalog, target.timeline).and_then(|history| {
+        let question = Question { catalog, evidence, target, history: &history };
+        let found = search(&question, options)?;
+        match &found.stop {
+            Some(served) => plan_of(&question, served, &found),
+            None => Err(refusal::explain(&question, options, &found.passed_over)),
+        }
+    });
+    match tried {
+        Err(Halt::Refuse(refusal)) => Err(refusal::complete(&asked, *refusal)),
+        tried => tried,
+    }
+}
+
+/// What is asked for, before anything is resolved.
+#[derive(Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    pub(crate) catalog: &'a Catalog,
+    pub(crate) evidence: &'a Evidence,
+    pub(crate) target: &'a RecoveryTarget,
+    pub(crate) options: &'a PlanOptions,
+}
+
+/// What the backups on the way say to a target.
+struct Found<'a> {
+    /// The one that serves.
+    stop: Option<Served<'a>>,
+    /// Those that do not, newest first when none does.
+    passed_over: Vec<(&'a BackupRecord, reach::Reach)>,
+    /// How many that were started long after the target were not asked.
+    not_tried: usize,
+}
+
+/// A backup that leads to the target.
+struct Served<'a> {
+    backup: &'a BackupRecord,
+    stop: Stop,
+    /// Whether it began after the target time, and nothing was committed between them.
+    late: bool,
+}
+
+/// Returns the backup that serves a target, if one does.
+fn search<'a>(question: &Question<'a>, options: &PlanOptions) -> Result<Found<'a>, Halt> {
+    let (catalog, target, history) = (question.catalog, question.target, question.history);
+    let (backups, much_newer) = in_order(usable_backups(question, options)?, target);
     let mut passed_over = Vec::new();
     // An older backup may reach the target before WAL that cannot be decoded.
     let content_decides = matches!(target.kind, TargetKind::Xid(_) | TargetKind::Name(_));
-    let mut undecoded = None;
+    let mut undecoded = Vec::new();
+    let mut unknown = None;
     let mut in_vain = reach::InVain::default();
     for backup in backups {
-        let candidate = Candidate { backup, chain: build_chain(catalog, &history, backup.start_lsn) };
-        if let Some(failed) = reach::too_new(&question, &candidate, &mut in_vain)? {
-            passed_over.push((backup, failed));
-            continue;
+        let candidate = Candidate { backup, chain: build_chain(catalog, history, backup.start_lsn) };
+        match reach::too_new(question, &candidate, &mut in_vain) {
+            Ok(None) => {}
+            Ok(Some(failed)) => {
+                passed_over.push((backup, failed));
+                continue;
+            }
+            Err(halt @ (Halt::Refuse(_) | Halt::Unreadable(_))) => {
+                passed_over.push((backup, reach::Reach::Unknown));
+                unknown = unknown.or(Some(halt));
+                continue;
+            }
+            Err(halt) => return Err(halt),
         }
-        match reach::reach(&question, &candidate, &mut in_vain) {
+        match reach::reach(question, &candidate, &mut in_vain) {
             Ok(reach::Reach::Stop(stop)) => {
                 let tried_all = much_newer.contains(&&*backup.id);
                 let not_tried = if tried_all { 0 } else { much_newer.len() };
-                return assemble::assemble(&question, &candidate, stop, &passed_over, not_tried);
+                let served = Served { backup, stop, late: false };
+                return Ok(Found { stop: Some(served), passed_over, not_tried });
             }
             Ok(failed) => passed_over.push((backup, failed)),
             Err(Halt::Refuse(refusal)) if content_decides && refusal.kind == RefusalKind::Undecoded => {
-                undecoded = undecoded.or(Some(refusal));
+                undecoded.push((backup, refusal));
                 passed_over.push((backup, reach::Reach::NotReached));
             }
             Err(halt) => return Err(halt),
         }
     }
-    if let Some(refusal) = undecoded {
-        return Err(Halt::Refuse(refusal));
+    if let Some(halt) = unknown
+        && passed_over.iter().all(|(_, reach)| matches!(reach, reach::Reach::Unknown))
+    {
+        return Err(halt);
     }
     passed_over.sort_by(|(a, _), (b, _)| newest_first(a, b));
-    if let Some((backup, stop)) = reach::late(&question, &passed_over, &mut in_vain)? {
+    // What was found, only too early, does not lie behind a newer backup.
+    let too_new = |(_, reach): &&(_, _)| matches!(reach, reach::Reach::BeforeConsistency { .. });
+    let found = passed_over.iter().rfind(too_new).map(|(backup, _)| backup.stop_lsn);
+    let mut in_the_way =
+        undecoded.into_iter().filter(|(backup, _)| found.is_none_or(|at| backup.stop_lsn < at));
+    if let Some((_, refusal)) = in_the_way.next() {
+        return Err(Halt::Refuse(refusal));
+    }
+    let late = reach::late(question, &passed_over, &mut in_vain)?;
+    if let Some((backup, _)) = &late {
         passed_over.retain(|(other, _)| other.id != backup.id);
-        let candidate = Candidate { backup, chain: build_chain(catalog, &history, backup.start_lsn) };
-        let mut plan = assemble::assemble(&question, &candidate, stop, &passed_over, 0)?;
+    }
+    let stop = late.map(|(backup, stop)| Served { backup, stop, late: true });
+    Ok(Found { stop, passed_over, not_tried: 0 })
+}
+
+/// Returns whether what is asked for leads to a plan, as far as what is stored there is not damaged.
+pub(crate) fn serves(asked: &Asked<'_>) -> Result<bool, Halt> {
+    let Asked { catalog, evidence, target, options } = *asked;
+    let tried = resolve_timeline(catalog, target.timeline).and_then(|history| {
+        let question = Question { catalog, evidence, target, history: &history };
+        let Some(served) = search(&question, options)?.stop else { return Ok(false) };
+        let chain = build_chain(catalog, &history, served.backup.start_lsn);
+        let walk = Walk { cut: Some(served.stop.cut_lsn), ..Walk::new(&question, &chain) };
+        let last = chain.step_reaching(served.stop.through_lsn);
+        extras::notable(&walk, last, &served.stop, served.backup.limits)?;
+        Ok(true)
+    });
+    match tried {
+        Err(Halt::Refuse(_) | Halt::Unreadable(_)) => Ok(false),
+        tried => tried,
+    }
+}
+
+fn plan_of(question: &Question<'_>, served: &Served<'_>, found: &Found<'_>) -> Result<RestorePlan, Halt> {
+    let backup = served.backup;
+    let chain = build_chain(question.catalog, question.history, backup.start_lsn);
+    let candidate = Candidate { backup, chain };
+    let stop = served.stop.clone();
+    let mut plan = assemble::assemble(question, &candidate, stop, &found.passed_over, found.not_tried)?;
+    if served.late {
         plan.reasons.push(format!(
             "backup {} began after the target time, and nothing was committed between them",
             backup.id
         ));
-        return Ok(plan);
     }
-    Err(refusal::explain(&question, &passed_over))
+    Ok(plan)
 }
 
 /// Returns the history of the timeline to follow.

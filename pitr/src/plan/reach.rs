@@ -70,6 +70,8 @@ pub(crate) enum Reach {
     },
     /// The unbroken WAL behind the backup ends before the target.
     NotReached,
+    /// The backup's own WAL cannot be read, and so not when it began.
+    Unknown,
 }
 
 /// Returns the position after a record, as PostgreSQL counts it: records end at a multiple of eight.

@@ -1,20 +1,28 @@
 //! Why a target cannot be reached, and what can be reached instead on both sides of it.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 use walship::catalog::BackupRecord;
 use walship::pg::{Lsn, SegmentName, TimelineId};
 use walship::wal::event::{EventKind, WalEvent};
 use walship::wal::rollup::Class;
 
-use super::assemble::COMMITS;
-use super::chain::build_chain;
+use super::chain::gaps_of;
+use super::offers::Offers;
 use super::reach::{Reach, aligned};
 use super::walk::{Seek, Walk};
-use super::{Candidate, ChainEnding, Gap, Halt, Question};
-use crate::target::{TargetKind, TimelineChoice, shell_word, utc_text};
+use super::{Asked, Candidate, ChainEnding, Gap, Halt, PlanOptions, Question, resolve_timeline, serves};
+use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, shell_word, utc_text};
 
 /// How many restore points a refusal lists.
 const NAMES_MAX: usize = 8;
+
+/// How many gaps a refusal lists beside the one in the way.
+const GAPS_MAX: usize = 2;
+
+/// On how many other timelines a refusal looks for the target.
+const TIMELINES_MAX: usize = 2;
 
 /// A target that cannot be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -31,6 +39,9 @@ pub struct Refusal {
     pub after: Option<Suggestion>,
     /// What else may help, sentences.
     pub hints: Vec<String>,
+    /// Where the WAL begins that cannot be crossed.
+    #[serde(skip)]
+    pub(crate) at: Option<Lsn>,
 }
 
 /// Why a target cannot be reached.
@@ -79,50 +90,67 @@ pub struct Suggestion {
 impl Refusal {
     /// Returns a refusal without suggestions.
     pub fn new(kind: RefusalKind, reason: impl Into<String>) -> Self {
-        Self { kind, reason: reason.into(), gap: None, before: None, after: None, hints: Vec::new() }
+        Self {
+            kind,
+            reason: reason.into(),
+            gap: None,
+            before: None,
+            after: None,
+            hints: Vec::new(),
+            at: None,
+        }
     }
 
     pub(crate) fn halt(kind: RefusalKind, reason: impl Into<String>) -> Halt {
         Halt::Refuse(Box::new(Self::new(kind, reason)))
     }
+
+    /// Returns a refusal for WAL that begins at `at` and cannot be crossed.
+    pub(crate) fn halt_at(at: Lsn, kind: RefusalKind, reason: impl Into<String>) -> Halt {
+        Halt::Refuse(Box::new(Self { at: Some(at), ..Self::new(kind, reason) }))
+    }
 }
 
-/// Returns why none of the candidates serves, or what must be known to say so.
-pub(crate) fn explain(question: &Question<'_>, passed_over: &[(&BackupRecord, Reach)]) -> Halt {
-    match try_explain(question, passed_over) {
+/// Returns why none of the candidates serves, or what must be known to say so; newest first.
+pub(crate) fn explain(
+    question: &Question<'_>,
+    options: &PlanOptions,
+    passed_over: &[(&BackupRecord, Reach)],
+) -> Halt {
+    match try_explain(question, options, passed_over) {
         Ok(refusal) => Halt::Refuse(Box::new(refusal)),
         Err(halt) => halt,
     }
 }
 
-fn try_explain(question: &Question<'_>, passed_over: &[(&BackupRecord, Reach)]) -> Result<Refusal, Halt> {
-    // Newest first: the first that was not reached ends nearest to the target.
-    let short = passed_over.iter().find(|(_, reach)| matches!(reach, Reach::NotReached));
-    let too_new =
-        passed_over.iter().rev().find(|(_, reach)| matches!(reach, Reach::BeforeConsistency { .. }));
-    let after = match too_new {
-        Some((backup, _)) => consistent_point(question, &behind(question, backup))?,
-        None => None,
+fn try_explain<'b>(
+    question: &Question<'_>,
+    options: &PlanOptions,
+    passed_over: &[(&'b BackupRecord, Reach)],
+) -> Result<Refusal, Halt> {
+    let mut offers = Offers::new(question, options);
+    // A backup whose own WAL is not whole leads nowhere.
+    let (whole, torn): (Vec<_>, Vec<_>) =
+        passed_over.iter().partition(|(backup, _)| offers.behind(backup).chain.end() >= backup.stop_lsn);
+    let is_too_new = |reach: &Reach| matches!(reach, Reach::BeforeConsistency { .. });
+    let too_new: Vec<_> = whole.iter().copied().rev().filter(|(_, reach)| is_too_new(reach)).collect();
+    // What was found by its content before one backup is consistent does not lie behind a newer one.
+    let content_decides = matches!(question.target.kind, TargetKind::Name(_) | TargetKind::Xid(_));
+    let older = |backup: &BackupRecord| match too_new.first() {
+        Some((oldest, _)) if content_decides => backup.stop_lsn < oldest.stop_lsn,
+        _ => true,
     };
-    let Some((backup, _)) = short else {
-        let what = match &question.target.kind {
-            TargetKind::Name(name) => format!("restore point {name:?} lies"),
-            TargetKind::Xid(xid) => format!("the end of transaction {xid} lies"),
-            _ => "the target lies".to_owned(),
-        };
-        let reason = match too_new {
-            Some((backup, Reach::BeforeConsistency { lsn })) => format!(
-                "{what} before the first moment that can be reached: recovery from the oldest backup {} \
-                 would stop at {lsn}, and it is consistent only from {} on",
-                backup.id, backup.stop_lsn
-            ),
-            _ => format!("{what} before the first moment that can be reached"),
-        };
-        let mut refusal = Refusal::new(RefusalKind::BeforeFirst, reason);
-        refusal.after = after;
-        return Ok(refusal);
+    let short = |(backup, reach): &(&'b BackupRecord, Reach)| {
+        (matches!(reach, Reach::NotReached) && older(backup)).then_some(*backup)
     };
-    let candidate = &behind(question, backup);
+    let torn: Vec<_> = torn.into_iter().filter_map(short).collect();
+    let short: Vec<_> = whole.iter().copied().filter_map(short).collect();
+    let after = offers.first_after(too_new.iter().map(|(backup, _)| *backup))?;
+    // The newest ends nearest to the target.
+    let Some(&backup) = short.first().or(torn.first()) else {
+        return Ok(Refusal { after, ..before_first(question, too_new.first().copied()) });
+    };
+    let candidate = &offers.behind(backup);
     let walk = Walk::new(question, &candidate.chain);
     let mut refusal = match &candidate.chain.ending {
         ChainEnding::Gap(gap) => Refusal {
@@ -135,23 +163,113 @@ fn try_explain(question: &Question<'_>, passed_over: &[(&BackupRecord, Reach)]) 
         ChainEnding::EndOfArchive => past_end(question, &walk)?,
     };
     refusal.after = after;
-    match last_reachable(question, candidate, &walk) {
-        Ok(before) => refusal.before = before,
-        Err(Halt::Unreadable(name)) => refusal.hints.push(unreadable_hint(name)),
-        Err(halt) => return Err(halt),
-    }
-    match hints(question, &walk) {
+    refusal.before = offers.first_before(short)?;
+    match hints(&mut offers, question, candidate) {
         Ok(hints) => refusal.hints.extend(hints),
-        Err(Halt::Unreadable(name)) => refusal.hints.push(unreadable_hint(name)),
+        Err(Halt::Unreadable(name)) => offers.damaged.push(name),
         Err(halt) => return Err(halt),
     }
-    refusal.hints.dedup();
+    refusal.hints.extend(damage_hints(offers));
     Ok(refusal)
 }
 
-/// Returns a backup with the WAL behind it.
-fn behind<'a>(question: &Question<'_>, backup: &'a BackupRecord) -> Candidate<'a> {
-    Candidate { backup, chain: build_chain(question.catalog, question.history, backup.start_lsn) }
+/// Returns that the target lies before what the oldest backup can reach.
+fn before_first(question: &Question<'_>, too_new: Option<&(&BackupRecord, Reach)>) -> Refusal {
+    let what = match &question.target.kind {
+        TargetKind::Name(name) => format!("restore point {name:?} lies"),
+        TargetKind::Xid(xid) => format!("the end of transaction {xid} lies"),
+        _ => "the target lies".to_owned(),
+    };
+    let reason = match too_new {
+        Some((backup, Reach::BeforeConsistency { lsn })) => format!(
+            "{what} before the first moment that can be reached: recovery from the oldest backup {} would stop at \
+             {lsn}, and it is consistent only from {} on",
+            backup.id, backup.stop_lsn
+        ),
+        _ => format!("{what} before the first moment that can be reached"),
+    };
+    Refusal::new(RefusalKind::BeforeFirst, reason)
+}
+
+fn damage_hints(offers: Offers<'_>) -> impl Iterator<Item = String> {
+    let damaged: BTreeSet<SegmentName> = offers.damaged.into_iter().collect();
+    damaged.into_iter().map(|name| {
+        format!("Segment {name} is damaged where it is stored: what lies near it cannot be offered.")
+    })
+}
+
+/// Returns a refusal with what can be reached instead, as far as it does not say that yet.
+pub(crate) fn complete(asked: &Asked<'_>, refusal: Refusal) -> Halt {
+    match try_complete(asked, refusal) {
+        Ok(refusal) => Halt::Refuse(Box::new(refusal)),
+        Err(halt) => halt,
+    }
+}
+
+fn try_complete(asked: &Asked<'_>, mut refusal: Refusal) -> Result<Refusal, Halt> {
+    match refusal.kind {
+        RefusalKind::NoBackup => {}
+        RefusalKind::WalLevelMinimal | RefusalKind::Undecoded => {
+            if let (Some(at), Ok(history)) =
+                (refusal.at, resolve_timeline(asked.catalog, asked.target.timeline))
+            {
+                let Asked { catalog, evidence, target, options } = *asked;
+                let question = Question { catalog, evidence, target, history: &history };
+                let mut offers = Offers::new(&question, options);
+                (refusal.before, refusal.after) = offers.around(at)?;
+                refusal.hints.extend(damage_hints(offers));
+            }
+        }
+        RefusalKind::UnknownTimeline | RefusalKind::MissingHistory | RefusalKind::BackupNotOnPath => {
+            refusal.hints.extend(on_other_timelines(asked, &asked.catalog.timelines())?);
+        }
+        _ => {
+            if let Ok(history) = resolve_timeline(asked.catalog, asked.target.timeline) {
+                let Asked { catalog, evidence, target, .. } = *asked;
+                let question = Question { catalog, evidence, target, history: &history };
+                refusal.hints.extend(on_other_timelines(asked, &elsewhere(&question))?);
+            }
+        }
+    }
+    if asked.options.backup.is_some() {
+        refusal.hints.extend(without_the_pin(asked)?);
+    }
+    Ok(refusal)
+}
+
+/// Returns what another timeline than the one that was followed has to offer.
+fn on_other_timelines(asked: &Asked<'_>, timelines: &[TimelineId]) -> Result<Vec<String>, Halt> {
+    let mut hints = Vec::new();
+    let newest_first =
+        timelines.iter().rev().filter(|timeline| asked.target.timeline != TimelineChoice::Number(**timeline));
+    let mut unasked = Vec::new();
+    for (at, &timeline) in newest_first.enumerate() {
+        if at >= TIMELINES_MAX {
+            unasked.push(timeline.to_string());
+            continue;
+        }
+        let target = RecoveryTarget { timeline: TimelineChoice::Number(timeline), ..asked.target.clone() };
+        if serves(&Asked { target: &target, ..*asked })? {
+            hints.push(format!("Timeline {timeline} leads to it: {}.", options_of(&target, asked.options)));
+        }
+    }
+    if !unasked.is_empty() {
+        hints.push(format!("It was not looked for on timeline {}.", unasked.join(", ")));
+    }
+    Ok(hints)
+}
+
+/// Returns whether another backup leads to the target.
+fn without_the_pin(asked: &Asked<'_>) -> Result<Option<String>, Halt> {
+    let options = PlanOptions::default();
+    let served = serves(&Asked { options: &options, ..*asked })?;
+    Ok(served.then(|| format!("Another backup leads to it: {}.", asked.target.options())))
+}
+
+fn options_of(target: &RecoveryTarget, options: &PlanOptions) -> String {
+    let backup = options.backup.as_ref();
+    let backup = backup.map_or_else(String::new, |id| format!(" --backup {}", shell_word(id)));
+    format!("{}{backup}", target.options())
 }
 
 fn past_end(question: &Question<'_>, walk: &Walk<'_>) -> Result<Refusal, Halt> {
@@ -184,108 +302,70 @@ fn past_end(question: &Question<'_>, walk: &Walk<'_>) -> Result<Refusal, Halt> {
     })
 }
 
-/// Returns the first moment that can be reached from a backup, as a target.
-fn consistent_point(question: &Question<'_>, candidate: &Candidate<'_>) -> Result<Option<Suggestion>, Halt> {
-    let backup = candidate.backup;
-    let walk = Walk::new(question, &candidate.chain);
-    if candidate.chain.end() < backup.stop_lsn {
-        return Ok(None);
-    }
-    let what = format!("the backup of {}, consistent at {}", utc_text(backup.finished), backup.stop_lsn);
-    // Recovery notices consistency when it reads the record behind it.
-    if walk.record_at(backup.stop_lsn)?.is_some() {
-        let options = format!("--immediate --backup {}{}", backup.id, asked_timeline(question));
-        return Ok(Some(Suggestion { options, what }));
-    }
-    let ends =
-        candidate.chain.ending == ChainEnding::EndOfArchive && walk.end_of_records()? >= backup.stop_lsn;
-    let options = format!("--latest --backup {}{}", backup.id, asked_timeline(question));
-    Ok(ends.then_some(Suggestion { options, what }))
-}
-
-/// Returns the option that keeps a suggestion on the timeline that was asked for.
-fn asked_timeline(question: &Question<'_>) -> String {
-    match question.target.timeline {
-        TimelineChoice::Number(timeline) => format!(" --timeline {timeline}"),
-        TimelineChoice::Latest => String::new(),
-    }
-}
-
-/// Returns the last commit that can be reached on this chain, as a target.
-fn last_reachable(
+fn hints(
+    offers: &mut Offers<'_>,
     question: &Question<'_>,
     candidate: &Candidate<'_>,
-    walk: &Walk<'_>,
-) -> Result<Option<Suggestion>, Halt> {
-    let chain = &candidate.chain;
-    if chain.end() < candidate.backup.stop_lsn || chain.is_empty() {
-        return Ok(None);
-    }
-    let timeline = asked_timeline(question);
-    let last = walk.last(chain.len() - 1, chain.end(), &COMMITS)?;
-    let commit =
-        last.map(|(_, event)| event).filter(|event| aligned(event.end_lsn) >= candidate.backup.stop_lsn);
-    let named = |event: &WalEvent| {
-        let time = event.kind.stop_time().map(utc_text).unwrap_or_default();
-        let xid = event.kind.ended_xid(event.xid).unwrap_or(event.xid);
-        format!("the commit of transaction {xid} at {time}")
-    };
-    Ok(Some(match (commit, &chain.ending) {
-        (Some(event), ChainEnding::EndOfArchive) => Suggestion {
-            options: format!("--latest{timeline}"),
-            what: format!("everything archived; the last is {}", named(event)),
-        },
-        (None, ChainEnding::EndOfArchive) => {
-            Suggestion { options: format!("--latest{timeline}"), what: "everything archived".to_owned() }
-        }
-        (Some(event), ChainEnding::Gap(_)) => Suggestion {
-            options: format!("--to-lsn {}{timeline}", event.lsn),
-            what: format!("{}, the last before the gap", named(event)),
-        },
-        (None, ChainEnding::Gap(_)) => return consistent_point(question, candidate),
-    }))
-}
-
-fn unreadable_hint(name: SegmentName) -> String {
-    format!("Segment {name} is damaged where it is stored: what lies near it cannot be offered.")
-}
-
-fn hints(question: &Question<'_>, walk: &Walk<'_>) -> Result<Vec<String>, Halt> {
+) -> Result<Vec<String>, Halt> {
     let mut hints = Vec::new();
+    let walk = Walk::new(question, &candidate.chain);
     match &question.target.kind {
         TargetKind::Name(_) => {
-            let mut names: Vec<String> = Vec::new();
-            walk.latest(Class::Planning, |event| {
-                if let EventKind::RestorePoint { name, time } = &event.kind {
-                    names.push(format!("--to-name {} ({})", shell_word(name), utc_text(*time)));
-                }
-                names.len() == NAMES_MAX
-            })?;
+            let names = restore_points(offers, &walk, candidate.backup.stop_lsn)?;
             if names.is_empty() {
-                hints.push("There is no restore point in this WAL.".to_owned());
+                hints.push("No restore point can be reached in this WAL.".to_owned());
             } else {
                 hints.push(format!("The latest restore points: {}.", names.join(", ")));
             }
         }
         TargetKind::Xid(xid) => {
-            if let Some(parent) = parent_of(walk, *xid)? {
+            let usable = offers.usable(&walk, candidate.chain.len().saturating_sub(1))?.end;
+            let parent = parent_of(&walk, *xid)?;
+            let parent = parent.filter(|event| {
+                aligned(event.end_lsn) >= candidate.backup.stop_lsn && event.end_lsn <= usable
+            });
+            if let Some(parent) = parent.and_then(|event| event.kind.ended_xid(event.xid)) {
                 hints.push(format!(
                     "{xid} is a committed subtransaction of {parent}; recovery stops only at the whole \
-                     transaction: --to-xid {parent}."
+                     transaction: --to-xid {parent}{}.",
+                    offers.pinned()
                 ));
             }
         }
         _ => {}
     }
-    let elsewhere = elsewhere(question);
-    if !elsewhere.is_empty() {
-        let list: Vec<String> = elsewhere.iter().map(|timeline| format!("--timeline {timeline}")).collect();
-        hints.push(format!(
-            "Commits after a fork are on other timelines, which this path does not follow: try {}.",
-            list.join(" or ")
-        ));
+    if matches!(question.target.kind, TargetKind::Name(_) | TargetKind::Xid(_)) {
+        let gaps = gaps_of(question.catalog, question.history);
+        hints.extend(
+            gaps.iter().rev().take(GAPS_MAX).map(|gap| format!("It may lie where WAL is missing: {gap}.")),
+        );
     }
     Ok(hints)
+}
+
+/// Returns the latest restore points that this backup leads to, as options.
+fn restore_points(offers: &mut Offers<'_>, walk: &Walk<'_>, consistent: Lsn) -> Result<Vec<String>, Halt> {
+    let usable = offers.usable(walk, walk.chain.len().saturating_sub(1))?.end;
+    let name_of = |event: &WalEvent| match &event.kind {
+        EventKind::RestorePoint { name, time } => Some((name.clone(), *time)),
+        _ => None,
+    };
+    // Recovery stops at the first of a name, and would do so before it is consistent.
+    let early = walk.notable(0, walk.chain.step_reaching(consistent), Class::Planning)?;
+    let early: BTreeSet<String> = early
+        .iter()
+        .filter(|event| aligned(event.end_lsn) < consistent)
+        .filter_map(|event| name_of(event).map(|(name, _)| name))
+        .collect();
+    let mut names = Vec::new();
+    walk.latest(Class::Planning, |event| {
+        let reached = aligned(event.end_lsn) >= consistent && event.end_lsn <= usable;
+        if let Some((name, time)) = name_of(event).filter(|(name, _)| reached && !early.contains(name)) {
+            names.push(format!("--to-name {}{} ({})", shell_word(&name), offers.pinned(), utc_text(time)));
+        }
+        names.len() == NAMES_MAX
+    })?;
+    Ok(names)
 }
 
 /// Returns the timelines of which WAL is stored that does not lie on the way to the one asked for.
@@ -303,9 +383,9 @@ fn left(question: &Question<'_>, timeline: TimelineId) -> bool {
     question.catalog.segments.first_from(from).is_some()
 }
 
-/// Returns the top-level transaction of a committed subtransaction, as far as loaded segments or
+/// Returns the commit of the top-level transaction of a committed subtransaction, as far as loaded segments or
 /// segments whose ended transactions come shortly before it can tell.
-fn parent_of(walk: &Walk<'_>, xid: u32) -> Result<Option<u32>, Halt> {
+fn parent_of<'a>(walk: &Walk<'a>, xid: u32) -> Result<Option<&'a WalEvent>, Halt> {
     let holds =
         |event: &WalEvent| matches!(&event.kind, EventKind::Commit { subxids, .. } if subxids.contains(&xid));
     // A subtransaction's id is larger than its parent's and is taken soon after it.
@@ -319,5 +399,5 @@ fn parent_of(walk: &Walk<'_>, xid: u32) -> Result<Option<u32>, Halt> {
             matches: &holds,
         },
     )?;
-    Ok(found.and_then(|(_, event)| event.kind.ended_xid(event.xid)))
+    Ok(found.map(|(_, event)| event))
 }

@@ -23,7 +23,7 @@ pub(crate) fn at(micros: i64) -> DateTime<Utc> {
     Utc.with_ymd_and_hms(2026, 3, 1, 12, 0, 0).unwrap() + Duration::microseconds(micros)
 }
 
-fn limits(connections: i32) -> ServerLimits {
+pub(crate) fn limits(connections: i32) -> ServerLimits {
     ServerLimits { max_connections: connections, ..INITDB_LIMITS }
 }
 
@@ -100,7 +100,7 @@ impl World {
         Self { records: BTreeMap::from([(tli(1), vec![])]), catalog, undecoded: vec![], damaged: vec![] }
     }
 
-    fn end(&self, timeline: TimelineId) -> Lsn {
+    pub(crate) fn end(&self, timeline: TimelineId) -> Lsn {
         self.records[&timeline].last().map_or(Lsn(START), |record| reach::aligned(record.end))
     }
 
@@ -388,7 +388,11 @@ impl World {
         }
     }
 
-    fn plan_with(&self, target: &RecoveryTarget, options: &PlanOptions) -> Result<RestorePlan, Box<Refusal>> {
+    pub(crate) fn plan_with(
+        &self,
+        target: &RecoveryTarget,
+        options: &PlanOptions,
+    ) -> Result<RestorePlan, Box<Refusal>> {
         let mut plans = [0, 1, 3, 64].map(|segments| {
             let blocks = if segments == 0 { BTreeMap::new() } else { self.blocks(segments) };
             match self.outcome_from(Evidence { blocks, ..Evidence::default() }, target, options) {
@@ -731,6 +735,42 @@ fn wal_that_cannot_be_decoded_is_no_obstacle_behind_the_stop() {
     }
     assert_eq!(world.plan(&xid(11)).unwrap_err().kind, RefusalKind::Undecoded);
     assert_eq!(world.plan(&xid(99)).unwrap_err().kind, RefusalKind::Undecoded);
+}
+
+#[test]
+fn what_cannot_be_crossed_is_named_with_what_lies_on_both_sides() {
+    let mut world = a_commit_in_each_segment();
+    let first = world.catalog.segments.names().next().unwrap();
+    let number = |number| SegmentName::from_number(tli(1), first.number(SIZE) + number, SIZE).unwrap();
+    let record = world.records[&tli(1)].iter().find(|record| record.lsn >= number(5).start(SIZE)).unwrap();
+    let (start, stop) = (record.lsn, reach::aligned(record.end));
+    world.backup("b2", tli(1), start, stop);
+    world.undecoded.push(number(3));
+    let options = |refusal: Refusal| {
+        let Refusal { before, after, hints, .. } = refusal;
+        (before.map(|one| one.options), after.map(|one| one.options), hints)
+    };
+    let refusal = *world.plan(&xid(13)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::Undecoded);
+    let (before, after, _) = options(refusal);
+    let twelve =
+        world.records[&tli(1)].iter().find(|r| r.event.as_ref().is_some_and(|e| e.xid == 12)).unwrap();
+    assert_eq!(before, Some(format!("--to-lsn {}", twelve.lsn)));
+    assert_eq!(after.as_deref(), Some("--immediate --backup b2"));
+    // A newer backup whose own WAL cannot be read is no obstacle for an older one.
+    world.undecoded = vec![SegmentName::containing(tli(1), start, SIZE)];
+    assert_eq!(world.plan(&time(2_500_000)).unwrap().backup.id, "b1");
+    // What was asked for beside the target is kept, and it is said what would serve without it.
+    world.undecoded.clear();
+    let pinned = PlanOptions { backup: Some("b2".into()) };
+    let (_, after, hints) = options(*world.plan_with(&on(1, xid(11)), &pinned).unwrap_err());
+    assert_eq!(after, None, "the end of transaction 11 is not found from b2");
+    assert_eq!(hints, ["Another backup leads to it: --to-xid 11 --timeline 1."]);
+    let unknown = PlanOptions { backup: Some("b9".into()) };
+    let (.., hints) = options(*world.plan_with(&xid(11), &unknown).unwrap_err());
+    assert_eq!(hints, ["Another backup leads to it: --to-xid 11."]);
+    let (.., hints) = options(*world.plan(&on(9, xid(11))).unwrap_err());
+    assert_eq!(hints, ["Timeline 1 leads to it: --to-xid 11 --timeline 1."]);
 }
 
 /// A commit in each of eight segments, the backup in the first.

@@ -108,6 +108,14 @@ impl<'a> Walk<'a> {
         stretch.block.events.iter().filter(inside).filter(stays)
     }
 
+    /// Returns the last of the steps from `at` on, `last` at most, of which the index lists every event of one
+    /// class together.
+    pub(super) fn listed_together(&self, at: usize, last: usize, class: Class) -> usize {
+        let stretch = self.stretch(at, at, last);
+        let listed = stretch.filter(|stretch| stretch.is_known() && stretch.block.lists(class));
+        listed.map_or(at, |stretch| stretch.to)
+    }
+
     /// Asks for what the index says in detail.
     pub(super) fn refine(stretch: &Stretch<'_>) -> Halt {
         Halt::Rollup(stretch.first)
@@ -199,7 +207,8 @@ impl<'a> Walk<'a> {
     pub(crate) fn decoded(&self, at: usize) -> Result<&'a SegmentSummary, Halt> {
         let summary = self.summary(at)?;
         if let SegmentEnding::Undecoded { reason } = &summary.ending {
-            return Err(Refusal::halt(
+            return Err(Refusal::halt_at(
+                self.chain.step(at).from,
                 RefusalKind::Undecoded,
                 format!("the WAL in segment {} cannot be decoded: {reason}", summary.segment),
             ));
@@ -549,6 +558,7 @@ impl<'a> Walk<'a> {
             let from = at.max(step.from);
             let known = self.evidence.records.get(&(step.segment, from));
             let Some(known) = known else {
+                self.decoded(number)?;
                 return Err(Halt::Record(RecordRequest { request: self.request(number)?, at: from }));
             };
             if let Some(bounds) = known

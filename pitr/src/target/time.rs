@@ -30,7 +30,7 @@ impl Zone {
             }
             Self::Named(zone) => {
                 let local = time.with_timezone(&zone);
-                let offset = local.format("%:z");
+                let offset = local.offset().fix();
                 format!("{}{offset} ({zone})", naive_text(local.naive_local()))
             }
         }
@@ -170,8 +170,14 @@ fn without_zone(text: &str, naive: NaiveDateTime, local: &[FixedOffset]) -> Targ
     TargetError::new(format!("{text:?} has no offset and no zone"), next)
 }
 
+/// Returns a reading that can be pasted; in UTC where the offset has seconds, as it had before zones were agreed on.
 fn quoted(naive: NaiveDateTime, offset: FixedOffset) -> String {
-    format!("'{}{}'", naive_text(naive), offset)
+    match offset.from_local_datetime(&naive).single() {
+        Some(time) if offset.local_minus_utc() % 60 != 0 => {
+            format!("'{}'", utc_text(time.with_timezone(&Utc)))
+        }
+        _ => format!("'{}{}'", naive_text(naive), offset),
+    }
 }
 
 fn parse_date(text: &str) -> Option<NaiveDate> {
