@@ -170,6 +170,40 @@ async fn damage_is_no_conflict_and_a_good_copy_goes_beside_it_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_object_that_says_it_is_another_file_is_a_conflict() {
+    type Change = fn(&mut Vec<u8>);
+    let changes: [(&str, bool, Change); 7] = [
+        ("cut", true, |bytes| bytes.truncate(bytes.len() - 5)),
+        ("no more than the envelope", true, |bytes| bytes.truncate(160)),
+        ("longer", true, |bytes| bytes.push(0)),
+        ("body", true, |bytes| *bytes.last_mut().unwrap() ^= 1),
+        ("summary", true, |bytes| bytes[170] ^= 1),
+        // Nothing tells any more what it was.
+        ("digest in the envelope", false, |bytes| bytes[64] ^= 1),
+        ("envelope cut", false, |bytes| bytes.truncate(150)),
+    ];
+    for (how, is_named, change) in changes {
+        let scene = Scene::new().await;
+        scene.push(1, "lz4").await.unwrap();
+        let damaged = scene.damage(change).await;
+        let pushed = scene.push(2, "lz4").await;
+        assert_eq!(scene.object().await, damaged, "{how}: what is there stays");
+        if !is_named {
+            assert_eq!(pushed.unwrap(), BESIDE, "{how}");
+            assert!(scene.reads(2).await, "{how}");
+            continue;
+        }
+        let error = pushed.unwrap_err();
+        assert!(matches!(error, Error::Conflict(_)), "{how}: {error}");
+        assert!(error.to_string().contains("damaged, too"), "{how}: {error}");
+        assert_eq!(scene.stored().len(), 1, "{how}: nothing is put beside it");
+        // The file that it was is welcome, and is the segment again.
+        assert_eq!(scene.push(1, "zstd").await.unwrap(), BESIDE, "{how}");
+        assert!(scene.reads(1).await, "{how}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn object_and_copy_damaged_is_a_failure() {
     let scene = Scene::new().await;
     scene.push(1, "lz4").await.unwrap();

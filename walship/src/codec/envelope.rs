@@ -166,6 +166,14 @@ impl ObjectHead {
         };
         Ok(Self { envelope, summary, head_bytes: head_bytes as u64 })
     }
+
+    /// Reads the envelope alone from an object's first bytes: it has a checksum of its own.
+    ///
+    /// # Errors
+    /// As [`ObjectHead::decode`].
+    pub fn envelope_of(bytes: &[u8]) -> Result<Envelope> {
+        decode_envelope(bytes).map(|(envelope, ..)| envelope)
+    }
 }
 
 fn summary_frame(summary: &SegmentSummary) -> Result<Vec<u8>> {

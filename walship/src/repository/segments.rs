@@ -58,7 +58,7 @@ impl LineageRepository {
     /// Stores an encoded WAL file under the key that its envelope says.
     ///
     /// # Errors
-    /// [`Error::Conflict`] when the key holds other, sound content; [`Error::Mismatch`] when the
+    /// [`Error::Conflict`] when the key holds other content, as far as its envelope is sound; [`Error::Mismatch`] when the
     /// envelope is not this lineage's.
     /// # Durability
     /// After `Ok` the content survives a crash, whoever put it there.

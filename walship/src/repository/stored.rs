@@ -105,7 +105,7 @@ impl LineageRepository {
         Ok(Put::StoredBesideDamaged { copy: self.shown(&copy), damage: damage.to_string() })
     }
 
-    /// Compares with every copy and returns whether one is the same and sound; a sound one of another
+    /// Compares with every copy and returns whether one is the same and sound; one that says to be of another
     /// file is a conflict.
     async fn has_copy(&self, key: &ObjectKey, ours: &Envelope) -> Result<bool> {
         let mut found = false;
@@ -124,21 +124,40 @@ impl LineageRepository {
             // Damaged where it is stored, or only on its way?
             read = self.read_one(key, expected, ToNowhere).await;
         }
-        match read {
-            Ok(None) => Ok(Compared::Gone),
-            Ok(Some((head, ()))) if head.object_bytes() != meta.bytes => Ok(Compared::Damaged(
-                Error::corrupt(format!("{} has another length than it says", self.shown(key))),
-            )),
-            Ok(Some((head, ()))) if head.envelope.digest == ours.digest => Ok(Compared::Same),
-            Ok(Some((head, ()))) => Err(self.conflict(ours, &head.envelope)),
-            Err(damage @ Error::Corrupt(_)) => Ok(Compared::Damaged(damage)),
-            Err(error) => Err(error),
+        let damage = match read {
+            Ok(None) => return Ok(Compared::Gone),
+            Ok(Some((head, ()))) if head.envelope.digest != ours.digest => {
+                return Err(self.conflict(ours, &head.envelope, None));
+            }
+            Ok(Some((head, ()))) if head.object_bytes() == meta.bytes => return Ok(Compared::Same),
+            Ok(Some(_)) => Error::corrupt(format!("{} has another length than it says", self.shown(key))),
+            Err(damage @ Error::Corrupt(_)) => damage,
+            Err(error) => return Err(error),
+        };
+        // A sound envelope tells what was stored there, however much of the rest is lost. Another file beside it
+        // would be read in its place: WAL of one history between neighbours of another.
+        match self.named_envelope(key, expected).await? {
+            Some(stored) if stored.digest != ours.digest => Err(self.conflict(ours, &stored, Some(&damage))),
+            _ => Ok(Compared::Damaged(damage)),
         }
     }
 
-    fn conflict(&self, ours: &Envelope, stored: &Envelope) -> Error {
+    /// Returns the envelope of an object whose rest may be damaged; `None` when it is damaged too, or says
+    /// that the object is another one than its key does.
+    async fn named_envelope(&self, key: &ObjectKey, expected: Expected) -> Result<Option<Envelope>> {
+        let first = self.storage.get_range(key, 0, ObjectHead::ENVELOPE_BYTES as u64).await?;
+        match first.as_deref().map(ObjectHead::envelope_of) {
+            Some(Ok(envelope)) => Ok(self.foreign(&envelope, expected).is_none().then_some(envelope)),
+            None | Some(Err(Error::Corrupt(_))) => Ok(None),
+            Some(Err(error)) => Err(error),
+        }
+    }
+
+    fn conflict(&self, ours: &Envelope, stored: &Envelope, damage: Option<&Error>) -> Error {
+        let damaged =
+            damage.map_or_else(String::new, |damage| format!("; what is stored is damaged, too: {damage}"));
         Error::conflict(format!(
-            "{} is already stored in {} with other content (stored digest {}, local {})",
+            "{} is already stored in {} with other content (stored digest {}, local {}){damaged}",
             ours.name,
             self.location(),
             stored.digest,
@@ -204,18 +223,24 @@ impl LineageRepository {
 
     fn checked_head(&self, key: &ObjectKey, first: &[u8], expected: Expected) -> Result<ObjectHead> {
         let head = ObjectHead::decode(first).map_err(|error| error.context(self.shown(key)))?;
-        let envelope = &head.envelope;
+        match self.foreign(&head.envelope, expected) {
+            Some(wrong) => Err(Error::corrupt(format!("{}: {wrong}", self.shown(key)))),
+            None => Ok(head),
+        }
+    }
+
+    /// Returns what is wrong with an envelope that is not that of the expected object.
+    fn foreign(&self, envelope: &Envelope, expected: Expected) -> Option<String> {
         let ours = self.lineage.system_identifier;
-        let wrong = if envelope.name != expected.name || envelope.kind != expected.kind {
-            format!("it holds {} ({:?})", envelope.name, envelope.kind)
+        if envelope.name != expected.name || envelope.kind != expected.kind {
+            Some(format!("it holds {} ({:?})", envelope.name, envelope.kind))
         } else if envelope.segment_size != self.lineage.segment_size {
-            format!("it belongs to a cluster with segments of {}", envelope.segment_size)
+            Some(format!("it belongs to a cluster with segments of {}", envelope.segment_size))
         } else if envelope.system_identifier != 0 && envelope.system_identifier != ours {
-            format!("it belongs to system identifier {}", envelope.system_identifier)
+            Some(format!("it belongs to system identifier {}", envelope.system_identifier))
         } else {
-            return Ok(head);
-        };
-        Err(Error::corrupt(format!("{}: {wrong}", self.shown(key))))
+            None
+        }
     }
 
     async fn read_one<T: Target>(
