@@ -16,7 +16,10 @@ use walship::catalog::{GapKind, GapRecord};
 use walship::codec::Compression;
 use walship::error::Result;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
-use walship::repository::{ClusterRepository, Repository, load_catalog, load_catalog_from_listings};
+use walship::repository::index::complete::{Options, Task, complete};
+use walship::repository::{
+    ClusterRepository, Repository, load_catalog, load_catalog_from_listings, open_same_lineage,
+};
 use walship::storage::faulty::{Call, Fault, FaultyStorage};
 use walship::storage::memory::MemoryStorage;
 use walship::storage::{ObjectKey, Storage as _, list_all};
@@ -211,6 +214,37 @@ async fn other_content_under_the_name_closes_nothing_and_is_not_served() {
     assert!(failure.error.to_string().contains("with other content"), "{}", failure.error);
     let catalog = load_catalog(&scene.clusters[0].newest_lineage().await.unwrap()).await.unwrap();
     assert!(!catalog.segments.contains(scene.name(1)) && catalog.segments.contains(scene.name(2)));
+
+    // Of both together the right one counts, whichever is asked first; the index of the wrong one does not.
+    for cluster in &scene.clusters {
+        let lineage = cluster.newest_lineage().await.unwrap();
+        complete(&lineage, Options { task: Task::Complete, dry_run: false }).await.unwrap();
+    }
+    let opened = |cluster: &ClusterRepository| ("of this test".to_owned(), Ok(cluster.clone()));
+    for first in [0, 1] {
+        let both = vec![opened(&scene.clusters[first]), opened(&scene.clusters[1 - first])];
+        let (united, _) = open_same_lineage(both, None).await.unwrap();
+        let catalog = load_catalog(&united).await.unwrap();
+        assert!(catalog.segments.contains(scene.name(1)) && catalog.gaps.is_empty(), "{:?}", catalog.gaps);
+        assert_eq!(united.segment_bytes(scene.name(1)).await.unwrap().unwrap(), ours);
+        let read = united.summarized(scene.name(1)).await.unwrap().unwrap();
+        let digest = blake3::hash(&ours).to_hex();
+        assert_eq!(read.digest, digest.as_str());
+        let entries = catalog.rollups.iter().flat_map(|rollup| &rollup.entries);
+        let mut told = entries.filter(|entry| entry.runs[0].first == scene.name(1));
+        assert!(told.all(|entry| entry.digest == digest.as_str()), "the index speaks of the right one");
+    }
+
+    // A third one that holds the wrong one and has no record of it would deliver it.
+    let third = Repository::create(Arc::new(MemoryStorage::new()), Utc::now()).await.unwrap();
+    let third = third.create_cluster(&"main".parse().unwrap(), Utc::now()).await.unwrap();
+    third.register_lineage(7, SIZE, 17, Utc::now()).await.unwrap();
+    scene.push_into(std::slice::from_ref(&third), 1, &stranger[1].1).await.unwrap();
+    let all = vec![opened(&scene.clusters[0]), opened(&scene.clusters[1]), opened(&third)];
+    let (united, _) = open_same_lineage(all, None).await.unwrap();
+    let catalog = load_catalog(&united).await.unwrap();
+    assert!(!catalog.segments.contains(scene.name(1)), "recovery may be given the wrong one");
+    assert_eq!(catalog.gaps.len(), 1);
 }
 
 #[tokio::test]

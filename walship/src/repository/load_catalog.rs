@@ -9,6 +9,7 @@ use crate::codec::ObjectKind;
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, TimelineHistory, TimelineId};
 use crate::storage::{ObjectKey, ObjectMeta, list_all};
+use crate::wal::rollup::{Rollup, Run};
 
 use super::document;
 use super::layout::check_backup_id;
@@ -66,13 +67,19 @@ async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
     // What is said last of the index counts: that of the fullest.
     catalogs.sort_by_key(|(_, catalog)| stored(catalog));
     all.rollups.clear();
+    let missed = judge_contents(repository, &mut catalogs).await;
     for (_, catalog) in &catalogs {
         unite(&mut all, catalog);
+    }
+    for name in &missed {
+        all.segments.remove(name);
     }
     unite_gaps(&mut all, catalogs.iter().map(|(_, catalog)| catalog));
     let whole = (stored(&all), all.backups.len());
     for (one, catalog) in catalogs {
-        let (segments, backups) = (whole.0 - stored(&catalog), whole.1 - catalog.backups.len());
+        // One that holds what counts as missing may hold more.
+        let (segments, backups) =
+            (whole.0.saturating_sub(stored(&catalog)), whole.1.saturating_sub(catalog.backups.len()));
         if segments > 0 || backups > 0 {
             repository.note(format!(
                 "{} lacks {segments} segment(s) and {backups} backup(s) that others hold",
@@ -118,17 +125,67 @@ fn unite(all: &mut Catalog, other: &Catalog) {
     all.unfinished_backups.retain(|(id, _)| !complete.contains(&**id));
 }
 
-/// Notes every gap that the segments of all together do not close. Where other content stands in the place of
-/// what is missing, recovery may be given that by any repository: the segment does not count as stored.
+/// Finds out, where a ledger says that a segment with a certain content is missing, which repositories hold that
+/// content. Where one does, and every other that holds another one has the record and so delivers nothing, that
+/// content is what is read from now on. Returns the other such segments: they are missing, since recovery may be given
+/// the wrong one.
+async fn judge_contents(
+    repository: &LineageRepository,
+    catalogs: &mut [(&LineageRepository, Catalog)],
+) -> BTreeSet<SegmentName> {
+    let size = repository.lineage.segment_size;
+    let mut wanted: BTreeMap<SegmentName, String> = BTreeMap::new();
+    let gaps: Vec<GapRecord> = catalogs.iter().flat_map(|(_, catalog)| catalog.gaps.clone()).collect();
+    let mut missed = BTreeSet::new();
+    for gap in gaps {
+        let Some(digest) = gap.segment_digest.as_deref().and_then(|digest| digest.get(..32)) else {
+            continue;
+        };
+        let name = SegmentName::containing(gap.timeline, gap.start_lsn, size);
+        let (mut right, mut may_mislead, mut wrong) = (false, false, Vec::new());
+        // Two servers miss two contents under one name: nobody can say which one is right.
+        may_mislead |= wanted.insert(name, digest.to_owned()).is_some_and(|other| other != digest);
+        for (at, (one, catalog)) in catalogs.iter().enumerate() {
+            match one.summarized_here(name).await {
+                Ok(Some(found)) if found.digest.starts_with(digest) => right = true,
+                Ok(None) => {}
+                // What cannot be read is not delivered either; what it was is not known.
+                Err(Error::Corrupt(_)) => wrong.push(at),
+                Ok(Some(_)) => {
+                    may_mislead |= !catalog.gaps.iter().any(|known| known.id == gap.id);
+                    wrong.push(at);
+                }
+                Err(error) => {
+                    one.failed(&error);
+                    may_mislead = true;
+                }
+            }
+        }
+        if !right || may_mislead {
+            missed.insert(name);
+            continue;
+        }
+        repository.note_right(name, digest.to_owned());
+        for at in wrong {
+            // What its index says of the segment is said of the wrong content.
+            catalogs[at].1.rollups.retain(|rollup| !covers(rollup, name));
+        }
+    }
+    missed
+}
+
+/// Returns whether the roll-up tells of a segment.
+fn covers(rollup: &Rollup, name: SegmentName) -> bool {
+    let (size, number) = (rollup.segment_size, name.number(rollup.segment_size));
+    let holds = |run: &Run| (run.first.number(size)..run.first.number(size) + run.segments).contains(&number);
+    rollup.timeline == name.timeline && rollup.runs().iter().any(holds)
+}
+
+/// Notes every gap that the segments of all together do not close.
 fn unite_gaps<'a>(all: &mut Catalog, catalogs: impl Iterator<Item = &'a Catalog>) {
     let size = all.lineage.segment_size;
-    let mut gaps: BTreeMap<String, GapRecord> = BTreeMap::new();
-    for gap in catalogs.flat_map(|catalog| &catalog.gaps) {
-        if gap.segment_digest.is_some() {
-            all.segments.remove(&SegmentName::containing(gap.timeline, gap.start_lsn, size));
-        }
-        gaps.insert(gap.id.clone(), gap.clone());
-    }
+    let gaps = catalogs.flat_map(|catalog| &catalog.gaps).map(|gap| (gap.id.clone(), gap.clone()));
+    let gaps: BTreeMap<String, GapRecord> = gaps.collect();
     all.gaps = gaps.into_values().filter(|gap| !gap.is_covered_by(&all.segments, size)).collect();
     all.gaps.sort_by(|a, b| (a.timeline, a.start_lsn, &a.id).cmp(&(b.timeline, b.start_lsn, &b.id)));
 }

@@ -1,7 +1,7 @@
 //! Several repositories of one lineage, read as one: what is missing, damaged or not to be had in the first is
 //! taken from another. Only reading knows of this; what is written is written to one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -21,6 +21,8 @@ pub(super) struct Others {
     notes: Arc<Mutex<BTreeSet<String>>>,
     /// The configured repositories that could not be read at all.
     unreadable: Arc<Mutex<Vec<String>>>,
+    /// Of segments that a repository holds with other content than the one that is right, the digest of that.
+    right: Arc<Mutex<BTreeMap<SegmentName, String>>>,
     /// Whether a call to this very repository ended in an outage: it is asked last then.
     down: Arc<AtomicBool>,
 }
@@ -66,6 +68,26 @@ impl LineageRepository {
     pub fn failed(&self, error: &Error) {
         if matches!(error, Error::Unavailable(_)) {
             self.others.down.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Notes which content of a segment counts: the beginning of its digest in hex. Repositories with another one
+    /// are passed over for this segment.
+    pub(super) fn note_right(&self, name: SegmentName, digest: String) {
+        self.others.right.lock().unwrap_or_else(PoisonError::into_inner).insert(name, digest);
+    }
+
+    /// Fails for content of a segment that is known to be the wrong one.
+    ///
+    /// # Errors
+    /// [`Error::Missing`]: the right one is not there.
+    pub(super) fn check_right(&self, name: SegmentName, digest: &str, one: &Self) -> Result<()> {
+        let right = self.others.right.lock().unwrap_or_else(PoisonError::into_inner);
+        match right.get(&name) {
+            Some(right) if !digest.starts_with(&**right) => {
+                Err(Error::missing(format!("{} holds {name} with other content", one.location())))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -102,8 +102,13 @@ impl LineageRepository {
     /// Returns a WAL file's original content, checked; `None` when it is not there. For whole
     /// segments up to 1 GiB this is as much memory as the segment is long.
     pub async fn wal_file_bytes(&self, name: WalFileName) -> Result<Option<Vec<u8>>> {
-        let read =
-            |one: Self| async move { Ok(one.get(name, || Ok(ToMemory)).await?.map(|(_, bytes)| bytes)) };
+        let read = |one: Self| async move {
+            let Some((head, bytes)) = one.get(name, || Ok(ToMemory)).await? else { return Ok(None) };
+            if let WalFileName::Segment(name) = name {
+                self.check_right(name, &head.envelope.digest.to_string(), &one)?;
+            }
+            Ok(Some(bytes))
+        };
         self.ask_each(name.to_string(), read).await
     }
 
@@ -126,11 +131,15 @@ impl LineageRepository {
     /// # Errors
     /// [`Error::Corrupt`] when no readable copy of the summary is stored.
     pub async fn summarized(&self, name: SegmentName) -> Result<Option<Summarized>> {
-        let read = |one: Self| async move { one.summarized_here(name).await };
+        let read = |one: Self| async move {
+            let found = one.summarized_here(name).await?;
+            found.iter().try_for_each(|found| self.check_right(name, &found.digest, &one))?;
+            Ok(found)
+        };
         self.ask_each(format!("the summary of segment {name}"), read).await
     }
 
-    async fn summarized_here(&self, name: SegmentName) -> Result<Option<Summarized>> {
+    pub(super) async fn summarized_here(&self, name: SegmentName) -> Result<Option<Summarized>> {
         let key = self.layout.segment(name)?;
         let expected = Expected { name: WalFileName::Segment(name), kind: ObjectKind::Segment };
         let Some(head) = self.read_head(&key, expected).await? else { return Ok(None) };
