@@ -8,14 +8,17 @@ use chrono::{DateTime, TimeDelta, TimeZone as _, Utc};
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
-use walship::pg::{SegmentName, SegmentSize, TimelineId};
+use walship::archive::push::{PushOptions, push_file};
+use walship::pg::{SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use walship::repository::index::complete::{Options, Report, Task, complete};
-use walship::repository::index::write::extend;
+use walship::repository::index::write::{extend, extend_left};
 use walship::repository::testing::{made_up_object, made_up_summary};
 use walship::repository::{LineageRepository, Repository, load_catalog, load_catalog_from_listings};
 use walship::storage::ObjectKey;
+use walship::storage::faulty::{Call, Fault, FaultyStorage};
 use walship::storage::memory::MemoryStorage;
 use walship::wal::rollup::Place;
+use walship::wal::testing::WalBuilder;
 
 const SEGMENTS: u64 = 600;
 const FIRST: u64 = 200;
@@ -204,6 +207,162 @@ async fn a_catalog_from_the_index_is_that_from_listings_whatever_is_missing() {
     assert_eq!(loads_alike(&lineage).await, (0, SEGMENTS as usize));
     run(&lineage, Task::Rebuild).await;
     assert_eq!(loads_alike(&lineage).await.0, 1);
+}
+
+/// Stores a segment of timeline 1 or 2 without looking at the index.
+async fn store(lineage: &LineageRepository, timeline: u32, number: u64) {
+    let segment =
+        SegmentName::from_number(TimelineId::new(timeline).unwrap(), number, SegmentSize::DEFAULT).unwrap();
+    let times = [time(number), time(number) + TimeDelta::seconds(30)];
+    let summary = made_up_summary(lineage.lineage(), segment, 2 * number as u32, times);
+    lineage.put_wal_file(&made_up_object(&summary).unwrap()).await.unwrap();
+}
+
+/// Returns how many segments of timeline 1 no roll-up that is read tells of.
+async fn not_rolled_up(lineage: &LineageRepository) -> u64 {
+    loads_alike(lineage).await;
+    let catalog = load_catalog(lineage).await.unwrap();
+    let rollups = catalog.rollups.iter().filter(|rollup| rollup.timeline == TimelineId::FIRST);
+    // None of them tells of what another one does where segments came in order.
+    let told: u64 = rollups.map(walship::wal::rollup::Rollup::segments).sum();
+    catalog.segments.count(TimelineId::FIRST, 0, u64::MAX) - told
+}
+
+#[tokio::test]
+async fn a_timeline_that_was_left_is_rolled_up_to_its_end() {
+    // The last segment before the fork: in a log, the last of one, the first of one, and soon after a boundary.
+    for end in [440, 511, 512, 513, 520] {
+        let (lineage, _) = lineage().await;
+        for number in FIRST..=end {
+            archive(&lineage, number).await;
+        }
+        let before = not_rolled_up(&lineage).await;
+        assert!((1..=16).contains(&before), "{end}: {before}");
+        let size = SegmentSize::DEFAULT;
+        let fork = walship::pg::Lsn(name(end).end(size).0 + if end == 512 { 0 } else { 4096 });
+        let second = TimelineId::new(2).unwrap();
+        let history = TimelineHistory::parse(second, &format!("1\t{fork}\tpromoted\n")).unwrap();
+        extend_left(&lineage, &history).await.unwrap();
+        assert_eq!(not_rolled_up(&lineage).await, 0, "{end}");
+        let report = run(&lineage, Task::Verify).await;
+        assert_eq!(report.wrong, [], "{end}");
+        // Again is nothing new, and late WAL of the parent is seen, before and after the next look.
+        let rollups = lineage.rollups(TimelineId::FIRST, 1, 0, u64::MAX).await.unwrap().len();
+        extend_left(&lineage, &history).await.unwrap();
+        assert_eq!(lineage.rollups(TimelineId::FIRST, 1, 0, u64::MAX).await.unwrap().len(), rollups);
+        store(&lineage, 1, end + 1).await;
+        assert_eq!(not_rolled_up(&lineage).await, 1, "{end}");
+        extend_left(&lineage, &history).await.unwrap();
+        assert_eq!(not_rolled_up(&lineage).await, 0, "{end}");
+    }
+}
+
+#[tokio::test]
+async fn segments_that_come_after_their_timeline_was_left_are_read_and_rolled_up() {
+    let (lineage, _) = lineage().await;
+    let late = [425, 438, 440];
+    for number in (FIRST..=440).filter(|number| !late.contains(number)) {
+        archive(&lineage, number).await;
+    }
+    let fork = walship::pg::Lsn(name(441).start(SegmentSize::DEFAULT).0 + 4096);
+    let second = TimelineId::new(2).unwrap();
+    let history = TimelineHistory::parse(second, &format!("1\t{fork}\tpromoted\n")).unwrap();
+    extend_left(&lineage, &history).await.unwrap();
+    assert_eq!(not_rolled_up(&lineage).await, 0);
+    for number in late {
+        store(&lineage, 1, number).await;
+        loads_alike(&lineage).await;
+    }
+    assert_eq!(not_rolled_up(&lineage).await, 3, "late segments are stored, and told of by nobody");
+    extend_left(&lineage, &history).await.unwrap();
+    assert_eq!(not_rolled_up(&lineage).await, 0);
+    assert_eq!(run(&lineage, Task::Verify).await.wrong, []);
+}
+
+#[tokio::test]
+async fn a_timeline_that_went_on_behind_the_fork_is_rolled_up_to_where_it_ends_now() {
+    let (lineage, _) = lineage().await;
+    for number in 1..=1500 {
+        archive(&lineage, number).await;
+    }
+    assert!(not_rolled_up(&lineage).await > 0);
+    // Somebody recovered to a moment long ago, and archives that too.
+    let fork = walship::pg::Lsn(name(40).start(SegmentSize::DEFAULT).0 + 4096);
+    let history =
+        TimelineHistory::parse(TimelineId::new(2).unwrap(), &format!("1\t{fork}\trecovered\n")).unwrap();
+    extend_left(&lineage, &history).await.unwrap();
+    assert_eq!(not_rolled_up(&lineage).await, 0);
+    assert_eq!(run(&lineage, Task::Verify).await.wrong, []);
+}
+
+/// A push of a file of timeline 2 that waits for the store until the end of timeline 1 is rolled up.
+async fn push_beside(name: &str, bytes: Vec<u8>) {
+    let memory = MemoryStorage::new();
+    let faulty = FaultyStorage::new(Arc::new(memory.clone()));
+    let repository = Repository::create(Arc::new(faulty.clone()), Utc::now()).await.unwrap();
+    let cluster = repository.create_cluster(&"main".parse().unwrap(), Utc::now()).await.unwrap();
+    let lineage = cluster.register_lineage(7, SegmentSize::MIN, 17, Utc::now()).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let options =
+        PushOptions { compression: Default::default(), lineage: None, spool_dir: folder.path().to_owned() };
+    let mut wal = WalBuilder::new(17, SegmentSize::MIN, 7);
+    for at in 0..5u32 {
+        wal.commit(700 + at, 1);
+        wal.switch();
+    }
+    let write = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    };
+    let clusters = [cluster];
+    for (name, bytes) in wal.segments() {
+        push_file(&clusters, &write(&name.to_string(), &bytes), &options).await.unwrap();
+    }
+    let rolled_up = async || {
+        let stored = lineage.rollups(TimelineId::FIRST, 1, 0, u64::MAX).await.unwrap();
+        stored.last().is_some_and(|fullest| fullest.segments() == 5)
+    };
+    let history = write("00000002.history", b"1\t0/640000\tpromoted\n");
+    if name != "00000002.history" {
+        // Too fast for the index to be extended beside it.
+        push_file(&clusters, &history, &options).await.unwrap();
+        for key in memory.keys().into_iter().filter(|key| key.contains("/index/")) {
+            memory.remove(&ObjectKey::new(key).unwrap());
+        }
+    }
+    assert!(!rolled_up().await);
+    let pushed = name.to_owned();
+    faulty.set(move |call, key| (call == Call::Put && key.contains(&pushed)).then_some(Fault::Never));
+    let path = write(name, &bytes);
+    let push = tokio::spawn(async move { push_file(&clusters, &path, &options).await });
+    tokio::time::timeout(std::time::Duration::from_secs(60), async {
+        while !rolled_up().await {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("the index is extended while the file is put");
+    assert!(!push.is_finished(), "the push waits for the file");
+    push.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_history_of_a_new_timeline_rolls_up_the_end_of_the_one_that_was_left() {
+    push_beside("00000002.history", b"1\t0/640000\tpromoted\n".to_vec()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_segment_of_a_new_timeline_rolls_up_the_end_of_the_one_that_was_left() {
+    // Its first page is the parent's.
+    let mut wal = WalBuilder::new(17, SegmentSize::MIN, 7).starting_at(6);
+    wal.commit(710, 2);
+    wal.filler(16 << 10);
+    wal.set_timeline(TimelineId::new(2).unwrap());
+    wal.filler(16 << 10);
+    wal.switch();
+    let (name, bytes) = wal.segments().remove(0);
+    push_beside(&name.to_string(), bytes).await;
 }
 
 #[tokio::test]

@@ -76,6 +76,8 @@ pub struct EncodedFile {
     body: EncodedBody,
     /// For segments and `.partial` files.
     scan: Option<SegmentScan>,
+    /// For history files.
+    history: Option<TimelineHistory>,
     _spooled: Option<TempPath>,
 }
 
@@ -185,9 +187,10 @@ fn encode_bytes(
         let encoded = encode_body(source, plain_bytes, options.compression, &mut sink, &mut observe)?;
         (encoded, EncodedBody::Memory(Bytes::from(sink)), None)
     };
-    if let WalFileName::History(timeline) = name {
-        check_history(timeline, &text)?;
-    }
+    let history = match name {
+        WalFileName::History(timeline) => Some(check_history(timeline, &text)?),
+        _ => None,
+    };
     let scan = scanner.map(SegmentScanner::finish);
     if let Some(SegmentScan { verdict: Verdict::Mismatch { what }, .. }) = &scan {
         return Err(Error::mismatch(format!("it is not the WAL that its name says: {what}"))
@@ -204,6 +207,7 @@ fn encode_bytes(
         compression: options.compression,
         body,
         scan,
+        history,
         _spooled: spooled,
     })
 }
@@ -255,14 +259,14 @@ fn check_reads_the_same(file: &mut File, plain_bytes: u64, digest: Digest) -> Re
         ))
 }
 
-fn check_history(timeline: TimelineId, text: &[u8]) -> Result<()> {
+fn check_history(timeline: TimelineId, text: &[u8]) -> Result<TimelineHistory> {
     let text = std::str::from_utf8(text).map_err(|_| Error::mismatch("it is not text"))?;
     let history =
         TimelineHistory::parse(timeline, text).map_err(|error| Error::mismatch(error.to_string()))?;
     if history.ancestors.is_empty() {
         return Err(Error::mismatch(format!("it names no ancestor of timeline {timeline}")));
     }
-    Ok(())
+    Ok(history)
 }
 
 /// The first segment of a timeline carries its parent's pages: those of an ancestor, where the history
@@ -374,24 +378,36 @@ async fn put_in(lineage: &LineageRepository, file: &EncodedFile) -> Result<(Stri
     if let Some(scan) = &file.scan {
         check_stored_ancestry(lineage, scan).await?;
     }
-    let _index = match file.name {
-        WalFileName::Segment(name) => Some(IndexBeside::start(lineage, name)),
-        _ => None,
-    };
+    let _index = IndexBeside::start(lineage, file);
     Ok((lineage.location(), lineage.put_wal_file(&object).await?))
 }
 
-/// Extends the index by what was archived before a segment, while that segment is being put, and no longer:
-/// a push is neither delayed nor failed by what is only a cache.
+/// Extends the index by what was archived before a file, while that file is being put, and no longer: a push is
+/// neither delayed nor failed by what is only a cache.
 struct IndexBeside(tokio::task::JoinHandle<()>);
 
 impl IndexBeside {
-    fn start(lineage: &LineageRepository, arriving: SegmentName) -> Self {
+    /// Returns `None` for a file that has nothing to do with the index.
+    fn start(lineage: &LineageRepository, file: &EncodedFile) -> Option<Self> {
         let lineage = lineage.clone();
-        Self(tokio::spawn(async move {
-            if let Err(error) = index::write::extend(&lineage, arriving).await {
+        let log = |extended: Result<()>| {
+            if let Err(error) = extended {
                 tracing::debug!(%error, "the index was not extended");
             }
+        };
+        Some(Self(match (file.name, &file.scan, &file.history) {
+            (WalFileName::Segment(name), Some(scan), _) => {
+                let is_first = scan.summary.first_page_timeline != name.timeline;
+                tokio::spawn(async move {
+                    log(index::write::extend(&lineage, name).await);
+                    log(index::write::extend_parent(&lineage, name, is_first).await);
+                })
+            }
+            (WalFileName::History(_), _, Some(history)) => {
+                let history = history.clone();
+                tokio::spawn(async move { log(index::write::extend_left(&lineage, &history).await) })
+            }
+            _ => return None,
         }))
     }
 }

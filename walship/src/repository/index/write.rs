@@ -6,8 +6,9 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 
 use super::{Known, StoredRollup};
 use crate::error::{Error, Result};
-use crate::pg::SegmentName;
+use crate::pg::{SegmentName, TimelineHistory, TimelineId};
 use crate::repository::LineageRepository;
+use crate::repository::load_segments::{Using, load_segments};
 use crate::storage::PutOutcome;
 use crate::wal::rollup::build::{Part, build};
 use crate::wal::rollup::{FANOUT, LEVEL_MAX, Place, Rollup, span};
@@ -20,6 +21,12 @@ pub const WRITE_EVERY: u64 = 16;
 
 /// How many pushes after such a boundary try to write: one that is slower than its push is dropped.
 const ATTEMPTS: u64 = 2;
+
+/// For so many segments behind a fork, each boundary looks at the end of the timeline that was left.
+const NEAR_FORK: u64 = 2 * WRITE_EVERY;
+
+/// How many segments around a fork are listed to find where the timeline that was left ends.
+const LISTED_AT_FORK: u64 = 3 * FANOUT;
 
 /// Extends the index by what was archived before `arriving`, where that is due.
 ///
@@ -45,6 +52,64 @@ pub async fn extend(repository: &LineageRepository, arriving: SegmentName) -> Re
         (Some(end), Some(last)) => extend_to(repository, last, end, end).await,
         _ => Ok(()),
     }
+}
+
+/// Extends the index by the end of the timeline that `arriving`'s left, where that is due: for the first segment
+/// of a timeline (as its pages tell), and at the next boundaries, since that push may have been done first.
+///
+/// # Errors
+/// As [`extend`].
+pub async fn extend_parent(
+    repository: &LineageRepository,
+    arriving: SegmentName,
+    is_first: bool,
+) -> Result<()> {
+    let size = repository.lineage.segment_size;
+    let number = arriving.number(size);
+    if arriving.timeline == TimelineId::FIRST || !(is_first || number % WRITE_EVERY < ATTEMPTS) {
+        return Ok(());
+    }
+    let Some(history) = repository.history(arriving.timeline).await? else { return Ok(()) };
+    match history.begin_lsn() {
+        Some(fork) if number.saturating_sub(fork.0 / size.bytes()) <= NEAR_FORK => {
+            extend_left(repository, &history).await
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Extends the index by what is stored of the end of the timeline that this one left: as no segment arrives behind
+/// it any more, no other push would. What arrives late after all is not covered, and read as before.
+///
+/// # Errors
+/// As [`extend`].
+pub async fn extend_left(repository: &LineageRepository, history: &TimelineHistory) -> Result<()> {
+    let size = repository.lineage.segment_size;
+    let Some(left) = history.ancestors.last() else { return Ok(()) };
+    // At a boundary the last segment is the one before.
+    let from = (left.switch_lsn.0 / size.bytes()).saturating_sub(1) / FANOUT * FANOUT;
+    let until = from + LISTED_AT_FORK;
+    let near = repository.segments_between(left.timeline, from, until).await?;
+    let last = match near.last() {
+        // After a failover it ends at the fork.
+        Some((last, _)) if last.number(size) + 1 < until => Some(*last),
+        // It went on after a recovery to some moment before its end, or nothing of it is stored here.
+        _ => {
+            let found = load_segments(repository, left.timeline, Using::Index).await?;
+            found.segments.last_of_timeline(left.timeline)
+        }
+    };
+    let Some(last) = last else { return Ok(()) };
+    let end = last.number(size) + 1;
+    let log = (end - 1) / FANOUT * FANOUT;
+    // Of the log before, some may have been on their way when this one began.
+    if end - log <= WRITE_EVERY
+        && let Some(before) = log.checked_sub(1)
+        && let Some(before) = SegmentName::from_number(left.timeline, before, size)
+    {
+        extend_to(repository, before, log, log).await?;
+    }
+    extend_to(repository, last, end, end).await
 }
 
 /// Extends the roll-ups that tell of `last`, the segment before `number`, by what is stored below `until`.
