@@ -48,6 +48,7 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod random;
+pub mod requests;
 pub mod s3_inprocess;
 pub mod stage;
 pub mod wait;

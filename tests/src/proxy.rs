@@ -9,6 +9,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
 
+use crate::requests::{RequestReader, Requests};
+
 /// What the proxy does to connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -35,6 +37,7 @@ pub struct Proxy {
     address: SocketAddr,
     mode: watch::Sender<Mode>,
     target: Arc<Mutex<SocketAddr>>,
+    requests: Arc<Mutex<Requests>>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -52,6 +55,8 @@ impl Proxy {
         let (stop, stopped) = oneshot::channel::<()>();
         let target = Arc::new(Mutex::new(target));
         let ahead = Arc::clone(&target);
+        let requests = Arc::<Mutex<Requests>>::default();
+        let counted = Arc::clone(&requests);
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -60,12 +65,12 @@ impl Proxy {
             runtime.block_on(async move {
                 let listener = TcpListener::from_std(listener).expect("the listener can be used");
                 tokio::select! {
-                    () = accept(listener, ahead, seen) => {}
+                    () = accept(listener, ahead, seen, counted) => {}
                     _ = stopped => {}
                 }
             });
         });
-        Self { address, mode, target, stop: Some(stop), thread: Some(thread) }
+        Self { address, mode, target, requests, stop: Some(stop), thread: Some(thread) }
     }
 
     /// Returns the address to connect to.
@@ -76,6 +81,11 @@ impl Proxy {
     /// Returns the URL of an HTTP server behind it.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// Returns how many requests of S3 clients went through it since it started.
+    pub fn requests(&self) -> Requests {
+        *self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Misbehaves like this from now on, open connections included.
@@ -100,11 +110,16 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, target: Arc<Mutex<SocketAddr>>, mode: watch::Receiver<Mode>) {
+async fn accept(
+    listener: TcpListener,
+    target: Arc<Mutex<SocketAddr>>,
+    mode: watch::Receiver<Mode>,
+    requests: Arc<Mutex<Requests>>,
+) {
     loop {
         let Ok((client, _)) = listener.accept().await else { continue };
         let target = *target.lock().unwrap_or_else(PoisonError::into_inner);
-        tokio::spawn(connection(client, target, mode.clone()));
+        tokio::spawn(connection(client, target, mode.clone(), requests.clone()));
     }
 }
 
@@ -115,7 +130,12 @@ enum Way {
     Down,
 }
 
-async fn connection(client: TcpStream, target: SocketAddr, mode: watch::Receiver<Mode>) {
+async fn connection(
+    client: TcpStream,
+    target: SocketAddr,
+    mode: watch::Receiver<Mode>,
+    requests: Arc<Mutex<Requests>>,
+) {
     if *mode.borrow() == Mode::Refuse {
         return reset(&client);
     }
@@ -123,9 +143,13 @@ async fn connection(client: TcpStream, target: SocketAddr, mode: watch::Receiver
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
+    let mut reader = RequestReader::default();
+    let count = |bytes: &[u8]| {
+        reader.pass(bytes, &mut requests.lock().unwrap_or_else(PoisonError::into_inner));
+    };
     let ended = tokio::select! {
-        ended = pump(&mut from_client, &mut to_server, Way::Up, mode.clone()) => ended,
-        ended = pump(&mut from_server, &mut to_client, Way::Down, mode.clone()) => ended,
+        ended = pump(&mut from_client, &mut to_server, Way::Up, mode.clone(), count) => ended,
+        ended = pump(&mut from_server, &mut to_client, Way::Down, mode.clone(), |_| ()) => ended,
         () = refused(mode.clone()) => Ended::Reset,
     };
     if ended == Ended::Reset
@@ -158,6 +182,7 @@ async fn pump(
     to: &mut (impl tokio::io::AsyncWrite + Unpin),
     way: Way,
     mut mode: watch::Receiver<Mode>,
+    mut passing: impl FnMut(&[u8]),
 ) -> Ended {
     let mut buffer = vec![0; 16 << 10];
     let mut carried = 0_u64;
@@ -191,6 +216,7 @@ async fn pump(
             }
             _ => {}
         }
+        passing(&buffer[..passed]);
         if to.write_all(&buffer[..passed]).await.is_err() {
             return Ended::Closed;
         }

@@ -6,13 +6,14 @@ use walship_benches::{measure, scale, streaming};
 /// A table's title and what makes it.
 type Table = (&'static str, fn(Effort) -> String);
 
-const TABLES: [Table; 10] = [
+const TABLES: [Table; 11] = [
     ("Record decoding", tables::decoding),
     ("Codecs", tables::codecs),
     ("Segment objects", tables::encoding),
     ("One segment, whole processes", tables::processes),
     ("Base backup and restore", tables::backups),
     ("Ten million segments", |_| scale::table()),
+    ("A hundred thousand objects on S3", |_| scale::stored_table()),
     ("Streaming: age of the newest durable commit", streaming::ages),
     ("Streaming: synchronous commits", streaming::commits),
     ("Streaming: a slow store", streaming::slow_stores),

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use walship::archive::push::{PushOptions, push_file};
 use walship::catalog::{BackupObject, BackupRecord};
-use walship::codec::{Compression, Digest, EncodedBody};
+use walship::codec::{Compression, Digest, EncodedBody, EncodedObject};
 use walship::pg::{Lsn, TimelineId};
 use walship::repository::{BackupStarted, Repository, index, new_backup_id};
 use walship::storage::memory::MemoryStorage;
@@ -16,7 +16,7 @@ use walship::wal::rollup::{LEVEL_MAX, Place, Rollup, span};
 use walship::wal::testing::INITDB_LIMITS;
 use walship::{Error, Result};
 
-use super::world::{self, Node, SIZE, STORED_BYTES, Shape, World, made_up, name};
+use super::world::{self, Node, STORED_BYTES, Shape, World, made_up};
 
 const PAGE: usize = 1000;
 
@@ -54,6 +54,8 @@ struct Real {
     /// What cannot be read.
     damaged: Option<(u8, u64)>,
     digests: HashMap<Thing, String>,
+    /// How long segments' objects are that were made once and not kept.
+    lengths: HashMap<Thing, u64>,
     objects: HashMap<Thing, Bytes>,
 }
 
@@ -80,6 +82,44 @@ impl GeneratedStore {
     /// Returns whether something was asked for whose digest was made up; from now on it has its own.
     pub(super) fn took_wishes(&self) -> bool {
         std::mem::take(&mut self.real().wishes)
+    }
+
+    pub(super) fn shape(&self) -> Shape {
+        self.world.shape
+    }
+
+    /// Returns a segment's key and object, which has its own digest from now on and is not kept.
+    pub(super) fn make_segment(&self, timeline: TimelineId, number: u64) -> (ObjectKey, Bytes) {
+        let object = self.world.object(timeline, number);
+        let thing = Thing::Segment(timeline, number);
+        let digest = object.envelope.digest.to_string();
+        let bytes = joined(&object);
+        let mut real = self.real();
+        real.things.insert(thing);
+        real.digests.insert(thing, digest);
+        real.lengths.insert(thing, bytes.len() as u64);
+        let key = ObjectKey::new(self.segment_key(timeline, number)).expect("a sound key");
+        (key, bytes)
+    }
+
+    /// Gives every roll-up a digest of its own; for when every segment has.
+    pub(super) fn make_rollups(&self) {
+        let shape = self.world.shape;
+        for timeline in super::timelines(shape) {
+            let (first, end) = shape.range(timeline);
+            for level in 1..=LEVEL_MAX {
+                for at in first / span(level)..end.div_ceil(span(level)) {
+                    let place = Place { timeline, level, first: at * span(level) };
+                    let versions = self.world.versions(place).into_iter();
+                    self.real().things.extend(versions.map(|count| Thing::Rollup(place, count)));
+                }
+            }
+        }
+    }
+
+    /// Forgets what was made of objects: they are made again when they are asked for.
+    pub(super) fn forget_objects(&self) {
+        self.real().objects.clear();
     }
 
     fn real(&self) -> std::sync::MutexGuard<'_, Real> {
@@ -109,14 +149,14 @@ impl GeneratedStore {
     /// Returns a roll-up with the digests that its children have.
     fn rollup(&self, node: Node) -> Rollup {
         let mut rollup = (*self.world.node(node)).clone();
-        let timeline = node.0.timeline;
+        let (timeline, size) = (node.0.timeline, self.world.shape.size);
         for entry in &mut rollup.entries {
             let Some(run) = entry.runs.first() else { continue };
-            let first = run.first.number(SIZE);
+            let first = run.first.number(size);
             let child = match node.0.level {
                 1 => Thing::Segment(timeline, first),
                 level => {
-                    let below = Place::of(run.first, SIZE, level - 1);
+                    let below = Place::of(run.first, size, level - 1);
                     let count = self.world.version_of(below, entry.segments());
                     Thing::Rollup(below, count.expect("what a roll-up names was written"))
                 }
@@ -160,11 +200,7 @@ impl GeneratedStore {
             return Ok(Bytes::from_static(b"not what it was"));
         }
         let bytes: Bytes = match thing {
-            Thing::Segment(timeline, number) => {
-                let object = self.world.object(timeline, number);
-                let EncodedBody::Memory(body) = &object.body else { unreachable!("it is short") };
-                [&*object.head, body].concat().into()
-            }
+            Thing::Segment(timeline, number) => joined(&self.world.object(timeline, number)),
             Thing::Rollup(place, count) => {
                 zstd::encode_all(&*json(&self.rollup((place, count))), 3).expect("memory").into()
             }
@@ -173,15 +209,15 @@ impl GeneratedStore {
         Ok(bytes)
     }
 
-    fn segment_key(timeline: TimelineId, number: u64) -> String {
-        let name = name(timeline, number);
+    fn segment_key(&self, timeline: TimelineId, number: u64) -> String {
+        let name = self.world.shape.name(timeline, number);
         format!("main/0001/wal/{}/{:08X}/{name}.wal", timeline.hex(), name.log)
     }
 
     fn rollup_key(&self, place: Place, count: u64) -> String {
         let digest = self.digest(Thing::Rollup(place, count));
         let (timeline, level) = (place.timeline.hex(), place.level);
-        let start = place.start_lsn(SIZE).0;
+        let start = place.start_lsn(self.world.shape.size).0;
         let covered = self.world.covered((place, count));
         format!("main/0001/index/{timeline}/{level}/{start:016X}-{covered:010X}-{}.json.zst", &digest[..32])
     }
@@ -193,14 +229,14 @@ impl GeneratedStore {
             let segment: walship::pg::SegmentName =
                 rest.rsplit('/').next()?.strip_suffix(".wal")?.parse().ok()?;
             let (first, end) = self.world.shape.range(segment.timeline);
-            let number = segment.number(SIZE);
+            let number = segment.number(self.world.shape.size);
             return (first..end).contains(&number).then_some(Thing::Segment(segment.timeline, number));
         }
         let mut parts = rest.strip_prefix("index/")?.split('/');
         let timeline = TimelineId::new(u32::from_str_radix(parts.next()?, 16).ok()?)?;
         let level = parts.next()?.parse().ok()?;
         let mut words = parts.next()?.split('-');
-        let first = u64::from_str_radix(words.next()?, 16).ok()? / SIZE.bytes();
+        let first = u64::from_str_radix(words.next()?, 16).ok()? / self.world.shape.size.bytes();
         let count = u64::from_str_radix(words.next()?, 16).ok()?;
         let place = Place { timeline, level, first };
         Some(Thing::Rollup(place, self.world.version_of(place, count)?))
@@ -212,22 +248,22 @@ impl GeneratedStore {
         let (mut low, mut high) = (first, end);
         while low < high {
             let middle = low + (high - low) / 2;
-            if Self::segment_key(timeline, middle).as_str() > after {
-                high = middle
-            } else {
-                low = middle + 1
-            }
+            if self.segment_key(timeline, middle).as_str() > after { high = middle } else { low = middle + 1 }
         }
         let page = low..end.min(low + PAGE as u64 + 1);
-        let listed = |number| meta(Self::segment_key(timeline, number), self.stored_bytes(timeline, number));
+        let listed = |number| meta(self.segment_key(timeline, number), self.stored_bytes(timeline, number));
         page.map(listed).collect()
     }
 
     /// Returns how long a segment's object is, or is said to be while nobody looks at it.
     fn stored_bytes(&self, timeline: TimelineId, number: u64) -> u64 {
         let thing = Thing::Segment(timeline, number);
-        if !self.real().things.contains(&thing) {
-            return STORED_BYTES;
+        let (known, is_real) = {
+            let real = self.real();
+            (real.lengths.get(&thing).copied(), real.things.contains(&thing))
+        };
+        if known.is_some() || !is_real {
+            return known.unwrap_or(STORED_BYTES);
         }
         self.object(thing).map_or(STORED_BYTES, |bytes| bytes.len() as u64)
     }
@@ -237,7 +273,7 @@ impl GeneratedStore {
         let places = first / span(level)..end.div_ceil(span(level));
         let place = |at: u64| Place { timeline, level, first: at * span(level) };
         let prefix = |at: u64| {
-            let start = place(at).start_lsn(SIZE).0;
+            let start = place(at).start_lsn(self.world.shape.size).0;
             format!("main/0001/index/{}/{level}/{start:016X}~", timeline.hex())
         };
         let (mut low, mut high) = (places.start, places.end);
@@ -265,6 +301,11 @@ fn meta(key: String, bytes: u64) -> ObjectMeta {
     ObjectMeta { key: ObjectKey::new(key).expect("a sound key"), bytes }
 }
 
+fn joined(object: &EncodedObject) -> Bytes {
+    let EncodedBody::Memory(body) = &object.body else { unreachable!("it is short") };
+    [&*object.head, body].concat().into()
+}
+
 fn json(rollup: &Rollup) -> Vec<u8> {
     serde_json::to_vec(rollup).expect("plain data")
 }
@@ -274,7 +315,7 @@ async fn fill(rest: &MemoryStorage, shape: Shape) -> Result<()> {
     let now = shape.commit_time(1);
     let repository = Repository::create(Arc::new(rest.clone()), now).await?;
     let cluster = repository.create_cluster(&"main".parse()?, now).await?;
-    let lineage = cluster.register_lineage(world::SYSTEM, SIZE, 17, now).await?;
+    let lineage = cluster.register_lineage(world::SYSTEM, shape.size, 17, now).await?;
     let folder = tempfile::tempdir().expect("a folder");
     let options = PushOptions {
         compression: Compression::default(),
@@ -283,7 +324,7 @@ async fn fill(rest: &MemoryStorage, shape: Shape) -> Result<()> {
     };
     let mut history = String::new();
     for (number, first, _) in &shape.timelines[1..] {
-        history.push_str(&format!("{}\t{}\tpromoted\n", number - 1, Lsn(first * SIZE.bytes())));
+        history.push_str(&format!("{}\t{}\tpromoted\n", number - 1, Lsn(first * shape.size.bytes())));
         let path = folder.path().join(format!("{number:08X}.history"));
         std::fs::write(&path, &history).expect("a small file");
         push_file(std::slice::from_ref(&cluster), &path, &options).await?;
@@ -298,7 +339,7 @@ async fn fill(rest: &MemoryStorage, shape: Shape) -> Result<()> {
         let timeline = timeline.expect("every segment has a timeline");
         let started = shape.commit_time(number);
         let id = new_backup_id(started, number);
-        let start_lsn = Lsn(number * SIZE.bytes() + 40);
+        let start_lsn = Lsn(number * shape.size.bytes() + 40);
         lineage
             .put_backup_started(&BackupStarted {
                 format: 1,
@@ -310,7 +351,8 @@ async fn fill(rest: &MemoryStorage, shape: Shape) -> Result<()> {
                 started,
             })
             .await?;
-        lineage.put_backup_record(&record(id, timeline, start_lsn, started)).await?;
+        let stop_lsn = Lsn(start_lsn.0 + 2 * shape.size.bytes());
+        lineage.put_backup_record(&record(id, timeline, (start_lsn, stop_lsn), started)).await?;
         // As the backups themselves do; the last eight are not in the list.
         if at % 16 == 15 {
             index::backups::extend_list(&lineage).await?;
@@ -322,7 +364,7 @@ async fn fill(rest: &MemoryStorage, shape: Shape) -> Result<()> {
 fn record(
     id: String,
     timeline: TimelineId,
-    start_lsn: Lsn,
+    (start_lsn, stop_lsn): (Lsn, Lsn),
     started: chrono::DateTime<chrono::Utc>,
 ) -> BackupRecord {
     // A terabyte in objects of a quarter of a gigabyte would have four thousand; forty stand for them.
@@ -341,7 +383,7 @@ fn record(
         timeline,
         start_lsn,
         stop_timeline: timeline,
-        stop_lsn: Lsn(start_lsn.0 + 2 * SIZE.bytes()),
+        stop_lsn,
         started,
         finished: started + chrono::TimeDelta::seconds(9),
         server_version: 170_004,
