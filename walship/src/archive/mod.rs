@@ -16,3 +16,5 @@ pub mod push;
 mod tail;
 
 pub use place::{DataDirectory, own_folder};
+#[cfg(feature = "store")]
+pub use tail::whole_from_parts;

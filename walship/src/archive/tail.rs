@@ -1,10 +1,12 @@
 //! A segment that was never stored whole, put together from the parts that were shipped while it was open.
 
+use std::io::{Seek as _, SeekFrom};
 use std::path::Path;
 
+use super::push::{EncodedFile, PushOptions, encode_stream};
 use crate::durable::TempFile;
-use crate::error::Result;
-use crate::pg::SegmentName;
+use crate::error::{Error, Result};
+use crate::pg::{SegmentName, WalFileName};
 use crate::repository::LineageRepository;
 use crate::wal::page::PageHeader;
 
@@ -44,4 +46,32 @@ pub(super) async fn longest<'a>(
         }
     }
     Ok(longest)
+}
+
+/// Returns the whole segment, put together from its parts; `None` where parts hold less than all of its WAL.
+///
+/// A segment that ends in a switch record holds no WAL behind that: it is whole although the empty rest was
+/// never shipped.
+///
+/// # Errors
+/// What the repositories and the spool folder say.
+pub async fn whole_from_parts(
+    segment: SegmentName,
+    lineages: &[LineageRepository],
+    options: &PushOptions,
+) -> Result<Option<EncodedFile>> {
+    let target = options.spool_dir.join(segment.to_string());
+    let Some(tail) = longest(segment, lineages, &target).await? else { return Ok(None) };
+    let (temp, size, options) = (tail.temp, tail.lineage.lineage().segment_size, options.clone());
+    let encoding = tokio::task::spawn_blocking(move || {
+        let mut bytes = temp.file();
+        bytes
+            .set_len(size.bytes())
+            .and_then(|()| bytes.seek(SeekFrom::Start(0)))
+            .map_err(|error| Error::from_io(format!("reading {segment}"), error))?;
+        encode_stream(WalFileName::Segment(segment), &mut bytes, size.bytes(), size, &options)
+    });
+    let encoded =
+        encoding.await.map_err(|error| Error::local_io(format!("encoding was broken off: {error}")))??;
+    Ok(Some(encoded).filter(EncodedFile::is_whole))
 }

@@ -12,5 +12,5 @@ mod tail;
 pub use conversation::{Conversation, Rules, Verdict};
 pub use cutter::{Cutter, Piece};
 pub use frontier::Frontier;
-pub use resume::{Known, Start, resume};
+pub use resume::{Known, Start, resume, start_at, younger};
 pub use tail::{Eagerness, Part, TailCutter, TailRules};

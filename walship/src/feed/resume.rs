@@ -52,8 +52,21 @@ pub fn resume(known: &Known<'_>) -> Start {
     start_at(known.path, first, known.size)
 }
 
-/// Returns the start of the segment with this number on the path.
-fn start_at(path: &TimelineHistory, number: u64, size: SegmentSize) -> Start {
+/// Returns the start of the same segment on the next younger timeline of the path that begins inside of it;
+/// `None` when the segment is that of `start` alone from there on.
+///
+/// A server that was restored holds such a segment under the youngest name only; the older timelines' bytes
+/// are the beginning of it.
+pub fn younger(path: &TimelineHistory, start: Start, size: SegmentSize) -> Option<Start> {
+    let switch = path.switch_lsn_of(start.timeline)?;
+    let inside = start.lsn <= switch && switch.0 - start.lsn.0 < size.bytes();
+    let next = path.ancestors.iter().map(|entry| entry.timeline).chain([path.timeline]);
+    let next = next.skip_while(|timeline| *timeline != start.timeline).nth(1)?;
+    inside.then_some(Start { timeline: next, lsn: start.lsn })
+}
+
+/// Returns the start of the segment with this number on the path, on the oldest timeline that it belongs to.
+pub fn start_at(path: &TimelineHistory, number: u64, size: SegmentSize) -> Start {
     let lsn = Lsn(number.saturating_mul(size.bytes()));
     Start { timeline: path.timeline_of(lsn), lsn }
 }
@@ -157,6 +170,22 @@ mod tests {
         ] {
             assert_eq!(at(&path, &names, slot, flushed), (1, expected), "{names:?} {slot:?}");
         }
+    }
+
+    #[test]
+    fn a_segment_with_several_forks_has_several_names() {
+        let path = TimelineHistory::parse(tli(5), "1\t0/1400100\n3\t0/1450000\n4\t0/2000000\n").unwrap();
+        let younger = |timeline, segment| {
+            let start = Start { timeline: tli(timeline), lsn: lsn(segment, 0) };
+            younger(&path, start, SIZE).map(|next| {
+                assert_eq!(next.lsn, start.lsn);
+                next.timeline.get()
+            })
+        };
+        assert_eq!(younger(1, 20), Some(3));
+        assert_eq!(younger(3, 20), Some(4));
+        assert_eq!((younger(4, 20), younger(1, 19), younger(2, 20)), (None, None, None));
+        assert_eq!((younger(4, 31), younger(4, 32), younger(5, 32)), (None, Some(5), None));
     }
 
     #[test]

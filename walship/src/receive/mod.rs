@@ -8,6 +8,7 @@
 //! Source: `src/bin/pg_basebackup/receivelog.c`, `pg_receivewal.c`.
 
 mod prepare;
+mod removed;
 mod segments;
 mod server;
 mod session;
@@ -175,9 +176,15 @@ pub async fn receive(
                 receiver.wait_for_an_upload().await?;
                 continue;
             }
-            Err(error) if may_pass(&error) => error,
-            Err(error) => return Err(error),
+            Err(error) => match receiver.go_on_elsewhere().await {
+                Ok(true) => continue,
+                Ok(false) => error,
+                Err(error) => error,
+            },
         };
+        if !may_pass(&failed) {
+            return Err(failed);
+        }
         if receiver.report.sessions > sessions {
             backoff.restart();
         }
@@ -214,6 +221,8 @@ struct Receiver {
     archive: Option<Archive>,
     report: Report,
     until: Option<Lsn>,
+    /// Whether the last session ended because the server has removed what was asked of it.
+    wal_is_removed: bool,
 }
 
 /// What is known of the lineage once a server was reached.
@@ -226,6 +235,8 @@ struct Archive {
     frontier: Frontier,
     /// The segment to go on with; `None`: to be found out from the repositories.
     next: Option<Start>,
+    /// The path of the server's timeline, once it was asked.
+    path: Option<TimelineHistory>,
     /// Histories that are stored.
     histories: Vec<TimelineHistory>,
     /// The parts that this process has stored of segments that are not stored whole yet: for each part its
@@ -283,7 +294,17 @@ impl Receiver {
             last_error: None,
         };
         let started = Instant::now();
-        Self { server, options, stop, progress, started, archive: None, report, until: None }
+        Self {
+            server,
+            options,
+            stop,
+            progress,
+            started,
+            archive: None,
+            report,
+            until: None,
+            wal_is_removed: false,
+        }
     }
 
     /// Waits until there is room for another segment.

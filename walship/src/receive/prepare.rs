@@ -92,6 +92,7 @@ impl Receiver {
             },
             frontier: Frontier::new(Lsn::INVALID),
             next: None,
+            path: None,
             histories: Vec::new(),
             parts: BTreeMap::new(),
             wholes: BTreeSet::new(),
@@ -215,6 +216,7 @@ impl Receiver {
         identity: &SystemIdentity,
     ) -> Result<Start> {
         let archive = self.archive.as_mut().ok_or_else(no_archive)?;
+        archive.path = Some(path.clone());
         if let Some(next) = archive.next {
             let on_the_path = path.contains(next.timeline)
                 && path.switch_lsn_of(next.timeline).is_none_or(|switch| next.lsn <= switch);

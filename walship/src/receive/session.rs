@@ -10,10 +10,10 @@ use super::{ReceiveEvent, Receiver, stopped};
 use crate::error::{Error, Result};
 use crate::feed::{Conversation, Cutter, Start, TailCutter, Verdict};
 use crate::pg::{Lsn, SegmentName};
+use crate::replication::Connection;
 use crate::replication::stream::{
     NextTimeline, StandbyStatus, StreamMessage, end_streaming, next_streamed, send_status, start_streaming,
 };
-use crate::replication::{Connection, ServerError};
 
 /// Bytes are waited for in a loop that has its own clock: this is only a bound.
 const READ_PATIENCE: Duration = Duration::from_secs(3600);
@@ -52,7 +52,7 @@ impl Receiver {
             self.report.timeline = Some(start.timeline);
             self.report.received_lsn = start.lsn;
             let begun = start_streaming(connection, &self.options.slot, start.timeline, start.lsn).await;
-            let next = match begun.map_err(|error| removed(error, start.lsn))? {
+            let next = match begun.map_err(|error| self.streaming_failed(error, start.lsn))? {
                 Some(next) => next,
                 None => {
                     (self.progress)(ReceiveEvent::Streaming {
@@ -155,7 +155,7 @@ impl Receiver {
                 biased;
                 stored = archive.uploads.next() => self.note(stored?),
                 message = next_streamed(connection, READ_PATIENCE), if !full => {
-                    let message = message.map_err(|error| removed(error, received))?;
+                    let message = message.map_err(|error| self.streaming_failed(error, received))?;
                     if let Some(turn) = self.heard(connection, &mut streaming, message).await? {
                         return Ok(turn);
                     }
@@ -305,18 +305,4 @@ impl Receiver {
         let _ = end_streaming(connection, false).await;
         Ok(Ended::Stopped)
     }
-}
-
-/// Says clearly that the server does not have the WAL any more that is asked of it.
-fn removed(error: Error, from: Lsn) -> Error {
-    let gone = ServerError::of(&error).is_some_and(|said| said.code == "58P01");
-    if !gone {
-        return error;
-    }
-    Error::missing(format!("the server has removed WAL from {from} on, which is not in the repository: {error}"))
-        .with_safe("nothing was skipped; what is stored is unchanged")
-        .with_next(
-            "Push the missing segments from an archive or a standby that has them with `walship wal push`. If they \
-             are lost, no moment behind them can be reached from an older backup: take a new base backup.",
-        )
 }

@@ -5,57 +5,13 @@ use std::time::{Duration, Instant};
 
 use walship::pg::Lsn;
 use walship_tests::postgres::{StopMode, primary_major};
-use walship_tests::random::Random;
 use walship_tests::stage::Stage;
 use walship_tests::wait;
 
-use super::{Front, Reading, Receiving, names, server};
+use super::{Front, Reading, Receiving, server};
 
 fn lsn(text: &str) -> Lsn {
     text.parse().unwrap()
-}
-
-#[test]
-fn killed_at_any_moment_it_leaves_no_hole_and_no_wrong_byte() {
-    let rounds = if walship_tests::campaign() { 300 } else { 12 };
-    let seed = walship_tests::seed();
-    let mut random = Random::new(seed);
-    let stage = Stage::folder("main");
-    let kept = tempfile::tempdir().unwrap();
-    let server = server(primary_major(), 1)
-        .setting("archive_mode", "on")
-        .setting("archive_command", format!("cp %p '{}/%f'", kept.path().display()))
-        .start();
-    stage.init(&server);
-    let front = Front::of(&server);
-    // The first one makes the slot: from here on nothing may be missing.
-    let first = server.switch_wal();
-    let mut receiving = Receiving::start(&stage, &front.conninfo(), &["--once"]);
-    assert!(receiving.wait().success(), "{}", receiving.said());
-    server.pgbench(&["-i", "-q", "-s", "1"]);
-    for _ in 0..rounds {
-        let mut receiving = Receiving::start(&stage, &front.conninfo(), &[]);
-        server.pgbench(&["-n", "-c", "2", "-t", "300"]);
-        std::thread::sleep(Duration::from_millis(random.below(300) as u64));
-        receiving.kill9();
-    }
-    let last = server.switch_wal();
-    let mut receiving = Receiving::start(&stage, &front.conninfo(), &["--until", &server.current_lsn()]);
-    let reading = Reading::of(&stage);
-    wait::until("the last segment is stored", || reading.has(&last));
-    receiving.terminate();
-    server.wait_until_archived(&last);
-    let archived: Vec<String> = names(kept.path());
-    let mut compared = 0;
-    for name in archived.iter().filter(|name| name.len() == 24 && **name > first) {
-        let stored = reading.file(name.parse().unwrap()).unwrap_or_else(|| panic!("{name} is missing"));
-        assert!(stored == fs::read(kept.path().join(name)).unwrap(), "{name} differs");
-        compared += 1;
-    }
-    assert!(compared > rounds / 2, "{compared}");
-    walship_tests::note(&format!(
-        "receive killed {rounds} times, seed {seed}: {compared} segments whole and the same as the server's own"
-    ));
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! `walship receive` on real servers.
 
 mod bad_input;
+mod clients;
 mod failover;
+mod kills;
 mod life;
 mod oracle;
+mod rpo;
 mod tail;
 mod together;
 
