@@ -302,6 +302,9 @@ async fn a_stretch_that_a_server_removed_is_recorded_everywhere_and_closed_by_it
     let why = "slot walship was invalidated";
     let record = record_lost(&lineages, TimelineId::FIRST, start, end, why, Utc::now()).await.unwrap();
     assert_eq!(scene.open_gaps(1).await, [record]);
+    // A call that was broken off is made again, perhaps for less: nothing is added.
+    record_lost(&lineages, TimelineId::FIRST, start, Lsn(end.0 - 1), why, Utc::now()).await.unwrap();
+    assert_eq!((scene.gap_keys(0).await.len(), scene.gap_keys(1).await.len()), (1, 1));
     // Nobody gave it up: the archiver is held up by what it cannot store.
     scene.push(1, &damaged(&scene.wal[1].1)).await.unwrap_err();
     scene.push(2, &scene.wal[2].1).await.unwrap();

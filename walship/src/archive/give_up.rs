@@ -183,7 +183,8 @@ pub fn new_record(stretch: &Stretch, now: DateTime<Utc>) -> GapRecord {
     }
 }
 
-/// Records in every repository that a server removed WAL before it could be streamed; returns the record.
+/// Records in every repository that a server removed WAL before it could be streamed; returns the record. Where
+/// a record of all of it is there already, as after a call that was broken off, none is added.
 ///
 /// # Errors
 /// What the first repository says that cannot take it. Until this returned `Ok` nobody may act as if the
@@ -201,7 +202,10 @@ pub async fn record_lost(
     let cause = GapCause { kind: GapKind::Lost, text: why.to_owned() };
     let record = new_record(&Stretch { timeline, start, end, cause, segment_digest: None }, now);
     for lineage in lineages {
-        lineage.put_gap(&record).await?;
+        let recorded = lineage.gaps_of(timeline).await?;
+        if !recorded.iter().any(|gap| gap.misses_all_of(start, end)) {
+            lineage.put_gap(&record).await?;
+        }
     }
     Ok(record)
 }

@@ -241,6 +241,7 @@ impl View {
                 "not stored yet: {error}; trying again in {:.1} s, the server keeps the WAL",
                 retry_in.as_secs_f64()
             )),
+            ReceiveEvent::WalIsLost { report } => super::say(report),
             ReceiveEvent::Warning(warning) => super::say(&format!("warning: {warning}")),
             ReceiveEvent::Report(report) => {
                 let state = if report.streaming { "streaming" } else { "waiting" };

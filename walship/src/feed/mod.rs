@@ -6,11 +6,13 @@
 mod conversation;
 mod cutter;
 mod frontier;
+mod lost;
 mod resume;
 mod tail;
 
 pub use conversation::{Conversation, Rules, Verdict};
 pub use cutter::{Cutter, Piece};
 pub use frontier::Frontier;
-pub use resume::{Known, Start, resume, start_at, younger};
+pub use lost::{Search, Stretch, owner, stretches};
+pub use resume::{Known, Start, first_missing, resume, start_at, younger};
 pub use tail::{Eagerness, Part, TailCutter, TailRules};

@@ -73,7 +73,7 @@ pub fn start_at(path: &TimelineHistory, number: u64, size: SegmentSize) -> Start
 
 /// The timelines of the path with the numbers of the first and the last segment that are theirs, newest first:
 /// the segment with a fork is the younger one's.
-fn owners(path: &TimelineHistory, size: SegmentSize) -> Vec<(TimelineId, u64, u64)> {
+pub(super) fn owners(path: &TimelineHistory, size: SegmentSize) -> Vec<(TimelineId, u64, u64)> {
     let mut owners = Vec::new();
     let mut last = u64::MAX;
     let begins = path.ancestors.iter().map(|entry| entry.switch_lsn.0 / size.bytes()).rev();
@@ -103,7 +103,8 @@ fn stored_until(known: &Known<'_>, number: u64) -> Option<u64> {
     Some(known.stored.run_end(name)?.number(known.size).min(last))
 }
 
-fn first_missing(known: &Known<'_>, from: u64) -> u64 {
+/// Returns the number of the first segment of the path from `from` on that is not stored.
+pub fn first_missing(known: &Known<'_>, from: u64) -> u64 {
     let mut number = from;
     while let Some(last) = stored_until(known, number) {
         number = last.saturating_add(1);

@@ -7,6 +7,7 @@
 //!
 //! Source: `src/bin/pg_basebackup/receivelog.c`, `pg_receivewal.c`.
 
+mod limits;
 mod prepare;
 mod removed;
 mod segments;
@@ -109,6 +110,11 @@ pub enum ReceiveEvent {
         /// After how long.
         retry_in: Duration,
     },
+    /// The server has removed WAL that is nowhere in the repositories; it stands in their ledger of gaps.
+    WalIsLost {
+        /// What is lost, what is not, and what to do: three lines.
+        report: String,
+    },
     /// Something to look at.
     Warning(String),
     /// Where everything is.
@@ -154,8 +160,8 @@ pub type Progress = Arc<dyn Fn(ReceiveEvent) + Send + Sync>;
 ///
 /// # Errors
 /// What no repetition can mend: a server of another cluster or on a path that the archive does not have, a
-/// refused password, a conflict, WAL that the server has already removed. Outages of the server and of the
-/// stores are waited for.
+/// refused password, a conflict. Outages of the server and of the stores are waited for; WAL that the server has
+/// removed before it was received is recorded as lost.
 /// # Durability
 /// Everything before [`Report::durable_lsn`] survives a crash in every repository, and the server never
 /// hears of more.
@@ -221,8 +227,8 @@ struct Receiver {
     archive: Option<Archive>,
     report: Report,
     until: Option<Lsn>,
-    /// Whether the last session ended because the server has removed what was asked of it.
-    wal_is_removed: bool,
+    /// Set where the last session ended because the server has removed what was asked of it.
+    removed: Option<removed::Removed>,
 }
 
 /// What is known of the lineage once a server was reached.
@@ -294,17 +300,7 @@ impl Receiver {
             last_error: None,
         };
         let started = Instant::now();
-        Self {
-            server,
-            options,
-            stop,
-            progress,
-            started,
-            archive: None,
-            report,
-            until: None,
-            wal_is_removed: false,
-        }
+        Self { server, options, stop, progress, started, archive: None, report, until: None, removed: None }
     }
 
     /// Waits until there is room for another segment.

@@ -39,7 +39,7 @@ impl Receiver {
         self.report.server_lsn = identity.flush_lsn;
         if self.report.sessions == 0 {
             self.set_until(&identity);
-            self.warn_of_settings(connection).await?;
+            self.warn_of_settings(connection, &identity).await?;
         }
         Ok(start)
     }
@@ -253,14 +253,8 @@ impl Receiver {
         Ok(start)
     }
 
-    async fn warn_of_settings(&self, connection: &mut Connection) -> Result<()> {
-        if show(connection, "max_slot_wal_keep_size").await? == "-1" {
-            (self.progress)(ReceiveEvent::Warning(
-                "max_slot_wal_keep_size is -1: while the repository cannot be reached, the server keeps all WAL \
-                 for the slot until its disk is full. Set it to what the disk can take"
-                    .to_owned(),
-            ));
-        }
+    async fn warn_of_settings(&self, connection: &mut Connection, identity: &SystemIdentity) -> Result<()> {
+        self.warn_of_limits(connection, identity.system_identifier).await?;
         let (commit, names) = (
             show(connection, "synchronous_commit").await?,
             show(connection, "synchronous_standby_names").await?,

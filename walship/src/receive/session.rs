@@ -52,7 +52,7 @@ impl Receiver {
             self.report.timeline = Some(start.timeline);
             self.report.received_lsn = start.lsn;
             let begun = start_streaming(connection, &self.options.slot, start.timeline, start.lsn).await;
-            let next = match begun.map_err(|error| self.streaming_failed(error, start.lsn))? {
+            let next = match begun.map_err(|error| self.streaming_failed(connection, error, start.lsn))? {
                 Some(next) => next,
                 None => {
                     (self.progress)(ReceiveEvent::Streaming {
@@ -155,7 +155,7 @@ impl Receiver {
                 biased;
                 stored = archive.uploads.next() => self.note(stored?),
                 message = next_streamed(connection, READ_PATIENCE), if !full => {
-                    let message = message.map_err(|error| self.streaming_failed(error, received))?;
+                    let message = message.map_err(|error| self.streaming_failed(connection, error, received))?;
                     if let Some(turn) = self.heard(connection, &mut streaming, message).await? {
                         return Ok(turn);
                     }

@@ -33,10 +33,10 @@ pub use base_backup::{
     BackupPart, BackupStart, BaseBackup, BaseBackupOptions, Checkpoint, ManifestChecksums,
 };
 pub use connection::{Connection, Rows, SUPPORTED_MAJORS, SessionKind};
-pub use options::{ConnectOptions, Origin};
+pub use options::{ConnectOptions, Host, Origin};
 pub use position::{Archiver, ServerPosition, Slot, server_position};
 pub use server_error::ServerError;
 pub use slot::{
     SlotLifetime, SlotState, SystemIdentity, create_slot, drop_slot, identify_system, read_slot,
-    segment_size, show, timeline_history,
+    segment_size, show, show_bytes, timeline_history,
 };

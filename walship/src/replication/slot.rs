@@ -43,6 +43,20 @@ pub async fn show(connection: &mut Connection, setting: &str) -> Result<String> 
     rows.get(0, 0).map(str::to_owned).ok_or_else(|| Error::mismatch(format!("SHOW {setting} gave nothing")))
 }
 
+/// Returns the value of a setting that is a size, in bytes; `None` for -1, which stands for no limit.
+///
+/// # Errors
+/// As [`show`].
+pub async fn show_bytes(connection: &mut Connection, setting: &str) -> Result<Option<u64>> {
+    let text = show(connection, setting).await?;
+    match text.as_str() {
+        "-1" => Ok(None),
+        text => parse_bytes(text)
+            .map(Some)
+            .ok_or_else(|| Error::mismatch(format!("{setting} = {text:?} is not understood"))),
+    }
+}
+
 /// Returns the segment size of the server.
 ///
 /// # Errors

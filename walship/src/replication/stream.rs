@@ -91,6 +91,36 @@ pub async fn start_streaming(
     }
 }
 
+/// Returns whether the server still has the WAL of `timeline` at `start`, without a slot. The session is of no
+/// more use then.
+///
+/// # Errors
+/// What the server says, other than that it has removed the WAL.
+pub async fn still_has(connection: &mut Connection, timeline: TimelineId, start: Lsn) -> Result<bool> {
+    connection.send_query(&format!("START_REPLICATION PHYSICAL {start} TIMELINE {timeline}")).await?;
+    let doing = format!("asking {} for {timeline:?} from {start}", connection.host());
+    let answer = async {
+        loop {
+            match connection.next_message(TURN_PATIENCE).await? {
+                BackendMessage::CopyBoth => {}
+                BackendMessage::CopyData(data) => {
+                    if let StreamMessage::Wal { .. } = decode(data)? {
+                        return Ok(true);
+                    }
+                }
+                // The timeline ends there: nothing of it is missing.
+                BackendMessage::CopyDone | BackendMessage::RowDescription(_) => return Ok(true),
+                BackendMessage::Error(error) if error.code == "58P01" => return Ok(false),
+                BackendMessage::Error(error) => return Err(error.into_error(&doing)),
+                _ => return Err(out_of_order("START_REPLICATION has an answer that is none")),
+            }
+        }
+    };
+    timeout(TURN_PATIENCE, answer)
+        .await
+        .map_err(|_| Error::unavailable(format!("{doing}: no answer within {} s", TURN_PATIENCE.as_secs())))?
+}
+
 /// Returns the next message of a streaming session; waits for bytes at most `patience` long.
 ///
 /// # Errors

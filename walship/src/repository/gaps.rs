@@ -40,6 +40,11 @@ impl ListedGap {
         self.unread(String::new()).touches(segment, size)
     }
 
+    /// Returns whether it misses all of `[start, end)`, whatever its content.
+    pub fn misses_all_of(&self, start: Lsn, end: Lsn) -> bool {
+        self.told.digest.is_none() && self.told.start <= start && end <= self.told.end
+    }
+
     /// Returns whether it misses another content than the one with this digest (64 hex digits).
     pub fn misses_other_than(&self, digest: &str) -> bool {
         self.told.digest.is_some() && self.told.digest.as_deref() != digest.get(..32)

@@ -15,36 +15,6 @@ fn lsn(text: &str) -> Lsn {
 }
 
 #[test]
-fn wal_that_the_server_has_removed_is_never_skipped_in_silence() {
-    let stage = Stage::folder("main");
-    let server = server(primary_major(), 1).setting("max_wal_size", "4MB").start();
-    stage.init(&server);
-    let front = Front::of(&server);
-    server.switch_wal();
-    let mut receiving = Receiving::start(&stage, &front.conninfo(), &[]);
-    server.wait_for("SELECT count(*) FROM pg_stat_replication", "1");
-    let stored = server.switch_wal();
-    let reading = Reading::of(&stage);
-    wait::until("a segment is stored", || reading.has(&stored));
-    assert!(receiving.terminate().success(), "{}", receiving.said());
-    server.wait_for("SELECT active FROM pg_replication_slots", "f");
-    server.psql("SELECT pg_drop_replication_slot('walship')");
-    let lost = server.switch_wal();
-    for _ in 0..12 {
-        server.switch_wal();
-        server.psql("CHECKPOINT");
-    }
-    assert!(!server.data_dir().join("pg_wal").join(&lost).exists());
-
-    let mut receiving = Receiving::start(&stage, &front.conninfo(), &[]);
-    assert_eq!(receiving.wait().code(), Some(1), "{}", receiving.said());
-    let said = receiving.said();
-    assert!(said.contains("has removed WAL from") && said.contains("take a new base backup"), "{said}");
-    assert_eq!(receiving.status().unwrap()["state"], "failed");
-    assert!(!reading.has(&lost));
-}
-
-#[test]
 fn another_cluster_behind_the_address_is_refused() {
     let stage = Stage::folder("main");
     let own = server(primary_major(), 1).start();

@@ -5,6 +5,7 @@ mod clients;
 mod failover;
 mod kills;
 mod life;
+mod lost;
 mod oracle;
 mod rpo;
 mod tail;

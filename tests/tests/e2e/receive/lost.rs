@@ -1,0 +1,191 @@
+//! WAL that the server has removed before it was received: recorded, told, and gone past.
+
+use std::fs;
+use std::path::PathBuf;
+
+use walship::pg::{Lsn, SegmentName};
+use walship_tests::postgres::{PgServer, newer_major, primary_major};
+use walship_tests::proxy::Mode;
+use walship_tests::stage::Stage;
+use walship_tests::wait;
+
+use super::{Front, Reading, Receiving, names, server};
+
+/// A server with a base backup and a row that are in the repository, and a receiver.
+struct Scene {
+    stage: Stage,
+    server: PgServer,
+    front: Front,
+    receiving: Receiving,
+    /// Of the row that is in the repository.
+    xid: String,
+}
+
+impl Scene {
+    /// `setting` is one that decides how long the server keeps WAL.
+    fn new(major: u32, setting: (&str, &str)) -> Self {
+        let stage = Stage::folder("main");
+        let server = server(major, 1).setting("max_wal_size", "4MB").setting(setting.0, setting.1).start();
+        stage.init(&server);
+        let front = Front::of(&server);
+        let receiving = Receiving::start(&stage, &front.conninfo(), &[]);
+        server.wait_for("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "1");
+        stage.backup(&server);
+        server.psql("CREATE TABLE t (n int)");
+        let xid = server.psql("INSERT INTO t VALUES (1) RETURNING pg_current_xact_id()");
+        let scene = Self { stage, server, front, receiving, xid };
+        scene.stored(&scene.server.switch_wal());
+        scene
+    }
+
+    fn stored(&self, segment: &str) {
+        let reading = Reading::of(&self.stage);
+        wait::until(&format!("{segment} is stored"), || reading.has(segment));
+    }
+
+    fn stop(&mut self) {
+        assert!(self.receiving.terminate().success(), "{}", self.receiving.said());
+        self.server.wait_for("SELECT active FROM pg_replication_slots", "f");
+    }
+
+    fn start(&mut self) {
+        self.receiving = Receiving::start(&self.stage, &self.front.conninfo(), &[]);
+    }
+
+    /// Writes WAL that the server forgets at once where no slot forbids it; returns the first such segment.
+    fn write_and_forget(&self) -> String {
+        self.server.psql("INSERT INTO t VALUES (2)");
+        let first = self.server.switch_wal();
+        for _ in 0..12 {
+            self.server.switch_wal();
+            self.server.psql("CHECKPOINT");
+        }
+        assert!(!self.server.data_dir().join("pg_wal").join(&first).exists(), "{first} is still there");
+        first
+    }
+
+    fn ledger(&self) -> Vec<PathBuf> {
+        let folder = self.stage.repository_dir().join("main/0001/gaps/00000001");
+        if !folder.exists() {
+            return Vec::new();
+        }
+        names(&folder).into_iter().map(|name| folder.join(name)).collect()
+    }
+
+    fn plan(&self, words: &[&str], status: i32) -> serde_json::Value {
+        let output = self.stage.run(self.stage.pitr(&["plan", "--json"]).args(words));
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(status), "{text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// The loss from `first` on is told and recorded, and everything goes on behind it.
+    fn is_told_and_gone_past(&mut self, first: &str) {
+        wait::until("the loss is told", || self.receiving.said().contains("error: WAL is lost: "));
+        let said = self.receiving.said();
+        assert!(said.contains("\nnext:  No target inside of it can be reached"), "{said}");
+        assert!(said.contains("take a new base backup now"), "{said}");
+
+        // What is recorded begins where the archive ends and ends where WAL is stored again, no byte later.
+        let ledger = self.ledger();
+        assert_eq!(ledger.len(), 1, "{ledger:?}");
+        let record: serde_json::Value = serde_json::from_slice(&fs::read(&ledger[0]).unwrap()).unwrap();
+        assert_eq!(record["cause"]["kind"], "lost", "{record}");
+        let position = |name: &str| record[name].as_str().unwrap().parse::<Lsn>().unwrap();
+        let name: SegmentName = first.parse().unwrap();
+        let size = walship::pg::SegmentSize::MIN;
+        assert_eq!(position("start_lsn"), name.start(size), "{record}");
+        let last = self.server.switch_wal();
+        self.stored(&last);
+        let after = SegmentName::containing(name.timeline, position("end_lsn"), size);
+        self.stored(&after.to_string());
+
+        // Readers know.
+        let info = self.stage.ok(&mut self.stage.pitr(&["info"]));
+        assert!(info.contains("had removed it before it was received"), "{info}");
+        let refusal = self.plan(&["--latest"], 3)["refusal"].clone();
+        assert_eq!(
+            (&refusal["kind"], &refusal["gap"]["first_missing"]),
+            (&"gap".into(), &first.into()),
+            "{refusal}"
+        );
+        self.plan(&["--to-xid", &self.xid.clone()], 0);
+
+        // A new base backup opens a new window.
+        self.stage.backup(&self.server);
+        let xid = self.server.psql("INSERT INTO t VALUES (3) RETURNING pg_current_xact_id()");
+        self.stored(&self.server.switch_wal());
+        self.plan(&["--to-xid", &xid], 0);
+
+        // Another start has nothing to add.
+        self.stop();
+        self.start();
+        self.stored(&self.server.switch_wal());
+        assert_eq!(self.ledger().len(), 1);
+        assert!(!self.receiving.said().contains("WAL is lost"), "{}", self.receiving.said());
+    }
+}
+
+#[test]
+fn a_slot_that_is_gone_costs_what_the_server_has_removed() {
+    let mut scene = Scene::new(primary_major(), ("wal_keep_size", "0"));
+    scene.stop();
+    scene.server.psql("SELECT pg_drop_replication_slot('walship')");
+    let first = scene.write_and_forget();
+    scene.start();
+    scene.is_told_and_gone_past(&first);
+    // And it comes back as it was taken.
+    let data = scene.stage.path().join("restored");
+    scene.stage.ok(scene.stage.pitr(&["restore", "--latest", "-D"]).arg(&data));
+    let restored = scene.stage.recovering(&data).start();
+    restored.wait_for("SELECT pg_is_in_recovery()", "f");
+    assert_eq!(restored.psql("SELECT string_agg(n::text, ',' ORDER BY n) FROM t"), "1,2,3");
+}
+
+#[test]
+fn a_slot_that_exceeds_its_limit_costs_what_the_server_has_removed() {
+    let mut scene = Scene::new(newer_major(), ("max_slot_wal_keep_size", "2MB"));
+    wait::until("the limit is looked at", || {
+        scene.receiving.said().contains("max_slot_wal_keep_size is 2 MiB, less than max_wal_size (4 MiB)")
+    });
+    // Nothing comes through for a while.
+    scene.front.0.set(Mode::BlackHole);
+    let first = scene.write_and_forget();
+    scene.server.wait_for("SELECT wal_status FROM pg_replication_slots", "lost");
+    scene.front.0.set(Mode::Pass);
+    wait::until("the slot is made anew", || scene.receiving.said().contains("it is made anew"));
+    wait::until("the loss is told", || scene.receiving.said().contains("error: WAL is lost: "));
+    let told = &scene.ledger()[0];
+    let told: serde_json::Value = serde_json::from_slice(&fs::read(told).unwrap()).unwrap();
+    // The first of it may have come through.
+    let start: Lsn = told["start_lsn"].as_str().unwrap().parse().unwrap();
+    let first: SegmentName = first.parse().unwrap();
+    let size = walship::pg::SegmentSize::MIN;
+    assert!(start >= first.start(size), "{told}");
+    let first = SegmentName::containing(first.timeline, start, size).to_string();
+    scene.is_told_and_gone_past(&first);
+}
+
+#[test]
+fn a_slot_that_was_made_anew_further_on_costs_what_the_server_has_removed() {
+    let mut scene = Scene::new(primary_major(), ("wal_keep_size", "0"));
+    scene.stop();
+    scene.server.psql("SELECT pg_drop_replication_slot('walship')");
+    let first = scene.write_and_forget();
+    scene.server.psql("SELECT pg_create_physical_replication_slot('walship', true)");
+    scene.server.switch_wal();
+    scene.start();
+    scene.is_told_and_gone_past(&first);
+}
+
+#[test]
+fn a_slot_that_is_gone_costs_nothing_while_the_wal_is_there() {
+    let mut scene = Scene::new(primary_major(), ("wal_keep_size", "1GB"));
+    scene.stop();
+    scene.server.psql("SELECT pg_drop_replication_slot('walship')");
+    let written: Vec<String> = (0..3).map(|_| scene.server.switch_wal()).collect();
+    scene.start();
+    written.iter().for_each(|segment| scene.stored(segment));
+    assert!(scene.ledger().is_empty());
+    assert!(!scene.receiving.said().contains("lost"), "{}", scene.receiving.said());
+}
