@@ -146,7 +146,7 @@ impl Receiver {
         let slot = self.options.slot.clone();
         let mut state = read_slot(connection, &slot).await.map_err(|error| not_physical(error, &slot))?;
         if state == SlotState::Unknown {
-            state = self.read_slot_by_sql(&slot).await;
+            state = self.read_slot_by_sql(connection, &slot).await?;
         }
         match state {
             SlotState::Holds(lsn) => return Ok(Some(lsn)),
@@ -166,7 +166,7 @@ impl Receiver {
             Err(error) => return Err(error),
         }
         let state = match read_slot(connection, &slot).await? {
-            SlotState::Unknown => self.read_slot_by_sql(&slot).await,
+            SlotState::Unknown => self.read_slot_by_sql(connection, &slot).await?,
             state => state,
         };
         Ok(match state {
@@ -179,32 +179,37 @@ impl Receiver {
         })
     }
 
-    /// Asks a server before 15 in SQL, if it lets us.
-    async fn read_slot_by_sql(&self, slot: &str) -> SlotState {
+    /// Asks a server before 15 in SQL, if it lets us: the same one, not another of several hosts.
+    async fn read_slot_by_sql(&self, connection: &Connection, slot: &str) -> Result<SlotState> {
+        let mut server = self.server.clone();
+        server.hosts = vec![connection.host().clone()];
         let ask = async {
-            let mut session = match Connection::connect(&self.server, SessionKind::Ordinary).await {
+            let mut session = match Connection::connect(&server, SessionKind::Ordinary).await {
                 Ok(session) => session,
                 Err(_) => {
-                    let mut server = self.server.clone();
                     server.dbname = "postgres".to_owned();
                     Connection::connect(&server, SessionKind::Ordinary).await?
                 }
             };
-            let sql = format!(
-                "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '{slot}' AND slot_type = 'physical'"
-            );
+            let sql =
+                format!("SELECT restart_lsn, slot_type FROM pg_replication_slots WHERE slot_name = '{slot}'");
             let rows = session.query(&sql).await?;
             session.close().await;
-            Ok::<_, Error>(match (rows.rows.first(), rows.get(0, 0).map(str::parse)) {
+            let state = match (rows.rows.first(), rows.get(0, 0).map(str::parse)) {
                 (None, _) => SlotState::Missing,
                 (Some(_), Some(Ok(lsn))) => SlotState::Holds(lsn),
                 (Some(_), _) => SlotState::HoldsNothing,
-            })
+            };
+            Ok::<_, Error>((state, rows.get(0, 1) == Some("logical")))
         };
-        ask.await.unwrap_or_else(|error| {
-            tracing::debug!(%error, "the slot could not be asked in SQL");
-            SlotState::Unknown
-        })
+        match ask.await {
+            Ok((_, true)) => Err(is_logical(slot)),
+            Ok((state, false)) => Ok(state),
+            Err(error) => {
+                tracing::debug!(%error, "the slot could not be asked in SQL");
+                Ok(SlotState::Unknown)
+            }
+        }
     }
 
     /// Returns where to go on: where the last session ended if the server's path still goes through there,
