@@ -282,12 +282,26 @@ async fn objects_other_than_the_records_are_damage() {
 
     let mut scene = Scene::new(good, &tar).await;
     scene.record.objects[0].stored_bytes += 1;
-    scene.is_damaged("fewer bytes than the backup's record says").await;
+    let error = scene.restore().await;
+    assert!(matches!(error, Error::Corrupt(_)), "{error:?}");
+    assert!(!scene.data_dir().exists());
 
     let mut scene = Scene::new(good, &tar).await;
     scene.record.manifest_digest = "0".repeat(64);
     let error = scene.restore().await;
     assert!(matches!(error, Error::Corrupt(_)), "{error:?}");
+    assert!(!scene.data_dir().exists());
+}
+
+#[tokio::test]
+async fn an_object_that_is_not_there_is_found_before_anything_is_written() {
+    let good: &[(&str, &[u8])] = &[("PG_VERSION", b"15\n")];
+    let mut scene = Scene::new(good, &file("PG_VERSION", b"15\n")).await;
+    let second = BackupObject { name: "data/000002.tar".into(), ..scene.record.objects[0].clone() };
+    scene.record.objects.push(second);
+    let error = scene.restore().await;
+    assert!(matches!(error, Error::Missing(_)), "{error:?}");
+    assert!(error.to_string().contains("data/000002.tar"), "{error}");
     assert!(!scene.data_dir().exists());
 }
 

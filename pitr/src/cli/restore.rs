@@ -52,7 +52,9 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         output::print(&output::plan_text(&plan, None, style))?;
     }
     let mut report = if args.dry_run {
-        check(&plan, &options)?
+        let report = check(&plan, &options)?;
+        source.repository.check_backup_objects(&plan.backup).await?;
+        report
     } else {
         let progress = Arc::new(Progress::default());
         let shown = progress.clone();

@@ -144,10 +144,11 @@ fn start_command(data_dir: &Path, pinned: bool) -> String {
     format!("pg_ctl -D {} -w start{option}", shell_word(&path))
 }
 
-/// Restores the plan's backup and writes the settings that make PostgreSQL recover to its target.
+/// Restores the plan's backup and writes the settings that make PostgreSQL recover to its target. That the
+/// backup's objects are stored is known before anything is written.
 ///
 /// # Errors
-/// As [`check`]; [`Error::Corrupt`] when anything stored is not what the server's manifest says. After an
+/// As [`check`]; [`Error::Missing`] when an object of the backup is not there; [`Error::Corrupt`] when anything stored is not what the server's manifest says. After an
 /// error the folder is incomplete, marked so, and PostgreSQL refuses to start from it.
 /// # Durability
 /// After `Ok` every file survives a crash.
@@ -160,6 +161,7 @@ pub async fn restore(
     progress: Arc<Progress>,
 ) -> Result<RestoreReport> {
     let mut report = check(plan, options)?;
+    repository.check_backup_objects(&plan.backup).await?;
     let stored = repository.get_backup_manifest(&plan.backup).await?;
     let (manifest_bytes, manifest) = blocking(move || read_manifest(&stored)).await?;
     if manifest.system_identifier.is_some_and(|id| id != repository.lineage().system_identifier) {

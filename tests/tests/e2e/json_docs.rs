@@ -98,6 +98,17 @@ fn the_page_about_json_says_what_is_printed() {
     ];
     compare("pitr plan", &answers, &elsewhere);
 
+    let restore = |words: &[&str]| -> Value {
+        let data_dir = stage.path().join("restored");
+        let mut restore = stage.pitr(&["restore", "--json", "-D", data_dir.to_str().unwrap()]);
+        serde_json::from_slice(&stage.run(restore.args(words)).stdout).unwrap()
+    };
+    let answers =
+        [restore(&["--latest"]), restore(&["--to-name", "here", "--dry-run"]), restore(&["--to-name", "here"])];
+    let outcomes: Vec<_> = answers.iter().map(|answer| answer["outcome"].as_str().unwrap()).collect();
+    assert_eq!(outcomes, ["refused", "would_restore", "restored"]);
+    compare("pitr restore", &answers, &["plan", "refusal", "report.tablespaces"]);
+
     let log: Value = serde_json::from_str(&stage.ok(&mut stage.pitr(&["log", "--json"]))).unwrap();
     let lines = log["lines"].as_array().unwrap();
     assert!(lines.iter().any(|line| line["relations"][0]["name"] == "victim"), "{log:#}");

@@ -2,12 +2,13 @@
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use std::collections::BTreeMap;
 use std::io::Read as _;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 
-use crate::catalog::{BackupRecord, Names, SettingsFile};
+use crate::catalog::{BackupObject, BackupRecord, Names, SettingsFile};
 use crate::codec::Digest;
 use crate::error::{Error, Result};
 use crate::storage::{PutOutcome, Upload};
@@ -70,6 +71,67 @@ impl LineageRepository {
         self.storage.get_range(&key, offset, length).await?.ok_or_else(|| {
             Error::missing(format!("{}, a part of the backup, is not there", self.shown(&key)))
         })
+    }
+
+    /// Looks whether each of a backup's data objects is stored with the length that its record says, in at least
+    /// one repository; one LIST for each thousand.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] and [`Error::Corrupt`] for the first that is not; where a repository could not be
+    /// listed, its error.
+    pub async fn check_backup_objects(&self, record: &BackupRecord) -> Result<()> {
+        let mut failure: Option<Error> = None;
+        let mut open: Vec<&BackupObject> = record.objects.iter().collect();
+        for one in self.each() {
+            let stored = match one.backup_object_lengths(&record.id).await {
+                Ok(stored) => stored,
+                Err(error) => {
+                    one.failed(&error);
+                    failure.get_or_insert(error);
+                    continue;
+                }
+            };
+            let mut left = Vec::new();
+            for object in open {
+                let key = one.data_key(&record.id, &object.name)?;
+                let found = stored.get(key.as_str()).copied();
+                if found == Some(object.stored_bytes) {
+                    continue;
+                }
+                failure.get_or_insert_with(|| match found {
+                    None => {
+                        Error::missing(format!("{}, a part of the backup, is not there", one.shown(&key)))
+                    }
+                    Some(bytes) => Error::corrupt(format!(
+                        "{} has {bytes} bytes, the backup's record says {}",
+                        one.shown(&key),
+                        object.stored_bytes
+                    )),
+                });
+                left.push(object);
+            }
+            open = left;
+            if open.is_empty() {
+                return Ok(());
+            }
+        }
+        Err(failure.unwrap_or_else(|| Error::invalid("no repository is configured")))
+    }
+
+    /// Returns the lengths of a backup's data objects by their keys.
+    async fn backup_object_lengths(&self, id: &str) -> Result<BTreeMap<String, u64>> {
+        layout::check_backup_id(id)?;
+        let prefix = format!("{}{id}/data/", self.layout.backups_prefix());
+        let mut lengths = BTreeMap::new();
+        let mut after: Option<String> = None;
+        loop {
+            let page = self.storage.list(&prefix, after.as_deref()).await?;
+            lengths.extend(page.objects.iter().map(|meta| (meta.key.as_str().to_owned(), meta.bytes)));
+            match page.next {
+                Some(next) => after = Some(next),
+                None => return Ok(lengths),
+            }
+        }
     }
 
     /// Stores a backup's manifest, already compressed (one zstd frame), and returns the digest of the
