@@ -21,7 +21,7 @@ const TARGETS_PER_WORLD: usize = 12;
 const SECOND: i64 = 1_000_000;
 
 /// Every kind that a target can be refused with.
-const KINDS: [RefusalKind; 12] = [
+const KINDS: [RefusalKind; 13] = [
     RefusalKind::NoBackup,
     RefusalKind::UnknownBackup,
     RefusalKind::BackupNotOnPath,
@@ -33,6 +33,7 @@ const KINDS: [RefusalKind; 12] = [
     RefusalKind::UnknownName,
     RefusalKind::UnknownXid,
     RefusalKind::WalLevelMinimal,
+    RefusalKind::WalReset,
     RefusalKind::Undecoded,
 ];
 
@@ -158,6 +159,10 @@ impl Maker {
             if self.chance(0.015) {
                 let settings = ServerLimits { wal_level: 0, ..limits(100) };
                 self.world.push(timeline, 64, Some((0, EventKind::ParameterChange { settings })));
+            }
+            if self.chance(0.015) {
+                let kind = EventKind::WalBegins { time: at(self.clock) };
+                self.world.push(timeline, 114, Some((0, kind)));
             }
             self.record(timeline);
         }
@@ -304,6 +309,9 @@ impl<'a> Model<'a> {
                 && settings.wal_level == 0
             {
                 return (records, Some(record.lsn), false);
+            }
+            if matches!(record.event.as_ref().map(|e| &e.kind), Some(EventKind::WalBegins { .. })) {
+                return (records, None, false);
             }
             records.push(record);
         }

@@ -16,7 +16,8 @@ use walship::wal::summary::{SegmentSummary, StopTime};
 use walship::{Error, Result};
 
 use crate::plan::{
-    Chain, Evidence, Gap, WAL_LEVEL_MINIMAL, Window, build_chain, chains_of, gaps_of, windows,
+    Break, Chain, Evidence, Gap, WAL_LEVEL_MINIMAL, Window, WindowEnd, build_chain, chains_of, gaps_of,
+    windows,
 };
 
 /// How many summaries are read to look for restore points and changes of `wal_level` that no roll-up lists.
@@ -244,8 +245,10 @@ pub async fn read_info(
         damaged: Vec::new(),
     };
     let (events, not_looked_at) = sources.planning_events().await?;
-    let breaks: Vec<_> = events.iter().filter(|(_, event)| turns_minimal(event)).collect();
-    let breaks: Vec<_> = breaks.into_iter().map(|(timeline, event)| (*timeline, event.lsn)).collect();
+    let breaks = events.iter().filter_map(|(timeline, event)| {
+        Some(Break { timeline: *timeline, lsn: event.lsn, ends_by: breaks_by(event)? })
+    });
+    let breaks: Vec<_> = breaks.collect();
     let mut timelines = Vec::new();
     for timeline in catalog.timelines() {
         let history = catalog.history(timeline);
@@ -317,8 +320,15 @@ fn without_objects<S: serde::Serializer>(
     values.collect::<std::result::Result<Vec<_>, S::Error>>()?.serialize(serializer)
 }
 
-fn turns_minimal(event: &WalEvent) -> bool {
-    matches!(&event.kind, EventKind::ParameterChange { settings } if settings.wal_level == WAL_LEVEL_MINIMAL)
+/// Returns how a record ends a window, if it does.
+fn breaks_by(event: &WalEvent) -> Option<WindowEnd> {
+    match &event.kind {
+        EventKind::ParameterChange { settings } if settings.wal_level == WAL_LEVEL_MINIMAL => {
+            Some(WindowEnd::WalLevelMinimal)
+        }
+        EventKind::WalBegins { .. } => Some(WindowEnd::WalReset),
+        _ => None,
+    }
 }
 
 fn restore_point(event: &WalEvent) -> Option<RestorePoint> {
@@ -395,7 +405,7 @@ impl Sources<'_> {
         events.retain(|(timeline, event)| {
             let own =
                 self.catalog.history(*timeline).is_some_and(|history| history.begin_lsn() <= Some(event.lsn));
-            own && (turns_minimal(event) || restore_point(event).is_some())
+            own && (breaks_by(event).is_some() || restore_point(event).is_some())
         });
         events.sort_by_key(|(timeline, event)| (*timeline, event.lsn));
         events.dedup_by_key(|(timeline, event)| (*timeline, event.lsn));

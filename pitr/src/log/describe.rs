@@ -104,6 +104,7 @@ pub(super) fn kinds_of(event: &WalEvent) -> &'static [Kind] {
         | EventKind::OverwriteContrecord { .. }
         | EventKind::BackupEnd { .. }
         | EventKind::ParameterChange { .. }
+        | EventKind::WalBegins { .. }
         | EventKind::TablespaceCreate { .. } => &[],
     }
 }

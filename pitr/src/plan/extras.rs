@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use walship::catalog::{BackupRecord, PreparedTransaction};
-use walship::pg::Xid;
-use walship::wal::event::{EventKind, ServerLimits};
+use walship::pg::{Lsn, Xid};
+use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::rollup::Class;
 
 use super::reach::Stop;
@@ -17,6 +17,11 @@ const PREPARED_SEGMENTS_MAX: usize = 16;
 
 /// `wal_level = minimal` as WAL writes it.
 pub(crate) const WAL_LEVEL_MINIMAL: i32 = 0;
+
+/// Returns whether this record continues no record before it, as seen by recovery that starts at `start`.
+pub(crate) fn begins_anew(event: &WalEvent, start: Lsn) -> bool {
+    matches!(event.kind, EventKind::WalBegins { .. }) && event.lsn > start
+}
 
 /// Returns whether WAL behind this record lacks what a recovery needs.
 pub(crate) fn is_minimal(settings: &ServerLimits) -> bool {
@@ -38,6 +43,19 @@ pub(crate) fn notable(
 ) -> Result<Notable, Halt> {
     let mut found = Notable { limits: start, tablespace_paths: Vec::new() };
     let events = walk.notable(0, last, Class::Planning)?;
+    for event in &events {
+        // The record that decides is read, too.
+        if begins_anew(event, walk.chain.start) && event.lsn < stop.through_lsn {
+            return Err(Refusal::halt_at(
+                event.lsn,
+                RefusalKind::WalReset,
+                format!(
+                    "WAL begins anew at {}, where pg_resetwal was run: PostgreSQL recovers from no backup across it",
+                    event.lsn
+                ),
+            ));
+        }
+    }
     for event in events.into_iter().filter(|event| event.lsn < stop.cut_lsn) {
         match event.kind {
             EventKind::ParameterChange { settings } => {

@@ -42,7 +42,7 @@ pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};
 pub(crate) use survey::{Known, Surveyed, Wanted};
 pub(crate) use walk::Walk;
-pub use windows::{Window, WindowEnd, windows};
+pub use windows::{Break, Window, WindowEnd, windows};
 
 use crate::target::{RecoveryTarget, StopSide, TargetKind, TimelineChoice};
 

@@ -10,7 +10,7 @@ use walship::wal::rollup::Class;
 
 use super::assemble::COMMITS;
 use super::chain::build_chain;
-use super::extras::is_minimal;
+use super::extras::{begins_anew, is_minimal};
 use super::gap::is_on_path;
 use super::reach::aligned;
 use super::walk::{Seek, Walk};
@@ -30,6 +30,8 @@ pub(super) struct Offers<'a> {
 enum Obstacle {
     /// The record at which `wal_level` became minimal.
     Minimal(Lsn),
+    /// The record at which WAL begins anew.
+    Reset(Lsn),
     /// A segment that cannot be decoded; from here on the chain uses it.
     Undecoded(Lsn),
     /// A segment that is damaged where it is stored.
@@ -39,7 +41,7 @@ enum Obstacle {
 impl Obstacle {
     fn lsn(self) -> Lsn {
         match self {
-            Self::Minimal(lsn) | Self::Undecoded(lsn) | Self::Damaged(lsn, _) => lsn,
+            Self::Minimal(lsn) | Self::Reset(lsn) | Self::Undecoded(lsn) | Self::Damaged(lsn, _) => lsn,
         }
     }
 }
@@ -134,6 +136,7 @@ impl<'a> Offers<'a> {
         let before = match usable.obstacle {
             None => "the gap",
             Some(Obstacle::Minimal(_)) => "wal_level became minimal",
+            Some(Obstacle::Reset(_)) => "pg_resetwal was run",
             Some(Obstacle::Undecoded(_)) => "WAL that cannot be decoded",
             Some(Obstacle::Damaged(..)) => "WAL that is damaged where it is stored",
         };
@@ -190,6 +193,7 @@ impl<'a> Offers<'a> {
                 None => true,
                 // It is read, and not applied.
                 Some(Obstacle::Minimal(lsn)) => lsn >= next.lsn,
+                Some(Obstacle::Reset(lsn)) => lsn >= next.end_lsn,
                 Some(_) => false,
             };
             return Ok(served.then_some(Suggestion { options, what }));
@@ -238,12 +242,14 @@ fn first_obstacle(walk: &Walk<'_>, last: usize) -> Result<Option<Obstacle>, Halt
         let to = walk.listed_together(at, last, Class::Planning);
         match walk.notable(at, to, Class::Planning) {
             Ok(events) => {
-                let minimal = events.iter().find(|event| match &event.kind {
-                    EventKind::ParameterChange { settings } => is_minimal(settings),
-                    _ => false,
+                let found = events.iter().find_map(|event| match &event.kind {
+                    EventKind::ParameterChange { settings } if is_minimal(settings) => {
+                        Some(Obstacle::Minimal(event.lsn))
+                    }
+                    _ => begins_anew(event, walk.chain.start).then_some(Obstacle::Reset(event.lsn)),
                 });
-                if let Some(event) = minimal {
-                    return Ok(Some(Obstacle::Minimal(event.lsn)));
+                if found.is_some() {
+                    return Ok(found);
                 }
             }
             Err(Halt::Refuse(refusal)) if refusal.kind == RefusalKind::Undecoded => {

@@ -8,7 +8,9 @@ use walship::pg::{Lsn, SegmentName, TimelineId};
 use walship::wal::event::{EventKind, WalEvent};
 use walship::wal::rollup::Class;
 
-use super::chain::gaps_of;
+use super::chain::{build_chain_until, gaps_of};
+use super::extras::begins_anew;
+use super::gap::KnownBy;
 use super::offers::Offers;
 use super::reach::{Reach, aligned};
 use super::walk::{Seek, Walk};
@@ -74,6 +76,8 @@ pub enum RefusalKind {
     AmbiguousEvent,
     /// WAL on the way was written with `wal_level = minimal`.
     WalLevelMinimal,
+    /// `pg_resetwal` was run on the server on the way: WAL begins anew there.
+    WalReset,
     /// WAL on the way cannot be decoded, so the target cannot be checked.
     Undecoded,
 }
@@ -153,13 +157,16 @@ fn try_explain<'b>(
     let candidate = &offers.behind(backup);
     let walk = Walk::new(question, &candidate.chain);
     let mut refusal = match &candidate.chain.ending {
-        ChainEnding::Gap(gap) => Refusal {
-            gap: Some(gap.clone()),
-            ..Refusal::new(
-                RefusalKind::Gap,
-                format!("the way from backup {} to the target is broken: {gap}", candidate.backup.id),
-            )
-        },
+        ChainEnding::Gap(gap) => {
+            let mut reason =
+                format!("the way from backup {} to the target is broken: {gap}", candidate.backup.id);
+            if let Some(lsn) = reset_behind(question, gap)? {
+                reason.push_str(&format!(
+                    "; pg_resetwal was run on the server: WAL begins anew at {lsn}, and no recovery leads there from before"
+                ));
+            }
+            Refusal { gap: Some(gap.clone()), ..Refusal::new(RefusalKind::Gap, reason) }
+        }
         ChainEnding::EndOfArchive => past_end(question, &walk)?,
     };
     refusal.after = after;
@@ -171,6 +178,21 @@ fn try_explain<'b>(
     }
     refusal.hints.extend(damage_hints(offers));
     Ok(refusal)
+}
+
+/// Returns where WAL begins anew when it does so right behind a gap.
+fn reset_behind(question: &Question<'_>, gap: &Gap) -> Result<Option<Lsn>, Halt> {
+    if gap.known_by != KnownBy::LaterWal {
+        return Ok(None);
+    }
+    let chain =
+        build_chain_until(question.catalog, question.history, gap.to, Lsn(gap.to.0.saturating_add(1)));
+    let walk = Walk::new(question, &chain);
+    match walk.notable(0, 0, Class::Planning) {
+        Ok(events) => Ok(events.iter().find(|event| begins_anew(event, gap.to)).map(|event| event.lsn)),
+        Err(Halt::Refuse(_) | Halt::Unreadable(_)) => Ok(None),
+        Err(halt) => Err(halt),
+    }
 }
 
 /// Returns that the target lies before what the oldest backup can reach.
@@ -209,7 +231,7 @@ pub(crate) fn complete(asked: &Asked<'_>, refusal: Refusal) -> Halt {
 fn try_complete(asked: &Asked<'_>, mut refusal: Refusal) -> Result<Refusal, Halt> {
     match refusal.kind {
         RefusalKind::NoBackup => {}
-        RefusalKind::WalLevelMinimal | RefusalKind::Undecoded => {
+        RefusalKind::WalLevelMinimal | RefusalKind::WalReset | RefusalKind::Undecoded => {
             if let (Some(at), Ok(history)) =
                 (refusal.at, resolve_timeline(asked.catalog, asked.target.timeline))
             {

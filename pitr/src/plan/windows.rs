@@ -43,14 +43,27 @@ pub enum WindowEnd {
     Gap,
     /// `wal_level` was minimal from there on: PostgreSQL refuses to recover across it.
     WalLevelMinimal,
+    /// `pg_resetwal` was run: WAL begins anew there, and PostgreSQL recovers from no earlier backup across it.
+    WalReset,
+}
+
+/// A record that no recovery crosses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Break {
+    /// The timeline that it is on.
+    pub timeline: TimelineId,
+    /// Where it starts.
+    pub lsn: Lsn,
+    /// Why it ends a window.
+    pub ends_by: WindowEnd,
 }
 
 /// Returns the windows that end on `timeline`, in WAL order; none when its history is not stored. `breaks` are
-/// the records by which `wal_level` became minimal, each with the timeline that it is on.
+/// the records that no recovery crosses.
 ///
 /// A window that begins on an ancestor and leads into the timeline is one of them, a window that
 /// ends before the timeline begins is the ancestor's.
-pub fn windows(catalog: &Catalog, timeline: TimelineId, breaks: &[(TimelineId, Lsn)]) -> Vec<Window> {
+pub fn windows(catalog: &Catalog, timeline: TimelineId, breaks: &[Break]) -> Vec<Window> {
     let Some(history) = catalog.history(timeline) else { return Vec::new() };
     let begin = begin_of(&history, timeline).unwrap_or(Lsn(0));
     let mut windows: Vec<Window> = Vec::new();
@@ -75,10 +88,14 @@ pub fn windows(catalog: &Catalog, timeline: TimelineId, breaks: &[(TimelineId, L
             continue;
         }
         let chain = build_chain(catalog, &history, backup.start_lsn);
-        let on_path = breaks.iter().filter(|(timeline, lsn)| history.timeline_of(*lsn) == *timeline);
-        let broken_at =
-            on_path.map(|(_, lsn)| *lsn).filter(|lsn| *lsn >= backup.start_lsn && *lsn < chain.end());
-        let window = window_of(&history, backup, &chain, broken_at.min());
+        let on_path = breaks.iter().filter(|one| history.timeline_of(one.lsn) == one.timeline);
+        // Recovery may start at the record with which WAL begins.
+        let behind = |one: &&Break| match one.ends_by {
+            WindowEnd::WalReset => one.lsn > backup.start_lsn,
+            _ => one.lsn >= backup.start_lsn,
+        };
+        let broken = on_path.filter(behind).filter(|one| one.lsn < chain.end());
+        let window = window_of(&history, backup, &chain, broken.min_by_key(|one| one.lsn));
         if window.until_lsn >= backup.stop_lsn && window.until_lsn > begin {
             windows.push(window);
         }
@@ -90,10 +107,10 @@ fn window_of(
     history: &TimelineHistory,
     backup: &walship::catalog::BackupRecord,
     chain: &Chain,
-    broken_at: Option<Lsn>,
+    broken: Option<&Break>,
 ) -> Window {
-    let until_lsn = broken_at.unwrap_or(chain.end());
-    let gap = match (&chain.ending, broken_at) {
+    let until_lsn = broken.map_or(chain.end(), |one| one.lsn);
+    let gap = match (&chain.ending, broken) {
         (ChainEnding::Gap(gap), None) => Some(gap.clone()),
         _ => None,
     };
@@ -106,8 +123,8 @@ fn window_of(
         backups: 1,
         until_lsn,
         last_segment: chain.last_before(until_lsn).map(|step| chain.step(step).segment),
-        ended_by: match (&gap, broken_at) {
-            (_, Some(_)) => WindowEnd::WalLevelMinimal,
+        ended_by: match (&gap, broken) {
+            (_, Some(one)) => one.ends_by,
             (Some(_), None) => WindowEnd::Gap,
             (None, None) => WindowEnd::EndOfArchive,
         },

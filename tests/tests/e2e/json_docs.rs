@@ -103,8 +103,11 @@ fn the_page_about_json_says_what_is_printed() {
         let mut restore = stage.pitr(&["restore", "--json", "-D", data_dir.to_str().unwrap()]);
         serde_json::from_slice(&stage.run(restore.args(words)).stdout).unwrap()
     };
-    let answers =
-        [restore(&["--latest"]), restore(&["--to-name", "here", "--dry-run"]), restore(&["--to-name", "here"])];
+    let answers = [
+        restore(&["--latest"]),
+        restore(&["--to-name", "here", "--dry-run"]),
+        restore(&["--to-name", "here"]),
+    ];
     let outcomes: Vec<_> = answers.iter().map(|answer| answer["outcome"].as_str().unwrap()).collect();
     assert_eq!(outcomes, ["refused", "would_restore", "restored"]);
     compare("pitr restore", &answers, &["plan", "refusal", "report.tablespaces"]);

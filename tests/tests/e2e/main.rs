@@ -24,6 +24,7 @@ mod receive;
 mod recovery;
 mod replication;
 mod repositories;
+mod reset;
 mod restore;
 mod s3_settings;
 mod storage;

@@ -584,6 +584,7 @@ impl Theirs {
                 let (gid, time) = rest[..at].rsplit_once(": ")?;
                 format!("prepare {} at {time} UTC", gid.strip_prefix("gid ")?)
             }
+            ("XLOG", "CHECKPOINT_SHUTDOWN") if self.prev.0 == 0 => "wal begins".to_owned(),
             ("XLOG", "CHECKPOINT_SHUTDOWN" | "CHECKPOINT_ONLINE") => {
                 let redo: Lsn = item("redo")?.parse().ok()?;
                 let (epoch, xid) = item("xid")?.split_once(':')?;
@@ -660,6 +661,7 @@ fn told(kind: &EventKind) -> String {
         }
         EventKind::Switch => "switch".to_owned(),
         EventKind::RestorePoint { name, .. } => format!("restore point {name}"),
+        EventKind::WalBegins { .. } => "wal begins".to_owned(),
         EventKind::ParameterChange { settings } => format!("limits {}", limits(settings)),
         EventKind::BackupEnd { start_lsn } => format!("backup end {start_lsn}"),
         EventKind::EndOfRecovery { time, timeline, previous_timeline } => {

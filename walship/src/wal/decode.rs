@@ -125,7 +125,12 @@ pub fn decode(record: &Record<'_>, layout: &Layout) -> Result<Option<WalEvent>, 
             TransactionEnd::parse(header.info, main, layout)?.event()?
         }
         rmgr::XACT => xact::parse_prepare(main, layout)?,
-        rmgr::XLOG => decode_xlog(header.code(), main, layout)?,
+        rmgr::XLOG => match decode_xlog(header.code(), main, layout)? {
+            EventKind::Checkpoint { time, shutdown: true, .. } if header.prev == Lsn(0) => {
+                EventKind::WalBegins { time }
+            }
+            kind => kind,
+        },
         rmgr::SMGR => {
             let truncate = || {
                 Some(EventKind::StorageTruncate {

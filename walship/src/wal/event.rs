@@ -80,6 +80,15 @@ pub enum EventKind {
         /// The next transaction id, 64 bits with epoch.
         next_full_xid: u64,
     },
+    /// WAL begins here and continues nothing: initdb, or pg_resetwal, which writes a checkpoint without a
+    /// record before it. Recovery that comes from before reads no further.
+    ///
+    /// Source: `src/bin/pg_resetwal/pg_resetwal.c`, WriteEmptyXLOG; `src/backend/access/transam/xlog.c`,
+    /// BootStrapXLOG; `xlogreader.c`, ValidXLogRecordHeader.
+    WalBegins {
+        /// When.
+        time: DateTime<Utc>,
+    },
     /// Recovery ended and a new timeline began.
     EndOfRecovery {
         /// When.

@@ -170,6 +170,7 @@ fn window_text(found: &WindowInfo, now: DateTime<Utc>) -> String {
         WindowEnd::EndOfArchive => "",
         WindowEnd::Gap => ", a gap behind it",
         WindowEnd::WalLevelMinimal => ", wal_level = minimal behind it",
+        WindowEnd::WalReset => ", pg_resetwal behind it",
     };
     format!(
         "  window   {} ({}) to {until}\n           WAL to {}, {backups}{end}",

@@ -56,7 +56,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Class {
-    /// Restore points, parameter changes, tablespaces created, ends of recovery and of backups.
+    /// Restore points, parameter changes, tablespaces created, ends of recovery and of backups, beginnings of WAL.
     Planning,
     /// Drops and truncations.
     Destructive,
@@ -73,6 +73,7 @@ impl Class {
         match &event.kind {
             EventKind::RestorePoint { .. }
             | EventKind::EndOfRecovery { .. }
+            | EventKind::WalBegins { .. }
             | EventKind::BackupEnd { .. }
             | EventKind::ParameterChange { .. }
             | EventKind::TablespaceCreate { .. } => Some(Self::Planning),
