@@ -210,3 +210,51 @@ fn dropped(major: u32) {
     assert!(text.contains("WAL missing from") && text.contains("not known what happened"), "{text}");
     assert!(text.contains(&format!("files of database \"other\" (oid {database}) removed")), "{text}");
 }
+
+#[test]
+fn names_are_those_of_the_backup_or_of_the_live_server_and_none_is_guessed() {
+    let stage = Stage::folder("main");
+    let server = stage.archiving(PgServer::builder(primary_major())).start();
+    stage.init(&server);
+    server.psql("create table orders (n int)");
+    stage.backup(&server);
+    let rows = "select generate_series(1, 1500) as n";
+    server.psql(&format!("alter table orders rename to archive; insert into archive {rows}"));
+    server.psql(&format!("create table late as {rows}"));
+    server.psql(&format!("create table fleeting as {rows}"));
+    let renamed = transaction(&server, "drop table archive", "commit");
+    let cleared = transaction(&server, "delete from late", "commit");
+    server.psql("alter table late rename to later");
+    let unknown = transaction(&server, "drop table fleeting", "commit");
+    server.archive_now();
+
+    let kinds = ["--only", "drop,delete-heavy"];
+    let of = |log: &Value, xid: u64| {
+        let event = the_one(log, |line| line["xid"] == xid);
+        let first = &event["relations"][0];
+        let source = first["named_by"]["source"].clone();
+        (first["name"].clone(), source, event["unnamed_count"].clone(), event["what"].clone())
+    };
+    let archived = log(&stage, &kinds);
+    // What was dropped is called as it was when the backup was taken.
+    let (name, source, unnamed, _) = of(&archived, renamed);
+    assert_eq!((name, source, unnamed), (json!("orders"), json!("backup"), json!(0)));
+    let (name, source, ..) = of(&archived, cleared);
+    assert_eq!((name, source), (Value::Null, Value::Null));
+
+    // The live server knows what is left, by the name that it has now.
+    let conninfo = server.socket_conninfo();
+    let asked = log(&stage, &[&kinds[..], &["--server", &conninfo]].concat());
+    assert_eq!(of(&asked, renamed), of(&archived, renamed), "a backup before the event comes first");
+    let (name, source, ..) = of(&asked, cleared);
+    assert_eq!((name, source), (json!("later"), json!("server")));
+    for log in [&archived, &asked] {
+        let (name, source, unnamed, what) = of(log, unknown);
+        assert_eq!((name, source, unnamed), (Value::Null, Value::Null, json!(1)));
+        assert!(what.as_str().unwrap().contains("unknown"), "{what}");
+    }
+    // By that name it is found where the server is asked, and nowhere else.
+    let only = ["--only", "delete-heavy", "--table", "later"];
+    the_one(&log(&stage, &[&only[..], &["--server", &conninfo]].concat()), |line| line["xid"] == cleared);
+    assert_eq!(log(&stage, &only)["lines"], json!([]));
+}
