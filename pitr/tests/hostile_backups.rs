@@ -135,6 +135,7 @@ impl Scene {
             timeline_path: vec![],
             backup: self.record.clone(),
             chain: vec![],
+            tail: None,
             stop: Stop {
                 kind: StopKind::Consistent,
                 cut_lsn: lsn,

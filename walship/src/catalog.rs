@@ -5,6 +5,7 @@
 mod gaps;
 mod names;
 mod segments;
+mod tail;
 
 use std::collections::BTreeMap;
 
@@ -18,6 +19,7 @@ use crate::wal::rollup::Rollup;
 pub use gaps::{GapCause, GapKind, GapRecord};
 pub use names::{DatabaseNames, Names, RelationName, SavedNames};
 pub use segments::StoredSegments;
+pub use tail::{StoredTail, TailFlaw};
 
 /// One lineage of one cluster: everything under one system identifier and segment size.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +32,12 @@ pub struct Catalog {
     pub histories: BTreeMap<TimelineId, TimelineHistory>,
     /// The whole segments that are stored.
     pub segments: StoredSegments,
+    /// Those among them that are stored in parts only, all of their bytes, with the stored size; found together
+    /// with the tails.
+    pub in_parts: BTreeMap<SegmentName, u64>,
+    /// What is stored of the segment that each timeline ends in, where it was never stored whole; `None` until that
+    /// was looked for (`repository::load_tails`).
+    pub tails: Option<BTreeMap<TimelineId, StoredTail>>,
     /// The last segment of which the index told, of timelines that have lost it since: WAL at their end is gone.
     pub lost_ends: BTreeMap<TimelineId, SegmentName>,
     /// What was read of the index to know that, those that cover most first. A cache: it may be empty.
@@ -182,6 +190,7 @@ impl Catalog {
     pub fn timelines(&self) -> Vec<TimelineId> {
         let mut timelines = self.segments.timelines();
         timelines.extend(self.histories.keys());
+        timelines.extend(self.tails.iter().flatten().map(|(timeline, _)| *timeline));
         timelines.into_iter().collect()
     }
 

@@ -133,6 +133,7 @@ pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) ->
     );
     for part in &plan.chain {
         let run = match part.segments {
+            _ if part.open => format!("{} (the open segment, up to {})", part.first, part.until_lsn),
             1 => format!("{} (1 segment)", part.first),
             count => format!("{} to {} ({count} segments)", part.first, part.last),
         };

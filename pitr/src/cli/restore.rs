@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
+use walship::catalog::TailFlaw;
 use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
@@ -38,13 +39,18 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Ok(target) => target,
         Err(refusal) => return refused(&refusal, args.source.json),
     };
-    let options = options(args, &program, &source.repository, target.kind == TargetKind::Latest)?;
+    let mut options = options(args, &program, &source.repository, target.kind == TargetKind::Latest)?;
     let plan_options = PlanOptions { backup: args.target.backup.clone() };
     let mut plan =
         match make_plan(&source.repository, &source.catalog, &target, &plan_options, Proof::Whole).await? {
             Planned::Plan(plan) => plan,
             Planned::Refused(refusal) => return refused(&refusal, args.source.json),
         };
+    if matches!(plan.tail.as_ref().and_then(|tail| tail.flaw.as_ref()), Some(TailFlaw::Damaged { .. })) {
+        let mut arguments = restore_cmd_arguments(&args.source.overrides, &source.repository)?;
+        arguments.push("--up-to-damage".to_owned());
+        options.settings.restore_command = restore_command(&program, &arguments);
+    }
     let before = source.repository.notes();
     plan.warnings.extend(before.iter().cloned());
     let style = Style::of_stdout();

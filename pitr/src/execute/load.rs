@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, SegmentSize};
-use walship::repository::{LineageRepository, Summarized, load_catalog_from_listings};
+use walship::repository::{LineageRepository, Summarized, load_catalog_from_listings, load_tails};
 use walship::wal::events::EventReader;
+use walship::wal::page::PAGE_SIZE;
 use walship::wal::reader::Reader;
 use walship::{Error, Result};
 
@@ -53,7 +54,7 @@ pub async fn make_plan(
     let mut catalog = Cow::Borrowed(catalog);
     let mut loader = Loader::of(repository, &catalog);
     for _ in 0..ROUNDS_MAX {
-        let planned = match loader.plan(&catalog, target, options).await {
+        let planned = match loader.plan(&mut catalog, target, options).await {
             Err(Error::Missing(_)) if !catalog.rollups.is_empty() => {
                 catalog = Cow::Owned(load_catalog_from_listings(repository).await?);
                 loader = Loader::of(repository, &catalog);
@@ -63,7 +64,7 @@ pub async fn make_plan(
         };
         let Planned::Plan(mut plan) = planned else { return Ok(planned) };
         let Loader { index, evidence, .. } = &mut loader;
-        let gone = prove(repository, &mut plan, index, evidence, proof).await?;
+        let gone = prove(repository, &mut plan, index, evidence, &catalog.in_parts, proof).await?;
         if gone.is_empty() {
             plan.backup = repository.whole_record(&plan.backup).await?;
             return Ok(Planned::Plan(plan));
@@ -96,15 +97,19 @@ impl<'a> Loader<'a> {
 
     async fn plan(
         &mut self,
-        catalog: &Catalog,
+        catalog: &mut Cow<'_, Catalog>,
         target: &RecoveryTarget,
         options: &PlanOptions,
     ) -> Result<Planned> {
         let repository = self.repository;
         loop {
+            let wal = Wal::of(repository, catalog);
             match plan(catalog, &self.evidence, target, options) {
                 Outcome::Plan(plan) => return Ok(Planned::Plan(plan)),
                 Outcome::Refused(refusal) => return Ok(Planned::Refused(refusal)),
+                Outcome::NeedTails => {
+                    self.evidence.add_tails(load_tails(repository, catalog.to_mut()).await?);
+                }
                 Outcome::NeedRollup(first) => {
                     self.index.refine(repository, first, &mut self.evidence).await?;
                 }
@@ -121,7 +126,7 @@ impl<'a> Loader<'a> {
                 }
                 Outcome::NeedEvents(requests) => {
                     for request in requests {
-                        match load_events(repository, &request).await {
+                        match load_events(&wal, &request).await {
                             Ok(events) => drop(self.evidence.events.insert(request.segment, events)),
                             Err((name, error @ Error::Corrupt(_))) => {
                                 self.damaged(name, error);
@@ -132,7 +137,7 @@ impl<'a> Loader<'a> {
                         }
                     }
                 }
-                Outcome::SearchEvents(request) => match load_events(repository, &request).await {
+                Outcome::SearchEvents(request) => match load_events(&wal, &request).await {
                     Ok(events) if events.iter().any(|event| decides(target, event)) => {
                         self.evidence.events.insert(request.segment, events);
                     }
@@ -147,7 +152,7 @@ impl<'a> Loader<'a> {
                 }
                 Outcome::NeedRecord(request) => {
                     let at = (request.request.segment, request.at);
-                    match load_record(repository, &request).await {
+                    match load_record(&wal, &request).await {
                         Ok(found) => drop(self.evidence.records.insert(at, found)),
                         Err((name, error @ Error::Corrupt(_))) => self.damaged(name, error),
                         Err((_, error)) => return Err(error),
@@ -192,8 +197,39 @@ pub(super) async fn load_summaries(
     futures_util::stream::iter(reads).buffer_unordered(READS_MAX).try_collect().await
 }
 
-async fn segment_bytes(repository: &LineageRepository, name: SegmentName) -> Result<Vec<u8>> {
-    repository.segment_bytes(name).await?.ok_or_else(|| vanished(repository, name))
+/// Where the bytes of segments come from: their objects, or where they were never stored whole, their parts.
+pub(super) struct Wal<'a> {
+    repository: &'a LineageRepository,
+    size: SegmentSize,
+    /// How many bytes are used of those that are stored in parts.
+    parts: BTreeMap<SegmentName, u64>,
+}
+
+impl<'a> Wal<'a> {
+    /// Returns how a catalog says that segments are stored.
+    pub(super) fn of(repository: &'a LineageRepository, catalog: &Catalog) -> Self {
+        let size = catalog.lineage.segment_size;
+        let whole = catalog.in_parts.keys().map(|name| (*name, size.bytes()));
+        let tails = catalog.tails.iter().flat_map(BTreeMap::values);
+        let open = tails.map(|tail| (tail.segment, tail.end_lsn.bytes_since(tail.segment.start(size))));
+        Self { repository, size, parts: whole.chain(open).collect() }
+    }
+
+    /// Whether the segment is open: its end is no damage.
+    fn is_open(&self, name: SegmentName) -> bool {
+        self.parts.get(&name).is_some_and(|end| *end < self.size.bytes())
+    }
+
+    /// Returns a segment's bytes; of the open one whole pages, with zeros where they are not stored.
+    pub(super) async fn bytes(&self, name: SegmentName) -> Result<Vec<u8>> {
+        let read = match self.parts.get(&name) {
+            Some(end) => self.repository.tail_bytes(name, *end).await?,
+            None => self.repository.segment_bytes(name).await?,
+        };
+        let mut bytes = read.ok_or_else(|| vanished(self.repository, name))?;
+        bytes.resize(bytes.len().next_multiple_of(PAGE_SIZE), 0);
+        Ok(bytes)
+    }
 }
 
 /// Returns all events that start in the segment, following its last record into the next ones.
@@ -201,21 +237,24 @@ async fn segment_bytes(repository: &LineageRepository, name: SegmentName) -> Res
 /// # Errors
 /// What went wrong, and with which of the segments.
 pub(super) async fn load_events(
-    repository: &LineageRepository,
+    wal: &Wal<'_>,
     request: &SegmentRequest,
 ) -> Result<Vec<walship::wal::WalEvent>, (SegmentName, Error)> {
-    let size = repository.lineage().segment_size;
+    let size = wal.size;
     let mut reader = EventReader::new(size);
     let mut events = Vec::new();
     let end = request.segment.end(size);
-    let bytes = segment_bytes(repository, request.segment).await.map_err(|error| (request.segment, error))?;
-    if let Err(broken) = reader.segment(request.segment, &bytes, |event| events.push(event)) {
-        let error = unreadable(repository, broken.segment, broken.lsn, &broken.what);
+    let bytes = wal.bytes(request.segment).await.map_err(|error| (request.segment, error))?;
+    let read = reader.segment(request.segment, &bytes, |event| events.push(event));
+    if let Err(broken) = read
+        && !wal.is_open(request.segment)
+    {
+        let error = unreadable(wal.repository, broken.segment, broken.lsn, &broken.what);
         return Err((request.segment, error));
     }
     drop(bytes);
     for &name in &request.following {
-        let bytes = segment_bytes(repository, name).await.map_err(|error| (name, error))?;
+        let bytes = wal.bytes(name).await.map_err(|error| (name, error))?;
         let mut past = false;
         let read = reader.segment(name, &bytes, |event| {
             if event.lsn < end {
@@ -237,23 +276,24 @@ pub(super) async fn load_events(
 /// # Errors
 /// What went wrong, and with which of the segments.
 async fn load_record(
-    repository: &LineageRepository,
+    wal: &Wal<'_>,
     request: &RecordRequest,
 ) -> Result<Option<RecordBounds>, (SegmentName, Error)> {
-    let size = repository.lineage().segment_size;
+    let size = wal.size;
     let first = request.request.segment;
     let mut search = RecordSearch::new(first, size, request.at);
     for &name in std::iter::once(&first).chain(&request.request.following) {
-        let bytes = segment_bytes(repository, name).await.map_err(|error| (name, error))?;
+        let bytes = wal.bytes(name).await.map_err(|error| (name, error))?;
         if search.segment(name, &bytes) {
             break;
         }
     }
     if search.found.is_none()
+        && !wal.is_open(first)
         && let Some(stop) = search.reader.stop()
         && stop.lsn < first.end(size)
     {
-        let error = unreadable(repository, first, stop.lsn, &stop.reason.to_string());
+        let error = unreadable(wal.repository, first, stop.lsn, &stop.reason.to_string());
         return Err((first, error));
     }
     Ok(search.found)

@@ -25,14 +25,19 @@ pub(super) async fn put(
 ) -> Result<()> {
     let size = repository.lineage().segment_size;
     for ParentSegment { segment, stored, until } in segments {
-        let Some(mut bytes) = repository.segment_bytes(*stored).await? else {
+        let kept = size.offset_of(*until) as usize;
+        let read = match repository.segment_bytes(*stored).await? {
+            None => repository.tail_bytes(*stored, kept as u64).await?,
+            read => read,
+        };
+        let Some(mut bytes) = read else {
             return Err(Error::missing(format!(
                 "segment {stored} was listed in {} a moment ago and is not there any more",
                 repository.location()
             )));
         };
         let name = segment.to_string();
-        let kept = size.offset_of(*until) as usize;
+        bytes.resize(size.bytes() as usize, 0);
         let data_dir = data_dir.to_owned();
         blocking(move || {
             if let Some(behind) = bytes.get_mut(kept..) {

@@ -3,7 +3,7 @@
 //! Exactly the key ranges of the chain are listed, a thousand names a request. Lengths are compared with what
 //! index and summaries say; contents are not read.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use walship::pg::{SegmentName, SegmentSize, TimelineId};
@@ -52,12 +52,18 @@ pub(super) async fn prove(
     plan: &mut RestorePlan,
     index: &mut Index,
     evidence: &mut Evidence,
+    in_parts: &BTreeMap<SegmentName, u64>,
     proof: Proof,
 ) -> Result<Vec<SegmentName>> {
     let size = repository.lineage().segment_size;
     let mut gone = Vec::new();
     let mut left = proof.segments_max();
     for part in &mut plan.chain {
+        if part.open {
+            // It was read a moment ago. Whatever becomes of its parts, there is never less of it.
+            plan.wal_segments_checked += part.segments;
+            continue;
+        }
         let from = part.first.number(size);
         let until = from.saturating_add(part.segments.min(left));
         let (timeline, ranges) = (part.first.timeline, ranges(from, until));
@@ -69,7 +75,12 @@ pub(super) async fn prove(
         let mut stored_bytes = 0u64;
         while let Some((from, until, listed)) = lists.try_next().await? {
             stored_bytes = listed.iter().fold(stored_bytes, |sum, one| sum.saturating_add(one.stored_bytes));
-            missing(timeline, size, (from, until), &listed, &mut gone);
+            let mut absent = Vec::new();
+            missing(timeline, size, (from, until), &listed, &mut absent);
+            // All parts of a segment are as good as the segment.
+            let parts = absent.iter().filter_map(|name| in_parts.get(name));
+            stored_bytes = parts.fold(stored_bytes, |sum, bytes| sum.saturating_add(*bytes));
+            gone.extend(absent.into_iter().filter(|name| !in_parts.contains_key(name)));
             judge(repository, &listed, index, evidence, &mut gone).await?;
         }
         drop(lists);

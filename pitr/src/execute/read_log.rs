@@ -2,10 +2,10 @@
 
 use walship::backup::names::NamesRead;
 use walship::catalog::Catalog;
-use walship::repository::{LineageRepository, load_catalog_from_listings};
+use walship::repository::{LineageRepository, load_catalog_from_listings, load_tails};
 use walship::{Error, Result};
 
-use super::load::{load_events, load_summaries};
+use super::load::{Wal, load_events, load_summaries};
 use super::load_index::Index;
 use crate::log::{Dictionary, Documents, Log, NameSource, Need, Query, Reading};
 use crate::plan::{Evidence, Halt, Refusal};
@@ -51,8 +51,13 @@ async fn read_from(
     query: &Query,
     documents: &mut Documents,
 ) -> Result<Logged> {
+    let mut catalog = catalog.clone();
+    let tails = load_tails(repository, &mut catalog).await?;
+    let catalog = &catalog;
     let mut evidence = Evidence::of(catalog);
+    evidence.add_tails(tails);
     let mut index = Index::of(catalog);
+    let wal = Wal::of(repository, catalog);
     let mut reading = match Reading::new(catalog, query.clone()) {
         Ok(reading) => reading,
         Err(Halt::Refuse(refusal)) => return Ok(Logged::Refused(refusal)),
@@ -91,7 +96,7 @@ async fn read_from(
             }
             Halt::Events(requests) => {
                 for request in requests {
-                    match load_events(repository, &request).await {
+                    match load_events(&wal, &request).await {
                         Ok(events) => drop(evidence.events.insert(request.segment, events)),
                         Err((name, Error::Corrupt(_))) => drop(evidence.unreadable.insert(name)),
                         Err((_, error)) => return Err(error),

@@ -1,6 +1,6 @@
 //! Puts a plan together once backup and stop are chosen: sizes, neighbours, reasons, warnings.
 
-use walship::catalog::{BackupRecord, Catalog};
+use walship::catalog::{BackupRecord, Catalog, StoredTail};
 use walship::pg::{SegmentName, TimelineHistory};
 use walship::wal::event::{EventKind, WalEvent};
 use walship::wal::rollup::Class;
@@ -58,6 +58,8 @@ pub(crate) fn assemble(
     let used = last_step(chain, &stop);
     let used_walk = Walk { chain, ..walk };
     let parts = parts(&used_walk, catalog, used)?;
+    let open = parts.last().filter(|part| part.open);
+    let tail = open.and_then(|part| catalog.served_tail(part.last)).cloned();
     let timeline = history.timeline;
     let pinned = RecoveryTarget { timeline: TimelineChoice::Number(timeline), ..question.target.clone() };
     let mut plan = RestorePlan {
@@ -79,6 +81,7 @@ pub(crate) fn assemble(
         wal_fetch_bytes: parts.iter().map(|part| part.stored_bytes).sum(),
         wal_replay_bytes: walk.wal_bytes(last, stop.final_lsn)?,
         chain: parts,
+        tail,
         // No transaction can be prepared where the setting is 0.
         parent_segments: match notable.limits.max_prepared_transactions {
             0 => Vec::new(),
@@ -188,8 +191,12 @@ fn parts(walk: &Walk<'_>, catalog: &Catalog, last: usize) -> Result<Vec<ChainPar
             first: first_step.segment,
             last: last_step.segment,
             segments: (to - at) as u64 + 1,
-            stored_bytes: walk.stored_bytes(&catalog.segments, at, to)?,
+            stored_bytes: match catalog.served_tail(last_step.segment) {
+                Some(tail) => tail.stored_bytes,
+                None => walk.stored_bytes(&catalog.segments, at, to)?,
+            },
             until_lsn: last_step.to,
+            open: walk.chain.is_open(at),
         });
         at = to + 1;
     }
@@ -252,6 +259,15 @@ fn reasons(
         reasons.push(format!("{} more backups are too new", passed_over.len() - 3));
     }
     reasons.push(stop_reason(question, &plan.stop));
+    reasons.extend(plan.tail.as_ref().map(|tail| {
+        format!(
+            "WAL from {} on comes from the open segment {}, which was shipped up to {} in {} part(s)",
+            tail.segment.start(question.catalog.lineage.segment_size),
+            tail.segment,
+            tail.end_lsn,
+            tail.parts
+        )
+    }));
     reasons
 }
 
@@ -319,6 +335,7 @@ fn warnings(
                 .to_owned(),
         );
     }
+    warnings.extend(plan.tail.as_ref().and_then(StoredTail::flaw_text));
     if let TargetKind::Name(wanted) = &question.target.kind {
         warnings.extend(same_name(question, walk, plan, wanted));
     }

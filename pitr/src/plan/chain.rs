@@ -5,6 +5,7 @@ use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 
 use super::gap::{Gap, KnownBy, ending_at};
+use super::walk::FOLLOW_MAX_BYTES;
 
 /// The stored WAL from one position on, as far as it is unbroken: steps of one segment each, kept as spans.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +27,8 @@ struct Span {
     to: Lsn,
     /// How many steps of the chain come before it.
     before: usize,
+    /// Whether it is the open segment, of which parts are stored.
+    open: bool,
 }
 
 impl Chain {
@@ -101,23 +104,29 @@ impl Chain {
         self.span(at).map_or(at, |span| span.before)
     }
 
+    /// Returns whether step `at` is the open segment, of which parts are stored. Nothing follows it.
+    pub fn is_open(&self, at: usize) -> bool {
+        self.span(at).is_some_and(|span| span.open)
+    }
+
     fn span(&self, at: usize) -> Option<&Span> {
         self.spans.get(self.spans.partition_point(|span| span.before + span.segments <= at))
     }
 
-    fn push(&mut self, step: ChainStep, segments: usize, to: Lsn) {
+    fn push(&mut self, step: ChainStep, segments: usize, to: Lsn, open: bool) {
         let before = self.len();
         match self.spans.last_mut() {
             // In a row with the last one, which then is used to its end.
             Some(span)
-                if step.from == step.segment.start(self.size)
+                if !open
+                    && step.from == step.segment.start(self.size)
                     && span.to == step.from
                     && span.first.timeline == step.segment.timeline =>
             {
                 span.segments += segments;
                 span.to = to;
             }
-            _ => self.spans.push(Span { first: step.segment, segments, from: step.from, to, before }),
+            _ => self.spans.push(Span { first: step.segment, segments, from: step.from, to, before, open }),
         }
     }
 }
@@ -130,7 +139,7 @@ pub struct ChainStep {
     /// The first byte that is used.
     pub from: Lsn,
     /// The position after the last byte that is used: the segment's end, or for a parent's copy of
-    /// the segment that holds a fork, the switch point.
+    /// the segment that holds a fork, the switch point, or in the open segment the end of its last record.
     pub to: Lsn,
 }
 
@@ -153,8 +162,8 @@ pub fn build_chain(catalog: &Catalog, history: &TimelineHistory, start: Lsn) -> 
     build_chain_until(catalog, history, start, Lsn(u64::MAX))
 }
 
-/// Returns the chain from `start`, built no further than the segment that holds the byte before `until`;
-/// how it ends is not looked for when it gets so far.
+/// Returns the chain from `start`, built no further than records reach that begin before `until`; how it ends is not
+/// looked for when it gets so far.
 pub(crate) fn build_chain_until(
     catalog: &Catalog,
     history: &TimelineHistory,
@@ -163,17 +172,30 @@ pub(crate) fn build_chain_until(
 ) -> Chain {
     let size = catalog.lineage.segment_size;
     let mut chain = Chain::new(start, size);
+    let until = Lsn(until.0.saturating_add(FOLLOW_MAX_BYTES));
     let mut at = start;
     loop {
         let owner = history.timeline_of(at);
         let name = SegmentName::containing(owner, at, size);
-        let Some(step) = stored_copy(catalog, history, name, at) else {
-            chain.ending = ending_at(catalog, history, at);
-            return chain;
+        let (step, open) = match stored_copy(catalog, history, name, at) {
+            Some(Copy::Whole(step)) => (step, false),
+            Some(Copy::Open(step)) if step.to > at => (step, true),
+            _ => {
+                chain.ending = ending_at(catalog, history, at);
+                return chain;
+            }
         };
+        if open {
+            // A server that is given it looks for nothing else in its place.
+            chain.push(step, 1, step.to, true);
+            if step.to < until {
+                chain.ending = ending_at(catalog, history, step.to);
+            }
+            return chain;
+        }
         let last_possible = step.to == step.from || step.to.0 == u64::MAX;
         let (segments, to) = run_from(catalog, history, step);
-        chain.push(step, segments, to);
+        chain.push(step, segments, to, false);
         at = to;
         if last_possible || to.0 == u64::MAX || at >= until {
             return chain;
@@ -219,13 +241,16 @@ pub(crate) fn oldest_way(
     })
 }
 
-/// Returns the copy of the segment at `at` that recovery uses, if one that holds `at` is stored.
-fn stored_copy(
-    catalog: &Catalog,
-    history: &TimelineHistory,
-    name: SegmentName,
-    at: Lsn,
-) -> Option<ChainStep> {
+/// A copy of a segment that recovery uses.
+enum Copy {
+    Whole(ChainStep),
+    /// The open segment; perhaps not even up to where it is wanted from.
+    Open(ChainStep),
+}
+
+/// Returns the copy of the segment at `at` that recovery uses, if one that holds `at` is stored. PostgreSQL asks
+/// for the newest timeline's first, and is given what there is of that.
+fn stored_copy(catalog: &Catalog, history: &TimelineHistory, name: SegmentName, at: Lsn) -> Option<Copy> {
     let size = catalog.lineage.segment_size;
     let (start, end) = (name.start(size), name.end(size));
     let timelines =
@@ -233,12 +258,16 @@ fn stored_copy(
     for timeline in timelines {
         let begins_here_or_before = begin_of(history, timeline).is_none_or(|begin| begin < end);
         let left_at = history.switch_lsn_of(timeline).unwrap_or(Lsn(u64::MAX));
-        if !begins_here_or_before || left_at <= start {
+        if !begins_here_or_before || left_at <= start || left_at <= at {
             continue;
         }
         let copy = name.on(timeline);
-        if left_at > at && catalog.segments.contains(copy) {
-            return Some(ChainStep { segment: copy, from: at, to: end.min(left_at) });
+        if catalog.segments.contains(copy) {
+            return Some(Copy::Whole(ChainStep { segment: copy, from: at, to: end.min(left_at) }));
+        }
+        if let Some(tail) = catalog.served_tail(copy) {
+            let to = tail.until_lsn.min(left_at);
+            return Some(Copy::Open(ChainStep { segment: copy, from: at, to }));
         }
     }
     None
@@ -298,7 +327,7 @@ pub(crate) fn chains_of(catalog: &Catalog, history: &TimelineHistory) -> Vec<Cha
         .filter_map(|timeline| {
             // What lies before its first segment is none of its WAL, whatever is stored.
             let begin = begin_of(history, timeline).unwrap_or(Lsn(0));
-            let name = catalog.segments.first_from(SegmentName::containing(timeline, begin, size))?;
+            let name = catalog.first_stored_from(SegmentName::containing(timeline, begin, size))?;
             let left_at = history.switch_lsn_of(timeline).unwrap_or(Lsn(u64::MAX));
             (name.start(size) < left_at).then_some(name.start(size))
         })

@@ -103,7 +103,7 @@ fn resumes_at(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -> Option<L
         // The first that starts behind `at` and does not end before the timeline begins.
         let behind = SegmentName::containing(timeline, at, size).next(size)?;
         let own = SegmentName::containing(timeline, begin, size);
-        let first = catalog.segments.first_from(behind.max(own))?;
+        let first = catalog.first_stored_from(behind.max(own))?;
         (first.start(size) < left_at).then_some(first.start(size))
     });
     stored.min()

@@ -27,7 +27,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
-use walship::catalog::{BackupRecord, Catalog, PreparedTransaction};
+use walship::catalog::{BackupRecord, Catalog, PreparedTransaction, StoredTail};
 use walship::pg::{Lsn, Oid, SegmentName, TimelineHistory, TimelineId, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::rollup::{Block, Rollup};
@@ -93,6 +93,15 @@ impl Evidence {
         old.iter().for_each(|name| drop(self.blocks.remove(name)));
     }
 
+    /// Adds the summaries of what the archive ends with in parts. What was read of segments before is dropped: a
+    /// record that leaves the last one may end there.
+    pub fn add_tails(&mut self, summaries: impl IntoIterator<Item = SegmentSummary>) {
+        self.events.clear();
+        self.records.clear();
+        self.searched.clear();
+        self.summaries.extend(summaries.into_iter().map(|summary| (summary.segment, summary)));
+    }
+
     /// Drops what is known of segments before this one; what is known to be damaged stays.
     pub(crate) fn forget_before(&mut self, segment: SegmentName) {
         self.summaries = self.summaries.split_off(&segment);
@@ -156,6 +165,8 @@ pub enum Outcome {
     SearchEvents(SegmentRequest),
     /// The place of this record must be known first.
     NeedRecord(RecordRequest),
+    /// What the archive ends with in parts must be known first: the catalog does not tell yet.
+    NeedTails,
     /// The answer depends on this segment, and it is damaged where it is stored.
     Unreadable(SegmentName),
     /// The plan.
@@ -189,6 +200,8 @@ pub struct RestorePlan {
     /// WAL of the chain that must lie in `pg_wal` under the names of older timelines, so that PostgreSQL finds
     /// what was prepared in it.
     pub parent_segments: Vec<ParentSegment>,
+    /// What is stored of the open segment, when the chain's last part is that.
+    pub tail: Option<StoredTail>,
     /// Where and why recovery stops.
     pub stop: Stop,
     /// The last commit that will be there; `None` when none lies between backup and target.
@@ -253,6 +266,8 @@ pub struct ChainPart {
     pub stored_bytes: u64,
     /// The position after the last byte that is used.
     pub until_lsn: Lsn,
+    /// Whether it is the open segment, of which parts are stored.
+    pub open: bool,
 }
 
 /// The end of a transaction.
@@ -301,6 +316,7 @@ pub(crate) enum Halt {
     Events(Vec<SegmentRequest>),
     Search(SegmentRequest),
     Record(RecordRequest),
+    Tails,
     Unreadable(SegmentName),
     Refuse(Box<Refusal>),
 }
@@ -313,6 +329,7 @@ impl From<Halt> for Outcome {
             Halt::Events(requests) => Self::NeedEvents(requests),
             Halt::Search(request) => Self::SearchEvents(request),
             Halt::Record(request) => Self::NeedRecord(request),
+            Halt::Tails => Self::NeedTails,
             Halt::Unreadable(name) => Self::Unreadable(name),
             Halt::Refuse(refusal) => Self::Refused(refusal),
         }
@@ -329,9 +346,20 @@ pub fn plan(
     target: &RecoveryTarget,
     options: &PlanOptions,
 ) -> Outcome {
-    match try_plan(catalog, evidence, target, options) {
+    let outcome = match try_plan(catalog, evidence, target, options) {
         Ok(plan) => Outcome::Plan(Box::new(plan)),
         Err(halt) => halt.into(),
+    };
+    if catalog.tails.is_none() && asks_for_the_end(&outcome) { Outcome::NeedTails } else { outcome }
+}
+
+/// Returns whether what is stored behind the last whole segments may change the answer. What recovery stops at in
+/// whole segments it stops at whatever follows.
+fn asks_for_the_end(outcome: &Outcome) -> bool {
+    match outcome {
+        Outcome::Refused(_) => true,
+        Outcome::Plan(plan) => plan.first_excluded.is_none() || plan.gap_behind.is_some(),
+        _ => false,
     }
 }
 
@@ -361,10 +389,13 @@ fn try_plan(
         let found = search(&question, options)?;
         match &found.stop {
             Some(served) => plan_of(&question, served, &found),
+            // What can be reached is looked for once the end is known.
+            None if catalog.tails.is_none() => Err(Halt::Tails),
             None => Err(refusal::explain(&question, options, &found.passed_over)),
         }
     });
     match tried {
+        Err(Halt::Refuse(_)) if catalog.tails.is_none() => Err(Halt::Tails),
         Err(Halt::Refuse(refusal)) => Err(refusal::complete(&asked, *refusal)),
         tried => tried,
     }
@@ -424,6 +455,7 @@ fn search<'a>(question: &Question<'a>, options: &PlanOptions) -> Result<Found<'a
         }
         match reach::reach(question, &candidate, &mut in_vain) {
             Ok(reach::Reach::Stop(stop)) => {
+                end_is_known(catalog, &passed_over)?;
                 let tried_all = much_newer.contains(&&*backup.id);
                 let not_tried = if tried_all { 0 } else { much_newer.len() };
                 let served = Served { backup, stop, late: false };
@@ -442,6 +474,7 @@ fn search<'a>(question: &Question<'a>, options: &PlanOptions) -> Result<Found<'a
     {
         return Err(halt);
     }
+    end_is_known(catalog, &passed_over)?;
     passed_over.sort_by(|(a, _), (b, _)| newest_first(a, b));
     // What was found, only too early, does not lie behind a newer backup.
     let too_new = |(_, reach): &&(_, _)| matches!(reach, reach::Reach::BeforeConsistency { .. });
@@ -490,6 +523,12 @@ fn plan_of(question: &Question<'_>, served: &Served<'_>, found: &Found<'_>) -> R
         ));
     }
     Ok(plan)
+}
+
+/// Asks for what is stored behind the last whole segments where it may be that a backup leads to the target only there.
+fn end_is_known(catalog: &Catalog, passed_over: &[(&BackupRecord, reach::Reach)]) -> Result<(), Halt> {
+    let short = passed_over.iter().any(|(_, reach)| matches!(reach, reach::Reach::NotReached));
+    if short && catalog.tails.is_none() { Err(Halt::Tails) } else { Ok(()) }
 }
 
 /// Returns the history of the timeline to follow.

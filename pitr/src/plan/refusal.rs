@@ -392,7 +392,9 @@ fn restore_points(offers: &mut Offers<'_>, walk: &Walk<'_>, consistent: Lsn) -> 
 
 /// Returns the timelines of which WAL is stored that does not lie on the way to the one asked for.
 pub(super) fn elsewhere(question: &Question<'_>) -> Vec<TimelineId> {
-    let mut stored: Vec<_> = question.catalog.segments.timelines().into_iter().collect();
+    let mut stored = question.catalog.segments.timelines();
+    stored.extend(question.catalog.tails.iter().flatten().map(|(timeline, _)| *timeline));
+    let mut stored: Vec<_> = stored.into_iter().collect();
     stored.retain(|timeline| !question.history.contains(*timeline) || left(question, *timeline));
     stored
 }
@@ -402,7 +404,8 @@ fn left(question: &Question<'_>, timeline: TimelineId) -> bool {
     let Some(switch) = question.history.switch_lsn_of(timeline) else { return false };
     let size = question.catalog.lineage.segment_size;
     let from = SegmentName::containing(timeline, Lsn(switch.0), size);
-    question.catalog.segments.first_from(from).is_some()
+    let tail = question.catalog.tails.as_ref().and_then(|tails| tails.get(&timeline));
+    question.catalog.segments.first_from(from).is_some() || tail.is_some_and(|tail| tail.until_lsn > switch)
 }
 
 /// Returns the commit of the top-level transaction of a committed subtransaction, as far as loaded segments or

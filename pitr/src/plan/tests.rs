@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Duration, TimeZone as _, Utc};
 use proptest::prelude::*;
-use walship::catalog::{BackupRecord, Catalog, Lineage, StoredSegments};
+use walship::catalog::{BackupRecord, Catalog, Lineage, StoredSegments, StoredTail, TailFlaw};
 use walship::pg::{HistoryEntry, Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::rollup::{Block, Class, Facts};
@@ -66,6 +66,8 @@ pub(crate) struct World {
     pub(crate) undecoded: Vec<SegmentName>,
     /// Segments whose stored object is damaged.
     pub(crate) damaged: Vec<SegmentName>,
+    /// What is found when the catalog does not tell of tails.
+    pub(crate) tails: BTreeMap<TimelineId, StoredTail>,
 }
 
 #[derive(Debug, Clone)]
@@ -89,6 +91,8 @@ impl World {
             lineage,
             histories: BTreeMap::new(),
             segments: StoredSegments::new(SIZE),
+            in_parts: BTreeMap::new(),
+            tails: None,
             lost_ends: BTreeMap::new(),
             rollups: vec![],
             partials: vec![],
@@ -97,7 +101,13 @@ impl World {
             unfinished_backups: vec![],
             gaps: vec![],
         };
-        Self { records: BTreeMap::from([(tli(1), vec![])]), catalog, undecoded: vec![], damaged: vec![] }
+        Self {
+            records: BTreeMap::from([(tli(1), vec![])]),
+            catalog,
+            undecoded: vec![],
+            damaged: vec![],
+            tails: BTreeMap::new(),
+        }
     }
 
     pub(crate) fn end(&self, timeline: TimelineId) -> Lsn {
@@ -181,6 +191,24 @@ impl World {
         }
     }
 
+    /// Ships so many bytes of the segment that is not whole.
+    pub(crate) fn ship(&mut self, timeline: TimelineId, bytes: u64) {
+        let end = self.end(timeline);
+        let segment = SegmentName::containing(timeline, end, SIZE);
+        let start = segment.start(SIZE);
+        let end_lsn = Lsn(end.0.min(start.0 + bytes));
+        let ends = self.records[&timeline].iter().map(|record| reach::aligned(record.end));
+        let until_lsn = ends.filter(|end| *end <= end_lsn && *end > start).max().unwrap_or(start);
+        let tail = StoredTail { segment, until_lsn, end_lsn, parts: 3, stored_bytes: 300, flaw: None };
+        self.tails.insert(timeline, tail);
+    }
+
+    /// Where what is stored of a segment ends.
+    fn stored_end(&self, name: SegmentName) -> Lsn {
+        let tail = self.tails.get(&name.timeline).filter(|tail| tail.segment == name);
+        tail.map_or(name.end(SIZE), |tail| tail.until_lsn)
+    }
+
     pub(crate) fn events(&self, name: SegmentName, through: Lsn) -> Vec<WalEvent> {
         let inside = |record: &&WalRecord| {
             record.lsn >= name.start(SIZE) && record.lsn < name.end(SIZE) && record.end <= through
@@ -189,7 +217,8 @@ impl World {
     }
 
     pub(crate) fn summary(&self, name: SegmentName) -> SegmentSummary {
-        let (start, end) = (name.start(SIZE), name.end(SIZE));
+        let (start, end) = (name.start(SIZE), self.stored_end(name));
+        let open = end < name.end(SIZE);
         let records = &self.records[&name.timeline];
         let events = self.events(name, end);
         let times: Vec<StopTime> = events
@@ -215,15 +244,16 @@ impl World {
             end_of_wal: end,
             ending: match self.undecoded.contains(&name) {
                 true => SegmentEnding::Undecoded { reason: "a test".into() },
+                false if open => SegmentEnding::Incomplete,
                 false => SegmentEnding::Full,
             },
             leading: leading.map(|record| Fragment {
                 lsn: start,
-                record_bytes: record.end.0.min(end.0) - start.0,
+                record_bytes: record.end.0.min(name.end(SIZE).0) - start.0,
                 bytes: None,
                 end: (record.end <= end).then_some(record.end),
             }),
-            unfinished: unfinished.map(|record| Fragment {
+            unfinished: unfinished.filter(|_| !open).map(|record| Fragment {
                 lsn: record.lsn,
                 record_bytes: end.0 - record.lsn.0,
                 bytes: None,
@@ -333,9 +363,16 @@ impl World {
                 + e.searched.len()
                 + blocks
         };
+        let mut catalog = self.catalog.clone();
         loop {
             let before = known(&evidence);
-            match plan(&self.catalog, &evidence, target, options) {
+            match plan(&catalog, &evidence, target, options) {
+                Outcome::NeedTails => {
+                    assert_eq!(catalog.tails, None, "tails were asked for twice");
+                    catalog.tails = Some(self.tails.clone());
+                    evidence.add_tails(self.tails.values().map(|tail| self.summary(tail.segment)));
+                    continue;
+                }
                 end @ (Outcome::Plan(_) | Outcome::Refused(_) | Outcome::Unreadable(_)) => return end,
                 Outcome::NeedRollup(first) => {
                     // In two halves.
@@ -361,12 +398,12 @@ impl World {
                 Outcome::NeedEvents(requests) => {
                     for SegmentRequest { segment, following } in requests {
                         assert!(!self.damaged.contains(&segment), "{segment} is known to be damaged");
-                        let through = following.last().unwrap_or(&segment).end(SIZE);
+                        let through = self.stored_end(*following.last().unwrap_or(&segment));
                         evidence.events.insert(segment, self.events(segment, through));
                     }
                 }
                 Outcome::SearchEvents(SegmentRequest { segment, following }) => {
-                    let through = following.last().unwrap_or(&segment).end(SIZE);
+                    let through = self.stored_end(*following.last().unwrap_or(&segment));
                     let events = self.events(segment, through);
                     if events.iter().any(|event| decides(target, event)) {
                         evidence.events.insert(segment, events);
@@ -376,7 +413,7 @@ impl World {
                 }
                 Outcome::NeedRecord(RecordRequest { request, at }) => {
                     let segment = request.segment;
-                    let through = request.following.last().unwrap_or(&segment).end(SIZE);
+                    let through = self.stored_end(*request.following.last().unwrap_or(&segment));
                     let found = self.records[&segment.timeline]
                         .iter()
                         .find(|r| r.lsn >= at && r.lsn < segment.end(SIZE) && r.end <= through)
@@ -1114,14 +1151,60 @@ fn a_fork_on_the_way_needs_its_segment_under_the_parents_name() {
     assert_eq!((plan.timeline, plan.parent_segments), (tli(2), vec![parent]));
 }
 
+#[test]
+fn what_was_shipped_of_the_open_segment_is_planned_with() {
+    let mut world = World::plain();
+    let latest = RecoveryTarget::new(TargetKind::Latest);
+    let (whole_end, whole) = (world.plan(&latest).unwrap().stop.final_lsn, world.plan(&latest).unwrap());
+    assert_eq!((whole.tail, whole.chain.len()), (None, 1));
+    let first = world.push(tli(1), 40, commit(2001, 90_000_000));
+    let second = world.push(tli(1), 40, commit(2002, 91_000_000));
+    let end = world.end(tli(1));
+    world.ship(tli(1), SIZE.bytes());
+    assert!(first > whole_end);
+
+    let plan = world.plan(&latest).unwrap();
+    assert_eq!((plan.stop.final_lsn, neighbours(&plan)), (end, (Some(2002), None)));
+    let part = plan.chain.last().unwrap();
+    assert_eq!((part.segments, part.until_lsn, part.open, part.stored_bytes), (1, end, true, 300));
+    assert!(plan.reasons.iter().any(|reason| reason.contains("open segment")), "{:?}", plan.reasons);
+    for (target, expected) in [
+        (xid(2001), (Some(2001), Some(2002))),
+        (exclusive(xid(2002)), (Some(2001), Some(2002))),
+        (time(90_500_000), (Some(2001), Some(2002))),
+        (RecoveryTarget::new(TargetKind::Lsn(second)), (Some(2002), None)),
+    ] {
+        let plan = world.plan(&target).unwrap();
+        assert_eq!(neighbours(&plan), expected, "{target:?}");
+        assert_eq!(plan.tail.map(|tail| tail.until_lsn), Some(end));
+    }
+    // The first one out lies in it, recovery does not need it.
+    let last = plan.backup.id;
+    let before = world.plan(&time(60_000_000)).err().map(|refusal| refusal.kind);
+    assert_eq!(before, None, "{last}");
+    let refusal = world.plan(&time(92_000_000)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::PastEnd);
+    assert!(refusal.before.unwrap().what.contains("2002"));
+    assert!(refusal.reason.contains(&end.to_string()), "{}", refusal.reason);
+
+    let flaw = Some(TailFlaw::Damaged { what: "a test".into() });
+    world.tails.get_mut(&tli(1)).unwrap().flaw = flaw;
+    let plan = world.plan(&xid(2001)).unwrap();
+    assert!(plan.warnings.iter().any(|warning| warning.contains("is damaged")), "{:?}", plan.warnings);
+}
+
 /// What PostgreSQL would do with this backup, record by record: the planner's oracle.
 fn simulate(world: &World, backup: &BackupRecord, target: &RecoveryTarget) -> Option<(Lsn, Lsn)> {
     let mut end = SegmentName::containing(tli(1), backup.start_lsn, SIZE);
     while world.catalog.segments.contains(end) {
         end = end.next(SIZE).unwrap();
     }
-    let later = world.catalog.segments.names().any(|name| name > end);
-    let end = end.start(SIZE);
+    let tail = world.tails.get(&tli(1));
+    let later =
+        world.catalog.segments.names().any(|name| name > end) || tail.is_some_and(|tail| tail.segment > end);
+    // What was shipped of the open segment ends with its last whole record.
+    let end =
+        tail.filter(|tail| tail.segment == end && !later).map_or(end.start(SIZE), |tail| tail.until_lsn);
     // What a newer backup was complete with was there: the archive does not end before it.
     let later = later || world.catalog.backups.iter().any(|backup| backup.stop_lsn > end);
     let consistent = backup.stop_lsn;
@@ -1174,6 +1257,8 @@ struct Script {
     steps: Vec<(u8, u64, i64)>,
     backups: Vec<(usize, usize)>,
     missing: Vec<usize>,
+    /// How much of the last segment is shipped.
+    shipped: Option<u64>,
 }
 
 fn scripts() -> impl Strategy<Value = Script> {
@@ -1186,8 +1271,9 @@ fn scripts() -> impl Strategy<Value = Script> {
         proptest::collection::vec(step, 5..60),
         proptest::collection::vec((0usize..50, 1usize..6), 1..4),
         proptest::collection::vec(0usize..20, 0..2),
+        proptest::option::of(prop_oneof![2 => Just(SIZE.bytes()), 1 => 0..SIZE.bytes()]),
     )
-        .prop_map(|(steps, backups, missing)| Script { steps, backups, missing })
+        .prop_map(|(steps, backups, missing, shipped)| Script { steps, backups, missing, shipped })
 }
 
 fn build(script: &Script) -> World {
@@ -1235,6 +1321,9 @@ fn build(script: &Script) -> World {
         if let Some(name) = names.get(*missing) {
             world.catalog.segments.remove(name);
         }
+    }
+    if let Some(bytes) = script.shipped {
+        world.ship(tli(1), bytes);
     }
     world
 }
@@ -1287,12 +1376,14 @@ proptest! {
                         prop_assert_eq!(part.first, next);
                         let mut name = part.first;
                         while name <= part.last {
-                            prop_assert!(world.catalog.segments.contains(name));
+                            prop_assert!(world.catalog.segments.contains(name) != part.open);
                             name = name.next(SIZE).unwrap();
                         }
                         next = name;
                     }
-                    prop_assert!(plan.chain.last().unwrap().until_lsn >= plan.stop.through_lsn);
+                    let last = plan.chain.last().unwrap();
+                    prop_assert!(last.until_lsn >= plan.stop.through_lsn);
+                    prop_assert_eq!(plan.tail.map(|tail| tail.segment), last.open.then_some(last.last));
                 }
                 (Err(_), None) => {}
                 (plan, expected) => {

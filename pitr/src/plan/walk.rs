@@ -17,7 +17,7 @@ const SUMMARIES_PER_REQUEST: usize = 256;
 
 /// The most WAL that is read to follow one record, in bytes: no record is longer than 1 GiB, and its
 /// pages' headers come on top.
-const FOLLOW_MAX_BYTES: u64 = 5 << 28;
+pub(super) const FOLLOW_MAX_BYTES: u64 = 5 << 28;
 
 /// A chain and what is known of it.
 #[derive(Clone, Copy)]

@@ -21,7 +21,7 @@ use crate::codec::ObjectHead;
 use crate::durable::TempFile;
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, TimelineHistory, TimelineId, WalFileName};
-use crate::repository::{ClusterRepository, LineageRepository, ListedGap};
+use crate::repository::{ClusterRepository, Damage, LineageRepository, ListedGap};
 use crate::wal::page::PageHeader;
 
 use super::DataDirectory;
@@ -38,6 +38,9 @@ pub struct FetchOptions {
     pub lineage: Option<u32>,
     /// How long to try again after errors that may pass.
     pub retry: Duration,
+    /// Whether a damaged part of the segment that the archive ends in ends it, instead of being an error: for a
+    /// restore that was planned so.
+    pub up_to_damage: bool,
     /// Whether the asker is a standby, which may still follow a timeline that turns up now.
     pub standby: bool,
 }
@@ -194,7 +197,16 @@ impl Request<'_> {
             return Err(Error::invalid("no repository is configured"));
         }
         let tail = match self.name {
-            WalFileName::Segment(segment) => super::tail::longest(segment, &lineages, self.target).await?,
+            WalFileName::Segment(segment) => {
+                let damage = if self.options.up_to_damage { Damage::EndsIt } else { Damage::IsAnError };
+                let tail = super::tail::longest(segment, &lineages, self.target, damage).await;
+                if !matches!(&tail, Ok(Some(tail)) if tail.is_whole())
+                    && let Some(outcome) = self.whole_meanwhile(&lineages).await?
+                {
+                    return Ok(outcome);
+                }
+                tail?
+            }
             _ => None,
         };
         for lineage in &lineages {
@@ -208,6 +220,17 @@ impl Request<'_> {
             None => Ok(FetchOutcome::Absent),
             Some(tail) => self.deliver_tail(tail).await,
         }
+    }
+
+    /// Delivers the whole segment if it was stored since it was first asked for: its parts are removed then, and
+    /// what was found of them is no end of the archive.
+    async fn whole_meanwhile(&self, lineages: &[LineageRepository]) -> Result<Option<FetchOutcome>> {
+        for lineage in lineages {
+            if let Tried::Delivered(outcome) = self.deliver_from(lineage).await? {
+                return Ok(Some(outcome));
+            }
+        }
+        Ok(None)
     }
 
     /// Puts an assembled segment in place; behind its end it reads as zeros, which PostgreSQL takes for the

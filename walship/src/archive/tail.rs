@@ -7,7 +7,7 @@ use super::push::{EncodedFile, PushOptions, encode_stream};
 use crate::durable::TempFile;
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, WalFileName};
-use crate::repository::LineageRepository;
+use crate::repository::{Damage, LineageRepository};
 use crate::wal::page::PageHeader;
 
 /// What is stored of a segment in parts.
@@ -36,11 +36,12 @@ pub(super) async fn longest<'a>(
     segment: SegmentName,
     lineages: &'a [LineageRepository],
     target: &Path,
+    damage: Damage,
 ) -> Result<Option<Tail<'a>>> {
     let mut longest: Option<Tail<'a>> = None;
     for lineage in lineages {
         let temp = TempFile::beside(target)?;
-        let end = lineage.tail_into(segment, temp.file()).await?;
+        let end = lineage.tail_into(segment, temp.file(), damage).await?;
         if end >= PageHeader::LONG_LEN as u64 && longest.as_ref().is_none_or(|tail| tail.end < end) {
             longest = Some(Tail { temp, end, lineage });
         }
@@ -61,7 +62,7 @@ pub async fn whole_from_parts(
     options: &PushOptions,
 ) -> Result<Option<EncodedFile>> {
     let target = options.spool_dir.join(segment.to_string());
-    let Some(tail) = longest(segment, lineages, &target).await? else { return Ok(None) };
+    let Some(tail) = longest(segment, lineages, &target, Damage::IsAnError).await? else { return Ok(None) };
     let (temp, size, options) = (tail.temp, tail.lineage.lineage().segment_size, options.clone());
     let encoding = tokio::task::spawn_blocking(move || {
         let mut bytes = temp.file();

@@ -59,6 +59,10 @@ pub(super) struct FetchArgs {
     /// Fetch from this lineage, by number, instead of that of PATH's data directory, else the newest
     #[arg(long, value_name = "NUMBER")]
     lineage: Option<u32>,
+    /// Take a damaged part of the open segment, which the archive ends in, for its end; `pitr restore` sets this
+    /// where its plan said so
+    #[arg(long)]
+    up_to_damage: bool,
     /// Print what was done as JSON
     #[arg(long)]
     json: bool,
@@ -183,6 +187,7 @@ fn try_fetch(args: &FetchArgs, overrides: &Overrides) -> Result<Fetched> {
         } else {
             Duration::from_millis(config.restore_retry_ms)
         },
+        up_to_damage: args.up_to_damage,
         standby: asker == Asker::Standby,
     };
     let clusters = Configured::new(&config)?;

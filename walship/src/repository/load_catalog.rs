@@ -199,6 +199,8 @@ async fn load_one(repository: &LineageRepository, using: Using) -> Result<Catalo
         lineage: repository.lineage.clone(),
         histories: load_histories(repository, &timelines).await?,
         segments: StoredSegments::new(repository.lineage.segment_size),
+        in_parts: BTreeMap::new(),
+        tails: None,
         lost_ends: BTreeMap::new(),
         rollups: Vec::new(),
         partials: Vec::new(),

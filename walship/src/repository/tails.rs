@@ -2,17 +2,20 @@
 //!
 //! Two receivers cut differently: parts are joined by position, and where they overlap they have to agree.
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt as _;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 
 use super::LineageRepository;
+use crate::catalog::TailFlaw;
 use crate::codec::{Compression, TailPart};
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, SegmentName, TimelineId};
-use crate::storage::{ObjectKey, PutOutcome, list_all};
+use crate::storage::{ObjectKey, ObjectMeta, PutOutcome, list_all};
 
 /// More parts than a segment ever has.
 const PARTS_MAX: usize = 200_000;
@@ -27,7 +30,74 @@ pub struct ListedPart {
     pub start: u64,
     /// Where it ends (exclusive).
     pub end: u64,
-    key: ObjectKey,
+    /// The length of its object.
+    pub stored_bytes: u64,
+    pub(super) key: ObjectKey,
+}
+
+/// What becomes of a damaged part whose bytes no other holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Damage {
+    /// There is no tail then: what is damaged is no end of the archive.
+    IsAnError,
+    /// What lies before it will do.
+    EndsIt,
+}
+
+/// What came of putting parts together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Assembled {
+    /// So many bytes, from the segment's start.
+    pub(super) end: u64,
+    /// So many parts.
+    pub(super) parts: u64,
+    /// The length of their objects.
+    pub(super) stored_bytes: u64,
+    /// Why it does not go on although more is stored.
+    pub(super) flaw: Option<TailFlaw>,
+}
+
+/// Where parts are put together.
+pub(super) trait Assembly {
+    /// Forgets what was written.
+    fn clear(&mut self) -> io::Result<()>;
+    /// Returns whether these bytes were written there.
+    fn holds(&mut self, at: u64, bytes: &[u8]) -> io::Result<bool>;
+    /// Writes behind what was written.
+    fn write(&mut self, at: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+impl Assembly for &File {
+    fn clear(&mut self) -> io::Result<()> {
+        self.set_len(0)
+    }
+
+    fn holds(&mut self, at: u64, bytes: &[u8]) -> io::Result<bool> {
+        let mut written = vec![0; bytes.len()];
+        self.read_exact_at(&mut written, at)?;
+        Ok(written == bytes)
+    }
+
+    fn write(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.write_all_at(bytes, at)
+    }
+}
+
+impl Assembly for Vec<u8> {
+    fn clear(&mut self) -> io::Result<()> {
+        Self::clear(self);
+        Ok(())
+    }
+
+    fn holds(&mut self, at: u64, bytes: &[u8]) -> io::Result<bool> {
+        let at = usize::try_from(at).unwrap_or(usize::MAX);
+        Ok(self.get(at..).and_then(|written| written.get(..bytes.len())) == Some(bytes))
+    }
+
+    fn write(&mut self, _: u64, bytes: &[u8]) -> io::Result<()> {
+        self.extend_from_slice(bytes);
+        Ok(())
+    }
 }
 
 impl LineageRepository {
@@ -73,24 +143,80 @@ impl LineageRepository {
         let objects = list_all(&*self.storage, &self.layout.tails_prefix(segment), PARTS_MAX).await?;
         let parts = objects.into_iter().filter_map(|meta| {
             let (start, end) = self.layout.parse_tail(segment, &meta.key)?;
-            Some(ListedPart { start, end, key: meta.key })
+            Some(ListedPart { start, end, stored_bytes: meta.bytes, key: meta.key })
         });
         let mut parts: Vec<_> = parts.collect();
         parts.sort_by_key(|part| (part.start, part.end));
         Ok(parts)
     }
 
+    /// Returns the parts of the segments of a timeline behind `last`, of each by where they begin.
+    pub(super) async fn tails_behind(
+        &self,
+        timeline: TimelineId,
+        last: Option<SegmentName>,
+    ) -> Result<BTreeMap<SegmentName, Vec<ListedPart>>> {
+        let prefix = self.layout.timeline_tails_prefix(timeline);
+        let mut after = last.map(|last| format!("{}~", self.layout.tails_prefix(last)));
+        let mut segments: BTreeMap<SegmentName, Vec<ListedPart>> = BTreeMap::new();
+        let mut count = 0;
+        loop {
+            let page = self.storage.list(&prefix, after.as_deref()).await?;
+            count += page.objects.len();
+            for meta in page.objects {
+                let Some((segment, part)) = self.part_listed(timeline, meta) else { continue };
+                if last.is_none_or(|last| last < segment) {
+                    segments.entry(segment).or_default().push(part);
+                }
+            }
+            match page.next {
+                Some(_) if count > PARTS_MAX => {
+                    return Err(Error::invalid(format!(
+                        "more than {PARTS_MAX} parts of open segments are stored in {} on timeline {timeline}",
+                        self.location()
+                    )));
+                }
+                Some(next) => after = Some(next),
+                None => break,
+            }
+        }
+        segments.values_mut().for_each(|parts| parts.sort_by_key(|part| (part.start, part.end)));
+        Ok(segments)
+    }
+
+    fn part_listed(&self, timeline: TimelineId, meta: ObjectMeta) -> Option<(SegmentName, ListedPart)> {
+        let (name, _) =
+            meta.key.as_str().strip_prefix(&self.layout.timeline_tails_prefix(timeline))?.split_once('/')?;
+        let segment: SegmentName = name.parse().ok()?;
+        let (start, end) = self.layout.parse_tail(segment, &meta.key)?;
+        Some((segment, ListedPart { start, end, stored_bytes: meta.bytes, key: meta.key }))
+    }
+
     /// Writes what is stored of an open segment into `file`, from its start and as far as parts are
     /// contiguous, and returns that length; 0 when there is nothing.
     ///
     /// # Errors
-    /// [`Error::Conflict`] when parts disagree; [`Error::Corrupt`] when a damaged one leaves a hole.
-    pub async fn tail_into(&self, segment: SegmentName, file: &File) -> Result<u64> {
-        let mut parts = self.tail_of(segment).await?;
+    /// [`Error::Conflict`] when parts disagree; [`Error::Corrupt`] when a damaged one leaves a hole and `damage`
+    /// does not say that what lies before will do.
+    pub async fn tail_into(&self, segment: SegmentName, file: &File, damage: Damage) -> Result<u64> {
+        let parts = self.tail_of(segment).await?;
+        Ok(self.assemble(segment, parts, &mut &*file, damage).await?.end)
+    }
+
+    /// Puts parts together, from the segment's start and as far as they are contiguous.
+    pub(super) async fn assemble(
+        &self,
+        segment: SegmentName,
+        mut parts: Vec<ListedPart>,
+        to: &mut impl Assembly,
+        damage: Damage,
+    ) -> Result<Assembled> {
         let promised = chain(&parts).last().map_or(0, |part| part.end);
+        let mut flaw = None;
         loop {
             let chosen = chain(&parts);
-            if chosen.last().map_or(0, |part| part.end) < promised {
+            let end = chosen.last().map_or(0, |part| part.end);
+            if end < promised && damage == Damage::IsAnError {
                 return Err(Error::corrupt(format!(
                     "a part of {segment} in {} is damaged, and no other holds its bytes",
                     self.location()
@@ -99,28 +225,42 @@ impl LineageRepository {
                     "Keep the repository as it is, and look for the segment in the pg_wal of a server.",
                 ));
             }
-            match self.write_parts(segment, &chosen, file).await? {
-                None => return Ok(promised),
-                Some(damaged) => parts.retain(|part| part.key != damaged),
+            match self.write_parts(segment, &chosen, to).await? {
+                None => {
+                    let hole = parts.iter().map(|part| part.start).find(|start| *start > end);
+                    let hole = hole.map(|to| TailFlaw::Hole {
+                        to: Lsn(segment.start(self.lineage.segment_size).0.saturating_add(to)),
+                    });
+                    return Ok(Assembled {
+                        end,
+                        parts: chosen.len() as u64,
+                        stored_bytes: chosen.iter().map(|part| part.stored_bytes).sum(),
+                        flaw: flaw.filter(|_| end < promised).or(hole),
+                    });
+                }
+                Some((damaged, what)) => {
+                    parts.retain(|part| part.key != damaged);
+                    flaw.get_or_insert(TailFlaw::Damaged { what });
+                }
             }
         }
     }
 
-    /// Writes parts that form a chain; returns the key of the first that is damaged.
+    /// Writes parts that form a chain; returns the key of the first that is damaged, and how.
     async fn write_parts(
         &self,
         segment: SegmentName,
         chain: &[ListedPart],
-        file: &File,
-    ) -> Result<Option<ObjectKey>> {
+        to: &mut impl Assembly,
+    ) -> Result<Option<(ObjectKey, String)>> {
         let failed = |error| Error::from_io("putting a segment together", error);
-        file.set_len(0).map_err(failed)?;
+        to.clear().map_err(failed)?;
         let reads = chain.iter().map(|part| async move {
             match self.tail_part(segment, part).await {
-                Ok(read) => Ok((part, Some(read))),
-                Err(Error::Corrupt(damage)) => {
-                    tracing::warn!("{damage}");
-                    Ok((part, None))
+                Ok(read) => Ok((part, Ok(read))),
+                Err(error @ Error::Corrupt(_)) => {
+                    tracing::warn!("{error}");
+                    Ok((part, Err(error.to_string())))
                 }
                 Err(error) => Err(error),
             }
@@ -128,12 +268,13 @@ impl LineageRepository {
         let mut reads = futures_util::stream::iter(reads).buffered(READS_MAX);
         let mut written = 0;
         while let Some((part, read)) = reads.try_next().await? {
-            let Some(read) = read else { return Ok(Some(part.key.clone())) };
+            let read = match read {
+                Ok(read) => read,
+                Err(what) => return Ok(Some((part.key.clone(), what))),
+            };
             let known = usize::try_from(written - part.start).unwrap_or(usize::MAX).min(read.bytes.len());
             let (overlap, new) = read.bytes.split_at(known);
-            let mut before = vec![0; overlap.len()];
-            file.read_exact_at(&mut before, part.start).map_err(failed)?;
-            if before != overlap {
+            if !to.holds(part.start, overlap).map_err(failed)? {
                 return Err(Error::conflict(format!(
                     "parts of {segment} in {} hold different bytes for the same place, {} among them",
                     self.location(),
@@ -141,7 +282,7 @@ impl LineageRepository {
                 ))
                 .with_next("Two servers wrote different WAL on one timeline: find out which one is right."));
             }
-            file.write_all_at(new, written).map_err(failed)?;
+            to.write(written, new).map_err(failed)?;
             written = written.max(part.end);
         }
         Ok(None)
@@ -196,7 +337,7 @@ impl LineageRepository {
 
 fn listed(key: &ObjectKey, part: &TailPart) -> ListedPart {
     let start = part.offset();
-    ListedPart { start, end: start + part.bytes.len() as u64, key: key.clone() }
+    ListedPart { start, end: start + part.bytes.len() as u64, stored_bytes: 0, key: key.clone() }
 }
 
 /// Returns the fewest parts that lead from the segment's start as far as parts are contiguous.
@@ -235,6 +376,7 @@ mod tests {
             let part = |(start, length): &(u64, u64)| ListedPart {
                 start: *start,
                 end: start + length,
+                stored_bytes: 0,
                 key: ObjectKey::new(format!("x/{start}-{length}")).unwrap(),
             };
             let parts: Vec<_> = ranges.iter().map(part).collect();

@@ -96,14 +96,86 @@ impl SegmentScanner {
         SegmentScan { summary: self.summary(ending), verdict }
     }
 
+    /// Returns what was found in the beginning of a segment that is still being written, once what there is of it
+    /// was pushed: what a server finds that gets it with zeros behind. [`Verdict::Whole`] when that ends in a
+    /// switch record.
+    pub fn finish_open(mut self) -> SegmentScan {
+        let tally = &mut self.tally;
+        self.reader.finish(|record, layout| tally.add(record, layout));
+        let verdict = self.misfit().unwrap_or_else(|| match (self.reader.stop(), &self.tally.unknown) {
+            (_, Some((lsn, unknown))) => {
+                let version = self.version();
+                Verdict::Undecoded { reason: format!("{unknown}, at {lsn}, in WAL of PostgreSQL {version}") }
+            }
+            (None, None) if self.switched() => Verdict::Whole,
+            (stop, None) => Verdict::Incomplete {
+                valid_to: self.reader.valid_to(),
+                reason: stop.map_or_else(|| "more is to come".to_owned(), |stop| stop.reason.to_string()),
+            },
+        });
+        let ending = match &verdict {
+            Verdict::Whole => SegmentEnding::Switch,
+            Verdict::Undecoded { reason } => SegmentEnding::Undecoded { reason: reason.clone() },
+            Verdict::Incomplete { .. } | Verdict::Mismatch { .. } => SegmentEnding::Incomplete,
+        };
+        let start = self.name.start(self.size);
+        let received_to = Lsn(start.0.saturating_add(self.received));
+        let mut summary = self.summary(ending);
+        // Zeros that were taken for the rest of a record from the segment before are none of it.
+        if let Some(leading) = &mut summary.leading
+            && leading.end.is_none_or(|end| end > received_to)
+        {
+            (leading.end, leading.bytes) = (None, None);
+            summary.end_of_wal = start;
+        }
+        SegmentScan { summary, verdict }
+    }
+
     fn switched(&self) -> bool {
         self.reader.last_switch().is_some()
+    }
+
+    /// Returns why the bytes are not WAL of this segment, or none that can be read; however many there are.
+    fn misfit(&self) -> Option<Verdict> {
+        let mismatch = |what: String| Some(Verdict::Mismatch { what });
+        let Some(first) = self.reader.first_page() else {
+            return mismatch("the file is empty".to_owned());
+        };
+        if Layout::for_magic(first.magic).is_none() {
+            if !first.is_plausible_first() {
+                return mismatch(format!("page magic {:#06X} is not that of WAL", first.magic));
+            }
+            if let Some(what) = self.first_page_mismatch() {
+                return mismatch(what);
+            }
+            let reason = format!("page magic {:#06X} of an unknown PostgreSQL version", first.magic);
+            return Some(Verdict::Undecoded { reason });
+        }
+        if let Some(what) = self.first_page_mismatch() {
+            return mismatch(what);
+        }
+        match self.reader.stop()? {
+            Stop { reason: StopReason::PageSize(bytes), .. } => {
+                Some(Verdict::Undecoded { reason: format!("WAL pages of {bytes} bytes") })
+            }
+            Stop { lsn, reason: StopReason::PageTimeline(timeline) } => mismatch(format!(
+                "the page at {lsn} has timeline {timeline} in a segment named for timeline {}",
+                self.name.timeline
+            )),
+            _ => None,
+        }
+    }
+
+    /// Returns the version that wrote the WAL, in words.
+    fn version(&self) -> String {
+        self.reader
+            .layout()
+            .map_or_else(|| "an unknown version".to_owned(), |layout| layout.major.to_string())
     }
 
     fn verdict(&self) -> Verdict {
         let size = self.size.bytes();
         let mismatch = |what: String| Verdict::Mismatch { what };
-        let first = self.reader.first_page();
         if !self.name.is_legal(self.size) {
             return mismatch(format!(
                 "{} is not a segment name where segments have {}",
@@ -113,37 +185,17 @@ impl SegmentScanner {
         if self.received != size {
             return mismatch(format!("the file has {} bytes, a segment has {size}", self.received));
         }
-        let Some(first) = first else {
-            return mismatch("the file is empty".to_owned());
-        };
-        let Some(layout) = Layout::for_magic(first.magic) else {
-            if !first.is_plausible_first() {
-                return mismatch(format!("page magic {:#06X} is not that of WAL", first.magic));
-            }
-            if let Some(what) = self.first_page_mismatch() {
-                return mismatch(what);
-            }
-            let reason = format!("page magic {:#06X} of an unknown PostgreSQL version", first.magic);
-            return Verdict::Undecoded { reason };
-        };
-        if let Some(what) = self.first_page_mismatch() {
-            return mismatch(what);
+        if let Some(misfit) = self.misfit() {
+            return misfit;
         }
         match self.reader.stop() {
-            Some(Stop { reason: StopReason::PageSize(bytes), .. }) => {
-                Verdict::Undecoded { reason: format!("WAL pages of {bytes} bytes") }
-            }
-            Some(Stop { lsn, reason: StopReason::PageTimeline(timeline) }) => mismatch(format!(
-                "the page at {lsn} has timeline {timeline} in a segment named for timeline {}",
-                self.name.timeline
-            )),
             Some(stop) => Verdict::Incomplete {
                 valid_to: self.reader.valid_to(),
                 reason: format!("{} at {}", stop.reason, stop.lsn),
             },
             None => match &self.tally.unknown {
                 Some((lsn, unknown)) => Verdict::Undecoded {
-                    reason: format!("{unknown}, at {lsn}, in WAL of PostgreSQL {}", layout.major),
+                    reason: format!("{unknown}, at {lsn}, in WAL of PostgreSQL {}", self.version()),
                 },
                 None => Verdict::Whole,
             },

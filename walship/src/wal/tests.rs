@@ -399,6 +399,53 @@ fn varied() -> WalBuilder {
     wal
 }
 
+#[test]
+fn the_beginning_of_a_segment_ends_where_it_would_for_a_server() {
+    let mut wal = wal();
+    wal.fill_segment(200);
+    wal.filler(20_000);
+    for xid in 700..740 {
+        wal.commit(xid, 1_000_000 + i64::from(xid));
+        wal.filler(700);
+    }
+    let end = usize::try_from(wal.position().0 % (1 << 20)).unwrap();
+    let (name, bytes) = wal.segments().remove(1);
+    let leading_end = scan(name, &bytes).summary.leading.unwrap().end.unwrap();
+    for cut in (1..64).chain((64..end + 8).step_by(37)).chain([8192, 16384, end]) {
+        let mut scanner = SegmentScanner::new(name, MIB);
+        scanner.push(&bytes[..cut]);
+        let open = scanner.finish_open();
+        let mut padded = bytes[..cut].to_vec();
+        padded.resize(1 << 20, 0);
+        let whole = scan(name, &padded);
+        let received_to = Lsn(name.start(MIB).0 + cut as u64);
+        if received_to < leading_end {
+            let unusable = matches!(open.verdict, Verdict::Mismatch { .. });
+            assert!(unusable || open.summary.end_of_wal == name.start(MIB), "{cut}: {open:?}");
+            assert!(open.summary.leading.is_none_or(|leading| leading.end.is_none()), "{cut}");
+            continue;
+        }
+        let Verdict::Incomplete { valid_to, .. } = whole.verdict else { panic!("{cut}: {whole:?}") };
+        assert_eq!(open.summary.end_of_wal, valid_to, "{cut}");
+        assert_eq!(open.summary.counts, whole.summary.counts, "{cut}");
+        assert_eq!(open.summary.max_time, whole.summary.max_time, "{cut}");
+        assert!(matches!(open.verdict, Verdict::Incomplete { .. }), "{cut}: {open:?}");
+    }
+}
+
+#[test]
+fn an_open_segment_that_was_switched_is_at_its_end() {
+    let mut wal = wal();
+    wal.commit(700, 1);
+    wal.switch();
+    let (name, bytes) = wal.segments().remove(0);
+    let mut scanner = SegmentScanner::new(name, MIB);
+    scanner.push(&bytes[..500]);
+    let open = scanner.finish_open();
+    assert_eq!((open.verdict, open.summary.ending), (Verdict::Whole, SegmentEnding::Switch));
+    assert_eq!(open.summary.counts.commits, 1);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

@@ -14,6 +14,7 @@ use walship_tests::random::Random;
 use walship_tests::stage::Stage;
 use walship_tests::{bins, wait};
 
+use crate::receive::{Front, Receiving};
 use crate::waldump_oracle::Theirs;
 
 /// Concurrent sessions, and how many transactions each has in one phase.
@@ -83,6 +84,15 @@ pub(crate) struct Row {
     pub(crate) xid: u32,
 }
 
+/// How the archive ends on each timeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// With a whole segment.
+    Archived,
+    /// With the parts of an open one, which a receiver shipped.
+    Shipped,
+}
+
 /// What was made, and the truth about it.
 pub(crate) struct History {
     pub(crate) stage: Stage,
@@ -99,13 +109,15 @@ pub(crate) struct History {
     pub(crate) backups: Vec<(String, Lsn)>,
     /// The commits in all WAL of timeline 1 that its server kept: position, and microseconds since 1970.
     pub(crate) commits: Vec<(Lsn, i64)>,
+    /// Targets are drawn from the records behind these positions.
+    pub(crate) drawn_from: BTreeMap<u32, Lsn>,
     /// Data directories that were made to be used again, by what they were restored with.
     pub(crate) templates: std::sync::Mutex<BTreeMap<Vec<String>, PathBuf>>,
 }
 
 impl History {
     /// Makes a history on PostgreSQL `major`.
-    pub(crate) fn make(major: u32, random: &mut Random) -> Self {
+    pub(crate) fn make(major: u32, ending: Ending, random: &mut Random) -> Self {
         let stage = Stage::folder("main");
         let clock = stage.path().join("clock");
         fs::write(&clock, "+0").unwrap();
@@ -154,12 +166,18 @@ impl History {
                 maker.backup(&second);
             }
         }
+        let mut drawn_from = BTreeMap::from([(1, Lsn(0)), (2, Lsn(0))]);
+        if ending == Ending::Shipped {
+            for (timeline, server) in [(1, &first), (2, &second)] {
+                drawn_from.insert(timeline, maker.shipped(server));
+            }
+        }
         let Maker { stage, random: used, backups, .. } = maker;
         *random = used;
         let commits = records_of(&first, 1, oldest_wal(&first));
         let commits = commits.iter().filter_map(|record| Some((record.lsn, record.ended()?)));
         let commits = commits.filter(|(_, end)| end.committed).map(|(lsn, end)| (lsn, end.time)).collect();
-        let (first, second) = (Whole::of(&first, 1, start), Whole::of(&second, 2, fork));
+        let (first, second) = (Whole::of(&first, 1, start, ending), Whole::of(&second, 2, fork, ending));
         let later = second.rows.difference(&first.rows).cloned().collect();
         Self {
             stage,
@@ -169,6 +187,7 @@ impl History {
             rows: [(1, first.rows), (2, later)].into(),
             backups,
             commits,
+            drawn_from,
             templates: std::sync::Mutex::default(),
         }
     }
@@ -233,7 +252,7 @@ struct Whole {
 }
 
 impl Whole {
-    fn of(server: &PgServer, timeline: u32, start: Lsn) -> Self {
+    fn of(server: &PgServer, timeline: u32, start: Lsn, ending: Ending) -> Self {
         let rows = server.psql("SELECT id, xid FROM t");
         let rows = rows.lines().map(|line| {
             let (id, xid) = line.split_once('|').unwrap();
@@ -241,7 +260,10 @@ impl Whole {
         });
         let rows = rows.collect();
         let size = SegmentSize::new(1 << 20).unwrap();
-        let end = server.archive_now().parse::<SegmentName>().unwrap().end(size);
+        let end = match ending {
+            Ending::Archived => server.archive_now().parse::<SegmentName>().unwrap().end(size),
+            Ending::Shipped => server.psql("SELECT pg_current_wal_flush_lsn()").parse().unwrap(),
+        };
         let mut records = records_of(server, timeline, start);
         records.retain(|record| record.lsn < end);
         Self { records, rows, end }
@@ -290,8 +312,35 @@ impl Maker {
         };
         fs::write(&self.clock, clock).unwrap();
         let scripts: Vec<String> = (0..SESSIONS).map(|_| self.session()).collect();
+        self.stretch(server, &scripts);
+        // The second leaves a segment in which nothing was committed.
+        for _ in 0..self.random.below(3) {
+            server.switch_wal();
+        }
+        fs::write(&self.clock, "+0").unwrap();
+    }
+
+    /// Transactions in the open segment, shipped by a receiver that dies; returns where they begin.
+    fn shipped(&mut self, server: &PgServer) -> Lsn {
+        let front = Front::of(server);
+        let mut receiving = Receiving::start(&self.stage, &front.conninfo(), &["--flush", "repository"]);
+        // Several stretches may end in the same segment; the last one's end is in the open one.
+        server.archive_now();
+        let begin = server.psql("SELECT pg_current_wal_flush_lsn()").parse().unwrap();
+        for _ in 0..2 {
+            let scripts: Vec<String> = (0..SESSIONS).map(|_| self.session()).collect();
+            self.stretch(server, &scripts);
+        }
+        server.psql(&self.insert());
+        receiving.wait_durable(server.psql("SELECT pg_current_wal_flush_lsn()").parse().unwrap());
+        receiving.kill9();
+        begin
+    }
+
+    /// Concurrent sessions, then some of what an operator does.
+    fn stretch(&mut self, server: &PgServer, scripts: &[String]) {
         thread::scope(|scope| {
-            for script in &scripts {
+            for script in scripts {
                 scope.spawn(move || server.psql(script));
             }
         });
@@ -306,11 +355,6 @@ impl Maker {
         if self.random.chance(0.3) {
             server.psql("CHECKPOINT");
         }
-        // The second leaves a segment in which nothing was committed.
-        for _ in 0..self.random.below(3) {
-            server.switch_wal();
-        }
-        fs::write(&self.clock, "+0").unwrap();
     }
 
     fn id(&mut self) -> i64 {

@@ -26,16 +26,26 @@ use walship_tests::random::Random;
 use walship_tests::wait::PATIENCE;
 use walship_tests::{note, seed};
 
-use history::{History, NAMES, fork_of};
+use history::{Ending, History, NAMES, fork_of};
 
 #[test]
 fn what_is_planned_is_what_postgresql_does() {
-    compare(postgres::primary_major(), if walship_tests::campaign() { 160 } else { 20 });
+    compare(postgres::primary_major(), Ending::Archived, if walship_tests::campaign() { 160 } else { 20 });
 }
 
 #[test]
 fn what_is_planned_is_what_a_newer_major_does() {
-    compare(postgres::newer_major(), if walship_tests::campaign() { 160 } else { 20 });
+    compare(postgres::newer_major(), Ending::Archived, if walship_tests::campaign() { 160 } else { 20 });
+}
+
+#[test]
+fn what_is_planned_in_the_open_segment_is_what_postgresql_does() {
+    compare(postgres::primary_major(), Ending::Shipped, if walship_tests::campaign() { 160 } else { 20 });
+}
+
+#[test]
+fn what_is_planned_in_the_open_segment_is_what_a_newer_major_does() {
+    compare(postgres::newer_major(), Ending::Shipped, if walship_tests::campaign() { 160 } else { 20 });
 }
 
 /// What was asked for, as options of `pitr` and as settings of PostgreSQL.
@@ -57,7 +67,7 @@ impl fmt::Display for Asked {
 }
 
 /// Compares `count` targets on one major.
-fn compare(major: u32, count: usize) {
+fn compare(major: u32, ending: Ending, count: usize) {
     assert!(
         PgBinaries::find(major).has_waldump(),
         "this comparison needs the pg_waldump of PostgreSQL {major}"
@@ -65,7 +75,7 @@ fn compare(major: u32, count: usize) {
     let seed = seed();
     println!("exact plans, PostgreSQL {major}: WALSHIP_SEED={seed}");
     let mut random = Random::new(seed ^ u64::from(major));
-    let history = History::make(major, &mut random);
+    let history = History::make(major, ending, &mut random);
     let targets: Vec<Asked> = (0..count).map(|_| draw(&history, &mut random)).collect();
     let next = AtomicUsize::new(0);
     let [reached, refused, stricter, different] = [const { AtomicUsize::new(0) }; 4];
@@ -89,7 +99,7 @@ fn compare(major: u32, count: usize) {
     let (reached, refused, stricter) = (reached.into_inner(), refused.into_inner(), stricter.into_inner());
     assert_eq!(different.into_inner(), 0, "differences in {count} targets; each is told above");
     note(&format!(
-        "exact plans, PostgreSQL {major}, seed {seed}: {count} random targets in {} records of two timelines; \
+        "exact plans, {ending:?}, PostgreSQL {major}, seed {seed}: {count} random targets in {} records of two timelines; \
          {reached} reached as planned, {refused} refused by both, {stricter} refused by the plan because the server \
          would have ended with later commits; no difference",
         history.records.values().map(Vec::len).sum::<usize>(),
@@ -101,7 +111,11 @@ fn compare(major: u32, count: usize) {
 fn draw(history: &History, random: &mut Random) -> Asked {
     let timeline = *random.pick(&[None, None, Some(1), Some(2), Some(1), Some(2)]);
     let timeline = if random.chance(0.02) { Some(9) } else { timeline };
-    let records = history.path(timeline.filter(|number| *number < 3).unwrap_or(2));
+    let way = timeline.filter(|number| *number < 3).unwrap_or(2);
+    let mut records = history.path(way);
+    if random.chance(0.85) {
+        records.retain(|record| record.lsn >= history.drawn_from[&way]);
+    }
     let ends: Vec<_> = records.iter().filter_map(|record| record.ended()).collect();
     let mut asked = Asked {
         options: Vec::new(),
