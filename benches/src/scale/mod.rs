@@ -228,7 +228,7 @@ async fn ask(storage: Arc<dyn Storage>, shape: Shape, question: &str) -> walship
     assert_eq!(catalog.backups.len() as u64, shape.backups());
     if question == "info" {
         let now = shape.commit_time(shape.segments);
-        let info = read_info(&repository, catalog, Vec::new(), None, now).await?;
+        let info = read_info(&repository, catalog, Vec::new(), Vec::new(), None, now).await?;
         assert_eq!(info.timelines.iter().map(|timeline| timeline.segments).sum::<u64>(), shape.segments);
         for timeline in &info.timelines {
             assert!(timeline.gaps.is_empty() && !timeline.windows.is_empty());

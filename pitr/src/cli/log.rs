@@ -123,6 +123,7 @@ fn event(entry: &Entry, zone: Zone, style: Style) -> String {
     let mut text = format!("{}\n  {}\n", style.bold(&when(entry, zone)), clean(&entry.what));
     let mut facts = vec![format!("lsn {}", entry.lsn), format!("timeline {}", entry.timeline)];
     facts.extend(entry.xid.map(|xid| format!("xid {xid}")));
+    facts.extend(entry.open.then(|| "in the open segment".to_owned()));
     let _ = writeln!(text, "  {}", facts.join(", "));
     for database in &entry.databases {
         let name = database.name.as_deref().map_or_else(|| "unknown".to_owned(), |name| format!("{name:?}"));

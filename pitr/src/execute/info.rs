@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use futures_util::StreamExt as _;
 use serde::Serialize;
-use walship::catalog::{BackupRecord, Catalog, GapRecord, Lineage};
+use walship::catalog::{BackupRecord, Catalog, GapRecord, Lineage, StoredTail};
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use walship::replication::{Archiver, ServerPosition, Slot};
 use walship::repository::LineageRepository;
@@ -89,6 +89,8 @@ pub struct TimelineInfo {
     pub first_segment: Option<SegmentName>,
     /// The last stored segment.
     pub last_segment: Option<SegmentName>,
+    /// What is stored of the open segment behind them; `null` when nothing is.
+    pub tail: Option<TailInfo>,
     /// The spans in which every commit can be reached, in WAL order.
     pub windows: Vec<WindowInfo>,
     /// What is missing, from where the timeline begins.
@@ -97,6 +99,16 @@ pub struct TimelineInfo {
     pub restore_points: Vec<RestorePoint>,
     /// How many of its segments were not looked at for restore points and changes of `wal_level`.
     pub segments_not_looked_at: u64,
+}
+
+/// What is stored of the open segment of a timeline.
+#[derive(Debug, Serialize)]
+pub struct TailInfo {
+    /// It.
+    #[serde(flatten)]
+    pub tail: StoredTail,
+    /// Whether a server is given it: nothing later is known on its timeline.
+    pub is_end: bool,
 }
 
 /// A window and the transactions at its ends.
@@ -226,13 +238,15 @@ impl ServerInfo {
     }
 }
 
-/// Returns what the catalog holds and what of it can be reached.
+/// Returns what the catalog holds and what of it can be reached. `tails` are the summaries of what the catalog knows
+/// to be stored in parts.
 ///
 /// # Errors
 /// What the repository answers; damaged summaries are named in the answer.
 pub async fn read_info(
     repository: &LineageRepository,
     catalog: Catalog,
+    tails: Vec<SegmentSummary>,
     lineages: Vec<Lineage>,
     server: Option<ServerInfo>,
     now: DateTime<Utc>,
@@ -241,7 +255,7 @@ pub async fn read_info(
         repository,
         catalog: &catalog,
         evidence: Evidence::of(&catalog),
-        summaries: BTreeMap::new(),
+        summaries: tails.into_iter().map(|summary| (summary.segment, Some(summary))).collect(),
         damaged: Vec::new(),
     };
     let (events, not_looked_at) = sources.planning_events().await?;
@@ -300,6 +314,11 @@ fn timeline_info(catalog: &Catalog, timeline: TimelineId, history: Option<&Timel
         stored_bytes: runs.iter().map(|run| run.stored_bytes).sum(),
         first_segment: runs.first().map(|run| run.first),
         last_segment: runs.last().map(|run| run.last),
+        tail: catalog
+            .tails
+            .as_ref()
+            .and_then(|tails| tails.get(&timeline))
+            .map(|tail| TailInfo { tail: tail.clone(), is_end: catalog.served_tail(tail.segment).is_some() }),
         windows: Vec::new(),
         gaps: gaps.into_iter().filter(|gap| gap.to > begin).collect(),
         restore_points: Vec::new(),
@@ -394,6 +413,12 @@ impl Sources<'_> {
         let mut events: TimelineEvents = Vec::new();
         for (first, block) in &self.evidence.blocks {
             events.extend(block.events.iter().map(|event| (first.timeline, event.clone())));
+        }
+        for tail in self.catalog.tails.iter().flat_map(BTreeMap::values) {
+            let Some(Some(summary)) = self.summaries.get(&tail.segment) else { continue };
+            if self.catalog.served_tail(tail.segment).is_some() {
+                events.extend(summary.events.iter().map(|event| (tail.segment.timeline, event.clone())));
+            }
         }
         for name in &newest {
             let Some(Some(summary)) = self.summaries.get(name) else { continue };

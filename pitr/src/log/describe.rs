@@ -399,6 +399,7 @@ pub(super) fn entry_of(event: &WalEvent, around: &Surroundings<'_>) -> (Entry, V
     let entry = Entry {
         lsn: event.lsn,
         timeline: around.timeline,
+        open: false,
         xid: event.kind.ended_xid(event.xid).or(Some(event.xid)).filter(|xid| *xid != 0),
         time: time_of(event),
         after: None,

@@ -335,6 +335,8 @@ pub struct Entry {
     pub lsn: Lsn,
     /// The timeline that it happened on.
     pub timeline: TimelineId,
+    /// Whether it lies in the open segment, of which parts are stored.
+    pub open: bool,
     /// The transaction; `None` when it belongs to none.
     pub xid: Option<Xid>,
     /// When it happened; `None` when its record does not say.

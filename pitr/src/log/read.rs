@@ -90,7 +90,8 @@ impl Reading {
                 history.timeline == *timeline || history.switch_lsn_of(*timeline).is_some()
             })
         };
-        let mut left_out: Vec<_> = catalog.segments.timelines().into_iter().collect();
+        let mut left_out = timelines.clone();
+        left_out.retain(|timeline| catalog.has_wal_of(*timeline));
         left_out.retain(|timeline| !on_the_way(timeline));
         let log = Log {
             cluster: catalog.cluster.clone(),
@@ -282,6 +283,7 @@ impl Reading {
             }
             found.retain(|(entry, relations)| query.names(entry, relations));
             for (mut entry, relations) in found {
+                entry.open = chain.step_of(event.lsn).is_some_and(|step| chain.is_open(step));
                 if let Some(table) = &query.table {
                     // What is asked for is among those that are listed.
                     let mut sorted = relations;

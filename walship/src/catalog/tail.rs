@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::Catalog;
-use crate::pg::{Lsn, SegmentName};
+use crate::pg::{Lsn, SegmentName, TimelineId};
 
 /// What is stored of the open segment of a timeline: the parts that join from its start on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -55,6 +55,12 @@ impl StoredTail {
 }
 
 impl Catalog {
+    /// Returns whether WAL of a timeline is stored, whole segments or parts of the open one.
+    pub fn has_wal_of(&self, timeline: TimelineId) -> bool {
+        self.segments.last_of_timeline(timeline).is_some()
+            || self.tails.as_ref().is_some_and(|tails| tails.contains_key(&timeline))
+    }
+
     /// Returns the first segment of the same timeline that is not before `name` and of which anything is stored,
     /// whole or in parts.
     pub fn first_stored_from(&self, name: SegmentName) -> Option<SegmentName> {

@@ -10,14 +10,14 @@ use chrono::{DateTime, TimeDelta, Utc};
 use walship::catalog::Catalog;
 use walship::config::Config;
 use walship::replication::{ConnectOptions, Connection, ServerPosition, SessionKind, server_position};
-use walship::repository::load_catalog;
+use walship::repository::{load_catalog, load_tails};
 use walship::{Error, Result};
 
 use super::DONE;
 use super::args::InfoArgs;
 use super::output::{self, Style};
 use super::source::open_lineages;
-use crate::execute::info::{Info, ServerInfo, TimelineInfo, WindowInfo, read_info};
+use crate::execute::info::{Info, ServerInfo, TailInfo, TimelineInfo, WindowInfo, read_info};
 use crate::plan::WindowEnd;
 
 /// How many lines of one kind are printed: all of them are in the JSON.
@@ -29,10 +29,11 @@ pub(super) async fn run(args: &InfoArgs) -> Result<u8> {
     let lineages = lineages.iter().map(|other| other.lineage().clone()).collect();
     // The server first: what it has written by then must be in what is looked at afterwards.
     let asked = if args.server { Some(ask(args).await) } else { None };
-    let catalog = load_catalog(&repository).await?;
+    let mut catalog = load_catalog(&repository).await?;
+    let tails = load_tails(&repository, &mut catalog).await?;
     super::source::say_notes(&repository);
     let server = asked.map(|asked| compare(&catalog, asked));
-    let info = read_info(&repository, catalog, lineages, server, Utc::now()).await?;
+    let info = read_info(&repository, catalog, tails, lineages, server, Utc::now()).await?;
     if args.source.json {
         let value = serde_json::to_value(&info)
             .map_err(|error| Error::invalid(format!("what is stored cannot be shown as JSON: {error}")))?;
@@ -132,6 +133,21 @@ fn timeline_text(text: &mut String, info: &Info, timeline: &TimelineInfo, style:
     if let (Some(first), Some(last)) = (timeline.first_segment, timeline.last_segment) {
         let _ = writeln!(text, "  stored   {first} to {last}");
     }
+    if let Some(TailInfo { tail, is_end }) = &timeline.tail {
+        let not =
+            if *is_end { "" } else { ", which is no end of the archive: WAL before or behind it is missing" };
+        let _ = writeln!(
+            text,
+            "  open     {} to {} ({} part(s), {}){not}",
+            tail.segment,
+            tail.until_lsn,
+            tail.parts,
+            output::bytes(tail.stored_bytes)
+        );
+        if let Some(flaw) = tail.flaw_text() {
+            let _ = writeln!(text, "           {}", output::clean(&flaw));
+        }
+    }
     if timeline.windows.is_empty() {
         let _ = writeln!(text, "  window   none: no complete backup leads here");
     }
@@ -227,7 +243,7 @@ fn server_text(text: &mut String, server: &ServerInfo, style: Style) {
         say(match bytes {
             0 => format!("archive  to {until}: nothing is missing at its end"),
             _ => format!(
-                "archive  to {until}: {} behind ({segments} full segments and what is in the open one)",
+                "archive  to {until}: {} behind ({segments} full segments and what of the open one is not shipped)",
                 output::bytes(bytes)
             ),
         });

@@ -94,7 +94,7 @@ fn now() -> DateTime<Utc> {
 async fn info(server: Option<ServerInfo>) -> Info {
     let (repository, catalog) = (repository().await, catalog());
     let lineages = vec![catalog.lineage.clone()];
-    read_info(&repository, catalog, lineages, server, now()).await.unwrap()
+    read_info(&repository, catalog, vec![], lineages, server, now()).await.unwrap()
 }
 
 fn position() -> ServerPosition {
@@ -129,7 +129,7 @@ async fn an_archive_reads_well() {
 async fn an_empty_archive_is_drawn_as_nothing() {
     let repository = repository().await;
     let catalog = load_catalog(&repository).await.unwrap();
-    let info = read_info(&repository, catalog, vec![], None, now()).await.unwrap();
+    let info = read_info(&repository, catalog, vec![], vec![], None, now()).await.unwrap();
     assert_eq!(timeline(&info, Canvas { columns: 80, is_utf8: true }), "");
     assert!(text(&info, Style::Plain).contains("none: `walship backup` takes one"));
 }
@@ -168,7 +168,7 @@ async fn idle_segments_that_the_index_tells_of_are_passed_over() {
         // Behind the backup's end.
         entry.facts.max_time.iter_mut().for_each(|stop| stop.lsn = lsn(9, 7000));
     });
-    let info = read_info(&repository().await, catalog, vec![], None, now()).await.unwrap();
+    let info = read_info(&repository().await, catalog, vec![], vec![], None, now()).await.unwrap();
     let window = info.timelines[0].windows.last().unwrap();
     let xids = [window.earliest_transaction, window.latest_transaction].map(|stop| stop.map(|stop| stop.xid));
     assert_eq!(xids, [Some(209), Some(209)]);

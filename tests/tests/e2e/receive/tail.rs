@@ -59,6 +59,52 @@ fn a_commit_is_in_the_repository_soon_and_comes_back_without_a_switch() {
 }
 
 #[test]
+fn info_and_log_tell_of_the_open_segment() {
+    let stage = Stage::folder("main");
+    let server = server(primary_major(), 16).start();
+    stage.init(&server);
+    let front = Front::of(&server);
+    let mut receiving = Receiving::start(&stage, &front.conninfo(), &["--flush", "repository"]);
+    server.psql("CREATE TABLE victim AS SELECT 7 AS a");
+    stage.backup(&server);
+    server.psql("SELECT pg_create_restore_point('in the open one')");
+    server.psql("DROP TABLE victim");
+    server.psql("CREATE TABLE t (xid text)");
+    let last = server.psql("INSERT INTO t SELECT pg_current_xact_id()::text RETURNING xid");
+    receiving.wait_durable(server.psql("SELECT pg_current_wal_flush_lsn()").parse().unwrap());
+
+    let json = |words: &[&str]| -> serde_json::Value {
+        let mut command = stage.pitr(words);
+        command.env("PGHOST", server.socket_dir()).env("PGPORT", server.port().to_string());
+        command.env("PGUSER", "postgres").env("PGDATABASE", "postgres");
+        serde_json::from_str(&stage.ok(&mut command)).unwrap()
+    };
+    let mut info = json(&["info", "--server", "--json"]);
+    wait::until("nothing is missing at the archive's end", || {
+        info = json(&["info", "--server", "--json"]);
+        info["server"]["behind_bytes"] == 0
+    });
+    let timeline = &info["timelines"][0];
+    let (tail, window) = (&timeline["tail"], &timeline["windows"][0]);
+    assert_eq!((&tail["is_end"], &tail["flaw"]), (&true.into(), &serde_json::Value::Null), "{info:#}");
+    assert_eq!(window["until_lsn"], tail["until_lsn"], "{info:#}");
+    assert_eq!(window["latest_transaction"]["xid"].to_string(), last, "{info:#}");
+    assert!(window["latest_age_seconds"].is_number(), "{info:#}");
+    assert_eq!(timeline["restore_points"][0]["name"], "in the open one", "{info:#}");
+    let text = stage.ok(&mut stage.pitr(&["info"]));
+    assert!(text.contains(&format!("open     {}", tail["segment"].as_str().unwrap())), "{text}");
+
+    let log = json(&["log", "--json"]);
+    let events = log["lines"].as_array().unwrap();
+    let dropped = events.iter().find(|line| line["relations"][0]["name"] == "victim");
+    assert_eq!(dropped.map(|line| &line["open"]), Some(&true.into()), "{log:#}");
+    assert!(stage.ok(&mut stage.pitr(&["log"])).contains("in the open segment"));
+    let plan = json(&["plan", "--before", "drop:public.victim", "--json"]);
+    assert_eq!(plan["plan"]["tail"]["segment"], tail["segment"], "{plan:#}");
+    assert_eq!(plan["plan"]["stop"]["cut_lsn"], dropped.unwrap()["lsn"], "{plan:#}");
+}
+
+#[test]
 fn parts_go_when_their_segment_is_whole() {
     let stage = Stage::folder("main");
     let server = server(primary_major(), 1).start();
