@@ -323,7 +323,9 @@ impl Maker {
     /// Transactions in the open segment, shipped by a receiver that dies; returns where they begin.
     fn shipped(&mut self, server: &PgServer) -> Lsn {
         let front = Front::of(server);
-        let mut receiving = Receiving::start(&self.stage, &front.conninfo(), &["--flush", "repository"]);
+        // Timeline 1 goes on beside the one that left it.
+        let args = ["--flush", "repository", "--accept-overtaken"];
+        let mut receiving = Receiving::start(&self.stage, &front.conninfo(), &args);
         // Several stretches may end in the same segment; the last one's end is in the open one.
         server.archive_now();
         let begin = server.psql("SELECT pg_current_wal_flush_lsn()").parse().unwrap();
