@@ -26,6 +26,12 @@ use super::DataDirectory;
 /// ones of 64 MiB would be the whole of the memory that a push may take.
 const IN_MEMORY_BYTES_MAX: u64 = 32 << 20;
 
+/// A body in memory that comes from so many bytes has pages of its own: those that are not written to take no
+/// memory, and all go back to the system with it. glibc keeps what is shorter than 32 MiB for later, for each
+/// thread anew, which adds up in a process that encodes segment after segment.
+const OWN_PAGES_FROM: u64 = 8 << 20;
+const OWN_PAGES_BYTES: u64 = 33 << 20;
+
 /// How a file is pushed.
 #[derive(Debug, Clone)]
 pub struct PushOptions {
@@ -181,9 +187,9 @@ fn encode_bytes(
         let spooled = spool.into_temp_path();
         (encoded, EncodedBody::Spooled(spooled.to_path_buf()), Some(spooled))
     } else {
-        // Pages of this that are not written to take no memory.
-        let mut sink =
-            Vec::with_capacity(usize::try_from(plain_bytes + plain_bytes / 64 + 4096).unwrap_or(0));
+        let bytes_max = plain_bytes + plain_bytes / 64 + 4096;
+        let bytes_max = if plain_bytes < OWN_PAGES_FROM { bytes_max } else { bytes_max.max(OWN_PAGES_BYTES) };
+        let mut sink = Vec::with_capacity(usize::try_from(bytes_max).unwrap_or(0));
         let encoded = encode_body(source, plain_bytes, options.compression, &mut sink, &mut observe)?;
         (encoded, EncodedBody::Memory(Bytes::from(sink)), None)
     };

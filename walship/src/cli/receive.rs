@@ -19,8 +19,14 @@ use walship::replication::ConnectOptions;
 
 use super::open::Configured;
 
-/// How many parts of the open segment are on their way at once: one while the next one fills.
+/// How many parts of the open segment are on their way at once where nobody waits for them: one while the
+/// next one fills.
 const PARTS_IN_FLIGHT_MAX: usize = 2;
+
+/// The same where commits wait for them: so many that a store which is 30 ms away can be told of new WAL every
+/// few milliseconds, each so short that together they take no more memory.
+const AWAITED_PARTS_IN_FLIGHT_MAX: usize = 8;
+const AWAITED_PART_BYTES_MAX: usize = TailPart::BYTES_MAX / 4;
 
 /// How often the status file is written.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
@@ -147,12 +153,12 @@ fn options(args: &Args, config: &Config) -> Result<ReceiveOptions> {
             )));
         }
     };
+    let (in_flight_max, part_bytes_max) = match eagerness {
+        Eagerness::AtOnce => (AWAITED_PARTS_IN_FLIGHT_MAX, AWAITED_PART_BYTES_MAX),
+        Eagerness::Never | Eagerness::After(_) => (PARTS_IN_FLIGHT_MAX, TailPart::BYTES_MAX),
+    };
     Ok(ReceiveOptions {
-        tail: TailRules {
-            eagerness,
-            in_flight_max: PARTS_IN_FLIGHT_MAX,
-            part_bytes_max: TailPart::BYTES_MAX,
-        },
+        tail: TailRules { eagerness, in_flight_max, part_bytes_max },
         slot: args.slot.clone().or(settings.slot.clone()).unwrap_or_else(|| "walship".to_owned()),
         compression: config.compression,
         spool_dir: match &config.state_dir {

@@ -11,6 +11,13 @@ use crate::pg::{Lsn, SegmentName, SegmentSize};
 /// So many bytes that are not shipped yet are held at most; then the server has to wait.
 const PENDING_BYTES_MAX: u64 = 8 << 20;
 
+/// At once means: while so many parts are on their way. A further one waits for [`PACE`], so that a far store
+/// has several on their way and a near one does not get many small ones.
+const AT_ONCE_MAX: usize = 2;
+
+/// The time between two parts that are shipped while others are on their way.
+const PACE: Duration = Duration::from_millis(4);
+
 /// How eager to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Eagerness {
@@ -18,7 +25,7 @@ pub enum Eagerness {
     Never,
     /// When bytes have waited this long.
     After(Duration),
-    /// At once: what arrives while parts are on their way goes with the next one.
+    /// At once; where parts are on their way, what arrives meanwhile goes with the next one.
     AtOnce,
 }
 
@@ -54,17 +61,41 @@ pub struct TailCutter {
     pending_bytes: u64,
     since: Duration,
     hurry: bool,
+    /// Before this position the server's WAL is complete.
+    server: Lsn,
+    /// Whether the segment that arrives is stored whole before its parts could be of use.
+    passes: bool,
 }
 
 impl TailCutter {
     /// Returns a cutter that holds nothing.
     pub fn new(rules: TailRules, size: SegmentSize) -> Self {
-        Self { rules, size, pending: VecDeque::new(), pending_bytes: 0, since: Duration::ZERO, hurry: false }
+        Self {
+            rules,
+            size,
+            pending: VecDeque::new(),
+            pending_bytes: 0,
+            since: Duration::ZERO,
+            hurry: false,
+            server: Lsn::INVALID,
+            passes: false,
+        }
+    }
+
+    /// Takes note of how far the server's WAL goes. Where it is a whole segment ahead, the segment that
+    /// arrives is not open any more: it is stored at once, without parts.
+    pub fn server_is_at(&mut self, lsn: Lsn) {
+        self.server = lsn;
     }
 
     /// Takes the next bytes.
     pub fn add(&mut self, piece: &Piece, now: Duration) {
-        if self.rules.eagerness == Eagerness::Never {
+        if piece.offset == 0 {
+            // Decided once for a segment: parts without those before them would be of no use.
+            let far = piece.segment.end(self.size).checked_add(self.size.bytes());
+            self.passes = far.is_some_and(|far| self.server >= far);
+        }
+        if self.passes || self.rules.eagerness == Eagerness::Never {
             return;
         }
         if self.pending.is_empty() {
@@ -88,7 +119,7 @@ impl TailCutter {
 
     /// Returns the next part to ship now, when so many are on their way.
     pub fn take(&mut self, now: Duration, in_flight: usize) -> Option<Part> {
-        if in_flight >= self.rules.in_flight_max || !self.is_due(now) {
+        if in_flight >= self.rules.in_flight_max || !self.is_due(now, in_flight) {
             return None;
         }
         let (segment, start, _) = self.pending.front()?;
@@ -112,10 +143,12 @@ impl TailCutter {
         Some(Part { segment, start, bytes })
     }
 
-    fn is_due(&self, now: Duration) -> bool {
+    fn is_due(&self, now: Duration, in_flight: usize) -> bool {
         match self.rules.eagerness {
             Eagerness::Never => false,
-            Eagerness::AtOnce => true,
+            Eagerness::AtOnce => {
+                in_flight < AT_ONCE_MAX || self.hurry || now.saturating_sub(self.since) >= PACE
+            }
             Eagerness::After(interval) => {
                 self.hurry || self.is_full() || now.saturating_sub(self.since) >= interval
             }
@@ -132,14 +165,16 @@ impl TailCutter {
         self.pending.is_empty()
     }
 
-    /// Returns how long the next part has to wait yet for its time.
-    pub fn next_look(&self, now: Duration) -> Option<Duration> {
-        match self.rules.eagerness {
-            Eagerness::After(interval) if !self.pending.is_empty() => {
-                Some((self.since + interval).saturating_sub(now))
-            }
-            _ => None,
-        }
+    /// Returns how long the next part has to wait yet for its time, when so many are on their way; `None` when
+    /// there is none, or no time at which it could go.
+    pub fn next_look(&self, now: Duration, in_flight: usize) -> Option<Duration> {
+        let wait = match self.rules.eagerness {
+            Eagerness::Never => return None,
+            Eagerness::After(interval) => interval,
+            Eagerness::AtOnce => PACE,
+        };
+        let may_go = !self.pending.is_empty() && in_flight < self.rules.in_flight_max;
+        may_go.then(|| (self.since + wait).saturating_sub(now))
     }
 }
 
@@ -174,11 +209,12 @@ mod tests {
         tail.add(&piece(0, b"ab", false), ms(1000));
         tail.add(&piece(2, b"c", false), ms(1200));
         assert_eq!(tail.take(ms(1249), 0), None);
-        assert_eq!(tail.next_look(ms(1200)), Some(ms(50)));
+        assert_eq!(tail.next_look(ms(1200), 1), Some(ms(50)));
+        assert_eq!(tail.next_look(ms(1200), 2), None, "enough are on their way");
         assert_eq!(tail.take(ms(1250), 2), None, "enough are on their way");
         let part = tail.take(ms(1250), 1).unwrap();
         assert_eq!((part.start, &*part.bytes), (start(0), &b"abc"[..]));
-        assert!(tail.is_empty() && tail.next_look(ms(1250)).is_none(), "none without new bytes");
+        assert!(tail.is_empty() && tail.next_look(ms(1250), 0).is_none(), "none without new bytes");
         tail.add(&piece(3, b"defghi", false), ms(2000));
         tail.hurry();
         assert_eq!(tail.take(ms(2000), 0).unwrap().bytes, b"defg");
@@ -189,6 +225,41 @@ mod tests {
         // The whole segment follows.
         tail.add(&piece(10, b"k", true), ms(2000));
         assert!(tail.is_empty());
+    }
+
+    #[test]
+    fn one_after_the_other_goes_at_once_and_more_at_a_pace() {
+        let mut tail = TailCutter::new(
+            TailRules { eagerness: Eagerness::AtOnce, in_flight_max: 4, part_bytes_max: 4 },
+            SIZE,
+        );
+        tail.add(&piece(0, b"ab", false), ms(1000));
+        assert_eq!(tail.take(ms(1000), 1).unwrap().bytes, b"ab");
+        tail.add(&piece(2, b"c", false), ms(1001));
+        assert_eq!(tail.take(ms(1001), AT_ONCE_MAX), None, "two are on their way");
+        assert_eq!(tail.next_look(ms(1002), AT_ONCE_MAX), Some(PACE - ms(1)));
+        tail.add(&piece(3, b"d", false), ms(1004));
+        assert_eq!(tail.take(ms(1001) + PACE, AT_ONCE_MAX).unwrap().bytes, b"cd");
+        tail.add(&piece(4, b"e", false), ms(2000));
+        assert_eq!(tail.take(ms(3000), 4), None, "enough are on their way");
+    }
+
+    #[test]
+    fn a_segment_that_the_server_has_left_behind_has_no_parts() {
+        for eagerness in [Eagerness::AtOnce, Eagerness::After(ms(250))] {
+            let mut tail = cutter(eagerness);
+            let end = |segments: u64| Lsn((5 + segments) * SIZE.bytes());
+            tail.server_is_at(end(2));
+            tail.add(&piece(0, b"ab", false), ms(0));
+            tail.add(&piece(2, b"cd", true), ms(0));
+            assert!(tail.is_empty() && tail.next_look(ms(0), 0).is_none());
+            // Only just behind: its first bytes have parts, and so have all.
+            tail.server_is_at(Lsn(end(2).0 - 1));
+            tail.add(&piece(0, b"ab", false), ms(0));
+            tail.server_is_at(end(9));
+            tail.add(&piece(2, b"cd", false), ms(0));
+            assert_eq!(tail.take(ms(999), 0).unwrap().bytes, b"abcd");
+        }
     }
 
     #[test]

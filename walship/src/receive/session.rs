@@ -145,8 +145,8 @@ impl Receiver {
                 return Ok(Turn::Ended(Ended::Stalled));
             }
             let mut look = streaming.talk.next_look(now).min(streaming.next_report.saturating_sub(now));
-            if archive.uploads.parts() < self.options.tail.in_flight_max {
-                look = streaming.tail.next_look(now).map_or(look, |next| look.min(next));
+            if let Some(next) = streaming.tail.next_look(now, archive.uploads.parts()) {
+                look = look.min(next);
             }
             if full {
                 look = look.min(self.options.rules.stop_patience);
@@ -199,8 +199,9 @@ impl Receiver {
     ) -> Result<Option<Turn>> {
         let now = self.started.elapsed();
         match message {
-            StreamMessage::Wal { mut start, mut bytes } => {
+            StreamMessage::Wal { mut start, server, mut bytes } => {
                 streaming.talk.heard_wal(now);
+                streaming.tail.server_is_at(server);
                 self.report.received_bytes += bytes.len() as u64;
                 while let Some(piece) = streaming.cutter.take(&mut start, &mut bytes)? {
                     streaming.tail.add(&piece, now);
@@ -217,7 +218,7 @@ impl Receiver {
                     }
                 }
                 self.report.received_lsn = streaming.cutter.position();
-                self.report.server_lsn = self.report.server_lsn.max(streaming.cutter.position());
+                self.report.server_lsn = self.report.server_lsn.max(server).max(self.report.received_lsn);
                 Ok(None)
             }
             StreamMessage::Keepalive { sent, reply_requested } => {

@@ -29,6 +29,8 @@ pub enum StreamMessage {
     Wal {
         /// Where the bytes begin.
         start: Lsn,
+        /// How far the server's WAL went when it sent them.
+        server: Lsn,
         /// The bytes.
         bytes: Bytes,
     },
@@ -210,8 +212,9 @@ fn decode(mut data: Bytes) -> Result<StreamMessage> {
         b'w' => {
             // Where it starts, how far the server is, when it was sent.
             let start = data.try_get_u64().map_err(|_| cut())?;
-            data.try_get_u64().and_then(|_| data.try_get_u64()).map_err(|_| cut())?;
-            Ok(StreamMessage::Wal { start: Lsn(start), bytes: data })
+            let server = data.try_get_u64().map_err(|_| cut())?;
+            data.try_get_u64().map_err(|_| cut())?;
+            Ok(StreamMessage::Wal { start: Lsn(start), server: Lsn(server), bytes: data })
         }
         b'k' => {
             let sent = data.try_get_u64().map_err(|_| cut())?;
@@ -255,7 +258,10 @@ mod tests {
         wal.extend(7u64.to_be_bytes());
         wal.extend(b"WAL");
         let bytes = Bytes::from_static(b"WAL");
-        assert_eq!(decode(wal.clone().into()).unwrap(), StreamMessage::Wal { start: Lsn(0x1000), bytes });
+        assert_eq!(
+            decode(wal.clone().into()).unwrap(),
+            StreamMessage::Wal { start: Lsn(0x1000), server: Lsn(0x2000), bytes }
+        );
         for cut in 0..wal.len() - 3 {
             assert!(decode(wal[..cut].to_vec().into()).is_err());
         }
