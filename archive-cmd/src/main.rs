@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use walship::Error;
-use walship::agent::client::become_push;
+use walship::agent::client::{Asking, ask_push, become_push};
 
 const HELP: &str = "\
 Stores a WAL file in the repository: the program for PostgreSQL's archive_command.
@@ -19,8 +19,9 @@ Usage: archive-cmd [OPTIONS] PATH
     archive_command = 'archive-cmd --config /etc/walship/main.toml %p'
     archive_command = 'archive-cmd --repo s3://bucket/pg --cluster main %p'
 
-PATH is %p. The options are those of `walship wal push`, which does the work: see its --help.
-`walship` is looked for in WALSHIP_BIN, beside this program, and in PATH.
+PATH is %p. The options are those of `walship wal push`: see its --help. The work is done by an agent
+(`walship agent --help`) where one is at work, else by `walship wal push` itself, which is looked for in
+WALSHIP_BIN, beside this program, and in PATH.
 
 Exit status:
   0      the file is durable in every repository
@@ -45,7 +46,13 @@ fn main() -> ExitCode {
                 .with_next("Set archive_command = 'archive-cmd %p'; `archive-cmd --help` shows more.");
             (2, error)
         }
-        arguments => (3, become_push(arguments)),
+        arguments => match ask_push(arguments) {
+            Asking::Answered(answered) => {
+                let _ = std::io::stderr().write_all(answered.text.as_bytes());
+                return ExitCode::from(answered.status);
+            }
+            Asking::Foreground(wanted) => (3, become_push(arguments, wanted.as_ref())),
+        },
     };
     let _ = writeln!(std::io::stderr(), "{}", error.report());
     ExitCode::from(status)

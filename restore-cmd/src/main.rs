@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use walship::Error;
-use walship::agent::client::{STATUS_STOP, run_fetch, unanswered};
+use walship::agent::client::{Asking, STATUS_STOP, ask_fetch, run_fetch, unanswered};
 
 const HELP: &str = "\
 Fetches a WAL file from the repository: the program for PostgreSQL's restore_command.
@@ -21,8 +21,9 @@ Usage: restore-cmd [OPTIONS] NAME PATH
     restore_command = 'restore-cmd --config /etc/walship/main.toml %f %p'
     restore_command = 'restore-cmd --repo s3://bucket/pg --cluster main %f %p'
 
-NAME is %f, PATH is %p. The options are those of `walship wal fetch`, which does the work: see its
---help. `walship` is looked for in WALSHIP_BIN, beside this program, and in PATH.
+NAME is %f, PATH is %p. The options are those of `walship wal fetch`: see its --help. The work is done by
+an agent (`walship agent --help`) where one is at work, else by `walship wal fetch` itself, which is looked
+for in WALSHIP_BIN, beside this program, and in PATH.
 
 Exit status:
   0    the file is in place, whole and checked
@@ -51,11 +52,17 @@ fn answer() -> u8 {
     let target = arguments.last().map(Path::new);
     let name = arguments.iter().rev().nth(1).map(OsString::as_os_str);
     let error = match (name, target) {
-        (Some(_), Some(_)) => match run_fetch(&arguments) {
-            Ok(Some(status)) => return status,
-            Ok(None) => Error::unavailable("walship ended without an answer")
-                .with_next("Run `walship wal fetch` by hand with the same arguments to see why."),
-            Err(error) => error,
+        (Some(_), Some(_)) => match ask_fetch(&arguments) {
+            Asking::Answered(answered) => {
+                let _ = std::io::stderr().write_all(answered.text.as_bytes());
+                return answered.status;
+            }
+            Asking::Foreground(wanted) => match run_fetch(&arguments, wanted.as_ref()) {
+                Ok(Some(status)) => return status,
+                Ok(None) => Error::unavailable("walship ended without an answer")
+                    .with_next("Run `walship wal fetch` by hand with the same arguments to see why."),
+                Err(error) => error,
+            },
         },
         _ => Error::invalid("a file's name and a path are needed")
             .with_next("Set restore_command = 'restore-cmd %f %p'; `restore-cmd --help` shows more."),

@@ -26,6 +26,7 @@
 //! | `WALSHIP_PG<major>_BIN` | the folder of that major's programs, tried first | the cache, then `/usr/lib/postgresql/<major>/bin` |
 //! | `WALSHIP_BIN_DIR` | the folder of `walship`, `pitr`, `archive-cmd`, `restore-cmd` | the target folder of the running test |
 //! | `WALSHIP_CAMPAIGN` | set to `1` by `./test --campaign`: full counts instead of a seeded tenth | quick counts |
+//! | `WALSHIP_TEST_AGENT` | `auto`: the thin commands of every test may start an agent. What a test changes behind the agent (an object removed at once after it was pushed, a store that breaks at one segment) may come out otherwise | `off` |
 //! | `WALSHIP_SEED` | seed of everything random | a fixed seed |
 //!
 //! # The cache
@@ -57,6 +58,11 @@ pub mod weed;
 /// Whether the full counts of the campaign are asked for, rather than the quick ones.
 pub fn campaign() -> bool {
     std::env::var("WALSHIP_CAMPAIGN").is_ok_and(|value| value == "1")
+}
+
+/// Whether the thin commands may start an agent, as `agent` in the configuration says it.
+pub fn agent_use() -> String {
+    std::env::var("WALSHIP_TEST_AGENT").unwrap_or_else(|_| "off".to_owned())
 }
 
 /// Notes what a test has counted ("kill test, folder: 1000 rounds, seed 7, no byte lost"): printed, and

@@ -55,10 +55,11 @@ impl Stage {
         let path = self.config();
         let text = fs::read_to_string(&path).unwrap_or_else(|_| {
             format!(
-                "repositories = [{:?}]\ncluster = {:?}\nstate_dir = {:?}\n",
+                "repositories = [{:?}]\ncluster = {:?}\nstate_dir = {:?}\nagent = {:?}\n",
                 self.url,
                 self.cluster,
-                self.home.path().join("state")
+                self.home.path().join("state"),
+                crate::agent_use()
             )
         });
         fs::write(&path, text + lines).expect("the scratch folder has room");

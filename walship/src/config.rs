@@ -24,6 +24,7 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use serde::Deserialize;
 
@@ -57,8 +58,32 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
     /// How to reach the server: a libpq connection string; `None`: libpq's variables and defaults.
     pub connection: Option<ConnectionString>,
+    /// Whether the thin commands may start an agent.
+    pub agent: AgentUse,
     /// What `walship receive` does.
     pub receive: ReceiveSettings,
+}
+
+/// Whether `archive-cmd` and `restore-cmd` may start an agent for the calls to come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AgentUse {
+    /// Never: every call does its work itself. An agent that a supervisor runs is asked all the same.
+    #[default]
+    Off,
+    /// Where one can run.
+    Auto,
+}
+
+impl FromStr for AgentUse {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "off" => Ok(Self::Off),
+            "auto" => Ok(Self::Auto),
+            other => Err(Error::invalid(format!("agent is {other:?}; there are off and auto"))),
+        }
+    }
 }
 
 /// A libpq connection string and whether everybody could read it.
@@ -108,6 +133,10 @@ pub struct Overrides {
     /// [default: walship-UID in the system's folder for temporary files]
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "FOLDER", hide_short_help = true))]
     pub state_dir: Option<PathBuf>,
+    /// Whether archive-cmd and restore-cmd may start an agent that works ahead of PostgreSQL: off or auto
+    /// [env: WALSHIP_AGENT] [default: off]
+    #[cfg_attr(feature = "args", arg(long, global = true, value_name = "WHETHER", hide_short_help = true))]
+    pub agent: Option<String>,
     /// Connection string or URI of the server, without a password; without it libpq's PG* variables apply
     /// [env: WALSHIP_CONNECTION]
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "CONNINFO", hide_short_help = true))]
@@ -149,6 +178,7 @@ struct FileConfig {
     restore_retry_ms: Option<u64>,
     state_dir: Option<PathBuf>,
     connection: Option<String>,
+    agent: Option<String>,
     receive: ReceiveSettings,
     s3: S3Settings,
     limits: FileLimits,
@@ -253,6 +283,12 @@ impl Config {
                 .map(argument)
                 .or(environment.text("WALSHIP_CONNECTION")?.map(private))
                 .or(file.connection.map(private)),
+            agent: flags
+                .agent
+                .clone()
+                .or(environment.text("WALSHIP_AGENT")?)
+                .or(file.agent)
+                .map_or(Ok(AgentUse::default()), |text| text.parse())?,
             receive: file.receive.with_environment(&environment)?,
         })
     }

@@ -112,7 +112,7 @@ async fn answer(storage: Arc<dyn Storage>, shape: Shape, question: &str) -> wals
     let catalog = load_catalog(&repository).await?;
     if question == "info" {
         let lineages = vec![repository.lineage().clone()];
-        let info = read_info(&repository, catalog, lineages, None, shape.commit_time(1)).await?;
+        let info = read_info(&repository, catalog, Vec::new(), lineages, None, shape.commit_time(1)).await?;
         return Ok(json!(info));
     }
     let (target, _) = target_of(shape, question);

@@ -3,6 +3,7 @@
 // Helpers of tests may fail loudly, as the tests themselves.
 #![allow(clippy::unwrap_used)]
 
+mod agent;
 mod backup;
 mod catalog_oracle;
 mod doctor;

@@ -1,21 +1,37 @@
-//! The thin commands' side: who asks, which status an unanswered question has, and handing the work to
-//! `walship` in the foreground.
+//! The thin commands' side: who asks, which status an unanswered question has, asking the agent, and handing
+//! the work to `walship` in the foreground where there is none.
 //!
 //! PostgreSQL reads exit statuses (`src/backend/access/transam/xlogarchive.c`, `wait_result_is_any_signal`):
 //! above 125, or a death by signal, stops a recovery; everything lower but 0 reads as "not in the archive".
 
 use std::env;
 use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{self, Read as _};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::archive::DataDirectory;
 use crate::archive::asked::{Answer, Asked};
+use crate::durable::TempFile;
 use crate::error::Error;
 use crate::pg::WalFileName;
+
+use super::meeting::{Meeting, WANTED_VARIABLE};
+use super::protocol::{self, GREETING, Question};
+
+/// An agent that gives no sign of life for so long is not waited for: it is stopped, or hangs. While it
+/// works it gives one every [`SIGN_OF_LIFE`].
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// How often an agent that works says so.
+pub const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 
 /// The status of a question that a one-shot recovery must not go on without.
 pub const STATUS_STOP: u8 = 126;
@@ -80,23 +96,139 @@ pub fn unanswered(name: Option<&OsStr>, target: Option<&Path>) -> u8 {
     if noted.is_ok() { status } else { STATUS_STOP }
 }
 
-/// Becomes `walship wal push <arguments>`; returns only when that failed, and why.
+/// An answer of the agent's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answered {
+    /// The status for PostgreSQL.
+    pub status: u8,
+    /// What is to be said on standard error; may be nothing.
+    pub text: String,
+}
+
+/// How a call goes on.
+#[derive(Debug)]
+pub enum Asking {
+    /// The agent answered.
+    Answered(Answered),
+    /// Nobody did: the work is to be done in the foreground, which then may start an agent at this place.
+    Foreground(Option<Meeting>),
+}
+
+/// Asks the agent to push the file that `arguments`, those of `walship wal push`, end with.
+pub fn ask_push(arguments: &[OsString]) -> Asking {
+    let Some((path, options)) = arguments.split_last() else { return Asking::Foreground(None) };
+    let Some(meeting) = meeting(options, Path::new(path)) else { return Asking::Foreground(None) };
+    let Ok(path) = std::path::absolute(path) else { return Asking::Foreground(None) };
+    let answer = ask(&meeting, &Question::Push { path });
+    match answer {
+        // A status that archive-cmd never has is no answer.
+        Some(protocol::Answer::Status { status, text }) if status <= 125 => {
+            Asking::Answered(Answered { status, text })
+        }
+        _ => Asking::Foreground(Some(meeting)),
+    }
+}
+
+/// Asks the agent for the file that `arguments`, those of `walship wal fetch`, end with, and puts it in place.
+pub fn ask_fetch(arguments: &[OsString]) -> Asking {
+    let [options @ .., name, target] = arguments else { return Asking::Foreground(None) };
+    let Some(meeting) = meeting(options, Path::new(target)) else { return Asking::Foreground(None) };
+    let Ok(target) = std::path::absolute(target) else { return Asking::Foreground(None) };
+    match ask(&meeting, &Question::Fetch { name: name.clone(), target: target.clone() }) {
+        Some(protocol::Answer::File { path }) => match put_in_place(&path, &target) {
+            Ok(()) => Asking::Answered(Answered { status: 0, text: String::new() }),
+            Err(_) => Asking::Foreground(Some(meeting)),
+        },
+        Some(protocol::Answer::Status {
+            status: status @ (STATUS_ABSENT | STATUS_ASK_AGAIN | STATUS_STOP),
+            text,
+        }) => Asking::Answered(Answered { status, text }),
+        _ => Asking::Foreground(Some(meeting)),
+    }
+}
+
+/// What is asked for as JSON, or with options that are none, is not for the agent.
+fn meeting(options: &[OsString], path: &Path) -> Option<Meeting> {
+    let odd = |option: &OsString| {
+        ["--json", "--help", "-h", "--version", "-V", "--", "--up-to-damage"].iter().any(|odd| option == odd)
+    };
+    if options.iter().any(odd) { None } else { Meeting::of(options, path) }
+}
+
+/// Returns the agent's answer; `None` when there is no agent, or it gives none.
+fn ask(meeting: &Meeting, question: &Question) -> Option<protocol::Answer> {
+    let mut stream = UnixStream::connect(&meeting.socket).ok()?;
+    stream.set_read_timeout(Some(SILENCE_MAX)).ok()?;
+    stream.set_write_timeout(Some(SILENCE_MAX)).ok()?;
+    // Whoever could put a socket there could as well be root.
+    let peer = getsockopt(&stream, PeerCredentials).ok()?;
+    if peer.uid() != nix::unistd::geteuid().as_raw() {
+        return None;
+    }
+    protocol::write_question(&mut stream, question).ok()?;
+    let mut greeting = [0; GREETING.len()];
+    stream.read_exact(&mut greeting).ok()?;
+    if greeting != *GREETING {
+        return None;
+    }
+    loop {
+        match protocol::read_answer(&mut stream).ok()?? {
+            protocol::Answer::Working => {}
+            protocol::Answer::Foreground { .. } => return None,
+            answer => return Some(answer),
+        }
+    }
+}
+
+/// Gives a whole, checked and synced file its name. Where it lies on another file system, a copy gets it.
+fn put_in_place(file: &Path, target: &Path) -> Result<(), Error> {
+    let failed = |error| Error::from_io(format!("moving {} to {}", file.display(), target.display()), error);
+    match fs::rename(file, target) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            let temp = TempFile::beside(target)?;
+            let mut source = fs::File::open(file).map_err(failed)?;
+            let mut sink = temp.file();
+            io::copy(&mut source, &mut sink).map_err(failed)?;
+            temp.publish()?;
+            // The agent tidies up what cannot be removed.
+            let _ = fs::remove_file(file);
+            Ok(())
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Becomes `walship wal push <arguments>`, which may start an agent at `wanted`; returns only when that
+/// failed, and why.
 ///
 /// The program is `WALSHIP_BIN`, else `walship` beside this program, else the one in `PATH`.
-pub fn become_push(arguments: &[OsString]) -> Error {
+pub fn become_push(arguments: &[OsString], wanted: Option<&Meeting>) -> Error {
     let program = walship();
-    let failure = Command::new(&program).args(["wal", "push"]).args(arguments).exec();
+    let mut command = Command::new(&program);
+    want(&mut command, wanted);
+    let failure = command.args(["wal", "push"]).args(arguments).exec();
     not_started(&program, failure)
 }
 
-/// Runs `walship wal fetch <arguments>` and returns the status for PostgreSQL, or `None` when the call gave
-/// no answer: it ended in a way that no fetch ends. The program is found as in [`become_push`].
+fn want(command: &mut Command, wanted: Option<&Meeting>) {
+    match wanted {
+        Some(meeting) => command.env(WANTED_VARIABLE, &meeting.socket),
+        None => command.env_remove(WANTED_VARIABLE),
+    };
+}
+
+/// Runs `walship wal fetch <arguments>`, which may start an agent at `wanted`, and returns the status for
+/// PostgreSQL, or `None` when the call gave no answer: it ended in a way that no fetch ends. The program is
+/// found as in [`become_push`].
 ///
 /// # Errors
 /// [`Error::LocalIo`] or [`Error::Denied`] when it cannot be started.
-pub fn run_fetch(arguments: &[OsString]) -> Result<Option<u8>, Error> {
+pub fn run_fetch(arguments: &[OsString], wanted: Option<&Meeting>) -> Result<Option<u8>, Error> {
     let program = walship();
-    let status = Command::new(&program)
+    let mut command = Command::new(&program);
+    want(&mut command, wanted);
+    let status = command
         .args(["wal", "fetch"])
         .args(arguments)
         .env(ABSENT_STATUS_VARIABLE, format!("{STATUS_ABSENT_TO_US} {}", std::process::id()))
@@ -145,7 +277,8 @@ fn not_started(program: &Path, failure: std::io::Error) -> Error {
         .with_next("Install walship beside this program, or set WALSHIP_BIN to its path.")
 }
 
-fn walship() -> PathBuf {
+/// Returns the `walship` program that belongs to this one.
+pub(super) fn walship() -> PathBuf {
     if let Some(program) = env::var_os("WALSHIP_BIN").filter(|value| !value.is_empty()) {
         return program.into();
     }

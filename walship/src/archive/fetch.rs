@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -43,6 +43,9 @@ pub struct FetchOptions {
     pub up_to_damage: bool,
     /// Whether the asker is a standby, which may still follow a timeline that turns up now.
     pub standby: bool,
+    /// Where to put the file instead of where the server wants it: for an agent, which leaves the last step to
+    /// who was asked.
+    pub deliver_to: Option<PathBuf>,
 }
 
 /// What became of a fetch.
@@ -111,7 +114,9 @@ pub async fn fetch_file(
         Some(directory) => Some(Asked::load(directory.path()).map_err(|error| failed(error, true))?),
         None => None,
     };
-    let request = Request { name, target, options, directory: directory.as_ref(), asked: asked.as_ref() };
+    let place = options.deliver_to.as_deref().unwrap_or(target);
+    let request =
+        Request { name, target, place, options, directory: directory.as_ref(), asked: asked.as_ref() };
     let outcome = request.with_retries(clusters).await;
     if let Some(asked) = &mut asked {
         let answer = match &outcome {
@@ -124,6 +129,74 @@ pub async fn fetch_file(
     outcome.map_err(|error| failed(error, false))
 }
 
+/// Puts the stored segment `name` at [`FetchOptions::deliver_to`], before a server that follows its timeline
+/// asks for it at `target`; returns whether it is there now. Whether that server may have it
+/// when it asks is for [`give_prefetched`] to say.
+///
+/// # Errors
+/// Anything but a delivered segment and one that is not stored whole.
+/// # Durability
+/// As [`fetch_file`].
+pub async fn prefetch_segment(
+    clusters: &dyn OpenClusters,
+    name: SegmentName,
+    target: &Path,
+    options: &FetchOptions,
+) -> Result<bool> {
+    let directory = DataDirectory::of_wal_file(target);
+    let place = options.deliver_to.as_deref().unwrap_or(target);
+    let name = WalFileName::Segment(name);
+    let request = Request { name, target, place, options, directory: directory.as_ref(), asked: None };
+    let mut failure = None;
+    for opening in clusters.open() {
+        let tried = async {
+            let lineage = request.lineage_in(opening).await?;
+            request.deliver_from(&lineage).await
+        };
+        match tried.await {
+            Ok(Tried::Delivered(_)) => return Ok(true),
+            Ok(Tried::NotThere | Tried::NotOnThePath) => {}
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    failure.map_or(Ok(false), Err)
+}
+
+/// Returns whether a segment that [`prefetch_segment`] got may be given to the server now that it asks: no
+/// earlier answer restricts it, and no timeline that the server looked for in vain has turned up
+/// since. Then it counts as delivered.
+///
+/// # Errors
+/// As [`fetch_file`]; nothing was noted then.
+pub async fn give_prefetched(
+    clusters: &dyn OpenClusters,
+    name: SegmentName,
+    target: &Path,
+    options: &FetchOptions,
+) -> Result<bool> {
+    let Some(directory) = DataDirectory::of_wal_file(target) else { return Ok(false) };
+    let mut asked = Asked::load(directory.path())?;
+    if asked.order(WalFileName::Segment(name)) != Order::AsStored {
+        return Ok(false);
+    }
+    if options.standby && asked.newest_timeline_sought(name).is_some() {
+        let request = Request {
+            name: WalFileName::Segment(name),
+            target,
+            place: target,
+            options,
+            directory: Some(&directory),
+            asked: Some(&asked),
+        };
+        for opening in clusters.open() {
+            let lineage = request.lineage_in(opening).await?;
+            request.check_no_new_fork(&lineage).await?;
+        }
+    }
+    asked.note(WalFileName::Segment(name), Answer::Delivered)?;
+    Ok(true)
+}
+
 /// What one repository has to say.
 enum Tried {
     Delivered(FetchOutcome),
@@ -134,7 +207,10 @@ enum Tried {
 
 struct Request<'a> {
     name: WalFileName,
+    /// Where the server wants the file.
     target: &'a Path,
+    /// Where it is put.
+    place: &'a Path,
     options: &'a FetchOptions,
     directory: Option<&'a DataDirectory>,
     asked: Option<&'a Asked>,
@@ -165,12 +241,14 @@ impl Request<'_> {
         }
     }
 
+    async fn lineage_in(&self, opening: Opening<'_>) -> Result<LineageRepository> {
+        super::place::lineage(&opening.await?, self.directory, self.options.lineage).await
+    }
+
     async fn attempt(&self, clusters: &dyn OpenClusters) -> Result<FetchOutcome> {
         let mut failure = None;
         let mut lineages = Vec::new();
-        let open = clusters.open().into_iter().map(async |opening| {
-            super::place::lineage(&opening.await?, self.directory, self.options.lineage).await
-        });
+        let open = clusters.open().into_iter().map(|opening| self.lineage_in(opening));
         // A repository that keeps everybody waiting does not keep the others from delivering.
         let mut open: FuturesUnordered<_> = open.collect();
         while let Some(opened) = open.next().await {
@@ -199,7 +277,7 @@ impl Request<'_> {
         let tail = match self.name {
             WalFileName::Segment(segment) => {
                 let damage = if self.options.up_to_damage { Damage::EndsIt } else { Damage::IsAnError };
-                let tail = super::tail::longest(segment, &lineages, self.target, damage).await;
+                let tail = super::tail::longest(segment, &lineages, self.place, damage).await;
                 if !matches!(&tail, Ok(Some(tail)) if tail.is_whole())
                     && let Some(outcome) = self.whole_meanwhile(&lineages).await?
                 {
@@ -258,7 +336,7 @@ impl Request<'_> {
             Share::Nothing => return Ok(Tried::NotOnThePath),
             share => share,
         };
-        let temp = TempFile::beside(self.target)?;
+        let temp = TempFile::beside(self.place)?;
         let (head, gaps) = tokio::join!(lineage.get_wal_file(self.name, temp.file()), self.gaps(lineage));
         let Some(head) = head? else { return Ok(Tried::NotThere) };
         self.check_not_missed(lineage, &head, &gaps?).await?;

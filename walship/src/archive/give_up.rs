@@ -210,6 +210,25 @@ pub async fn record_lost(
     Ok(record)
 }
 
+impl Pushed {
+    /// Returns what PostgreSQL's log is to hold of the push of the file at `path`, one line each.
+    pub fn warnings(&self, path: &Path) -> Vec<String> {
+        match self {
+            Self::Stored(report) => {
+                report.warnings.iter().map(|warning| format!("warning: {warning}")).collect()
+            }
+            Self::GivenUp { failure, record } => {
+                let file = path.file_name().unwrap_or_default().display();
+                vec![
+                    format!("WARNING: {file} is NOT archived: {failure}"),
+                    format!("WARNING: every repository says that it was {record}"),
+                    "WARNING: no restore can cross it; PostgreSQL is told to go on without it".to_owned(),
+                ]
+            }
+        }
+    }
+}
+
 /// Pushes what `encoded` holds; where that fails for good, looks whether the segment was given up.
 /// `clusters` must be all that are configured.
 ///
@@ -238,6 +257,34 @@ pub async fn push_or_given_up(
         Ok(Some(record)) => Ok(Pushed::GivenUp { failure, record }),
         Ok(None) | Err(_) => Err(failure),
     }
+}
+
+/// Pushes what `encoded` holds into every repository that could be opened; as [`push_or_given_up`] when all
+/// could. The outage of one repository keeps nothing from the others, but success is when every one has
+/// the file.
+///
+/// # Errors
+/// As [`push_or_given_up`], or why a repository could not be opened.
+pub async fn push_where_open(
+    opened: Vec<Result<ClusterRepository>>,
+    encoded: Result<EncodedFile>,
+    path: &Path,
+    options: &PushOptions,
+) -> Result<Pushed> {
+    let (mut clusters, mut failure) = (Vec::new(), None);
+    for cluster in opened {
+        match cluster {
+            Ok(cluster) => clusters.push(cluster),
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    if let Some(error) = failure {
+        if let Ok(encoded) = encoded {
+            push_encoded(&clusters, &encoded, options).await?;
+        }
+        return Err(error);
+    }
+    push_or_given_up(&clusters, encoded, path, options).await
 }
 
 /// Whether a local failure lies in the file: a full disk or a bad spool folder is no reason to let go of it.

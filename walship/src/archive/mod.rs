@@ -2,13 +2,14 @@
 //!
 //! [`push`] decides whether a local file may take its name's key; [`fetch`] tells delivered from
 //! absent from unknown, [`asked`] keeps a server from being led across a fork, [`give_up`] records what will
-//! never be archived. None of them decides an exit status: that is the programs' work.
+//! never be archived, [`lookahead`] knows what PostgreSQL will ask for next. None of them decides an exit status: that is the programs' work.
 
 pub mod asked;
 #[cfg(feature = "store")]
 pub mod fetch;
 #[cfg(feature = "store")]
 pub mod give_up;
+pub mod lookahead;
 mod place;
 #[cfg(feature = "store")]
 pub mod push;

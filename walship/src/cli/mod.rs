@@ -1,5 +1,6 @@
 //! Words in, words out: arguments to calls, reports to text or JSON, errors to exit statuses.
 
+mod agent;
 mod backup;
 mod check;
 mod give_up;
@@ -49,6 +50,9 @@ enum Command {
     Receive(receive::Args),
     /// Find out what is wrong, and say how to mend it
     Check(check::Args),
+    /// Answer archive-cmd and restore-cmd, and work ahead of them
+    #[command(after_help = agent::HELP)]
+    Agent(agent::Args),
     /// Push, fetch or give up one WAL file: what archive-cmd and restore-cmd do, and what helps where they cannot
     #[command(subcommand)]
     Wal(wal::Command),
@@ -81,12 +85,19 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
             };
         }
     };
+    if let Command::Agent(args) = &cli.command
+        && let Err(error) = agent::leave(args)
+    {
+        say_error(&error);
+        return 1;
+    }
     log_to_stderr();
     let overrides = &cli.overrides;
     let done = match cli.command {
         Command::Init(args) => block_on(init::run(&args, overrides)),
         Command::Backup(args) => block_on_threads(backup::run(&args, overrides)),
         Command::Receive(args) => block_on_threads(receive::run(&args, overrides)),
+        Command::Agent(args) => block_on_threads(agent::run(&args, overrides)),
         Command::Check(args) => block_on(check::run(&args, overrides)),
         Command::Wal(wal::Command::GiveUp(args)) => block_on(give_up::run(&args, overrides)),
         Command::Wal(wal::Command::Push(args)) => block_on(wal::push(&args, overrides)),

@@ -183,7 +183,7 @@ fn options(args: &Args, config: &Config) -> Result<ReceiveOptions> {
 }
 
 /// Returns what turns true at SIGTERM or SIGINT.
-fn stop_signals() -> Result<watch::Receiver<bool>> {
+pub(super) fn stop_signals() -> Result<watch::Receiver<bool>> {
     let failed = |error| Error::from_io("waiting for signals", error);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;

@@ -6,13 +6,12 @@ use std::time::Duration;
 
 use walship::agent::client::{self, Asker};
 use walship::archive::fetch::{FetchFailure, FetchOptions, FetchOutcome, fetch_file};
-use walship::archive::give_up::{Pushed, push_or_given_up};
+use walship::archive::give_up::{Pushed, push_where_open};
 use walship::archive::own_folder;
-use walship::archive::push::{EncodedFile, PushOptions, encode_file, push_encoded};
+use walship::archive::push::{PushOptions, encode_file};
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
 use walship::pg::WalFileName;
-use walship::repository::ClusterRepository;
 
 use super::open::Configured;
 
@@ -72,38 +71,27 @@ pub(super) struct FetchArgs {
 pub(super) async fn push(args: &PushArgs, overrides: &Overrides) -> Result<u8> {
     let config = super::config(overrides)?;
     let options = push_options(&config, args.lineage)?;
-    let Prepared { encoded, clusters, failure } = prepare(&config, &args.path, &options).await?;
-    // The outage of one repository keeps nothing from the others. PostgreSQL hears of success only when
-    // every one has the file.
-    if let Some(error) = failure {
-        if let Ok(encoded) = encoded {
-            push_encoded(&clusters, &encoded, &options).await?;
-        }
-        return Err(error);
+    let (path, encoding) = (args.path.clone(), options.clone());
+    let encode = tokio::task::spawn_blocking(move || encode_file(&path, &encoding));
+    let configured = Configured::new(&config)?;
+    let (encoded, opened) = tokio::join!(encode, configured.open_each());
+    let encoded = encoded.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))?;
+    let pushed = push_where_open(opened, encoded, &args.path, &options).await?;
+    for warning in pushed.warnings(&args.path) {
+        super::say(&warning);
     }
-    match push_or_given_up(&clusters, encoded, &args.path, &options).await? {
-        Pushed::Stored(report) => {
-            for warning in &report.warnings {
-                super::say(&format!("warning: {warning}"));
-            }
-            if args.json {
-                super::print_report(&report, true, String::new)?;
-            }
+    match &pushed {
+        Pushed::Stored(report) if args.json => super::print_report(report, true, String::new)?,
+        Pushed::GivenUp { failure, record } if args.json => {
+            let file = args.path.file_name().unwrap_or_default().display().to_string();
+            let report = serde_json::json!({
+                "file": file, "given_up": record, "failure": failure.to_string(),
+            });
+            super::print_report(&report, true, String::new)?;
         }
-        Pushed::GivenUp { failure, record } => {
-            let file = args.path.file_name().unwrap_or_default().display();
-            super::say(&format!(
-                "WARNING: {file} is NOT archived: {failure}\nWARNING: every repository says that it was {record}\n\
-                 WARNING: no restore can cross it; PostgreSQL is told to go on without it"
-            ));
-            if args.json {
-                let report = serde_json::json!({
-                    "file": file.to_string(), "given_up": record, "failure": failure.to_string(),
-                });
-                super::print_report(&report, true, String::new)?;
-            }
-        }
+        _ => {}
     }
+    super::agent::start_if_wanted(&config, &args.path, 1);
     Ok(0)
 }
 
@@ -113,30 +101,6 @@ pub(super) fn push_options(config: &Config, lineage: Option<u32>) -> Result<Push
         None => std::env::temp_dir(),
     };
     Ok(PushOptions { compression: config.compression, lineage, spool_dir })
-}
-
-/// A file that was read, and the repositories that were opened meanwhile.
-struct Prepared {
-    encoded: Result<EncodedFile>,
-    clusters: Vec<ClusterRepository>,
-    /// Why a repository could not be opened.
-    failure: Option<Error>,
-}
-
-async fn prepare(config: &Config, path: &Path, options: &PushOptions) -> Result<Prepared> {
-    let (path, options) = (path.to_owned(), options.clone());
-    let encode = tokio::task::spawn_blocking(move || encode_file(&path, &options));
-    let configured = Configured::new(config)?;
-    let (encoded, opened) = tokio::join!(encode, configured.open_each());
-    let encoded = encoded.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))?;
-    let (mut clusters, mut failure) = (Vec::new(), None);
-    for cluster in opened {
-        match cluster {
-            Ok(cluster) => clusters.push(cluster),
-            Err(error) => failure = failure.or(Some(error)),
-        }
-    }
-    Ok(Prepared { encoded, clusters, failure })
 }
 
 /// Fetches one file and returns the exit status, which is the answer.
@@ -189,7 +153,11 @@ fn try_fetch(args: &FetchArgs, overrides: &Overrides) -> Result<Fetched> {
         },
         up_to_damage: args.up_to_damage,
         standby: asker == Asker::Standby,
+        deliver_to: None,
     };
+    if asker != Asker::Other {
+        super::agent::start_if_wanted(&config, &args.path, 2);
+    }
     let clusters = Configured::new(&config)?;
     super::block_on(async {
         Ok(match fetch_file(&clusters, name, &args.path, &options).await {

@@ -40,6 +40,7 @@ pub mod testing;
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
+use tokio::sync::OnceCell;
 
 use crate::catalog::Lineage;
 use crate::error::{Error, Result};
@@ -73,6 +74,8 @@ pub struct Repository {
 pub struct ClusterRepository {
     storage: Arc<dyn Storage>,
     name: ClusterName,
+    /// The lineages as they were first read, where they are to be read only once.
+    remembered: Option<Arc<OnceCell<Vec<LineageRepository>>>>,
 }
 
 /// One lineage's part of a repository: WAL and backups of one system identifier.
@@ -149,7 +152,7 @@ impl Repository {
     }
 
     fn cluster_unchecked(&self, name: &ClusterName) -> ClusterRepository {
-        ClusterRepository { storage: self.storage.clone(), name: name.clone() }
+        ClusterRepository { storage: self.storage.clone(), name: name.clone(), remembered: None }
     }
 }
 
@@ -160,7 +163,7 @@ impl ClusterRepository {
     /// # Errors
     /// [`Error::Missing`] when repository or cluster are not there.
     pub async fn open(storage: Arc<dyn Storage>, name: &ClusterName) -> Result<Self> {
-        let cluster = Self { storage: storage.clone(), name: name.clone() };
+        let cluster = Self { storage: storage.clone(), name: name.clone(), remembered: None };
         let repository = Repository { storage: storage.clone() };
         let (opened, found) = tokio::join!(Repository::open(storage), repository.cluster(name));
         opened?;
@@ -178,8 +181,22 @@ impl ClusterRepository {
         &self.storage
     }
 
+    /// Returns the same, but reads its lineages only once: for a caller that drops it after a while, and
+    /// after every failure.
+    #[must_use]
+    pub fn remembering(self) -> Self {
+        Self { remembered: Some(Arc::default()), ..self }
+    }
+
     /// Returns the lineages, oldest first.
     pub async fn lineages(&self) -> Result<Vec<LineageRepository>> {
+        match &self.remembered {
+            Some(known) => known.get_or_try_init(|| self.list_lineages()).await.cloned(),
+            None => self.list_lineages().await,
+        }
+    }
+
+    async fn list_lineages(&self) -> Result<Vec<LineageRepository>> {
         let prefix = layout::lineages_prefix(&self.name);
         let listed = list_all(&*self.storage, &prefix, LINEAGES_MAX).await?;
         let numbers = listed.iter().filter_map(|meta| layout::lineage_number(&self.name, &meta.key));

@@ -255,8 +255,8 @@ impl LineageRepository {
     ) -> Result<Option<(ObjectKey, String)>> {
         let failed = |error| Error::from_io("putting a segment together", error);
         to.clear().map_err(failed)?;
-        let reads = chain.iter().map(|part| async move {
-            match self.tail_part(segment, part).await {
+        let reads = chain.iter().cloned().map(|part| async move {
+            match self.tail_part(segment, &part).await {
                 Ok(read) => Ok((part, Ok(read))),
                 Err(error @ Error::Corrupt(_)) => {
                     tracing::warn!("{error}");

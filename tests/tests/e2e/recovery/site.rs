@@ -119,6 +119,7 @@ impl Site {
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
         env.push(("WALSHIP_REPO".to_owned(), self.url()));
+        env.push(("WALSHIP_AGENT".to_owned(), walship_tests::agent_use()));
         if let Some(endpoint) = self.endpoint() {
             env.extend(env_for(&endpoint).into_iter().map(|(name, value)| (name.to_owned(), value)));
         }
