@@ -6,7 +6,7 @@ mod index;
 mod info;
 mod log;
 #[cfg(test)]
-pub(crate) mod offers_tests;
+mod offers_tests;
 mod output;
 mod plan;
 mod restore;

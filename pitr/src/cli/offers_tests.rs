@@ -55,7 +55,7 @@ fn shell_split(text: &str) -> Vec<String> {
 }
 
 /// What the command line makes of pasted options.
-pub(crate) fn paste(options: &str) -> (RecoveryTarget, PlanOptions) {
+fn paste(options: &str) -> (RecoveryTarget, PlanOptions) {
     let words = ["pitr".to_owned(), "plan".to_owned()].into_iter().chain(shell_split(options));
     let parsed = Args::try_parse_from(words).unwrap_or_else(|error| panic!("{options}: {error}"));
     let Command::Plan(plan) = parsed.command else { panic!("{options}") };
@@ -64,7 +64,7 @@ pub(crate) fn paste(options: &str) -> (RecoveryTarget, PlanOptions) {
 }
 
 /// The options in a sentence: each begins with a target option and ends before a bracket or the sentence's end.
-pub(crate) fn options_in(sentence: &str) -> Vec<String> {
+fn options_in(sentence: &str) -> Vec<String> {
     let starts = ["--to-time ", "--to-lsn ", "--to-xid ", "--to-name ", "--latest", "--immediate"];
     let mut found = Vec::new();
     let mut rest = sentence;

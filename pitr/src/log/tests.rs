@@ -3,9 +3,8 @@ use walship::wal::event::{DroppedObjects, EventKind, RelFileLocator};
 
 use super::describe::time_of;
 use super::*;
-use crate::cli::offers_tests::{options_in, paste};
 use crate::plan::tests::{SIZE, World, at, checkpoint, commit, restore_point, tli};
-use crate::plan::{Evidence, Halt, RefusalKind, SegmentRequest};
+use crate::plan::{Evidence, Halt, PlanOptions, RefusalKind, SegmentRequest};
 use crate::target::{StopSide, TargetKind, TargetWords};
 
 const DATABASE: Oid = 16_384;
@@ -267,12 +266,13 @@ fn before_an_event_is_the_last_that_is_known_to_be_meant_or_none() {
         let target = format!("--to-lsn {} --exclusive", starts[at]);
         assert!(refusal.hints.iter().any(|hint| hint.starts_with(&target)), "{refusal:?}");
     }
-    let offered: Vec<String> = refusal.hints.iter().flat_map(|hint| options_in(hint)).collect();
-    assert_eq!(offered.len(), 2);
-    for options in offered {
-        let (target, pinned) = paste(&options);
-        let plan =
-            world.plan_with(&target, &pinned).unwrap_or_else(|refusal| panic!("{options}: {refusal:?}"));
+    assert_eq!(refusal.hints.len(), 2, "{refusal:?}");
+    for hint in &refusal.hints {
+        let words: Vec<&str> = hint.split_whitespace().collect();
+        let ["--to-lsn", lsn, "--exclusive", ..] = words[..] else { panic!("{hint}") };
+        let words = TargetWords { lsn: Some(lsn.into()), exclusive: true, ..TargetWords::default() };
+        let target = words.parse(|_| vec![]).unwrap();
+        let plan = world.plan_with(&target, &PlanOptions::default()).unwrap();
         assert_eq!(target.kind, TargetKind::Lsn(plan.stop.cut_lsn));
     }
     for words in ["drop:public.nothing", "drop:postgres/orders", "drop:other/"] {
