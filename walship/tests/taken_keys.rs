@@ -9,6 +9,7 @@ use bytes::Bytes;
 use chrono::Utc;
 use walship::Error;
 use walship::archive::push::{PushOptions, PushReport, push_file};
+use walship::catalog::Catalog;
 use walship::error::Result;
 use walship::pg::{SegmentName, SegmentSize};
 use walship::repository::{ClusterRepository, LineageRepository, Repository, load_catalog};
@@ -293,7 +294,9 @@ async fn the_catalog_is_whole_or_an_error() {
     let history = b"1\t0/300000\tno reason\n";
     scene.push_as("00000002.history", history, "lz4").await.unwrap();
     let lineage = scene.lineage().await;
-    let catalog = load_catalog(&lineage).await.unwrap();
+    // It is written beside a push, and may be done a moment later.
+    let without_index = |catalog: Catalog| Catalog { rollups: Vec::new(), ..catalog };
+    let catalog = without_index(load_catalog(&lineage).await.unwrap());
     assert_eq!((catalog.segments.names().count(), catalog.histories.len(), catalog.backups.len()), (1, 1, 0));
 
     // An outage at any place is no shorter catalog.
@@ -310,7 +313,7 @@ async fn the_catalog_is_whole_or_an_error() {
         match key.contains("catalog") {
             // It may be a backup's record that was damaged: a plan without it could be wrong.
             true => assert!(matches!(loaded, Err(Error::Corrupt(_))), "{key}: {loaded:?}"),
-            false => assert_eq!(loaded.unwrap(), catalog, "{key}"),
+            false => assert_eq!(without_index(loaded.unwrap()), catalog, "{key}"),
         }
         scene.memory.remove(&ObjectKey::new(key).unwrap());
     }
