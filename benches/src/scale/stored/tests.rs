@@ -7,7 +7,7 @@ use walship::storage::fs::FsStorage;
 use super::*;
 
 /// What a question may cost of some two thousand objects.
-const REQUESTS_MAX: u64 = 80;
+const REQUESTS_MAX: u64 = 90;
 
 /// Lets `pitr` answer from another place.
 fn ask(stage: &Stage, shape: Shape, question: &str) -> Value {
