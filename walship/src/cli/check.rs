@@ -12,6 +12,7 @@ use walship::repository::{ClusterName, ClusterRepository, LineageRepository, loa
 use walship::storage::{self, StorageConfig};
 
 use super::server::{self, Identity, Weight};
+use super::synchronous;
 
 /// What is younger may be part of a backup that runs.
 const UNDER_WAY: TimeDelta = TimeDelta::days(1);
@@ -21,6 +22,9 @@ const UNFINISHED_SHOWN_MAX: usize = 20;
 
 /// As many full segments may wait for an archiver that keeps up.
 const BEHIND_SEGMENTS_MAX: u64 = 4;
+
+/// A receiver that runs removes parts a moment after their segment is stored.
+const PARTS_LEFT_MAX: usize = 1000;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -87,13 +91,17 @@ async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Fin
         "connected: PostgreSQL {}, system identifier {}, segments of {}",
         identity.postgres_major, identity.system_identifier, identity.segment_size
     ));
+    let receiving = synchronous::check(config, &mut connection).await?;
     let command = server::proposed_archive_command(overrides);
     for setting in server::settings(&mut connection, &command).await? {
         let (name, value) = (setting.name, &setting.value);
         let restart = if setting.restart { ", then restart the server" } else { ", then reload" };
         let what = format!("{name} is '{value}'");
+        // Who streams needs no archiver.
+        let instead = receiving.streaming && setting.name.starts_with("archive_");
         match setting.weight {
             Weight::Good => findings.good(what),
+            _ if instead => findings.good(format!("{what}; `walship receive` streams WAL instead")),
             weight => findings.add(
                 weight,
                 format!("{what}: {}", setting.why),
@@ -101,14 +109,21 @@ async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Fin
             ),
         }
     }
-    let failing = check_archiver(&mut connection, findings).await?;
+    for (weight, what, next) in receiving.findings {
+        findings.add(weight, what, next);
+    }
+    let failing = check_archiver(&mut connection, receiving.streaming, findings).await?;
     let position = server_position(&mut connection).await?;
     connection.close().await;
     Ok(Server { identity, failing, position })
 }
 
 /// Looks at the archiver's statistics; returns the file that it cannot archive, if there is one.
-async fn check_archiver(connection: &mut Connection, findings: &mut Findings) -> Result<Option<WalFileName>> {
+async fn check_archiver(
+    connection: &mut Connection,
+    streaming: bool,
+    findings: &mut Findings,
+) -> Result<Option<WalFileName>> {
     let sql = "SELECT archived_count, coalesce(last_archived_wal, ''), failed_count, \
                coalesce(last_failed_wal, ''), \
                coalesce(last_failed_time > coalesce(last_archived_time, '-infinity'), false), \
@@ -127,6 +142,8 @@ async fn check_archiver(connection: &mut Connection, findings: &mut Findings) ->
             ),
             Some("Look into the server's log: archive-cmd says there what happened.".to_owned()),
         );
+    } else if text(1).is_empty() && streaming {
+        findings.good("the archiver has archived nothing yet, `walship receive` streams WAL".to_owned());
     } else if text(1).is_empty() {
         findings.add(
             Weight::Advice,
@@ -163,6 +180,7 @@ async fn check_repository(
     check_conflict(&lineage, server.and_then(|server| server.failing), findings).await?;
     check_leftovers(&lineage, findings).await?;
     let catalog = load_catalog(&lineage).await?;
+    check_parts(&lineage, &catalog, findings).await?;
     check_gaps(&lineage, &catalog, findings);
     if let Some(server) = server {
         check_tail(&lineage, &catalog, &server.position, findings);
@@ -307,6 +325,19 @@ fn check_tail(
     }
     let next = "Look at the archiver's findings above, and at how long one segment takes to be archived.";
     findings.add(Weight::Advice, what, Some(next.to_owned()));
+}
+
+/// Parts of segments that are stored whole: nobody reads them any more.
+async fn check_parts(lineage: &LineageRepository, catalog: &Catalog, findings: &mut Findings) -> Result<()> {
+    let parts = lineage.parts_of_whole_segments(catalog).await?;
+    let what = format!("{}: {parts} parts of segments that are stored whole", lineage.location());
+    if parts < PARTS_LEFT_MAX {
+        findings.good(what);
+    } else {
+        let next = "Nobody reads them; remove them below tail/ where their segment lies below wal/, by whoever may delete.";
+        findings.add(Weight::Advice, what, Some(next.to_owned()));
+    }
+    Ok(())
 }
 
 async fn check_leftovers(lineage: &LineageRepository, findings: &mut Findings) -> Result<()> {

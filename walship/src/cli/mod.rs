@@ -8,6 +8,7 @@ mod init;
 mod open;
 mod receive;
 mod server;
+mod synchronous;
 mod wal;
 
 use std::ffi::OsString;

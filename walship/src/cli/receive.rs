@@ -159,7 +159,11 @@ fn options(args: &Args, config: &Config) -> Result<ReceiveOptions> {
     };
     Ok(ReceiveOptions {
         tail: TailRules { eagerness, in_flight_max, part_bytes_max },
-        slot: args.slot.clone().or(settings.slot.clone()).unwrap_or_else(|| "walship".to_owned()),
+        slot: args
+            .slot
+            .clone()
+            .or(settings.slot.clone())
+            .unwrap_or_else(|| super::synchronous::DEFAULT_SLOT.to_owned()),
         compression: config.compression,
         spool_dir: match &config.state_dir {
             Some(folder) => own_folder(Some(folder))?,

@@ -173,6 +173,17 @@ impl LineageLayout {
         format!("{}/wal/{}{name}.{word}.", self.base, folder(WalFileName::Segment(name)))
     }
 
+    /// What the keys of all tail parts start with.
+    pub(super) fn all_tails_prefix(&self) -> String {
+        format!("{}/tail/", self.base)
+    }
+
+    /// Returns the segment that a tail part's key is of; `None` for anything that this format does not name.
+    pub(super) fn segment_of_tail(&self, key: &ObjectKey) -> Option<SegmentName> {
+        let name = key.as_str().rsplit('/').nth(1)?.parse().ok()?;
+        self.parse_tail(name, key).map(|_| name)
+    }
+
     /// What the keys of all tail parts of one timeline start with.
     pub(super) fn timeline_tails_prefix(&self, timeline: TimelineId) -> String {
         format!("{}/tail/{}/", self.base, timeline.hex())

@@ -7,6 +7,7 @@ mod kills;
 mod life;
 mod lost;
 mod oracle;
+mod promises;
 mod rpo;
 mod tail;
 mod together;
