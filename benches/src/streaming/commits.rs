@@ -3,10 +3,10 @@
 use std::fmt::Write as _;
 use std::fs;
 
-use walship_tests::postgres::{PgServer, primary_major};
+use walship_tests::postgres::PgServer;
 
 use super::receiver::Receiver;
-use super::site::{Site, Store};
+use super::site::{Site, Store, busy_server};
 use crate::measure::{median, quantile};
 use crate::tables::Effort;
 
@@ -51,13 +51,7 @@ struct Run {
 /// Throughput and latency of commits that wait for a receiver.
 pub fn commits(effort: Effort) -> String {
     let (rounds, seconds) = if effort.long_rounds > 1 { (3, 4) } else { (1, 2) };
-    let server = PgServer::builder(primary_major())
-        .setting("fsync", "on")
-        .setting("archive_mode", "off")
-        .setting("max_wal_size", "8GB")
-        .setting("checkpoint_timeout", "1h")
-        .setting("max_slot_wal_keep_size", "8GB")
-        .start();
+    let server = busy_server();
     server.psql("CREATE TABLE committed (client int, at timestamptz DEFAULT clock_timestamp())");
     // By standby, then clients: the rounds.
     let mut runs = vec![vec![Vec::new(); CLIENTS.len()]; STANDBYS.len()];

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use walship::repository::{ClusterRepository, LineageRepository};
 use walship::storage::StorageConfig;
-use walship_tests::postgres::PgServer;
+use walship_tests::postgres::{PgServer, primary_major};
 use walship_tests::proxy::{Mode, Proxy};
 use walship_tests::stage::Stage;
 use walship_tests::weed::WeedServer;
@@ -28,6 +28,17 @@ impl Store {
             Self::S3(millis) => format!("S3, {millis} ms away"),
         }
     }
+}
+
+/// Starts a server that syncs its WAL, archives nothing by itself, and rarely writes a checkpoint.
+pub(super) fn busy_server() -> PgServer {
+    PgServer::builder(primary_major())
+        .setting("fsync", "on")
+        .setting("archive_mode", "off")
+        .setting("max_wal_size", "8GB")
+        .setting("checkpoint_timeout", "1h")
+        .setting("max_slot_wal_keep_size", "8GB")
+        .start()
 }
 
 /// An empty repository, and the store that it is in.

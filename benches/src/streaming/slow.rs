@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use walship_tests::postgres::{PgServer, primary_major};
+use walship_tests::postgres::PgServer;
 
 use super::receiver::{Receiver, tps};
-use super::site::{Site, Store};
+use super::site::{Site, Store, busy_server};
 use crate::measure::{median, quantile};
 use crate::tables::Effort;
 
@@ -20,13 +20,7 @@ const LISTENERS: [(&str, Option<Store>); 4] = [
 /// Throughput of a server that is busy, with and without a receiver.
 pub fn slow_stores(effort: Effort) -> String {
     let (rounds, seconds) = if effort.long_rounds > 1 { (9, 5) } else { (3, 3) };
-    let server = PgServer::builder(primary_major())
-        .setting("fsync", "on")
-        .setting("archive_mode", "off")
-        .setting("max_wal_size", "8GB")
-        .setting("checkpoint_timeout", "1h")
-        .setting("max_slot_wal_keep_size", "8GB")
-        .start();
+    let server = busy_server();
     server.pgbench(&["-i", "-q", "-s", "20"]);
     // Once around, so that rounds differ little in how many page images they write.
     server.pgbench(&["-n", "-c", "8", "-j", "2", "-T", "15"]);

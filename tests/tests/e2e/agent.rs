@@ -120,6 +120,23 @@ fn waiting_segments_are_pushed_ahead_and_kills_of_the_agent_lose_nothing() {
 }
 
 #[test]
+fn what_waits_is_stored_before_it_is_asked_for() {
+    let stage = stage();
+    let (server, waiting) = server_with_waiting(&stage, primary_major(), 4);
+    let repository = stage.repository_dir().join("main/0001/wal/00000001/00000000");
+    let last = waiting.last().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
+    let stored = repository.join(format!("{last}.wal"));
+    // The archiver is held up; the first one is asked for by hand, again and again, and no other.
+    let mut first = stage.command(&bins::archive_cmd());
+    first.arg(&waiting[0]).current_dir(server.data_dir());
+    wait::until("the last one is stored", || {
+        stage.ok(&mut first);
+        stored.exists()
+    });
+    assert_stored(&stage, &waiting);
+}
+
+#[test]
 fn recovery_fetches_ahead_and_leaves_nothing_behind() {
     for major in majors() {
         let stage = stage();

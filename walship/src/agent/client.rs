@@ -74,6 +74,15 @@ impl Asker {
         }
     }
 
+    /// Returns how long to try again for this asker, when a one-shot recovery is worth `one_shot`: a standby asks
+    /// again by itself.
+    pub fn retry(self, one_shot: Duration) -> Duration {
+        match self {
+            Self::Standby => Duration::ZERO,
+            Self::OneShot | Self::Other => one_shot,
+        }
+    }
+
     /// Returns the status of a question that could not be answered.
     pub fn unanswered(self) -> u8 {
         match self {

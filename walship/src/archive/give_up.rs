@@ -17,7 +17,8 @@ use crate::pg::{Lsn, SegmentName, TimelineId, WalFileName};
 use crate::repository::{ClusterRepository, LineageRepository, new_gap_id};
 
 use super::DataDirectory;
-use super::push::{EncodedFile, PushOptions, PushReport, push_encoded};
+use super::fetch::OpenClusters;
+use super::push::{EncodedFile, PushOptions, PushReport, encode_aside, push_encoded};
 
 /// What is said of a stretch of WAL that will not be archived.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -259,18 +260,19 @@ pub async fn push_or_given_up(
     }
 }
 
-/// Pushes what `encoded` holds into every repository that could be opened; as [`push_or_given_up`] when all
-/// could. The outage of one repository keeps nothing from the others, but success is when every one has
-/// the file.
+/// Pushes the file at `path` into every repository that can be opened; as [`push_or_given_up`] when all
+/// can. The file is read and compressed meanwhile. The outage of one repository keeps nothing from the others, but
+/// success is when every one has the file.
 ///
 /// # Errors
 /// As [`push_or_given_up`], or why a repository could not be opened.
 pub async fn push_where_open(
-    opened: Vec<Result<ClusterRepository>>,
-    encoded: Result<EncodedFile>,
+    repositories: &dyn OpenClusters,
     path: &Path,
     options: &PushOptions,
 ) -> Result<Pushed> {
+    let encoding = encode_aside(path, options);
+    let (encoded, opened) = tokio::join!(encoding, futures_util::future::join_all(repositories.open()));
     let (mut clusters, mut failure) = (Vec::new(), None);
     for cluster in opened {
         match cluster {

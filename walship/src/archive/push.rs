@@ -99,11 +99,18 @@ pub async fn push_file(
     path: &Path,
     options: &PushOptions,
 ) -> Result<PushReport> {
-    let (path_, options_) = (path.to_owned(), options.clone());
-    let encoded = tokio::task::spawn_blocking(move || encode_file(&path_, &options_))
-        .await
-        .map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))??;
+    let encoded = encode_aside(path, options).await?;
     push_encoded(clusters, &encoded, options).await
+}
+
+/// Reads, checks and compresses the file at `path` on a thread of its own, at once, whatever else is awaited.
+pub(super) fn encode_aside(
+    path: &Path,
+    options: &PushOptions,
+) -> impl Future<Output = Result<EncodedFile>> + use<> {
+    let (path, options) = (path.to_owned(), options.clone());
+    let encoding = tokio::task::spawn_blocking(move || encode_file(&path, &options));
+    async move { encoding.await.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))? }
 }
 
 /// Reads, checks and compresses the file at `path`. Blocking.

@@ -2,6 +2,7 @@
 
 use walship::config::Config;
 use walship::error::Result;
+use walship::replication::StandbyRole;
 use walship::replication::connection::Connection;
 
 use super::server::{self, Weight};
@@ -32,10 +33,10 @@ pub(super) async fn check(config: &Config, connection: &mut Connection) -> Resul
     let found = read_slot(connection, &slot).await?;
     let mut findings: Vec<Found> = Vec::new();
     let streaming = found.as_ref().is_some_and(|slot| slot.active);
-    let role = Role::of(&names, &receiver);
+    let role = StandbyRole::of(&names, &receiver);
     if let Some(found) = &found {
         findings.push(judge_slot(&slot, found, keep == "-1"));
-    } else if role != Role::None {
+    } else if role != StandbyRole::None {
         findings.push((
             Weight::Needed,
             format!("synchronous_standby_names is '{names}', and there is no replication slot \"{slot}\""),
@@ -43,7 +44,7 @@ pub(super) async fn check(config: &Config, connection: &mut Connection) -> Resul
         ));
     }
     findings.extend(judge(&names, &commit, &receiver, role));
-    if matches!(role, Role::Required { .. }) {
+    if matches!(role, StandbyRole::Required { .. }) {
         for (whose, value) in overrides(connection).await? {
             if !matches!(&*value, "on" | "remote_write" | "true" | "yes" | "1") {
                 findings.push((
@@ -143,64 +144,13 @@ fn judge_slot(name: &str, slot: &Slot, unlimited: bool) -> Found {
     }
 }
 
-/// Which part a standby has among `synchronous_standby_names`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
-    /// No commit waits for it.
-    None,
-    /// Every commit waits for it and for so many others.
-    Required { others: usize },
-    /// A commit may return without it, when others answer.
-    Replaceable,
-}
-
-impl Role {
-    /// Source: `src/backend/replication/syncrep_gram.y`, `syncrep_scanner.l`.
-    fn of(names: &str, standby: &str) -> Self {
-        let words = words(names);
-        let (count, listed) = match words.iter().position(|word| word == "(") {
-            Some(open) => {
-                let count = words[..open].last().and_then(|word| word.parse::<usize>().ok()).unwrap_or(1);
-                (count, &words[open + 1..])
-            }
-            None => (1, &words[..]),
-        };
-        let listed: Vec<&String> =
-            listed.iter().filter(|word| !["(", ")"].contains(&word.as_str())).collect();
-        let is_it = |word: &&&String| **word == "*" || word.eq_ignore_ascii_case(standby);
-        if listed.iter().filter(is_it).count() == 0 {
-            return Self::None;
-        }
-        // A star stands for any number of standbys.
-        let any = listed.iter().any(|word| *word == "*");
-        match !any && count >= listed.len() {
-            true => Self::Required { others: listed.len() - 1 },
-            false => Self::Replaceable,
-        }
-    }
-}
-
-/// Cuts into names, numbers and parentheses; what stands in quotes is one name.
-fn words(names: &str) -> Vec<String> {
-    let mut words = Vec::new();
-    for (number, text) in names.split('"').enumerate() {
-        if number % 2 == 1 {
-            words.push(text.to_owned());
-            continue;
-        }
-        let spaced = text.replace('(', " ( ").replace(')', " ) ").replace(',', " ");
-        words.extend(spaced.split_whitespace().map(str::to_owned));
-    }
-    words
-}
-
 /// Says in words what a commit that returned is sure of.
-fn judge(names: &str, commit: &str, receiver: &str, role: Role) -> Option<Found> {
+fn judge(names: &str, commit: &str, receiver: &str, role: StandbyRole) -> Option<Found> {
     let next = |text: &str| Some(text.to_owned());
     let shown = format!("synchronous_standby_names is '{names}', synchronous_commit is {commit}");
     Some(match (role, commit) {
-        (Role::None, _) if names.is_empty() => return None,
-        (Role::None, _) => (
+        (StandbyRole::None, _) if names.is_empty() => return None,
+        (StandbyRole::None, _) => (
             Weight::Good,
             format!("{shown}: no commit waits for \"{receiver}\"; a crash may lose what was not shipped yet"),
             None,
@@ -217,7 +167,7 @@ fn judge(names: &str, commit: &str, receiver: &str, role: Role) -> Option<Found>
             format!("{shown}: commits return before they are in the repository, whoever is named"),
             next("Set synchronous_commit = on where no commit may be lost."),
         ),
-        (Role::Replaceable, _) => (
+        (StandbyRole::Replaceable, _) => (
             Weight::Advice,
             format!(
                 "{shown}: a commit may return when others have it and \"{receiver}\" has not; it is not sure to be in \
@@ -227,7 +177,7 @@ fn judge(names: &str, commit: &str, receiver: &str, role: Role) -> Option<Found>
                 "To be sure, let all that are named be waited for: 'FIRST 1 ({receiver})', or as many as there are names."
             )),
         ),
-        (Role::Required { .. }, "remote_write") => (
+        (StandbyRole::Required { .. }, "remote_write") => (
             Weight::Advice,
             format!(
                 "{shown}: a commit that returned is in every repository, because `walship receive` calls written only \
@@ -235,7 +185,7 @@ fn judge(names: &str, commit: &str, receiver: &str, role: Role) -> Option<Found>
             ),
             next("Set synchronous_commit = on."),
         ),
-        (Role::Required { others }, _) => {
+        (StandbyRole::Required { others }, _) => {
             let with = match others {
                 0 => String::new(),
                 1 => " and on the other standby".to_owned(),
@@ -268,30 +218,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_is_waited_for_is_read_from_the_names() {
-        for (names, role) in [
-            ("", Role::None),
-            ("s1, s2", Role::None),
-            ("walship", Role::Required { others: 0 }),
-            ("WalShip", Role::Required { others: 0 }),
-            ("\"walship\"", Role::Required { others: 0 }),
-            ("FIRST 1 (walship)", Role::Required { others: 0 }),
-            ("1 (walship)", Role::Required { others: 0 }),
-            ("FIRST 2 (walship, s1)", Role::Required { others: 1 }),
-            ("any 3 (s1,walship,\"s 2\")", Role::Required { others: 2 }),
-            // When it is away, the next one is waited for instead.
-            ("walship, s1", Role::Replaceable),
-            ("FIRST 1 (walship, s1)", Role::Replaceable),
-            ("ANY 1 (walship, s1)", Role::Replaceable),
-            ("*", Role::Replaceable),
-            ("FIRST 2 (walship, *)", Role::Replaceable),
-            ("\"walship x\"", Role::None),
-        ] {
-            assert_eq!(Role::of(names, "walship"), role, "{names}");
-        }
-    }
-
-    #[test]
     fn each_promise_is_said_for_what_it_is() {
         for (names, commit, weight, words) in [
             ("walship", "on", Weight::Good, "durable in every repository;"),
@@ -303,13 +229,13 @@ mod tests {
             ("ANY 1 (walship, s1)", "on", Weight::Advice, "not sure to be in the repository"),
             ("s1", "on", Weight::Good, "no commit waits for \"walship\""),
         ] {
-            let role = Role::of(names, "walship");
+            let role = StandbyRole::of(names, "walship");
             let (found, what, next) = judge(names, commit, "walship", role).unwrap();
             assert_eq!(found, weight, "{names} {commit}");
             assert!(what.contains(words), "{what}");
             assert_eq!(next.is_some(), weight != Weight::Good, "{what}");
         }
-        assert_eq!(judge("", "on", "walship", Role::None), None);
+        assert_eq!(judge("", "on", "walship", StandbyRole::None), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use walship::agent::client::{self, Asker};
 use walship::archive::fetch::{FetchFailure, FetchOptions, FetchOutcome, fetch_file};
 use walship::archive::give_up::{Pushed, push_where_open};
 use walship::archive::own_folder;
-use walship::archive::push::{PushOptions, encode_file};
+use walship::archive::push::PushOptions;
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
 use walship::pg::WalFileName;
@@ -71,12 +71,7 @@ pub(super) struct FetchArgs {
 pub(super) async fn push(args: &PushArgs, overrides: &Overrides) -> Result<u8> {
     let config = super::config(overrides)?;
     let options = push_options(&config, args.lineage)?;
-    let (path, encoding) = (args.path.clone(), options.clone());
-    let encode = tokio::task::spawn_blocking(move || encode_file(&path, &encoding));
-    let configured = Configured::new(&config)?;
-    let (encoded, opened) = tokio::join!(encode, configured.open_each());
-    let encoded = encoded.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))?;
-    let pushed = push_where_open(opened, encoded, &args.path, &options).await?;
+    let pushed = push_where_open(&Configured::new(&config)?, &args.path, &options).await?;
     for warning in pushed.warnings(&args.path) {
         super::say(&warning);
     }
@@ -145,12 +140,7 @@ fn try_fetch(args: &FetchArgs, overrides: &Overrides) -> Result<Fetched> {
     let asker = Asker::of(&args.path);
     let options = FetchOptions {
         lineage: args.lineage,
-        // A standby asks again by itself.
-        retry: if asker == Asker::Standby {
-            Duration::ZERO
-        } else {
-            Duration::from_millis(config.restore_retry_ms)
-        },
+        retry: asker.retry(Duration::from_millis(config.restore_retry_ms)),
         up_to_damage: args.up_to_damage,
         standby: asker == Asker::Standby,
         deliver_to: None,

@@ -27,6 +27,7 @@ mod reach;
 pub mod server_error;
 pub mod slot;
 pub mod stream;
+mod synchronous;
 mod tls;
 
 pub use base_backup::{
@@ -40,3 +41,4 @@ pub use slot::{
     SlotLifetime, SlotState, SystemIdentity, create_slot, drop_slot, identify_system, read_slot,
     segment_size, show, show_bytes, timeline_history,
 };
+pub use synchronous::StandbyRole;

@@ -178,12 +178,6 @@ impl LineageLayout {
         format!("{}/tail/", self.base)
     }
 
-    /// Returns the segment that a tail part's key is of; `None` for anything that this format does not name.
-    pub(super) fn segment_of_tail(&self, key: &ObjectKey) -> Option<SegmentName> {
-        let name = key.as_str().rsplit('/').nth(1)?.parse().ok()?;
-        self.parse_tail(name, key).map(|_| name)
-    }
-
     /// What the keys of all tail parts of one timeline start with.
     pub(super) fn timeline_tails_prefix(&self, timeline: TimelineId) -> String {
         format!("{}/tail/{}/", self.base, timeline.hex())
@@ -199,11 +193,14 @@ impl LineageLayout {
         ObjectKey::new(format!("{}{start:08X}-{end:08X}", self.tails_prefix(name)))
     }
 
-    /// Reads the offsets in a tail part's key back; `None` for anything that this format does not name.
-    pub(super) fn parse_tail(&self, name: SegmentName, key: &ObjectKey) -> Option<(u64, u64)> {
-        let (start, end) = key.as_str().strip_prefix(&self.tails_prefix(name))?.split_once('-')?;
+    /// Reads the segment and the offsets in a tail part's key back; `None` for anything that this format does not
+    /// name.
+    pub(super) fn parse_tail(&self, key: &ObjectKey) -> Option<(SegmentName, u64, u64)> {
+        let (folders, offsets) = key.as_str().rsplit_once('/')?;
+        let name = folders.rsplit('/').next()?.parse().ok()?;
+        let (start, end) = offsets.split_once('-')?;
         let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
-        (start < end && self.tail(name, start, end).ok().as_ref() == Some(key)).then_some((start, end))
+        (start < end && self.tail(name, start, end).ok().as_ref() == Some(key)).then_some((name, start, end))
     }
 
     /// What all WAL keys start with.

@@ -145,8 +145,8 @@ impl LineageRepository {
         loop {
             let listed = self.storage.list(&self.layout.all_tails_prefix(), page.as_deref()).await?;
             seen += listed.objects.len();
-            let segments = listed.objects.iter().filter_map(|meta| self.layout.segment_of_tail(&meta.key));
-            parts += segments.filter(|segment| catalog.segments.contains(*segment)).count();
+            let keys = listed.objects.iter().filter_map(|meta| self.layout.parse_tail(&meta.key));
+            parts += keys.filter(|(segment, ..)| catalog.segments.contains(*segment)).count();
             page = listed.next;
             if page.is_none() || seen >= PARTS_MAX {
                 return Ok(parts);
@@ -157,11 +157,8 @@ impl LineageRepository {
     /// Returns the parts of a segment, by where they begin.
     pub async fn tail_of(&self, segment: SegmentName) -> Result<Vec<ListedPart>> {
         let objects = list_all(&*self.storage, &self.layout.tails_prefix(segment), PARTS_MAX).await?;
-        let parts = objects.into_iter().filter_map(|meta| {
-            let (start, end) = self.layout.parse_tail(segment, &meta.key)?;
-            Some(ListedPart { start, end, stored_bytes: meta.bytes, key: meta.key })
-        });
-        let mut parts: Vec<_> = parts.collect();
+        let parts = objects.into_iter().filter_map(|meta| self.part_listed(meta));
+        let mut parts: Vec<_> = parts.map(|(_, part)| part).collect();
         parts.sort_by_key(|part| (part.start, part.end));
         Ok(parts)
     }
@@ -180,7 +177,7 @@ impl LineageRepository {
             let page = self.storage.list(&prefix, after.as_deref()).await?;
             count += page.objects.len();
             for meta in page.objects {
-                let Some((segment, part)) = self.part_listed(timeline, meta) else { continue };
+                let Some((segment, part)) = self.part_listed(meta) else { continue };
                 if last.is_none_or(|last| last < segment) {
                     segments.entry(segment).or_default().push(part);
                 }
@@ -200,11 +197,8 @@ impl LineageRepository {
         Ok(segments)
     }
 
-    fn part_listed(&self, timeline: TimelineId, meta: ObjectMeta) -> Option<(SegmentName, ListedPart)> {
-        let (name, _) =
-            meta.key.as_str().strip_prefix(&self.layout.timeline_tails_prefix(timeline))?.split_once('/')?;
-        let segment: SegmentName = name.parse().ok()?;
-        let (start, end) = self.layout.parse_tail(segment, &meta.key)?;
+    fn part_listed(&self, meta: ObjectMeta) -> Option<(SegmentName, ListedPart)> {
+        let (segment, start, end) = self.layout.parse_tail(&meta.key)?;
         Some((segment, ListedPart { start, end, stored_bytes: meta.bytes, key: meta.key }))
     }
 

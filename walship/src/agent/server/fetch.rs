@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
 use tokio::sync::{Mutex, MutexGuard, Semaphore};
 use tokio::task::JoinHandle;
 
@@ -162,11 +161,9 @@ impl Fetches {
     }
 
     fn options(&self, asker: Asker, deliver_to: Option<PathBuf>) -> FetchOptions {
-        // A standby asks again by itself.
-        let retry = if asker == Asker::Standby { Duration::ZERO } else { self.retry };
         FetchOptions {
             lineage: self.lineage,
-            retry,
+            retry: asker.retry(self.retry),
             standby: asker == Asker::Standby,
             // Who wants that asks in the foreground.
             up_to_damage: false,
@@ -191,8 +188,7 @@ impl Fetches {
 
     /// Fetches as `walship wal fetch` does.
     async fn fetch(&self, name: WalFileName, target: &Path, options: &FetchOptions, spooled: &Path) -> Reply {
-        let fetching: BoxFuture<'_, _> = Box::pin(fetch_file(&*self.warm, name, target, options));
-        match fetching.await {
+        match fetch_file(&*self.warm, name, target, options).await {
             Ok(FetchOutcome::Delivered { .. }) => Reply::File(spooled.to_owned()),
             Ok(FetchOutcome::Absent) => {
                 let text = match Asker::of(target) {

@@ -14,7 +14,6 @@ use std::future::Future;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -228,8 +227,8 @@ impl Agent {
             return say(&mut writer, &Answer::Foreground { reason: "that is no question".to_owned() }).await;
         };
         let writer = Mutex::new(writer);
-        // Boxed: the compiler loses sight of what is borrowed here otherwise.
-        let mut work: Pin<Box<dyn Future<Output = ()> + Send + '_>> = Box::pin(self.work(question, &writer));
+        let work = self.work(question, &writer);
+        tokio::pin!(work);
         let mut gone = [0];
         loop {
             tokio::select! {

@@ -9,11 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Semaphore, watch};
 
-use crate::archive::fetch::OpenClusters as _;
-use crate::archive::give_up::{Pushed, push_where_open};
+use crate::archive::give_up::push_where_open;
 use crate::archive::lookahead::Waiting;
-use crate::archive::push::{PushOptions, encode_file};
-use crate::error::{Error, Result};
+use crate::archive::push::PushOptions;
+use crate::error::Result;
 use crate::pg::{SegmentName, WalFileName};
 use crate::wal::page::PageHeader;
 
@@ -197,22 +196,12 @@ impl Pushes {
 
     /// Pushes the file at `path`, as `walship wal push` does; returns what is to be said.
     async fn push(&self, path: &Path) -> Result<String> {
-        let pushed = self.try_push(path).await;
+        let pushed = push_where_open(&*self.warm, path, &self.options).await;
         if pushed.is_err() {
             self.warm.forget();
         }
         let warnings = pushed?.warnings(path);
         Ok(warnings.into_iter().map(|warning| warning + "\n").collect())
-    }
-
-    async fn try_push(&self, path: &Path) -> Result<Pushed> {
-        let (path_, options) = (path.to_owned(), self.options.clone());
-        let encode = tokio::task::spawn_blocking(move || encode_file(&path_, &options));
-        let open = futures_util::future::join_all(self.warm.open());
-        let (encoded, opened) = tokio::join!(encode, open);
-        let encoded =
-            encoded.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))?;
-        push_where_open(opened, encoded, path, &self.options).await
     }
 }
 

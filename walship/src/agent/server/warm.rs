@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::archive::fetch::{OpenClusters, Opening};
 use crate::error::Result;
 use crate::repository::{ClusterName, ClusterRepository};
-use crate::storage::{self, StorageConfig};
+use crate::storage::{self, Location, StorageConfig};
 
 /// So long an opened repository is used before it is looked at again.
 const WARM: Duration = Duration::from_secs(60);
@@ -55,7 +55,7 @@ impl Warm {
 }
 
 fn is_folder(config: &StorageConfig) -> bool {
-    !config.url.starts_with("s3://")
+    matches!(config.location(), Ok(Location::Folder(_)))
 }
 
 impl OpenClusters for Warm {
