@@ -51,7 +51,19 @@ pub struct Part {
     pub bytes: Vec<u8>,
 }
 
+/// What is on its way into the repositories.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OnTheWay {
+    /// So many parts of open segments.
+    pub parts: usize,
+    /// So many whole segments.
+    pub segments: usize,
+}
+
 /// Collects the bytes of the open segment and cuts them into parts.
+///
+/// No part is shipped while something before its segment is neither stored nor on its way in a part of the same
+/// segment: what ends with an incomplete segment can be recovered up to there, but only while nothing later is stored.
 #[derive(Debug)]
 pub struct TailCutter {
     rules: TailRules,
@@ -65,6 +77,10 @@ pub struct TailCutter {
     server: Lsn,
     /// Whether the segment that arrives is stored whole before its parts could be of use.
     passes: bool,
+    /// The segment of the last part that was shipped.
+    shipped: Option<SegmentName>,
+    /// Before this position everything from the start of a segment on was shipped in parts.
+    shipped_to: Lsn,
 }
 
 impl TailCutter {
@@ -79,6 +95,8 @@ impl TailCutter {
             hurry: false,
             server: Lsn::INVALID,
             passes: false,
+            shipped: None,
+            shipped_to: Lsn::INVALID,
         }
     }
 
@@ -106,10 +124,25 @@ impl TailCutter {
         self.pending.push_back((piece.segment, start, piece.bytes.clone()));
         // The whole segment is on its way: its last bytes need no part of their own, unless somebody waits.
         if piece.completes && self.rules.eagerness != Eagerness::AtOnce {
-            self.pending.clear();
-            self.pending_bytes = 0;
-            self.hurry = false;
+            self.forget();
         }
+        // Nobody waits for these parts, and what is before them takes longer than to fill all that may be held.
+        if self.is_full() && self.rules.eagerness != Eagerness::AtOnce && self.shipped != Some(piece.segment)
+        {
+            self.forget();
+            self.passes = true;
+        }
+    }
+
+    fn forget(&mut self) {
+        self.pending.clear();
+        self.pending_bytes = 0;
+        self.hurry = false;
+    }
+
+    /// Returns whether parts of this segment were shipped, or will be.
+    pub fn ships(&self, segment: SegmentName) -> bool {
+        self.shipped == Some(segment) || self.pending.iter().any(|(of, ..)| *of == segment)
     }
 
     /// Ships what is there as soon as may be: the server wants to know, or it is the end.
@@ -117,9 +150,9 @@ impl TailCutter {
         self.hurry = !self.pending.is_empty();
     }
 
-    /// Returns the next part to ship now, when so many are on their way.
-    pub fn take(&mut self, now: Duration, in_flight: usize) -> Option<Part> {
-        if in_flight >= self.rules.in_flight_max || !self.is_due(now, in_flight) {
+    /// Returns the next part to ship now, when so much is on its way.
+    pub fn take(&mut self, now: Duration, under_way: OnTheWay) -> Option<Part> {
+        if !self.may_go(under_way) || !self.is_due(now, under_way.parts) {
             return None;
         }
         let (segment, start, _) = self.pending.front()?;
@@ -140,7 +173,22 @@ impl TailCutter {
         self.pending_bytes -= bytes.len() as u64;
         self.hurry &= !self.pending.is_empty();
         self.since = now;
+        let end = Lsn(start.0 + bytes.len() as u64);
+        if start == self.shipped_to || start == segment.start(self.size) {
+            self.shipped_to = end;
+        }
+        self.shipped = Some(segment);
         Some(Part { segment, start, bytes })
+    }
+
+    /// Whether the next part may go, whatever the time.
+    fn may_go(&self, under_way: OnTheWay) -> bool {
+        let Some((segment, start, _)) = self.pending.front() else { return false };
+        if self.shipped == Some(*segment) {
+            return under_way.parts < self.rules.in_flight_max;
+        }
+        // The first part of a segment: all before it is stored, be it whole or in parts.
+        under_way.parts == 0 && (under_way.segments == 0 || self.shipped_to == *start)
     }
 
     fn is_due(&self, now: Duration, in_flight: usize) -> bool {
@@ -165,16 +213,15 @@ impl TailCutter {
         self.pending.is_empty()
     }
 
-    /// Returns how long the next part has to wait yet for its time, when so many are on their way; `None` when
+    /// Returns how long the next part has to wait yet for its time, when so much is on its way; `None` when
     /// there is none, or no time at which it could go.
-    pub fn next_look(&self, now: Duration, in_flight: usize) -> Option<Duration> {
+    pub fn next_look(&self, now: Duration, under_way: OnTheWay) -> Option<Duration> {
         let wait = match self.rules.eagerness {
             Eagerness::Never => return None,
             Eagerness::After(interval) => interval,
             Eagerness::AtOnce => PACE,
         };
-        let may_go = !self.pending.is_empty() && in_flight < self.rules.in_flight_max;
-        may_go.then(|| (self.since + wait).saturating_sub(now))
+        self.may_go(under_way).then(|| (self.since + wait).saturating_sub(now))
     }
 }
 
@@ -199,6 +246,10 @@ mod tests {
         TailCutter::new(TailRules { eagerness, in_flight_max: 2, part_bytes_max: 4 }, SIZE)
     }
 
+    fn parts(parts: usize) -> OnTheWay {
+        OnTheWay { parts, segments: 0 }
+    }
+
     fn start(offset: u64) -> Lsn {
         Lsn(5 * SIZE.bytes() + offset)
     }
@@ -208,20 +259,20 @@ mod tests {
         let mut tail = cutter(Eagerness::After(ms(250)));
         tail.add(&piece(0, b"ab", false), ms(1000));
         tail.add(&piece(2, b"c", false), ms(1200));
-        assert_eq!(tail.take(ms(1249), 0), None);
-        assert_eq!(tail.next_look(ms(1200), 1), Some(ms(50)));
-        assert_eq!(tail.next_look(ms(1200), 2), None, "enough are on their way");
-        assert_eq!(tail.take(ms(1250), 2), None, "enough are on their way");
-        let part = tail.take(ms(1250), 1).unwrap();
+        assert_eq!(tail.take(ms(1249), parts(0)), None);
+        assert_eq!(tail.next_look(ms(1200), parts(0)), Some(ms(50)));
+        let part = tail.take(ms(1250), parts(0)).unwrap();
         assert_eq!((part.start, &*part.bytes), (start(0), &b"abc"[..]));
-        assert!(tail.is_empty() && tail.next_look(ms(1250), 0).is_none(), "none without new bytes");
+        assert!(tail.is_empty() && tail.next_look(ms(1250), parts(0)).is_none(), "none without new bytes");
         tail.add(&piece(3, b"defghi", false), ms(2000));
         tail.hurry();
-        assert_eq!(tail.take(ms(2000), 0).unwrap().bytes, b"defg");
-        assert_eq!(tail.take(ms(2000), 0).unwrap().bytes, b"hi");
+        assert_eq!(tail.next_look(ms(2000), parts(2)), None, "enough are on their way");
+        assert_eq!(tail.take(ms(2000), parts(2)), None, "enough are on their way");
+        assert_eq!(tail.take(ms(2000), parts(1)).unwrap().bytes, b"defg");
+        assert_eq!(tail.take(ms(2000), parts(0)).unwrap().bytes, b"hi");
         tail.hurry();
         tail.add(&piece(9, b"j", false), ms(2000));
-        assert_eq!(tail.take(ms(2000), 0), None, "there was nothing to hurry");
+        assert_eq!(tail.take(ms(2000), parts(0)), None, "there was nothing to hurry");
         // The whole segment follows.
         tail.add(&piece(10, b"k", true), ms(2000));
         assert!(tail.is_empty());
@@ -234,14 +285,61 @@ mod tests {
             SIZE,
         );
         tail.add(&piece(0, b"ab", false), ms(1000));
-        assert_eq!(tail.take(ms(1000), 1).unwrap().bytes, b"ab");
+        assert_eq!(tail.take(ms(1000), parts(0)).unwrap().bytes, b"ab");
         tail.add(&piece(2, b"c", false), ms(1001));
-        assert_eq!(tail.take(ms(1001), AT_ONCE_MAX), None, "two are on their way");
-        assert_eq!(tail.next_look(ms(1002), AT_ONCE_MAX), Some(PACE - ms(1)));
+        assert_eq!(tail.take(ms(1001), parts(AT_ONCE_MAX)), None, "two are on their way");
+        assert_eq!(tail.next_look(ms(1002), parts(AT_ONCE_MAX)), Some(PACE - ms(1)));
         tail.add(&piece(3, b"d", false), ms(1004));
-        assert_eq!(tail.take(ms(1001) + PACE, AT_ONCE_MAX).unwrap().bytes, b"cd");
+        assert_eq!(tail.take(ms(1001) + PACE, parts(AT_ONCE_MAX)).unwrap().bytes, b"cd");
         tail.add(&piece(4, b"e", false), ms(2000));
-        assert_eq!(tail.take(ms(3000), 4), None, "enough are on their way");
+        assert_eq!(tail.take(ms(3000), parts(4)), None, "enough are on their way");
+    }
+
+    #[test]
+    fn a_segment_has_no_part_while_one_before_it_is_incomplete() {
+        let next = |bytes: &'static [u8]| {
+            let segment = SegmentName::from_number(TimelineId::FIRST, 6, SIZE).unwrap();
+            Piece { segment, offset: 0, bytes: Bytes::from_static(bytes), completes: false }
+        };
+        let under_way = |parts, segments| OnTheWay { parts, segments };
+        let end = SIZE.bytes() - 2;
+        for from_the_start in [true, false] {
+            let mut tail = cutter(Eagerness::AtOnce);
+            if from_the_start {
+                // As if all before were shipped.
+                tail.shipped_to = start(end);
+            }
+            tail.add(&piece(end, b"yz", true), ms(0));
+            tail.add(&next(b"ab"), ms(0));
+            assert_eq!(tail.take(ms(0), under_way(0, 0)).unwrap().bytes, b"yz");
+            assert_eq!(tail.take(ms(9), under_way(1, 0)), None, "the last part before is on its way");
+            assert_eq!(tail.next_look(ms(9), under_way(1, 0)), None);
+            // Whole it is on its way as well: its parts are enough where they are all of it.
+            let part = tail.take(ms(9), under_way(0, 1));
+            assert_eq!(part.is_some(), from_the_start);
+        }
+        // The last bytes of a segment have no part where nobody waits for them: it is to be stored whole before.
+        let mut tail = cutter(Eagerness::After(ms(250)));
+        tail.add(&piece(0, b"ab", false), ms(0));
+        assert!(tail.take(ms(250), under_way(0, 0)).is_some());
+        tail.add(&piece(2, b"cd", true), ms(300));
+        tail.add(&next(b"ef"), ms(300));
+        assert_eq!(tail.take(ms(999), under_way(0, 1)), None);
+        assert!(tail.take(ms(999), under_way(0, 0)).is_some());
+    }
+
+    #[test]
+    fn where_nobody_waits_a_slow_store_gets_whole_segments_only() {
+        static MUCH: [u8; PENDING_BYTES_MAX as usize] = [7; PENDING_BYTES_MAX as usize];
+        let large = SegmentSize::DEFAULT;
+        let segment = SegmentName::from_number(TimelineId::FIRST, 5, large).unwrap();
+        let much = Piece { segment, offset: 0, bytes: Bytes::from_static(&MUCH), completes: false };
+        for (eagerness, goes_on) in [(Eagerness::After(ms(250)), true), (Eagerness::AtOnce, false)] {
+            let mut tail =
+                TailCutter::new(TailRules { eagerness, in_flight_max: 2, part_bytes_max: 4 }, large);
+            tail.add(&much, ms(0));
+            assert_eq!((tail.is_full(), tail.ships(segment)), (!goes_on, !goes_on));
+        }
     }
 
     #[test]
@@ -252,13 +350,13 @@ mod tests {
             tail.server_is_at(end(2));
             tail.add(&piece(0, b"ab", false), ms(0));
             tail.add(&piece(2, b"cd", true), ms(0));
-            assert!(tail.is_empty() && tail.next_look(ms(0), 0).is_none());
+            assert!(tail.is_empty() && tail.next_look(ms(0), parts(0)).is_none());
             // Only just behind: its first bytes have parts, and so have all.
             tail.server_is_at(Lsn(end(2).0 - 1));
             tail.add(&piece(0, b"ab", false), ms(0));
             tail.server_is_at(end(9));
             tail.add(&piece(2, b"cd", false), ms(0));
-            assert_eq!(tail.take(ms(999), 0).unwrap().bytes, b"abcd");
+            assert_eq!(tail.take(ms(999), parts(0)).unwrap().bytes, b"abcd");
         }
     }
 
@@ -267,7 +365,7 @@ mod tests {
         let mut never = cutter(Eagerness::Never);
         never.add(&piece(0, b"abc", false), ms(0));
         never.hurry();
-        assert_eq!(never.take(ms(9999), 0), None);
+        assert_eq!(never.take(ms(9999), parts(0)), None);
     }
 
     proptest! {
@@ -297,11 +395,11 @@ mod tests {
                 if hurry {
                     tail.hurry();
                 }
-                while let Some(part) = tail.take(ms(now), in_flight) {
+                while let Some(part) = tail.take(ms(now), parts(in_flight)) {
                     check(part, &mut shipped);
                 }
             }
-            while let Some(part) = { tail.hurry(); tail.take(ms(now), 0) } {
+            while let Some(part) = { tail.hurry(); tail.take(ms(now), parts(0)) } {
                 check(part, &mut shipped);
             }
             prop_assert_eq!(shipped, fed as u64);

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::{Backoff, Progress, ReceiveEvent};
 use crate::archive::push::{EncodedFile, PushOptions, PushReport, encode_stream, push_to_lineages};
 use crate::codec::Compression;
 use crate::error::{Error, Result};
-use crate::feed::Part;
+use crate::feed::{OnTheWay, Part};
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineId, WalFileName};
 use crate::repository::LineageRepository;
 use crate::storage::ObjectKey;
@@ -113,18 +113,31 @@ pub(super) enum What {
     Part { segment: SegmentName, keys: Vec<ObjectKey> },
 }
 
-/// What is being stored, side by side. A store that fails for a time is asked again for as long as it takes:
+/// What is stored of a segment before it is stored whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Before {
+    /// Nothing, as far as is known.
+    Nothing,
+    /// Parts, be it all of it or its beginning.
+    Parts,
+}
+
+/// What is being stored, side by side. No segment is stored while one before it is stored in parts only: where
+/// everything else is lost, WAL that ends in parts can be recovered only while nothing later is stored.
+/// A store that fails for a time is asked again for as long as it takes:
 /// until then nothing of this counts as durable, and the server keeps it.
 pub(super) struct Uploads {
     lineages: Arc<[LineageRepository]>,
     progress: Progress,
     tasks: JoinSet<Result<Stored>>,
     parts: usize,
+    /// Of each part, and of each segment that has parts, whether it is stored, in their order.
+    in_parts: Vec<watch::Receiver<bool>>,
 }
 
 impl Uploads {
     pub(super) fn new(lineages: Arc<[LineageRepository]>, progress: Progress) -> Self {
-        Self { lineages, progress, tasks: JoinSet::new(), parts: 0 }
+        Self { lineages, progress, tasks: JoinSet::new(), parts: 0, in_parts: Vec::new() }
     }
 
     /// Whether nothing is on its way.
@@ -137,19 +150,26 @@ impl Uploads {
         self.tasks.len() - self.parts
     }
 
-    /// Returns how many parts of open segments are on their way.
-    pub(super) fn parts(&self) -> usize {
-        self.parts
+    /// Returns how much is on its way.
+    pub(super) fn under_way(&self) -> OnTheWay {
+        OnTheWay { parts: self.parts, segments: self.segments() }
     }
 
-    /// Stores a whole segment as soon as it is encoded.
+    /// Stores a whole segment as soon as it is encoded, and those before it are more than a beginning.
     pub(super) fn segment(
         &mut self,
         name: SegmentName,
         size: SegmentSize,
         encoding: JoinHandle<Result<EncodedFile>>,
+        before: Before,
     ) {
-        self.store(name, encoding, name.end(size), size, |file| file);
+        self.store(name, encoding, name.end(size), size, before, |file| file);
+    }
+
+    /// Returns what is to be stored before anything that follows.
+    fn earlier(&mut self) -> Vec<watch::Receiver<bool>> {
+        self.in_parts.retain(|stored| !*stored.borrow());
+        self.in_parts.clone()
     }
 
     /// Stores the last segment of a timeline that ends at `end`, as a `.partial` file.
@@ -160,7 +180,7 @@ impl Uploads {
         size: SegmentSize,
         encoding: JoinHandle<Result<EncodedFile>>,
     ) {
-        self.store(name, encoding, end, size, EncodedFile::into_partial);
+        self.store(name, encoding, end, size, Before::Parts, EncodedFile::into_partial);
     }
 
     fn store(
@@ -169,17 +189,30 @@ impl Uploads {
         encoding: JoinHandle<Result<EncodedFile>>,
         end: Lsn,
         size: SegmentSize,
+        before: Before,
         finish: fn(EncodedFile) -> EncodedFile,
     ) {
         let (lineages, progress) = (Arc::clone(&self.lineages), Arc::clone(&self.progress));
+        let earlier = self.earlier();
+        let (stored, is_stored) = watch::channel(false);
+        if before == Before::Parts {
+            self.in_parts.push(is_stored);
+        }
         self.tasks.spawn(async move {
             let file = encoding
                 .await
                 .map_err(|error| Error::local_io(format!("encoding was broken off: {error}")))??;
             let file = finish(file);
+            for mut earlier in earlier {
+                if earlier.wait_for(|stored| *stored).await.is_err() {
+                    // It failed for good, and its own task says so.
+                    std::future::pending::<()>().await;
+                }
+            }
             let report = push_patiently(&lineages, &file, &progress).await?;
             let whole = report.whole && file.name() == WalFileName::Segment(name);
             let what = What::Segment { name, whole };
+            stored.send_replace(true);
             Ok(Stored { start: name.start(size), end, stored_bytes: report.stored_bytes, what })
         });
     }
@@ -188,8 +221,12 @@ impl Uploads {
     pub(super) fn part(&mut self, part: Part, compression: Compression) {
         let (lineages, progress) = (Arc::clone(&self.lineages), Arc::clone(&self.progress));
         self.parts += 1;
+        let (stored, is_stored) = watch::channel(false);
+        self.in_parts.retain(|stored| !*stored.borrow());
+        self.in_parts.push(is_stored);
         self.tasks.spawn(async move {
             let keys = put_patiently(&lineages, &part, compression, &progress).await?;
+            stored.send_replace(true);
             let (start, end) = (part.start, Lsn(part.start.0 + part.bytes.len() as u64));
             Ok(Stored { start, end, stored_bytes: 0, what: What::Part { segment: part.segment, keys } })
         });
@@ -228,6 +265,7 @@ impl Uploads {
     pub(super) async fn abort(&mut self) {
         self.tasks.shutdown().await;
         self.parts = 0;
+        self.in_parts.clear();
     }
 }
 
@@ -296,4 +334,75 @@ pub(super) async fn push_history(
     let size = lineages.first().map_or(SegmentSize::DEFAULT, |lineage| lineage.lineage().segment_size);
     let file = encode_stream(name, &mut text.as_bytes(), text.len() as u64, size, options)?;
     push_patiently(lineages, &file, progress).await.map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use chrono::Utc;
+
+    use super::*;
+    use crate::repository::Repository;
+    use crate::storage::faulty::{Call, Fault, FaultyStorage};
+    use crate::storage::list_all;
+    use crate::storage::memory::MemoryStorage;
+    use crate::wal::testing::WalBuilder;
+
+    const SIZE: SegmentSize = SegmentSize::MIN;
+
+    /// Stores three segments at once, the first of which has parts or not, on a store that refuses that one for as
+    /// long as `held` says; returns what is stored of the others meanwhile, and in the end.
+    async fn stored_behind_a_held_segment(before: Before) -> (usize, usize) {
+        let storage = FaultyStorage::new(Arc::new(MemoryStorage::new()));
+        let repository = Repository::create(Arc::new(storage.clone()), Utc::now()).await.unwrap();
+        let cluster = repository.create_cluster(&"main".parse().unwrap(), Utc::now()).await.unwrap();
+        let lineage = cluster.register_lineage(7, SIZE, 17, Utc::now()).await.unwrap();
+        let mut wal = WalBuilder::new(17, SIZE, 7);
+        for xid in 1..4 {
+            wal.commit(xid, 1_000_000);
+            wal.switch();
+        }
+        let segments = wal.segments();
+        let (held, held_name) = (Arc::new(AtomicBool::new(true)), segments[0].0.to_string());
+        let holds = Arc::clone(&held);
+        storage.set(move |call, key| {
+            let refuse = call == Call::Put && key.contains(&held_name) && holds.load(Ordering::Relaxed);
+            refuse.then_some(Fault::Unavailable)
+        });
+        let mut uploads = Uploads::new(vec![lineage].into(), Arc::new(|_| {}));
+        let options =
+            PushOptions { compression: Compression::Lz4, lineage: None, spool_dir: std::env::temp_dir() };
+        for (number, (name, bytes)) in segments.iter().take(3).enumerate() {
+            let file =
+                encode_stream(WalFileName::Segment(*name), &mut &**bytes, SIZE.bytes(), SIZE, &options)
+                    .unwrap();
+            let before = if number == 0 { before } else { Before::Nothing };
+            uploads.segment(*name, SIZE, tokio::spawn(async { Ok(file) }), before);
+        }
+        // Long enough for the others, were they not kept back.
+        let meanwhile = tokio::time::timeout(Duration::from_millis(300), async {
+            for _ in 0..2 {
+                uploads.next().await.unwrap();
+            }
+        });
+        let _ = meanwhile.await;
+        let count = async || list_all(&storage, "main/0001/wal/", 10).await.unwrap().len();
+        let meanwhile = count().await;
+        held.store(false, Ordering::Relaxed);
+        while !uploads.is_empty() {
+            uploads.next().await.unwrap();
+        }
+        (meanwhile, count().await)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn nothing_is_stored_behind_a_segment_that_is_there_in_parts_only() {
+        assert_eq!(stored_behind_a_held_segment(Before::Parts).await, (0, 3));
+        assert_eq!(
+            stored_behind_a_held_segment(Before::Nothing).await,
+            (2, 3),
+            "others are stored side by side"
+        );
+    }
 }

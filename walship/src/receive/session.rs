@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::prepare::no_archive;
-use super::segments::OpenSegment;
+use super::segments::{Before, OpenSegment};
 use super::{ReceiveEvent, Receiver, stopped};
 use crate::error::{Error, Result};
 use crate::feed::{Conversation, Cutter, Start, TailCutter, Verdict};
@@ -36,6 +36,7 @@ enum Turn {
 /// What is being streamed.
 struct Streaming {
     cutter: Cutter,
+    first: SegmentName,
     open: Option<OpenSegment>,
     tail: TailCutter,
     talk: Conversation,
@@ -102,6 +103,7 @@ impl Receiver {
         let size = self.archive.as_ref().ok_or_else(no_archive)?.size;
         let mut streaming = Streaming {
             cutter: Cutter::new(start.timeline, start.lsn, size),
+            first: SegmentName::containing(start.timeline, start.lsn, size),
             open: None,
             tail: TailCutter::new(self.options.tail, size),
             talk: Conversation::new(self.options.rules, now),
@@ -145,7 +147,7 @@ impl Receiver {
                 return Ok(Turn::Ended(Ended::Stalled));
             }
             let mut look = streaming.talk.next_look(now).min(streaming.next_report.saturating_sub(now));
-            if let Some(next) = streaming.tail.next_look(now, archive.uploads.parts()) {
+            if let Some(next) = streaming.tail.next_look(now, archive.uploads.under_way()) {
                 look = look.min(next);
             }
             if full {
@@ -169,7 +171,7 @@ impl Receiver {
     /// Ships what is due of the open segment.
     fn ship(&mut self, streaming: &mut Streaming, now: Duration) -> Result<()> {
         let archive = self.archive.as_mut().ok_or_else(no_archive)?;
-        while let Some(part) = streaming.tail.take(now, archive.uploads.parts()) {
+        while let Some(part) = streaming.tail.take(now, archive.uploads.under_way()) {
             archive.uploads.part(part, self.options.compression);
         }
         Ok(())
@@ -214,7 +216,14 @@ impl Receiver {
                     if piece.completes
                         && let Some(open) = streaming.open.take()
                     {
-                        self.close(piece.segment, open)?;
+                        // The first one of a session may have parts that were shipped before.
+                        let first = streaming.first == piece.segment;
+                        let in_parts = first || streaming.tail.ships(piece.segment);
+                        self.close(
+                            piece.segment,
+                            open,
+                            if in_parts { Before::Parts } else { Before::Nothing },
+                        )?;
                     }
                 }
                 self.report.received_lsn = streaming.cutter.position();
@@ -248,9 +257,9 @@ impl Receiver {
     }
 
     /// A segment is whole.
-    fn close(&mut self, name: SegmentName, open: OpenSegment) -> Result<()> {
+    fn close(&mut self, name: SegmentName, open: OpenSegment, before: Before) -> Result<()> {
         let archive = self.archive.as_mut().ok_or_else(no_archive)?;
-        archive.uploads.segment(name, archive.size, open.close());
+        archive.uploads.segment(name, archive.size, open.close(), before);
         archive.next = Some(Start { timeline: name.timeline, lsn: name.end(archive.size) });
         self.report.uploads = archive.uploads.segments();
         Ok(())
@@ -269,7 +278,7 @@ impl Receiver {
             streaming.tail.hurry();
             self.ship(streaming, self.started.elapsed())?;
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
-            if archive.uploads.parts() > 0 {
+            if !archive.uploads.is_empty() {
                 let stored = archive.uploads.next().await?;
                 self.note(stored);
             }
