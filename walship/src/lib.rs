@@ -34,6 +34,8 @@ pub mod receive;
 pub mod replication;
 #[cfg(feature = "store")]
 pub mod repository;
+#[cfg(feature = "store")]
+pub mod spool;
 pub mod storage;
 pub mod wal;
 

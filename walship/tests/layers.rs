@@ -15,7 +15,7 @@ const WALSHIP_FLOORS: &[&[&str]] = &[
     &["catalog"],
     &["codec", "feed"],
     &["durable"],
-    &["storage", "replication"],
+    &["spool", "storage", "replication"],
     &["repository"],
     &["archive"],
     &["agent"],

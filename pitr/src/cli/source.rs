@@ -8,6 +8,7 @@ use walship::config::{Config, DEFAULT_PATH, Overrides};
 use walship::repository::{
     ClusterName, ClusterRepository, LineageRepository, load_catalog, open_same_lineage,
 };
+use walship::spool::{self, Waiting};
 use walship::storage::StorageConfig;
 use walship::{Error, Result, storage};
 
@@ -54,7 +55,24 @@ pub(super) async fn open_lineages(args: &SourceArgs) -> Result<(LineageRepositor
         (place.url.clone(), opened.await)
     });
     let opened = futures_util::future::join_all(opens).await;
-    open_same_lineage(opened, args.lineage).await
+    let (repository, opened) = open_same_lineage(opened, args.lineage).await?;
+    if let Some(folder) = &config.receive.spool {
+        note_spool(&repository, folder, &config.cluster);
+    }
+    Ok((repository, opened))
+}
+
+/// Notes that the spool of a receiver which is gone holds WAL: what it acknowledged may be there alone.
+fn note_spool(repository: &LineageRepository, folder: &std::path::Path, cluster: &str) {
+    match spool::waiting(folder, cluster) {
+        Ok(Some(Waiting { in_use: false, folder, segments, file_bytes })) => repository.note(format!(
+            "the spool {} holds WAL of {segments} segments ({file_bytes} bytes) that may be in no repository yet, and no \
+             receiver is at work: store it with `walship receive --drain`",
+            folder.display()
+        )),
+        Ok(_) => {}
+        Err(error) => repository.note(format!("whether the receiver's spool holds more WAL is not known: {error}")),
+    }
 }
 
 /// Says on standard error what is to be known about the repositories.

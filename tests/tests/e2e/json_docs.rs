@@ -120,7 +120,7 @@ fn the_page_about_json_says_what_is_printed() {
 
 /// Compares what was printed with a section of the page. What the page describes in another place is looked
 /// into no further.
-fn compare(section: &str, printed: &[Value], elsewhere: &[&str]) {
+pub(crate) fn compare(section: &str, printed: &[Value], elsewhere: &[&str]) {
     let mut found = BTreeSet::new();
     printed.iter().for_each(|value| keys(value, "", elsewhere, &mut found));
     let (all, sometimes) = documented(section);

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -11,6 +10,7 @@ use serde_json::Value;
 use walship_tests::postgres::{PgServer, StopMode, primary_major};
 use walship_tests::s3_inprocess::{ACCESS_KEY, Fault, S3Server, SECRET_KEY};
 use walship_tests::stage::Stage;
+use walship_tests::tmpfs::Tmpfs;
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
@@ -211,25 +211,6 @@ fn chown_like(path: &Path, model: &Path) {
     std::os::unix::fs::chown(path, Some(meta.uid()), Some(meta.gid())).unwrap();
 }
 
-/// A small file system in memory; needs root, as the test machine has.
-struct Tmpfs(PathBuf);
-
-impl Tmpfs {
-    fn mount(at: &Path, options: &str) -> Self {
-        fs::create_dir_all(at).unwrap();
-        let status =
-            Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(at).status().unwrap();
-        assert!(status.success(), "tmpfs cannot be mounted (this test runs as root)");
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_full_disk_ends_a_restore_clearly() {
     let stage = Stage::folder("main");
@@ -239,13 +220,13 @@ fn a_full_disk_ends_a_restore_clearly() {
     server.stop(StopMode::Fast);
     // Seen before a byte is written.
     let small = Tmpfs::mount(&stage.path().join("small"), "size=8m");
-    let dir = small.0.join("data");
+    let dir = small.path().join("data");
     let short = stage.fails(stage.pitr(&["restore", "--latest", "-D"]).arg(&dir), 1);
     assert!(short.contains("the restore needs") && short.contains("nothing was written"), "{short}");
     assert!(!dir.exists());
     // Room enough for the bytes, but not for the files: found out half way.
     let crowded = Tmpfs::mount(&stage.path().join("crowded"), "size=2g,nr_inodes=300");
-    let dir = crowded.0.join("data");
+    let dir = crowded.path().join("data");
     let full = stage.fails(stage.pitr(&["restore", "--latest", "-D"]).arg(&dir), 1);
     assert!(full.contains("No space left on device"), "{full}");
     let lines: Vec<_> = full.lines().filter(|line| !line.starts_with("restored ")).collect();

@@ -1,7 +1,7 @@
 //! Folder repositories on file systems that fail: missing, read-only, full, with links and pipes in them.
 
 use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
@@ -10,6 +10,7 @@ use walship::error::{Error, Result};
 use walship::storage::fs::FsStorage;
 use walship::storage::{ObjectKey, PutBody, PutOutcome, Storage, list_all};
 use walship_tests::process::{self, RunOptions};
+use walship_tests::tmpfs::Tmpfs;
 
 fn key(text: &str) -> ObjectKey {
     ObjectKey::new(text).unwrap()
@@ -23,48 +24,18 @@ fn entries(folder: &Path) -> usize {
     std::fs::read_dir(folder).unwrap().count()
 }
 
-/// A small file system in memory, mounted for one test (root only, as the test machine runs).
-struct Tmpfs(PathBuf);
-
-impl Tmpfs {
-    fn mount(at: &Path, options: &str) -> Self {
-        std::fs::create_dir_all(at).unwrap();
-        run("mount", &["-t", "tmpfs", "-o", options, "tmpfs", at.to_str().unwrap()]);
-        Self(at.to_owned())
-    }
-
-    fn remount(&self, options: &str) {
-        run("mount", &["-o", &format!("remount,{options}"), self.0.to_str().unwrap()]);
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
-}
-
-fn run(program: &str, args: &[&str]) {
-    let output = Command::new(program).args(args).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{program} {args:?}: {} (these tests mount file systems: run them as root)",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
 #[tokio::test]
 async fn a_full_disk_is_named_and_leaves_nothing_behind() {
     let folder = tempfile::tempdir().unwrap();
     let mount = Tmpfs::mount(&folder.path().join("disk"), "size=2m");
-    let storage = FsStorage::create_root(&mount.0).unwrap();
+    let storage = FsStorage::create_root(mount.path()).unwrap();
     assert_eq!(storage.put_if_absent(&key("small"), body(1000)).await.unwrap(), PutOutcome::Stored);
 
     let error = storage.put_if_absent(&key("a/large"), body(3 << 20)).await.unwrap_err();
     assert!(matches!(error, Error::LocalIo(_)), "{error}");
     assert!(error.to_string().contains("No space left on device"), "{error}");
     assert!(error.next().contains("Free space"), "{}", error.report());
-    assert_eq!(entries(&mount.0.join("tmp")), 0, "the temporary is removed");
+    assert_eq!(entries(&mount.path().join("tmp")), 0, "the temporary is removed");
     assert_eq!(storage.get(&key("a/large"), 1 << 30).await.unwrap(), None);
 
     let mut upload = storage.start_upload(&key("b")).await.unwrap();
@@ -78,7 +49,7 @@ async fn a_full_disk_is_named_and_leaves_nothing_behind() {
     assert!(matches!(result, Err(Error::LocalIo(_))), "{result:?}");
     assert!(upload.write(Bytes::from_static(b"more")).await.is_err(), "a broken upload stays broken");
     assert!(upload.finish().await.is_err());
-    assert_eq!(entries(&mount.0.join("tmp")), 0);
+    assert_eq!(entries(&mount.path().join("tmp")), 0);
     // With the space back, everything goes on.
     mount.remount("size=8m");
     assert_eq!(storage.put_if_absent(&key("a/large"), body(3 << 20)).await.unwrap(), PutOutcome::Stored);
@@ -88,7 +59,7 @@ async fn a_full_disk_is_named_and_leaves_nothing_behind() {
 async fn a_read_only_file_system_refuses_writes_and_serves_reads() {
     let folder = tempfile::tempdir().unwrap();
     let mount = Tmpfs::mount(&folder.path().join("disk"), "size=2m");
-    let storage = FsStorage::create_root(&mount.0).unwrap();
+    let storage = FsStorage::create_root(mount.path()).unwrap();
     storage.put_if_absent(&key("a/b"), body(1000)).await.unwrap();
     mount.remount("ro");
     let error = storage.put_if_absent(&key("a/c"), body(1)).await.unwrap_err();
@@ -188,7 +159,7 @@ async fn what_is_no_file_is_an_error_and_foreign_names_are_not_listed() {
     let root = folder.path().join("repository");
     let storage = FsStorage::create_root(&root).unwrap();
     storage.put_if_absent(&key("a/b"), body(10)).await.unwrap();
-    run("mkfifo", &[root.join("a/pipe").to_str().unwrap()]);
+    process::run_ok(Command::new("mkfifo").arg(root.join("a/pipe")));
     for name in ["a", "a/pipe", "a/b/c"] {
         let error = storage.get(&key(name), 1000).await.unwrap_err();
         assert!(matches!(error, Error::LocalIo(_)), "{name}: {error}");

@@ -9,13 +9,18 @@ use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use walship::archive::own_folder;
+use walship::archive::push::PushOptions;
 use walship::codec::TailPart;
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
-use walship::feed::{Eagerness, Rules, TailRules};
+use walship::feed::{Eagerness, LeftBehind, Rules, TailRules};
 use walship::pg::Lsn;
-use walship::receive::{ReceiveEvent, ReceiveOptions, Report, Until, receive};
+use walship::receive::{
+    Emptied, ReceiveEvent, ReceiveOptions, Report, SpoolOptions, Until, empty_spool, receive,
+};
 use walship::replication::ConnectOptions;
+use walship::repository::ClusterRepository;
+use walship::spool;
 
 use super::open::Configured;
 
@@ -28,6 +33,9 @@ const PARTS_IN_FLIGHT_MAX: usize = 2;
 const AWAITED_PARTS_IN_FLIGHT_MAX: usize = 8;
 const AWAITED_PART_BYTES_MAX: usize = TailPart::BYTES_MAX / 4;
 
+/// What the spool may hold where nothing says otherwise.
+const SPOOL_MIB_MAX: u64 = 1024;
+
 /// How often the status file is written.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -39,6 +47,8 @@ Examples:
       'postgresql://replicator@db1,db2/?target_session_attrs=primary'
 
   walship receive --flush repository         # and synchronous_standby_names = 'walship': no acknowledged commit is lost
+  walship receive --flush local --spool /var/lib/walship/spool     # the same, while this host's disk survives
+  walship receive --drain --spool /var/lib/walship/spool           # the server is gone: store what the spool holds
 
 Runs until SIGTERM or SIGINT: what is on its way is stored, the server is told, and it ends with status 0. The user
 needs the REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The slot keeps WAL on the server until it
@@ -55,13 +65,24 @@ pub(super) struct Args {
     /// [env: WALSHIP_RECEIVE_FLUSH] [default: async]
     #[arg(long, value_name = "MODE", value_enum)]
     flush: Option<Flush>,
-    /// Milliseconds that bytes of the open segment may wait with --flush async; 0: for the whole segment
+    /// Milliseconds that bytes of the open segment may wait with --flush async or local; 0: for the whole segment
     /// [env: WALSHIP_RECEIVE_TAIL_INTERVAL_MS] [default: 250]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(..=600_000))]
     tail_interval: Option<u64>,
     /// Closed segments on their way at most; then the server waits [env: WALSHIP_RECEIVE_UPLOADS_MAX] [default: 4]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..=64))]
     uploads_max: Option<u64>,
+    /// The folder in which WAL is durable with --flush local until it is in every repository, on a disk of this host
+    /// that outlives a restart [env: WALSHIP_RECEIVE_SPOOL]
+    #[arg(long, value_name = "FOLDER")]
+    spool: Option<PathBuf>,
+    /// Mebibytes that the spool may hold; then the server has to wait [env: WALSHIP_RECEIVE_SPOOL_MIB_MAX]
+    /// [default: 1024]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(16..=1 << 24))]
+    spool_mib_max: Option<u64>,
+    /// Store what the spool holds in every repository, and end; no server is asked
+    #[arg(long, conflicts_with_all = ["until", "once", "conninfo"])]
+    drain: bool,
     /// Keep a JSON file that says where everything is [env: WALSHIP_RECEIVE_STATUS_FILE]
     #[arg(long, value_name = "FILE")]
     status_file: Option<PathBuf>,
@@ -86,6 +107,9 @@ pub(super) struct Args {
 enum Flush {
     /// After --tail-interval: commits do not wait
     Async,
+    /// At once in the --spool on this host, and after --tail-interval in the repositories: commits wait for this host's
+    /// disk only, also while a repository cannot be reached
+    Local,
     /// At once, group by group: with this receiver's application_name (walship) in the server's
     /// synchronous_standby_names, a commit returns when it is durable in every repository
     Repository,
@@ -94,6 +118,9 @@ enum Flush {
 /// Receives WAL.
 pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
     let config = super::config(overrides)?;
+    if args.drain {
+        return drain(args, &config).await;
+    }
     let server = if args.conninfo.is_empty() {
         super::server::options(&config)?
     } else {
@@ -103,12 +130,18 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
     let status_file = args.status_file.clone().or(config.receive.status_file.clone());
     let clusters = Configured::new(&config)?.open_all().await?;
     let stop = stop_signals()?;
+    if options.spool.is_none()
+        && let Some(folder) = args.spool.as_ref().or(config.receive.spool.as_ref())
+    {
+        empty_left_spool(folder, &clusters, &config, stop.clone()).await?;
+    }
     let view = Arc::new(View {
         slot: options.slot.clone(),
         lines_every: Duration::from_secs(args.report_interval),
         status_file,
         last_line: std::sync::Mutex::new(None),
         last_reason: std::sync::Mutex::default(),
+        kept_by: if options.spool.is_some() { "the spool" } else { "the server" },
     });
     let shown = Arc::clone(&view);
     let done = receive(&clusters, &server, &options, stop, Arc::new(move |event| shown.show(&event))).await;
@@ -140,35 +173,41 @@ fn options(args: &Args, config: &Config) -> Result<ReceiveOptions> {
         (Some(flush), _) => flush,
         (None, None) => Flush::Async,
         (None, Some(text)) => clap::ValueEnum::from_str(text, false).map_err(|_| {
-            Error::invalid(format!("receive.flush is {text:?}; there are async and repository"))
+            Error::invalid(format!("receive.flush is {text:?}; there are async, local and repository"))
         })?,
     };
-    let eagerness = match (flush, args.tail_interval.or(settings.tail_interval_ms).unwrap_or(250)) {
-        (Flush::Repository, _) => Eagerness::AtOnce,
-        (Flush::Async, 0) => Eagerness::Never,
-        (Flush::Async, millis @ 1..=600_000) => Eagerness::After(Duration::from_millis(millis)),
-        (Flush::Async, millis) => {
+    let interval = match args.tail_interval.or(settings.tail_interval_ms).unwrap_or(250) {
+        0 => None,
+        millis @ 1..=600_000 => Some(Duration::from_millis(millis)),
+        millis => {
             return Err(Error::invalid(format!(
                 "receive.tail_interval_ms is {millis}; it can be up to 600000"
             )));
         }
     };
-    let (in_flight_max, part_bytes_max) = match eagerness {
-        Eagerness::AtOnce => (AWAITED_PARTS_IN_FLIGHT_MAX, AWAITED_PART_BYTES_MAX),
-        Eagerness::Never | Eagerness::After(_) => (PARTS_IN_FLIGHT_MAX, TailPart::BYTES_MAX),
+    let (eagerness, in_flight_max, part_bytes_max) = match flush {
+        Flush::Repository => (Eagerness::AtOnce, AWAITED_PARTS_IN_FLIGHT_MAX, AWAITED_PART_BYTES_MAX),
+        // A file grows at its end: one part after the other.
+        Flush::Local => (Eagerness::AtOnce, 1, TailPart::BYTES_MAX),
+        Flush::Async => {
+            let eagerness = interval.map_or(Eagerness::Never, Eagerness::After);
+            (eagerness, PARTS_IN_FLIGHT_MAX, TailPart::BYTES_MAX)
+        }
     };
+    let left_behind = if flush == Flush::Local { LeftBehind::InParts } else { LeftBehind::Whole };
     Ok(ReceiveOptions {
-        tail: TailRules { eagerness, in_flight_max, part_bytes_max },
+        tail: TailRules { eagerness, in_flight_max, part_bytes_max, left_behind },
+        spool: match flush {
+            Flush::Local => Some(spool_options(args, config, interval)?),
+            Flush::Async | Flush::Repository => None,
+        },
         slot: args
             .slot
             .clone()
             .or(settings.slot.clone())
             .unwrap_or_else(|| super::synchronous::DEFAULT_SLOT.to_owned()),
         compression: config.compression,
-        spool_dir: match &config.state_dir {
-            Some(folder) => own_folder(Some(folder))?,
-            None => std::env::temp_dir(),
-        },
+        spool_dir: push_spool_dir(config)?,
         uploads_max: uploads_max as usize,
         accept_overtaken: args.accept_overtaken,
         until: match (args.until, args.once) {
@@ -184,6 +223,92 @@ fn options(args: &Args, config: &Config) -> Result<ReceiveOptions> {
         drain_max: Duration::from_secs(30),
         report_interval: STATUS_INTERVAL.min(Duration::from_secs(args.report_interval)),
     })
+}
+
+fn spool_options(args: &Args, config: &Config, tail_interval: Option<Duration>) -> Result<SpoolOptions> {
+    let mib_max = args.spool_mib_max.or(config.receive.spool_mib_max).unwrap_or(SPOOL_MIB_MAX);
+    if !(16..=1 << 24).contains(&mib_max) {
+        return Err(Error::invalid(format!(
+            "receive.spool_mib_max is {mib_max}; it can be 16 to {}",
+            1 << 24
+        )));
+    }
+    Ok(SpoolOptions { folder: spool_folder(args, config)?, bytes_max: mib_max << 20, tail_interval })
+}
+
+fn spool_folder(args: &Args, config: &Config) -> Result<PathBuf> {
+    args.spool.clone().or(config.receive.spool.clone()).ok_or_else(|| {
+        Error::invalid("no folder is named for the spool")
+            .with_safe("nothing was received or changed")
+            .with_next(
+                "Name one with --spool or receive.spool: on a disk of this host, not in a folder for temporary files. \
+                 It holds the only copy of what was acknowledged and is not in the repositories yet.",
+            )
+    })
+}
+
+fn push_spool_dir(config: &Config) -> Result<PathBuf> {
+    match &config.state_dir {
+        Some(folder) => own_folder(Some(folder)),
+        None => Ok(std::env::temp_dir()),
+    }
+}
+
+/// Stores what the spool holds.
+async fn drain(args: &Args, config: &Config) -> Result<u8> {
+    let folder = spool_folder(args, config)?;
+    let clusters = Configured::new(config)?.open_all().await?;
+    let emptied = empty(&folder, &clusters, config, stop_signals()?).await?;
+    super::print_report(&emptied, args.json, || {
+        match (emptied.segments, emptied.parts, emptied.left_bytes) {
+            (0, 0, 0) => format!("the spool {} holds nothing that is not stored", folder.display()),
+            (segments, parts, 0) => {
+                format!("stored {segments} segments and {parts} parts of open ones; the spool is empty")
+            }
+            (segments, parts, left) => format!(
+                "stopped: {segments} segments and {parts} parts of open ones are stored, {} are still in the spool",
+                HumanBytes(left)
+            ),
+        }
+    })?;
+    Ok(u8::from(emptied.left_bytes > 0))
+}
+
+/// Stores what is left in a spool that is not used any more: it was acknowledged, and may be nowhere else.
+async fn empty_left_spool(
+    folder: &Path,
+    clusters: &[ClusterRepository],
+    config: &Config,
+    stop: watch::Receiver<bool>,
+) -> Result<()> {
+    if spool::waiting(folder, &config.cluster)?.is_none() {
+        return Ok(());
+    }
+    super::say(&format!("the spool {} holds WAL from before: it is stored first", folder.display()));
+    empty(folder, clusters, config, stop).await.map(|_| ())
+}
+
+async fn empty(
+    folder: &Path,
+    clusters: &[ClusterRepository],
+    config: &Config,
+    stop: watch::Receiver<bool>,
+) -> Result<Emptied> {
+    let push =
+        PushOptions { compression: config.compression, lineage: None, spool_dir: push_spool_dir(config)? };
+    let fails = |event| {
+        if let ReceiveEvent::StoreFails { error, retry_in } = event {
+            not_stored_yet(&error, retry_in, "the spool");
+        }
+    };
+    empty_spool(folder, clusters, &push, stop, Arc::new(fails)).await
+}
+
+fn not_stored_yet(error: &str, retry_in: Duration, kept_by: &str) {
+    super::say(&format!(
+        "not stored yet: {error}; trying again in {:.1} s, {kept_by} keeps the WAL",
+        retry_in.as_secs_f64()
+    ));
 }
 
 /// Returns what turns true at SIGTERM or SIGINT.
@@ -226,6 +351,8 @@ struct View {
     last_line: std::sync::Mutex<Option<std::time::Instant>>,
     /// Why the last session ended.
     last_reason: std::sync::Mutex<String>,
+    /// Who has what is not in the repositories yet.
+    kept_by: &'static str,
 }
 
 impl View {
@@ -247,10 +374,9 @@ impl View {
                     super::say(&format!("{error}; {again}"));
                 }
             }
-            ReceiveEvent::StoreFails { error, retry_in } => super::say(&format!(
-                "not stored yet: {error}; trying again in {:.1} s, the server keeps the WAL",
-                retry_in.as_secs_f64()
-            )),
+            ReceiveEvent::StoreFails { error, retry_in } => {
+                not_stored_yet(error, *retry_in, self.kept_by);
+            }
             ReceiveEvent::WalIsLost { report } => super::say(report),
             ReceiveEvent::Warning(warning) => super::say(&format!("warning: {warning}")),
             ReceiveEvent::Report(report) => {
@@ -292,7 +418,7 @@ impl View {
         *last = Some(std::time::Instant::now());
         super::say(&format!(
             "received={} durable={} server={} not_durable_bytes={} uploads={} segments={} parts={} received_bytes={} ({}) \
-             stored_bytes={} sessions={}",
+             stored_bytes={} repository={} spool_bytes={} sessions={}",
             report.received_lsn,
             report.durable_lsn,
             report.server_lsn,
@@ -303,6 +429,8 @@ impl View {
             report.received_bytes,
             HumanBytes(report.received_bytes),
             report.stored_bytes,
+            report.repository_lsn,
+            report.spool_bytes,
             report.sessions,
         ));
     }

@@ -43,7 +43,11 @@ pub(super) async fn check(config: &Config, connection: &mut Connection) -> Resul
             Some("Start `walship receive`: commits that wait for it wait for ever without.".to_owned()),
         ));
     }
-    findings.extend(judge(&names, &commit, &receiver, role));
+    let durable = match config.receive.flush.as_deref() {
+        Some("local") => "durable in the spool of `walship receive`, on its host",
+        _ => "durable in every repository",
+    };
+    findings.extend(judge(&names, &commit, &receiver, role, durable));
     if matches!(role, StandbyRole::Required { .. }) {
         for (whose, value) in overrides(connection).await? {
             if !matches!(&*value, "on" | "remote_write" | "true" | "yes" | "1") {
@@ -144,8 +148,8 @@ fn judge_slot(name: &str, slot: &Slot, unlimited: bool) -> Found {
     }
 }
 
-/// Says in words what a commit that returned is sure of.
-fn judge(names: &str, commit: &str, receiver: &str, role: StandbyRole) -> Option<Found> {
+/// Says in words what a commit that returned is sure of. `durable` says what the receiver's word rests on.
+fn judge(names: &str, commit: &str, receiver: &str, role: StandbyRole, durable: &str) -> Option<Found> {
     let next = |text: &str| Some(text.to_owned());
     let shown = format!("synchronous_standby_names is '{names}', synchronous_commit is {commit}");
     Some(match (role, commit) {
@@ -180,8 +184,8 @@ fn judge(names: &str, commit: &str, receiver: &str, role: StandbyRole) -> Option
         (StandbyRole::Required { .. }, "remote_write") => (
             Weight::Advice,
             format!(
-                "{shown}: a commit that returned is in every repository, because `walship receive` calls written only \
-                 what is durable there; other standbys may lose it"
+                "{shown}: a commit that returned is {durable}, because `walship receive` calls written only what is; other \
+                 standbys may lose it"
             ),
             next("Set synchronous_commit = on."),
         ),
@@ -194,8 +198,7 @@ fn judge(names: &str, commit: &str, receiver: &str, role: StandbyRole) -> Option
             (
                 Weight::Good,
                 format!(
-                    "{shown}: a commit that returned is durable in every repository{with}; while `walship receive` or a \
-                     repository cannot be reached, commits wait"
+                    "{shown}: a commit that returned is {durable}{with}; while that cannot be, commits wait"
                 ),
                 None,
             )
@@ -220,7 +223,7 @@ mod tests {
     #[test]
     fn each_promise_is_said_for_what_it_is() {
         for (names, commit, weight, words) in [
-            ("walship", "on", Weight::Good, "durable in every repository;"),
+            ("walship", "on", Weight::Good, "a commit that returned is durable somewhere; while"),
             ("2 (walship, s1)", "on", Weight::Good, "and on the other standby"),
             ("walship", "remote_write", Weight::Advice, "other standbys may lose it"),
             ("walship", "remote_apply", Weight::Needed, "wait for ever"),
@@ -230,12 +233,12 @@ mod tests {
             ("s1", "on", Weight::Good, "no commit waits for \"walship\""),
         ] {
             let role = StandbyRole::of(names, "walship");
-            let (found, what, next) = judge(names, commit, "walship", role).unwrap();
+            let (found, what, next) = judge(names, commit, "walship", role, "durable somewhere").unwrap();
             assert_eq!(found, weight, "{names} {commit}");
             assert!(what.contains(words), "{what}");
             assert_eq!(next.is_some(), weight != Weight::Good, "{what}");
         }
-        assert_eq!(judge("", "on", "walship", StandbyRole::None), None);
+        assert_eq!(judge("", "on", "walship", StandbyRole::None, ""), None);
     }
 
     #[test]

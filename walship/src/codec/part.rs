@@ -34,6 +34,22 @@ impl TailPart {
     /// The longest object that holds one.
     pub const OBJECT_BYTES_MAX: u64 = (Self::BYTES_MAX + Self::BYTES_MAX / 64 + 8192) as u64;
 
+    /// The length of what stands before an object's compressed bytes.
+    pub const HEAD_BYTES: usize = HEAD_BYTES;
+
+    /// Returns the length of the compressed bytes that follow on the head at the start of `bytes`.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when no sound head stands there.
+    pub fn body_bytes(bytes: &[u8]) -> Result<usize> {
+        let head = checked_head(bytes)?;
+        let length = u32_at(head, 56) as usize;
+        if (HEAD_BYTES + length) as u64 > Self::OBJECT_BYTES_MAX {
+            return Err(Error::corrupt("it says to be longer than any part"));
+        }
+        Ok(length)
+    }
+
     /// Returns the segment that the bytes belong to.
     pub fn segment(&self) -> SegmentName {
         SegmentName::containing(self.timeline, self.start, self.segment_size)
@@ -96,21 +112,12 @@ impl TailPart {
     /// newer format or an encrypted object.
     pub fn decode(object: &[u8]) -> Result<Self> {
         let corrupt = |what: &str| Error::corrupt(what.to_owned());
-        let (head, body) =
-            object.split_at_checked(HEAD_BYTES).ok_or_else(|| corrupt("its head is cut off"))?;
-        let u32_at = |at: usize| {
-            head.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes)
-        };
+        let head = checked_head(object)?;
+        let body = &object[HEAD_BYTES..];
+        let u32_at = |at: usize| u32_at(head, at);
         let u64_at = |at: usize| {
             head.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes)
         };
-        let frame_bytes = (HEAD_BYTES - FRAME_HEADER_BYTES) as u32;
-        if u32_at(0) != MAGIC || u32_at(4) != frame_bytes || head[8..16] != SIGNATURE {
-            return Err(corrupt("it does not start with the head of a tail part"));
-        }
-        if u32_at(HEAD_BYTES - 4) != crc32fast::hash(&head[..HEAD_BYTES - 4]) {
-            return Err(corrupt("the checksum of its head is wrong"));
-        }
         let version = u16::from_le_bytes([head[16], head[17]]);
         if version > FORMAT_VERSION || u64_at(24) != 0 {
             return Err(Error::mismatch(format!(
@@ -143,6 +150,24 @@ impl TailPart {
         }
         Ok(part)
     }
+}
+
+/// Returns the head at the start of `bytes` when it is sound.
+fn checked_head(bytes: &[u8]) -> Result<&[u8]> {
+    let corrupt = |what: &str| Error::corrupt(what.to_owned());
+    let head = bytes.get(..HEAD_BYTES).ok_or_else(|| corrupt("its head is cut off"))?;
+    let frame_bytes = (HEAD_BYTES - FRAME_HEADER_BYTES) as u32;
+    if u32_at(head, 0) != MAGIC || u32_at(head, 4) != frame_bytes || head[8..16] != SIGNATURE {
+        return Err(corrupt("it does not start with the head of a tail part"));
+    }
+    if u32_at(head, HEAD_BYTES - 4) != crc32fast::hash(&head[..HEAD_BYTES - 4]) {
+        return Err(corrupt("the checksum of its head is wrong"));
+    }
+    Ok(head)
+}
+
+fn u32_at(head: &[u8], at: usize) -> u32 {
+    head.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes)
 }
 
 /// Decompresses to at most one byte more than `plain_bytes`.

@@ -14,7 +14,7 @@ use crate::error::Result;
 pub struct ReceiveSettings {
     /// The replication slot. `WALSHIP_RECEIVE_SLOT`.
     pub slot: Option<String>,
-    /// When the server hears that WAL is durable, `async` or `repository`. `WALSHIP_RECEIVE_FLUSH`.
+    /// When the server hears that WAL is durable, `async`, `local` or `repository`. `WALSHIP_RECEIVE_FLUSH`.
     pub flush: Option<String>,
     /// How old bytes of the open segment may be before they are shipped, in milliseconds; 0: they wait for
     /// the whole segment. `WALSHIP_RECEIVE_TAIL_INTERVAL_MS`.
@@ -23,6 +23,10 @@ pub struct ReceiveSettings {
     pub uploads_max: Option<u64>,
     /// The file that says where everything is. `WALSHIP_RECEIVE_STATUS_FILE`.
     pub status_file: Option<PathBuf>,
+    /// The folder in which WAL is durable with `flush = "local"`. `WALSHIP_RECEIVE_SPOOL`.
+    pub spool: Option<PathBuf>,
+    /// The most that the spool may hold, in MiB. `WALSHIP_RECEIVE_SPOOL_MIB_MAX`.
+    pub spool_mib_max: Option<u64>,
 }
 
 impl ReceiveSettings {
@@ -36,6 +40,8 @@ impl ReceiveSettings {
                 .or(self.tail_interval_ms),
             uploads_max: environment.number("WALSHIP_RECEIVE_UPLOADS_MAX")?.or(self.uploads_max),
             status_file: environment.path("WALSHIP_RECEIVE_STATUS_FILE").or(self.status_file),
+            spool: environment.path("WALSHIP_RECEIVE_SPOOL").or(self.spool),
+            spool_mib_max: environment.number("WALSHIP_RECEIVE_SPOOL_MIB_MAX")?.or(self.spool_mib_max),
         })
     }
 }

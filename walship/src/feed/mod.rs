@@ -15,4 +15,4 @@ pub use cutter::{Cutter, Piece};
 pub use frontier::Frontier;
 pub use lost::{Search, Stretch, owner, stretches};
 pub use resume::{Known, Start, first_missing, resume, start_at, younger};
-pub use tail::{Eagerness, OnTheWay, Part, TailCutter, TailRules};
+pub use tail::{Eagerness, LeftBehind, OnTheWay, Part, TailCutter, TailRules};

@@ -38,6 +38,17 @@ pub struct TailRules {
     pub in_flight_max: usize,
     /// The longest part in bytes.
     pub part_bytes_max: usize,
+    /// What becomes of segments that the server has left behind.
+    pub left_behind: LeftBehind,
+}
+
+/// What becomes of a segment that the server is a whole segment ahead of when it arrives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeftBehind {
+    /// It has no parts: it is stored whole before they could be of use.
+    Whole,
+    /// It has parts like any other.
+    InParts,
 }
 
 /// A part to ship: consecutive bytes of one segment.
@@ -111,7 +122,8 @@ impl TailCutter {
         if piece.offset == 0 {
             // Decided once for a segment: parts without those before them would be of no use.
             let far = piece.segment.end(self.size).checked_add(self.size.bytes());
-            self.passes = far.is_some_and(|far| self.server >= far);
+            self.passes =
+                self.rules.left_behind == LeftBehind::Whole && far.is_some_and(|far| self.server >= far);
         }
         if self.passes || self.rules.eagerness == Eagerness::Never {
             return;
@@ -243,7 +255,10 @@ mod tests {
     }
 
     fn cutter(eagerness: Eagerness) -> TailCutter {
-        TailCutter::new(TailRules { eagerness, in_flight_max: 2, part_bytes_max: 4 }, SIZE)
+        TailCutter::new(
+            TailRules { eagerness, in_flight_max: 2, part_bytes_max: 4, left_behind: LeftBehind::Whole },
+            SIZE,
+        )
     }
 
     fn parts(parts: usize) -> OnTheWay {
@@ -281,7 +296,12 @@ mod tests {
     #[test]
     fn one_after_the_other_goes_at_once_and_more_at_a_pace() {
         let mut tail = TailCutter::new(
-            TailRules { eagerness: Eagerness::AtOnce, in_flight_max: 4, part_bytes_max: 4 },
+            TailRules {
+                eagerness: Eagerness::AtOnce,
+                in_flight_max: 4,
+                part_bytes_max: 4,
+                left_behind: LeftBehind::Whole,
+            },
             SIZE,
         );
         tail.add(&piece(0, b"ab", false), ms(1000));
@@ -335,8 +355,10 @@ mod tests {
         let segment = SegmentName::from_number(TimelineId::FIRST, 5, large).unwrap();
         let much = Piece { segment, offset: 0, bytes: Bytes::from_static(&MUCH), completes: false };
         for (eagerness, goes_on) in [(Eagerness::After(ms(250)), true), (Eagerness::AtOnce, false)] {
-            let mut tail =
-                TailCutter::new(TailRules { eagerness, in_flight_max: 2, part_bytes_max: 4 }, large);
+            let mut tail = TailCutter::new(
+                TailRules { eagerness, in_flight_max: 2, part_bytes_max: 4, left_behind: LeftBehind::Whole },
+                large,
+            );
             tail.add(&much, ms(0));
             assert_eq!((tail.is_full(), tail.ships(segment)), (!goes_on, !goes_on));
         }
@@ -358,6 +380,11 @@ mod tests {
             tail.add(&piece(2, b"cd", false), ms(0));
             assert_eq!(tail.take(ms(999), parts(0)).unwrap().bytes, b"abcd");
         }
+        let mut all = cutter(Eagerness::AtOnce);
+        all.rules.left_behind = LeftBehind::InParts;
+        all.server_is_at(Lsn(99 * SIZE.bytes()));
+        all.add(&piece(0, b"ab", false), ms(0));
+        assert_eq!(all.take(ms(0), parts(0)).unwrap().bytes, b"ab");
     }
 
     #[test]

@@ -13,6 +13,8 @@ mod removed;
 mod segments;
 mod server;
 mod session;
+mod ship;
+mod spooled;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -29,10 +31,14 @@ use crate::feed::{Frontier, Rules, Start, TailRules};
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use crate::replication::{ConnectOptions, ServerError};
 use crate::repository::{ClusterRepository, LineageRepository};
+use crate::spool::SpoolFolder;
 use crate::storage::ObjectKey;
 
 use segments::{Uploads, What};
 use session::Ended;
+use spooled::Spooled;
+
+pub use spooled::{Emptied, empty_spool};
 
 /// How WAL is received.
 #[derive(Debug, Clone)]
@@ -45,8 +51,10 @@ pub struct ReceiveOptions {
     pub spool_dir: PathBuf,
     /// So many closed segments are on their way at most; then the server has to wait.
     pub uploads_max: usize,
-    /// What becomes of the open segment.
+    /// What becomes of the open segment; with a spool, of everything that is received.
     pub tail: TailRules,
+    /// Where WAL is durable for the server before it is in the repositories; `None`: nowhere.
+    pub spool: Option<SpoolOptions>,
     /// Receive also from a primary on a timeline that the archive knows a younger one of.
     pub accept_overtaken: bool,
     /// When to end.
@@ -57,6 +65,18 @@ pub struct ReceiveOptions {
     pub drain_max: Duration,
     /// How often to report where everything is.
     pub report_interval: Duration,
+}
+
+/// A folder on this host in which WAL is durable before it is in the repositories.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SpoolOptions {
+    /// The folder; its parent must exist.
+    pub folder: PathBuf,
+    /// So many bytes of files are taken; then the server has to wait for the repositories.
+    pub bytes_max: u64,
+    /// How old bytes of the open segment are when they go from the spool into the repositories; `None`: they wait
+    /// for the whole segment.
+    pub tail_interval: Option<Duration>,
 }
 
 /// When to end.
@@ -134,8 +154,12 @@ pub struct Report {
     pub server_lsn: Lsn,
     /// How far WAL was received.
     pub received_lsn: Lsn,
-    /// Before this position everything is durable in every repository; the server was told so.
+    /// Before this position everything is durable, in every repository or in the spool; the server was told so.
     pub durable_lsn: Lsn,
+    /// Before this position everything is in every repository.
+    pub repository_lsn: Lsn,
+    /// The length of what the spool holds.
+    pub spool_bytes: u64,
     /// Closed segments on their way.
     pub uploads: usize,
     /// Segments stored so far.
@@ -163,8 +187,8 @@ pub type Progress = Arc<dyn Fn(ReceiveEvent) + Send + Sync>;
 /// refused password, a conflict. Outages of the server and of the stores are waited for; WAL that the server has
 /// removed before it was received is recorded as lost.
 /// # Durability
-/// Everything before [`Report::durable_lsn`] survives a crash in every repository, and the server never
-/// hears of more.
+/// Everything before [`Report::durable_lsn`] survives a crash in every repository, or where there is one in the
+/// spool, and the server never hears of more.
 pub async fn receive(
     clusters: &[ClusterRepository],
     server: &ConnectOptions,
@@ -173,6 +197,9 @@ pub async fn receive(
     progress: Progress,
 ) -> Result<Report> {
     let mut receiver = Receiver::new(server.clone(), options.clone(), stop, progress);
+    if let (Some(spool), Some(cluster)) = (&options.spool, clusters.first()) {
+        receiver.spool = Some(SpoolFolder::lock(&spool.folder, cluster.name().as_str())?);
+    }
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
     loop {
         let sessions = receiver.report.sessions;
@@ -223,6 +250,8 @@ struct Receiver {
     stop: watch::Receiver<bool>,
     progress: Progress,
     started: Instant,
+    /// The spool that is configured, until a server was reached.
+    spool: Option<SpoolFolder>,
     /// Once a server was reached.
     archive: Option<Archive>,
     report: Report,
@@ -238,6 +267,7 @@ struct Archive {
     lineages: Arc<[LineageRepository]>,
     push: PushOptions,
     uploads: Uploads,
+    spooled: Option<Spooled>,
     frontier: Frontier,
     /// The segment to go on with; `None`: to be found out from the repositories.
     next: Option<Start>,
@@ -256,6 +286,20 @@ struct Archive {
 const WHOLES_MAX: usize = 128;
 
 impl Archive {
+    /// Returns what is durable next; `None` when the repositories have got more of the spool.
+    ///
+    /// # Errors
+    /// As [`Uploads::next`], and why nothing more comes out of the spool.
+    /// # Cancel safety
+    /// Cancel safe.
+    async fn next(&mut self) -> Result<Option<segments::Stored>> {
+        let Some(spooled) = &mut self.spooled else { return self.uploads.next().await.map(Some) };
+        tokio::select! {
+            stored = self.uploads.next() => stored.map(Some),
+            more = spooled.shipping.more() => more.map(|()| None),
+        }
+    }
+
     /// Removes parts that are of no more use: those of a segment that is stored whole.
     fn tidy(&mut self, what: What) {
         match what {
@@ -271,6 +315,7 @@ impl Archive {
                 }
             }
             What::Segment { whole: false, .. } => {}
+            What::Spooled { .. } => {}
             What::Part { segment, keys } if self.wholes.contains(&segment) => self.uploads.tidy(vec![keys]),
             What::Part { segment, keys } => self.parts.entry(segment).or_default().push(keys),
         }
@@ -291,6 +336,8 @@ impl Receiver {
             server_lsn: Lsn::INVALID,
             received_lsn: Lsn::INVALID,
             durable_lsn: Lsn::INVALID,
+            repository_lsn: Lsn::INVALID,
+            spool_bytes: 0,
             uploads: 0,
             segments: 0,
             parts: 0,
@@ -300,7 +347,18 @@ impl Receiver {
             last_error: None,
         };
         let started = Instant::now();
-        Self { server, options, stop, progress, started, archive: None, report, until: None, removed: None }
+        Self {
+            server,
+            options,
+            stop,
+            progress,
+            started,
+            spool: None,
+            archive: None,
+            report,
+            until: None,
+            removed: None,
+        }
     }
 
     /// Waits until there is room for another segment.
@@ -309,7 +367,7 @@ impl Receiver {
         self.tell();
         let Some(archive) = &mut self.archive else { return Ok(()) };
         tokio::select! {
-            stored = archive.uploads.next() => self.note(stored?),
+            stored = archive.next() => self.note(stored?),
             _ = stopped(&mut self.stop) => {}
         }
         Ok(())
@@ -328,7 +386,7 @@ impl Receiver {
             tokio::select! {
                 () = tokio::time::sleep_until(end) => return Ok(false),
                 _ = stopped(&mut self.stop) => return Ok(true),
-                stored = archive.uploads.next() => self.note(stored?),
+                stored = archive.next() => self.note(stored?),
             }
             if self.is_done() {
                 return Ok(true);
@@ -336,15 +394,19 @@ impl Receiver {
         }
     }
 
-    /// Takes note of what is durable now.
-    fn note(&mut self, stored: segments::Stored) {
-        let Some(archive) = &mut self.archive else { return };
+    /// Takes note of what is durable now; of nothing, where only the repositories have got more of the spool.
+    fn note(&mut self, stored: Option<segments::Stored>) {
+        let (Some(archive), Some(stored)) = (&mut self.archive, stored) else { return };
         archive.frontier.add(stored.start, stored.end);
         self.report.durable_lsn = archive.frontier.durable();
         self.report.stored_bytes += stored.stored_bytes;
         match stored.what {
             What::Segment { .. } => self.report.segments += 1,
             What::Part { .. } => self.report.parts += 1,
+            What::Spooled { segment } if stored.end == segment.end(archive.size) => {
+                archive.next = Some(Start { timeline: segment.timeline, lsn: stored.end });
+            }
+            What::Spooled { .. } => {}
         }
         archive.tidy(stored.what);
         self.report.uploads = archive.uploads.segments();
@@ -355,7 +417,29 @@ impl Receiver {
     }
 
     fn tell(&self) {
-        (self.progress)(ReceiveEvent::Report(self.report.clone()));
+        (self.progress)(ReceiveEvent::Report(self.report()));
+    }
+
+    /// Returns where everything is, in the spool and behind it too.
+    fn report(&self) -> Report {
+        let report = self.report.clone();
+        let Some(spooled) = self.archive.as_ref().and_then(|archive| archive.spooled.as_ref()) else {
+            return Report { repository_lsn: report.durable_lsn, ..report };
+        };
+        let shipped = spooled.shipping.so_far();
+        let repository_lsn = match (spooled.spool.segments().first(), shipped.to) {
+            (None, _) => report.durable_lsn,
+            (Some(held), Lsn::INVALID) => held.segment.start(spooled.spool.segment_size()),
+            (Some(_), to) => to,
+        };
+        Report {
+            repository_lsn,
+            spool_bytes: spooled.spool.file_bytes(),
+            segments: report.segments + shipped.segments,
+            parts: report.parts + shipped.parts,
+            stored_bytes: report.stored_bytes + shipped.stored_bytes,
+            ..report
+        }
     }
 
     /// Lets what is on its way come to its end, within bounds.
@@ -365,7 +449,7 @@ impl Receiver {
             && !archive.uploads.is_empty()
         {
             match tokio::time::timeout_at(deadline, archive.uploads.next()).await {
-                Ok(Ok(stored)) => self.note(stored),
+                Ok(Ok(stored)) => self.note(Some(stored)),
                 Ok(Err(error)) => (self.progress)(ReceiveEvent::Warning(error.to_string())),
                 Err(_) => {
                     archive.uploads.abort().await;
@@ -376,10 +460,18 @@ impl Receiver {
                 }
             }
         }
+        if let Some(spooled) = self.archive.as_mut().and_then(|archive| archive.spooled.as_mut()) {
+            let warning = match tokio::time::timeout_at(deadline, spooled.shipping.everything()).await {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(_) => Some(spooled.left()),
+            };
+            warning.into_iter().for_each(|warning| (self.progress)(ReceiveEvent::Warning(warning)));
+        }
         self.report.streaming = false;
         self.report.uploads = 0;
         self.tell();
-        self.report
+        self.report()
     }
 }
 

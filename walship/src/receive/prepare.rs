@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::segments::{Uploads, push_history};
+use super::spooled::Spooled;
 use super::{Archive, ReceiveEvent, Receiver, Until};
 use crate::archive::push::PushOptions;
 use crate::catalog::StoredSegments;
@@ -16,6 +17,7 @@ use crate::replication::{
     drop_slot, identify_system, read_slot, segment_size, show, timeline_history,
 };
 use crate::repository::{ClusterRepository, load_catalog};
+use crate::storage::blocking;
 
 impl Receiver {
     /// Finds out where to go on with this server.
@@ -80,16 +82,27 @@ impl Receiver {
             lineages.push(cluster.lineage_of(identity.system_identifier, size).await?);
         }
         let lineages: Arc<[_]> = lineages.into();
+        let push = PushOptions {
+            compression: self.options.compression,
+            lineage: None,
+            spool_dir: self.options.spool_dir.clone(),
+        };
+        let spooled = match (&self.options.spool, self.spool.take()) {
+            (Some(options), Some(folder)) => {
+                let (identifier, bytes_max) = (identity.system_identifier, options.bytes_max);
+                let spool = blocking(move || folder.open(identifier, size, bytes_max)).await?;
+                let shipped = (Arc::clone(&lineages), push.clone(), options.tail_interval);
+                Some(Spooled::new(Arc::new(spool), shipped, Arc::clone(&self.progress)))
+            }
+            _ => None,
+        };
         self.archive = Some(Archive {
             system_identifier: identity.system_identifier,
             size,
             uploads: Uploads::new(Arc::clone(&lineages), Arc::clone(&self.progress)),
             lineages,
-            push: PushOptions {
-                compression: self.options.compression,
-                lineage: None,
-                spool_dir: self.options.spool_dir.clone(),
-            },
+            push,
+            spooled,
             frontier: Frontier::new(Lsn::INVALID),
             next: None,
             path: None,
@@ -238,8 +251,15 @@ impl Receiver {
         }
         let mut stored: Option<StoredSegments> = None;
         let mut starts = Vec::new();
+        // Asked before the repositories: what goes from here to there meanwhile is seen in one of them.
+        let spooled = archive.spooled.as_ref().map(Spooled::whole_segments).unwrap_or_default();
         for lineage in archive.lineages.iter() {
-            let catalog = load_catalog(lineage).await?;
+            let mut catalog = load_catalog(lineage).await?;
+            for (name, bytes) in &spooled {
+                if !catalog.segments.contains(*name) {
+                    catalog.segments.insert(*name, *bytes);
+                }
+            }
             let known = Known {
                 path,
                 stored: &catalog.segments,

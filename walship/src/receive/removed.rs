@@ -113,7 +113,7 @@ impl Receiver {
         while self.archive.as_ref().is_some_and(|archive| !archive.uploads.is_empty()) {
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
             tokio::select! {
-                stored = archive.uploads.next() => self.note(stored?),
+                stored = archive.next() => self.note(stored?),
                 _ = stopped(&mut self.stop) => return Err(Error::unavailable("it is time to stop")),
             }
         }

@@ -15,7 +15,8 @@ use crate::error::{Error, Result};
 use crate::feed::{OnTheWay, Part};
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineId, WalFileName};
 use crate::repository::LineageRepository;
-use crate::storage::ObjectKey;
+use crate::spool::Spool;
+use crate::storage::{ObjectKey, blocking};
 
 /// How many pieces may wait for the encoder: at 128 KiB each, the most a server sends at once, 4 MiB.
 const PIECES_MAX: usize = 32;
@@ -111,6 +112,8 @@ pub(super) enum What {
     Segment { name: SegmentName, whole: bool },
     /// A part of an open one, and its key in each lineage.
     Part { segment: SegmentName, keys: Vec<ObjectKey> },
+    /// Bytes of a segment that are in the spool.
+    Spooled { segment: SegmentName },
 }
 
 /// What is stored of a segment before it is stored whole.
@@ -232,15 +235,21 @@ impl Uploads {
         });
     }
 
+    /// Writes a part of a segment into the spool, on which alone the server's word depends then.
+    pub(super) fn spool(&mut self, part: Part, compression: Compression, spool: &Arc<Spool>) {
+        let (spool, progress) = (Arc::clone(spool), Arc::clone(&self.progress));
+        self.parts += 1;
+        self.tasks.spawn(async move {
+            let (start, end) = (part.start, Lsn(part.start.0 + part.bytes.len() as u64));
+            let segment = part.segment;
+            append_patiently(&spool, part, compression, &progress).await?;
+            Ok(Stored { start, end, stored_bytes: 0, what: What::Spooled { segment } })
+        });
+    }
+
     /// Removes parts of segments that are stored whole, in the background.
     pub(super) fn tidy(&self, parts: Vec<Vec<ObjectKey>>) {
-        let lineages = Arc::clone(&self.lineages);
-        tokio::spawn(async move {
-            for (number, lineage) in lineages.iter().enumerate() {
-                let keys: Vec<_> = parts.iter().filter_map(|keys| keys.get(number).cloned()).collect();
-                lineage.tidy_tail(&keys).await;
-            }
-        });
+        tidy(&self.lineages, parts);
     }
 
     /// Returns the next file that is durable; waits for ever when there is none on its way.
@@ -255,7 +264,7 @@ impl Uploads {
             Some(Ok(stored)) => stored?,
             Some(Err(error)) => return Err(Error::local_io(format!("an upload was broken off: {error}"))),
         };
-        if matches!(stored.what, What::Part { .. }) {
+        if matches!(stored.what, What::Part { .. } | What::Spooled { .. }) {
             self.parts -= 1;
         }
         Ok(stored)
@@ -269,8 +278,37 @@ impl Uploads {
     }
 }
 
+/// Removes parts of segments that are stored whole, in the background: for each part its keys in the lineages.
+pub(super) fn tidy(lineages: &Arc<[LineageRepository]>, parts: Vec<Vec<ObjectKey>>) {
+    let lineages = Arc::clone(lineages);
+    tokio::spawn(async move {
+        for (number, lineage) in lineages.iter().enumerate() {
+            let keys: Vec<_> = parts.iter().filter_map(|keys| keys.get(number).cloned()).collect();
+            lineage.tidy_tail(&keys).await;
+        }
+    });
+}
+
+/// Writes a part into the spool, however long its disk takes to have room or to work again.
+async fn append_patiently(
+    spool: &Arc<Spool>,
+    part: Part,
+    compression: Compression,
+    progress: &Progress,
+) -> Result<()> {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    let Part { segment, start, bytes } = part;
+    loop {
+        let (at, bytes) = (Arc::clone(spool), bytes.clone());
+        match blocking(move || at.append(segment, start, bytes, compression)).await {
+            Err(error @ Error::LocalIo(_)) => pause_for(&error, &mut backoff, progress).await,
+            appended => return appended,
+        }
+    }
+}
+
 /// Stores a file in every lineage, however long the stores take to come back.
-async fn push_patiently(
+pub(super) async fn push_patiently(
     lineages: &[LineageRepository],
     file: &EncodedFile,
     progress: &Progress,
@@ -287,7 +325,7 @@ async fn push_patiently(
 }
 
 /// Stores a part in every lineage, however long the stores take to come back; returns its key in each.
-async fn put_patiently(
+pub(super) async fn put_patiently(
     lineages: &[LineageRepository],
     part: &Part,
     compression: Compression,
@@ -313,13 +351,17 @@ async fn done_or_pause<T>(
 ) -> Result<Option<T>> {
     match outcome {
         Err(error) if error.is_transient() => {
-            let pause = backoff.next();
-            progress(ReceiveEvent::StoreFails { error: error.to_string(), retry_in: pause });
-            tokio::time::sleep(pause).await;
+            pause_for(&error, backoff, progress).await;
             Ok(None)
         }
         outcome => outcome.map(Some),
     }
+}
+
+async fn pause_for(error: &Error, backoff: &mut Backoff, progress: &Progress) {
+    let pause = backoff.next();
+    progress(ReceiveEvent::StoreFails { error: error.to_string(), retry_in: pause });
+    tokio::time::sleep(pause).await;
 }
 
 /// Stores a timeline's history file.

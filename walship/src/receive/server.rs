@@ -56,8 +56,14 @@ impl Receiver {
         let Some(archive) = self.archive.as_ref().filter(|_| !self.options.accept_overtaken) else {
             return Ok(());
         };
+        // With a spool a store's outage keeps nobody waiting: the same timeline was asked about before.
+        let known = archive.spooled.is_some()
+            && archive.path.as_ref().is_some_and(|path| path.timeline == identity.timeline);
         for lineage in archive.lineages.iter() {
-            let younger = lineage.histories_above(identity.timeline).await?;
+            let younger = match lineage.histories_above(identity.timeline).await {
+                Err(error) if known && error.is_transient() => continue,
+                younger => younger?,
+            };
             if let Some(newest) = younger.last() {
                 return Err(overtaken(connection, identity, newest));
             }

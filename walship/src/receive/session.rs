@@ -6,6 +6,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::prepare::no_archive;
 use super::segments::{Before, OpenSegment};
+use super::spooled::Again;
 use super::{ReceiveEvent, Receiver, stopped};
 use crate::error::{Error, Result};
 use crate::feed::{Conversation, Cutter, Start, TailCutter, Verdict};
@@ -38,6 +39,8 @@ struct Streaming {
     cutter: Cutter,
     first: SegmentName,
     open: Option<OpenSegment>,
+    /// The segment that is received, as far as the spool had it before.
+    again: Option<Again>,
     tail: TailCutter,
     talk: Conversation,
     /// Since when nothing is taken because too much is on its way.
@@ -82,7 +85,7 @@ impl Receiver {
         while self.archive.as_ref().is_some_and(|archive| !archive.uploads.is_empty()) {
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
             tokio::select! {
-                stored = archive.uploads.next() => self.note(stored?),
+                stored = archive.next() => self.note(stored?),
                 _ = stopped(&mut self.stop) => return Err(Error::unavailable("it is time to stop")),
             }
         }
@@ -105,6 +108,7 @@ impl Receiver {
             cutter: Cutter::new(start.timeline, start.lsn, size),
             first: SegmentName::containing(start.timeline, start.lsn, size),
             open: None,
+            again: None,
             tail: TailCutter::new(self.options.tail, size),
             talk: Conversation::new(self.options.rules, now),
             full_since: None,
@@ -155,7 +159,7 @@ impl Receiver {
             }
             tokio::select! {
                 biased;
-                stored = archive.uploads.next() => self.note(stored?),
+                stored = archive.next() => self.note(stored?),
                 message = next_streamed(connection, READ_PATIENCE), if !full => {
                     let message = message.map_err(|error| self.streaming_failed(connection, error, received))?;
                     if let Some(turn) = self.heard(connection, &mut streaming, message).await? {
@@ -171,8 +175,14 @@ impl Receiver {
     /// Ships what is due of the open segment.
     fn ship(&mut self, streaming: &mut Streaming, now: Duration) -> Result<()> {
         let archive = self.archive.as_mut().ok_or_else(no_archive)?;
-        while let Some(part) = streaming.tail.take(now, archive.uploads.under_way()) {
-            archive.uploads.part(part, self.options.compression);
+        let spool = archive.spooled.as_ref().map(|spooled| &spooled.spool);
+        while spool.is_none_or(|spool| spool.has_room())
+            && let Some(part) = streaming.tail.take(now, archive.uploads.under_way())
+        {
+            match spool {
+                Some(spool) => archive.uploads.spool(part, self.options.compression, spool),
+                None => archive.uploads.part(part, self.options.compression),
+            }
         }
         Ok(())
     }
@@ -206,6 +216,12 @@ impl Receiver {
                 streaming.tail.server_is_at(server);
                 self.report.received_bytes += bytes.len() as u64;
                 while let Some(piece) = streaming.cutter.take(&mut start, &mut bytes)? {
+                    if self.archive.as_ref().is_some_and(|archive| archive.spooled.is_some()) {
+                        if let Some(piece) = self.not_in_the_spool(&mut streaming.again, piece).await? {
+                            streaming.tail.add(&piece, now);
+                        }
+                        continue;
+                    }
                     streaming.tail.add(&piece, now);
                     let open = match streaming.open.take() {
                         Some(open) => open,
@@ -279,10 +295,11 @@ impl Receiver {
             self.ship(streaming, self.started.elapsed())?;
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
             if !archive.uploads.is_empty() {
-                let stored = archive.uploads.next().await?;
+                let stored = archive.next().await?;
                 self.note(stored);
             }
         }
+        self.end_in_the_spool(streaming.cutter.segment(), switch_lsn).await?;
         let Some(mut open) = streaming.open.take() else { return Ok(()) };
         let archive = self.archive.as_mut().ok_or_else(no_archive)?;
         open.fill_up(archive.size).await?;
@@ -307,7 +324,7 @@ impl Receiver {
             if archive.uploads.is_empty() || Instant::now() >= deadline {
                 break;
             }
-            if let Ok(stored) = timeout_at(look, archive.uploads.next()).await {
+            if let Ok(stored) = timeout_at(look, archive.next()).await {
                 self.note(stored?);
             }
         }

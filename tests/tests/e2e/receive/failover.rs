@@ -11,7 +11,7 @@ use walship_tests::postgres::{PgServer, StopMode, majors, newer_major, primary_m
 use walship_tests::stage::Stage;
 use walship_tests::{process, wait};
 
-use super::{Front, Reading, Receiving, names, server, standby_of};
+use super::{Flush, Front, Reading, Receiving, names, server, standby_of};
 
 /// How the primary ends, and where the new timeline begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,13 +38,13 @@ struct Scene {
 }
 
 impl Scene {
-    fn start(major: u32) -> Self {
+    fn start(major: u32, flush: Flush) -> Self {
         let stage = Stage::folder("main");
         let primary = server(major, 1).setting("autovacuum", "off").start();
         stage.init(&primary);
         let standby = Self::standby(&primary, &stage);
         let fronts = [Front::of(&primary), Front::of(&standby.1)];
-        let receiving = Receiving::start(&stage, &Self::conninfo(&fronts), &[]);
+        let receiving = flush.receive(&stage, &Self::conninfo(&fronts));
         primary.wait_for("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "2");
         stage.backup(&primary);
         primary.psql("CREATE TABLE marks (mark text)");
@@ -148,8 +148,8 @@ impl Scene {
     }
 }
 
-fn through_a_failover(major: u32, end: End) {
-    let mut scene = Scene::start(major);
+fn through_a_failover(major: u32, end: End, flush: Flush) {
+    let mut scene = Scene::start(major, flush);
     scene.primary.pgbench(&["-i", "-q", "-s", "1"]);
     Scene::mark(&scene.primary, "one");
     scene.primary.psql("SELECT pg_create_restore_point('on the first')");
@@ -171,6 +171,11 @@ fn through_a_failover(major: u32, end: End) {
     let second = scene.standby.switch_wal();
     Scene::mark(&scene.standby, "four");
     scene.durable(|scene| &scene.standby);
+    if flush == Flush::Local {
+        // Durable was the spool's word; the end brings it into the repository.
+        assert!(scene.receiving.terminate().success(), "{}", scene.receiving.said());
+        assert!(!super::spool::anything_in(&scene.stage), "the spool is not empty");
+    }
     wait::until("both segments are stored", || scene.reading.has(&first) && scene.reading.has(&second));
     assert_eq!(&second[..8], "00000002");
     assert!(!scene.receiving.said().contains("warning: the slot"), "{}", scene.receiving.said());
@@ -184,20 +189,30 @@ fn through_a_failover(major: u32, end: End) {
     ] {
         assert_eq!(scene.restored(name, &target), expected, "{end:?}, PostgreSQL {major}, {target:?}");
     }
-    assert!(scene.receiving.terminate().success(), "{}", scene.receiving.said());
+    if flush != Flush::Local {
+        assert!(scene.receiving.terminate().success(), "{}", scene.receiving.said());
+    }
 }
 
 #[test]
 fn a_failover_is_followed_and_both_timelines_restore() {
     let majors = majors();
     for (number, end) in [End::Clean, End::Crash, End::CrashAhead, End::AtABoundary].into_iter().enumerate() {
-        through_a_failover(majors[number % majors.len()], end);
+        through_a_failover(majors[number % majors.len()], end, Flush::Async);
+    }
+}
+
+#[test]
+fn a_failover_is_followed_with_a_spool_and_both_timelines_restore() {
+    let majors = majors();
+    for (number, end) in [End::CrashAhead, End::Clean, End::AtABoundary].into_iter().enumerate() {
+        through_a_failover(majors[number % majors.len()], end, Flush::Local);
     }
 }
 
 #[test]
 fn a_primary_that_was_left_behind_is_passed_over_and_refused() {
-    let mut scene = Scene::start(primary_major());
+    let mut scene = Scene::start(primary_major(), Flush::Async);
     Scene::mark(&scene.primary, "one");
     scene.replayed("one");
     scene.durable(|scene| &scene.primary);
@@ -280,7 +295,7 @@ fn a_server_of_another_cluster_among_the_hosts_is_passed_over() {
 
 #[test]
 fn numbers_of_timelines_may_be_skipped() {
-    let mut scene = Scene::start(newer_major());
+    let mut scene = Scene::start(newer_major(), Flush::Async);
     Scene::mark(&scene.primary, "one");
     scene.replayed("one");
     // Another standby was promoted and is gone again: its number is taken.

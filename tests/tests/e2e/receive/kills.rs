@@ -9,10 +9,11 @@ use walship_tests::stage::Stage;
 use walship_tests::wait;
 
 use super::clients::{Acknowledged, Clients, commits, lost};
-use super::{Front, Reading, Receiving, names, server};
+use super::{Flush, Front, Reading, names, server};
 
 /// Restores what the repository holds beside the running server, and looks for what must be there.
-fn is_all_there(stage: &Stage, number: usize, acknowledged: &[Acknowledged]) {
+fn is_all_there(flush: Flush, stage: &Stage, number: usize, acknowledged: &[Acknowledged]) {
+    flush.rescue(stage);
     let data = stage.path().join(format!("restored-{number}"));
     stage.ok(stage.pitr(&["restore", "--latest", "-D"]).arg(&data));
     let restored = stage.recovering(&data).start();
@@ -43,6 +44,15 @@ fn primary(kept: &std::path::Path) -> PgServer {
 
 #[test]
 fn killed_at_any_moment_it_leaves_no_hole_no_wrong_byte_and_loses_nothing() {
+    killed(Flush::Repository);
+}
+
+#[test]
+fn killed_at_any_moment_with_a_spool_it_leaves_no_hole_no_wrong_byte_and_loses_nothing() {
+    killed(Flush::Local);
+}
+
+fn killed(flush: Flush) {
     let rounds = if walship_tests::campaign() { 300 } else { 30 };
     let seed = walship_tests::seed();
     let mut random = Random::new(seed);
@@ -54,8 +64,7 @@ fn killed_at_any_moment_it_leaves_no_hole_no_wrong_byte_and_loses_nothing() {
     let front = Front::of(&server);
     // The first one makes the slot: from here on nothing may be missing.
     let first = server.switch_wal();
-    let args = ["--flush", "repository"];
-    let mut receiving = Receiving::start(&stage, &front.conninfo(), &args);
+    let mut receiving = flush.receive(&stage, &front.conninfo());
     stage.backup(&server);
     server.psql("ALTER SYSTEM SET synchronous_standby_names = 'walship'");
     server.psql("SELECT pg_reload_conf()");
@@ -76,9 +85,9 @@ fn killed_at_any_moment_it_leaves_no_hole_no_wrong_byte_and_loses_nothing() {
         if random.chance(0.1) {
             restores += 1;
             let known = [acknowledged.clone(), clients.so_far()].concat();
-            is_all_there(&stage, round, &known);
+            is_all_there(flush, &stage, round, &known);
         }
-        receiving = Receiving::start(&stage, &front.conninfo(), &args);
+        receiving = flush.receive(&stage, &front.conninfo());
         if round % 20 == 19 {
             // New sessions before the old ones have run out of work.
             acknowledged.extend(clients.so_far());
@@ -94,10 +103,10 @@ fn killed_at_any_moment_it_leaves_no_hole_no_wrong_byte_and_loses_nothing() {
     server.wait_until_archived(&last);
     let compared = compare(&reading, kept.path(), &first);
     assert!(compared >= 3, "only {compared} segments");
-    is_all_there(&stage, rounds, &acknowledged);
+    is_all_there(flush, &stage, rounds, &acknowledged);
     assert!(commits(&acknowledged) > rounds as u64, "{acknowledged:?}");
     walship_tests::note(&format!(
-        "receive killed {rounds} times, seed {seed}: {compared} segments whole and the same as the server's own, {} \
+        "receive, {flush:?}, killed {rounds} times, seed {seed}: {compared} segments whole and the same as the server's own, {} \
          acknowledged commits found in {} restores",
         commits(&acknowledged),
         restores + 1

@@ -9,6 +9,7 @@ mod lost;
 mod oracle;
 mod promises;
 mod rpo;
+mod spool;
 mod tail;
 mod together;
 
@@ -27,6 +28,49 @@ use walship_tests::postgres::{PgServer, PgServerBuilder};
 use walship_tests::proxy::Proxy;
 use walship_tests::stage::Stage;
 use walship_tests::{process, wait};
+
+/// What the server's word rests on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flush {
+    /// Nothing: parts follow after a quarter of a second.
+    Async,
+    /// Every repository.
+    Repository,
+    /// The receiver's spool; the repositories get the open segment a good while later.
+    Local,
+}
+
+impl Flush {
+    /// Starts a receiver of this kind, with these arguments besides.
+    pub(crate) fn receive(self, stage: &Stage, conninfo: &str) -> Receiving {
+        let spool = Self::spool(stage);
+        let args: &[&str] = match self {
+            Self::Async => &[],
+            Self::Repository => &["--flush", "repository"],
+            Self::Local => {
+                &["--flush", "local", "--spool", spool.to_str().unwrap(), "--tail-interval", "1500"]
+            }
+        };
+        Receiving::start(stage, conninfo, args)
+    }
+
+    /// Where the spool is.
+    pub(crate) fn spool(stage: &Stage) -> PathBuf {
+        stage.path().join("spool")
+    }
+
+    /// Brings what only the spool has into the repositories; returns how many segments and parts that was.
+    pub(crate) fn rescue(self, stage: &Stage) -> u64 {
+        if self != Self::Local {
+            return 0;
+        }
+        let spool = Self::spool(stage);
+        let args = ["receive", "--drain", "--json", "--spool", spool.to_str().unwrap()];
+        let report: serde_json::Value = serde_json::from_str(&stage.ok(&mut stage.walship(&args))).unwrap();
+        assert_eq!(report["left_bytes"], 0, "{report}");
+        report["segments"].as_u64().unwrap() + report["parts"].as_u64().unwrap()
+    }
+}
 
 /// A running `walship receive`; dropping it kills it.
 pub(crate) struct Receiving {

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId, WalFileName};
-use walship_tests::postgres::{PgServer, StopMode, majors};
+use walship_tests::postgres::{PgServer, StopMode, majors, newer_major, primary_major};
 use walship_tests::stage::Stage;
 use walship_tests::{process, wait};
 
-use super::{Front, Reading, Receiving, names, server, standby_of};
+use super::{Flush, Front, Reading, names, server, standby_of};
 
 /// A running `pg_receivewal`; dropping it kills it.
 struct Oracle {
@@ -125,14 +125,14 @@ fn catch_up(server: &PgServer, oracle: &mut Oracle, reading: &Reading) {
     wait::until(&format!("{last} is stored"), || reading.has(&last));
 }
 
-fn through_everything(major: u32, segment_size_mb: u32) {
+fn through_everything(flush: Flush, major: u32, segment_size_mb: u32) {
     let stage = Stage::folder("main");
     // The standby comes up at the end only, and has no slot: it needs what was written since.
     let mut primary = server(major, segment_size_mb).setting("wal_keep_size", "4GB").start();
     stage.init(&primary);
     let (ours, theirs) = (Front::of(&primary), Front::of(&primary));
     let mut oracle = Oracle::start(&primary, &theirs);
-    let mut receiving = Receiving::start(&stage, &ours.conninfo(), &[]);
+    let mut receiving = flush.receive(&stage, &ours.conninfo());
     let reading = Reading::of(&stage);
     primary.wait_for("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "2");
 
@@ -188,27 +188,33 @@ fn through_everything(major: u32, segment_size_mb: u32) {
     let segments = oracle.segments();
     assert!(segments.iter().any(|name| name.starts_with("00000002")), "{segments:?}");
     walship_tests::note(&format!(
-        "receive beside pg_receivewal, PostgreSQL {major}, {segment_size_mb} MiB segments: {compared} files the same"
+        "receive, {flush:?}, beside pg_receivewal, PostgreSQL {major}, {segment_size_mb} MiB segments: {compared} files the same"
     ));
 }
 
 #[test]
 fn every_segment_is_as_pg_receivewal_has_it() {
     for major in majors() {
-        through_everything(major, 16);
+        through_everything(Flush::Async, major, 16);
     }
 }
 
 #[test]
 fn small_segments_are_as_pg_receivewal_has_them() {
     for major in majors() {
-        through_everything(major, 1);
+        through_everything(Flush::Async, major, 1);
     }
+}
+
+#[test]
+fn segments_that_went_through_the_spool_are_as_pg_receivewal_has_them() {
+    through_everything(Flush::Local, newer_major(), 1);
+    through_everything(Flush::Local, primary_major(), 16);
 }
 
 #[test]
 fn large_segments_are_as_pg_receivewal_has_them() {
     for major in majors() {
-        through_everything(major, 64);
+        through_everything(Flush::Async, major, 64);
     }
 }

@@ -1,4 +1,5 @@
-//! `flush = "repository"`: what was acknowledged is there when only the repository survives.
+//! `flush = "repository"`: what was acknowledged is there when only the repository survives. `flush = "local"`: when that
+//! and the spool do.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,48 +14,63 @@ use walship_tests::wait;
 use walship_tests::weed::WeedServer;
 
 use super::clients::{Acknowledged, Clients, commits, lost};
-use super::{Reading, Receiving, names, server, standby_of};
+use super::{Flush, Reading, Receiving, names, server, standby_of};
 
 /// So many disasters follow each other on one base backup: what was restored is the next one's primary.
 const DISASTERS_OF_A_LIFE: usize = 6;
 
 #[test]
 fn no_acknowledged_commit_is_lost_when_only_a_folder_survives() {
-    disasters("a folder", 12, 200, |_| Stage::folder("main"));
+    disasters(Flush::Repository, "a folder", 12, 200, |_| Stage::folder("main"));
+}
+
+#[test]
+fn no_acknowledged_commit_is_lost_when_a_folder_and_the_spool_survive() {
+    disasters(Flush::Local, "a folder and the spool", 12, 200, |_| Stage::folder("main"));
 }
 
 #[test]
 fn no_acknowledged_commit_is_lost_when_only_s3_survives() {
     let weed = WeedServer::start();
-    disasters("S3", 6, 200, |life| Stage::s3(&format!("life-{life}"), &weed.endpoint()));
+    disasters(Flush::Repository, "S3", 6, 200, |life| Stage::s3(&format!("life-{life}"), &weed.endpoint()));
 }
 
-fn disasters(store: &str, rounds: usize, rounds_in_the_campaign: usize, stage: impl Fn(usize) -> Stage) {
+fn disasters(
+    flush: Flush,
+    store: &str,
+    rounds: usize,
+    rounds_in_the_campaign: usize,
+    stage: impl Fn(usize) -> Stage,
+) {
     let rounds = if walship_tests::campaign() { rounds_in_the_campaign } else { rounds };
     let seed = walship_tests::seed();
     let mut random = Random::new(seed ^ store.len() as u64);
-    let (mut left, mut number, mut acknowledged) = (rounds, 0, 0);
+    let (mut left, mut number, mut acknowledged, mut rescued) = (rounds, 0, 0, 0);
     while left > 0 {
         let of_this = left.min(DISASTERS_OF_A_LIFE);
         let (major, size) =
             [(primary_major(), 1), (newer_major(), 16), (newer_major(), 1), (primary_major(), 16)]
                 [number % 4];
-        let mut life = Life::begin(stage(number), major, size);
+        let mut life = Life::begin(flush, stage(number), major, size);
         for round in 0..of_this {
             life.disaster(round, &mut random);
         }
         acknowledged += commits(&life.acknowledged);
+        rescued += life.rescued;
         (left, number) = (left - of_this, number + 1);
     }
     assert!(acknowledged > rounds as u64 * 20, "only {acknowledged} commits");
+    // The spool had what the repository had not.
+    assert_eq!(rescued > 0, flush == Flush::Local);
     walship_tests::note(&format!(
-        "receive --flush repository, {store}: {rounds} rounds, seed {seed}, everything but the repository lost: \
-         {acknowledged} acknowledged commits, none lost"
+        "receive, {flush:?}: {rounds} rounds, seed {seed}, everything but {store} lost: {acknowledged} acknowledged \
+         commits, none lost; {rescued} segments and parts out of spools"
     ));
 }
 
 /// A cluster that dies again and again.
 struct Life {
+    flush: Flush,
     stage: Stage,
     server: PgServer,
     data: PathBuf,
@@ -62,18 +78,20 @@ struct Life {
     /// Outside of everything that dies.
     notes: TempDir,
     acknowledged: Vec<Acknowledged>,
+    rescued: u64,
 }
 
 impl Life {
-    fn begin(stage: Stage, major: u32, segment_size_mb: u32) -> Self {
+    fn begin(flush: Flush, stage: Stage, major: u32, segment_size_mb: u32) -> Self {
         let server = server(major, segment_size_mb).start();
         stage.init(&server);
         Clients::table(&server);
-        let receiving = Receiving::start(&stage, &server.uri(), &["--flush", "repository"]);
+        let receiving = flush.receive(&stage, &server.uri());
         stage.backup(&server);
         require_walship(&server);
         let data = server.data_dir().to_owned();
-        Self { stage, server, data, receiving, notes: tempfile::tempdir().unwrap(), acknowledged: Vec::new() }
+        let notes = tempfile::tempdir().unwrap();
+        Self { flush, stage, server, data, receiving, notes, acknowledged: Vec::new(), rescued: 0 }
     }
 
     /// Load, death of everything, restore, look, and on with what was restored.
@@ -85,7 +103,7 @@ impl Life {
         }
         if random.chance(0.3) {
             self.receiving.kill9();
-            self.receiving = Receiving::start(&self.stage, &self.server.uri(), &["--flush", "repository"]);
+            self.receiving = self.flush.receive(&self.stage, &self.server.uri());
             std::thread::sleep(Duration::from_millis(random.below(1000) as u64));
         }
         if random.chance(0.5) {
@@ -98,6 +116,7 @@ impl Life {
         self.acknowledged.extend(clients.end());
         fs::remove_dir_all(&self.data).unwrap();
         let _ = fs::remove_dir_all(self.stage.path().join("state"));
+        self.rescued += self.flush.rescue(&self.stage);
 
         self.data = self.stage.path().join(format!("restored-{round}"));
         self.stage.ok(self.stage.pitr(&["restore", "--latest", "-D"]).arg(&self.data));
@@ -105,7 +124,7 @@ impl Life {
         self.server.wait_for("SELECT pg_is_in_recovery()", "f");
         let lost = lost(&self.server, &self.acknowledged);
         assert_eq!(lost, "", "after round {round}; the server's log:\n{}", self.server.log());
-        self.receiving = Receiving::start(&self.stage, &self.server.uri(), &["--flush", "repository"]);
+        self.receiving = self.flush.receive(&self.stage, &self.server.uri());
         require_walship(&self.server);
     }
 }
@@ -136,7 +155,7 @@ fn a_standby_that_has_only_the_repository_takes_over_without_loss() {
     let mut primary = server(primary_major(), 1).start();
     stage.init(&primary);
     Clients::table(&primary);
-    let mut receiving = Receiving::start(&stage, &primary.uri(), &["--flush", "repository"]);
+    let mut receiving = Flush::Repository.receive(&stage, &primary.uri());
     stage.backup(&primary);
     let (_folder, data) = standby_of(&primary);
     let standby = standby_on(&stage, &data);

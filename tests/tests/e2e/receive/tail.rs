@@ -23,6 +23,7 @@ fn a_commit_is_in_the_repository_soon_and_comes_back_without_a_switch() {
     receiving.wait_durable(end);
     let parts = receiving.status().unwrap()["parts"].as_u64().unwrap();
     assert!((1..100).contains(&parts), "{parts} parts");
+    crate::json_docs::compare("walship receive", &[receiving.status().unwrap()], &[]);
 
     // A shutdown is not held up, and its checkpoint is durable too.
     let stopping = Instant::now();

@@ -1,0 +1,279 @@
+//! From the spool into the repositories, in WAL order: whole segments, parts of the open one, the last one of a
+//! timeline.
+//!
+//! It goes on for as long as the stores take to come back; a file leaves the spool when every repository has all of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::Progress;
+use super::segments::{push_patiently, put_patiently, tidy};
+use crate::archive::push::{EncodedFile, PushOptions, encode_stream};
+use crate::codec::TailPart;
+use crate::error::{Error, Result};
+use crate::feed::Part;
+use crate::pg::{Lsn, SegmentName, WalFileName};
+use crate::repository::LineageRepository;
+use crate::spool::{Held, Spool};
+use crate::storage::{ObjectKey, blocking};
+
+/// How often is looked whether a segment has come where parts of it are not wanted.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// What was done so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Shipped {
+    /// Segments stored.
+    pub(super) segments: u64,
+    /// Parts stored.
+    pub(super) parts: u64,
+    /// The length of the segments as stored.
+    pub(super) stored_bytes: u64,
+    /// What was stored last ends here; all of its timeline before is stored too.
+    pub(super) to: Lsn,
+}
+
+/// What is asked of the shipper.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// To go on.
+    Following,
+    /// To store all that is there, and to end.
+    Everything,
+}
+
+/// The shipper at work; it ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Shipping {
+    wanted: watch::Sender<Wanted>,
+    shipped: watch::Receiver<Shipped>,
+    work: JoinHandle<Result<()>>,
+}
+
+impl Shipping {
+    /// Starts to ship. Parts of the open segment are stored when they are as old as `interval`; `None`: never.
+    pub(super) fn start(
+        spool: Arc<Spool>,
+        lineages: Arc<[LineageRepository]>,
+        push: PushOptions,
+        interval: Option<Duration>,
+        progress: Progress,
+    ) -> Self {
+        let (wanted, wants) = watch::channel(Wanted::Following);
+        let (tell, shipped) = watch::channel(Shipped::default());
+        let mut shipper = Shipper { spool, lineages, push, interval, progress, tell, open: BTreeMap::new() };
+        Self { wanted, shipped, work: tokio::spawn(async move { shipper.run(wants).await }) }
+    }
+
+    /// Returns what was done so far.
+    pub(super) fn so_far(&self) -> Shipped {
+        *self.shipped.borrow()
+    }
+
+    /// Waits until more was done.
+    ///
+    /// # Errors
+    /// Why nothing more will be done: what no repetition can mend.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(super) async fn more(&mut self) -> Result<()> {
+        if self.shipped.changed().await.is_ok() {
+            return Ok(());
+        }
+        ended((&mut self.work).await)
+    }
+
+    /// Ships everything that is there, the open segment's bytes too.
+    ///
+    /// # Errors
+    /// As [`Shipping::more`].
+    /// # Cancel safety
+    /// Cancel safe: it goes on in the background until this is dropped.
+    pub(super) async fn everything(&mut self) -> Result<()> {
+        self.wanted.send_replace(Wanted::Everything);
+        ended((&mut self.work).await)
+    }
+}
+
+impl Drop for Shipping {
+    fn drop(&mut self) {
+        self.work.abort();
+    }
+}
+
+fn ended(outcome: std::result::Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
+    outcome.map_err(|error| Error::local_io(format!("storing from the spool was broken off: {error}")))?
+}
+
+/// What was shipped of a segment that is not whole yet.
+struct Open {
+    /// Before this offset every repository has it.
+    to: u64,
+    /// The keys of its parts in each repository.
+    parts: Vec<Vec<ObjectKey>>,
+}
+
+struct Shipper {
+    spool: Arc<Spool>,
+    lineages: Arc<[LineageRepository]>,
+    push: PushOptions,
+    interval: Option<Duration>,
+    progress: Progress,
+    tell: watch::Sender<Shipped>,
+    /// There is one, and after a failover in a store's outage more.
+    open: BTreeMap<SegmentName, Open>,
+}
+
+impl Shipper {
+    async fn run(&mut self, mut wants: watch::Receiver<Wanted>) -> Result<()> {
+        loop {
+            let all = *wants.borrow_and_update() == Wanted::Everything;
+            let done = self.once(all).await?;
+            if done && all {
+                return Ok(());
+            }
+            if done {
+                tokio::select! {
+                    () = tokio::time::sleep(self.interval.unwrap_or(LOOK)) => {}
+                    changed = wants.changed() => if changed.is_err() { return Ok(()) },
+                }
+            }
+        }
+    }
+
+    /// Ships what is there, oldest first; returns whether that is all for now.
+    async fn once(&mut self, all: bool) -> Result<bool> {
+        for held in self.spool.segments() {
+            if held.is_whole(self.spool.segment_size()) {
+                self.ship_whole(held).await?;
+                // Others may have come meanwhile, and this one is gone.
+                return Ok(false);
+            }
+            if self.interval.is_some() || all || held.is_last {
+                self.ship_parts(held).await?;
+            }
+            if held.is_last {
+                self.ship_last(held).await?;
+                return Ok(false);
+            }
+            if all {
+                self.forget(held).await?;
+            }
+        }
+        Ok(true)
+    }
+
+    async fn ship_whole(&mut self, held: Held) -> Result<()> {
+        let file = self.encode(held.segment).await?;
+        self.push(held, &file, held.segment.end(self.spool.segment_size())).await?;
+        if let Some(open) = self.open.remove(&held.segment) {
+            tidy(&self.lineages, open.parts);
+        }
+        Ok(())
+    }
+
+    async fn ship_last(&mut self, held: Held) -> Result<()> {
+        let file = self.encode(held.segment).await?.into_partial();
+        let end = Lsn(held.segment.start(self.spool.segment_size()).0 + held.end);
+        // Its parts stay: they are what is served of it.
+        self.open.remove(&held.segment);
+        self.push(held, &file, end).await
+    }
+
+    async fn push(&mut self, held: Held, file: &EncodedFile, end: Lsn) -> Result<()> {
+        let report = push_patiently(&self.lineages, file, &self.progress).await?;
+        self.remove(held.segment).await?;
+        self.tell.send_modify(|shipped| {
+            shipped.segments += 1;
+            shipped.stored_bytes += report.stored_bytes;
+            shipped.to = end;
+        });
+        Ok(())
+    }
+
+    async fn encode(&self, segment: SegmentName) -> Result<EncodedFile> {
+        let (spool, push) = (Arc::clone(&self.spool), self.push.clone());
+        blocking(move || {
+            let size = spool.segment_size();
+            let mut reader = spool.reader(segment)?;
+            encode_stream(WalFileName::Segment(segment), &mut reader, size.bytes(), size, &push)
+        })
+        .await
+    }
+
+    /// Stores what is held of a segment behind what is stored of it.
+    async fn ship_parts(&mut self, held: Held) -> Result<()> {
+        let segment = held.segment;
+        let mut open = match self.open.remove(&segment) {
+            Some(open) => open,
+            None => Open { to: self.stored_in_parts(segment).await, parts: Vec::new() },
+        };
+        loop {
+            let from = open.to;
+            if from >= held.end {
+                self.open.insert(segment, open);
+                return Ok(());
+            }
+            let spool = Arc::clone(&self.spool);
+            let bytes = blocking(move || read(&spool, segment, from, held.end)).await?;
+            let start = Lsn(segment.start(self.spool.segment_size()).0 + from);
+            let end = from + bytes.len() as u64;
+            let part = Part { segment, start, bytes };
+            let keys = put_patiently(&self.lineages, &part, self.push.compression, &self.progress).await?;
+            open.to = end;
+            open.parts.push(keys);
+            self.tell.send_modify(|shipped| {
+                shipped.parts += 1;
+                shipped.to = Lsn(start.0 + end - from);
+            });
+        }
+    }
+
+    /// Returns up to where every repository has a segment in parts: those of an earlier process, or of another receiver.
+    async fn stored_in_parts(&self, segment: SegmentName) -> u64 {
+        let ends = self.lineages.iter().map(|lineage| async move {
+            // Where that cannot be said now, all of it is stored once more.
+            let parts = lineage.tail_of(segment).await.unwrap_or_default();
+            parts.iter().fold(0, |end, part| if part.start <= end { part.end.max(end) } else { end })
+        });
+        futures_util::future::join_all(ends).await.into_iter().min().unwrap_or(0)
+    }
+
+    /// Lets go of a segment that is not whole: all of it is stored.
+    async fn forget(&mut self, held: Held) -> Result<()> {
+        if self.spool.segment(held.segment) == Some(held) {
+            self.remove(held.segment).await?;
+            self.open.remove(&held.segment);
+        }
+        Ok(())
+    }
+
+    async fn remove(&self, segment: SegmentName) -> Result<()> {
+        let spool = Arc::clone(&self.spool);
+        blocking(move || spool.remove(segment)).await
+    }
+}
+
+/// Returns bytes of a segment from `from` on: at most as many as one part may have, and none behind `until`.
+fn read(spool: &Spool, segment: SegmentName, from: u64, until: u64) -> Result<Vec<u8>> {
+    let mut parts = spool.parts(segment)?;
+    let mut bytes = Vec::new();
+    let mut at = 0;
+    let until = until.min(from + TailPart::BYTES_MAX as u64);
+    while at < until
+        && let Some(part) = parts.next_part()?
+    {
+        let end = at + part.bytes.len() as u64;
+        let cut = |offset: u64| usize::try_from(offset.clamp(at, end) - at).unwrap_or(usize::MAX);
+        bytes.extend_from_slice(&part.bytes[cut(from)..cut(until)]);
+        at = end;
+    }
+    if bytes.is_empty() {
+        return Err(Error::corrupt(format!("the spool holds less of {segment} than it should")));
+    }
+    Ok(bytes)
+}
