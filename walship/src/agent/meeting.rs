@@ -49,7 +49,7 @@ impl Meeting {
     pub fn of(options: &[OsString], file: &Path) -> Option<Self> {
         let data_directory = fs::canonicalize(DataDirectory::of_wal_file(file)?.path()).ok()?;
         let socket = match env::var_os(SOCKET_VARIABLE).filter(|value| !value.is_empty()) {
-            Some(named) => PathBuf::from(named),
+            Some(named) => Some(PathBuf::from(named)).filter(|socket| is_own_place(socket))?,
             None => {
                 let folder = own_folder(None).ok()?;
                 folder.join(format!("agent-{}.sock", name(options, &data_directory).ok()?))
@@ -58,6 +58,14 @@ impl Meeting {
         let fits = socket.is_absolute() && socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX;
         fits.then_some(Self { socket, data_directory })
     }
+}
+
+/// Whether nobody else can put a socket there.
+fn is_own_place(socket: &Path) -> bool {
+    let folder = socket.parent().and_then(|folder| fs::symlink_metadata(folder).ok());
+    folder.is_some_and(|folder| {
+        folder.is_dir() && folder.uid() == nix::unistd::geteuid().as_raw() && folder.mode() & 0o022 == 0
+    })
 }
 
 /// Returns the part of the socket's name that is different where anything is.

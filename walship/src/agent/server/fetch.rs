@@ -13,11 +13,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::statvfs::statvfs;
 use tokio::sync::{Mutex, MutexGuard, Semaphore};
 use tokio::task::JoinHandle;
 
-use crate::agent::client::{Asker, STATUS_ABSENT};
-use crate::archive::fetch::{FetchOptions, FetchOutcome, fetch_file, give_prefetched, prefetch_segment};
+use crate::agent::client::{Asker, STATUS_ABSENT, STATUS_STOP};
+use crate::archive::fetch::{
+    FetchFailure, FetchOptions, FetchOutcome, fetch_file, give_prefetched, prefetch_segment,
+};
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, SegmentSize, TimelineHistory, TimelineId, WalFileName};
 
@@ -33,6 +36,9 @@ const SPOOL_BYTES_MAX: u64 = 256 << 20;
 
 /// No more segments are fetched ahead: recovery may end at any of them.
 const AHEAD_MAX: u64 = 16;
+
+/// What is fetched ahead takes no more than this part of the room that is left on the server's disk.
+const FREE_PART: u64 = 8;
 
 /// The fetches of one data directory.
 #[derive(Debug)]
@@ -124,7 +130,15 @@ impl Fetches {
         }
         let reply = match &ahead {
             Some(ahead) => Reply::File(ahead.path.0.clone()),
-            None => self.fetch(name, target, &options, &spooled.0).await,
+            None => match self.fetch(name, target, &options, &spooled.0).await {
+                // What is fetched ahead may be what there is no room for.
+                Err(failure) if matches!(failure.error, Error::LocalIo(_)) && !state.ahead.is_empty() => {
+                    state.ahead.clear();
+                    self.fetch(name, target, &options, &spooled.0).await
+                }
+                fetched => fetched,
+            }
+            .unwrap_or_else(|failure| self.failed(target, &failure)),
         };
         let delivered = matches!(reply, Reply::File(_));
         if delivered {
@@ -187,26 +201,29 @@ impl Fetches {
     }
 
     /// Fetches as `walship wal fetch` does.
-    async fn fetch(&self, name: WalFileName, target: &Path, options: &FetchOptions, spooled: &Path) -> Reply {
-        match fetch_file(&*self.warm, name, target, options).await {
-            Ok(FetchOutcome::Delivered { .. }) => Reply::File(spooled.to_owned()),
-            Ok(FetchOutcome::Absent) => {
+    async fn fetch(
+        &self,
+        name: WalFileName,
+        target: &Path,
+        options: &FetchOptions,
+        spooled: &Path,
+    ) -> Result<Reply, FetchFailure> {
+        Ok(match fetch_file(&*self.warm, name, target, options).await? {
+            FetchOutcome::Delivered { .. } => Reply::File(spooled.to_owned()),
+            FetchOutcome::Absent => {
                 let text = match Asker::of(target) {
                     Asker::Standby => String::new(),
                     Asker::OneShot | Asker::Other => format!("{name} is not in the repository\n"),
                 };
                 Reply::Said(Said { status: STATUS_ABSENT, text })
             }
-            Err(failure) => {
-                self.warm.forget();
-                let status = if failure.must_stop {
-                    crate::agent::client::STATUS_STOP
-                } else {
-                    Asker::of(target).unanswered()
-                };
-                Reply::Said(Said { status, text: failure.error.report() + "\n" })
-            }
-        }
+        })
+    }
+
+    fn failed(&self, target: &Path, failure: &FetchFailure) -> Reply {
+        self.warm.forget();
+        let status = if failure.must_stop { STATUS_STOP } else { Asker::of(target).unanswered() };
+        Reply::Said(Said { status, text: failure.error.report() + "\n" })
     }
 
     /// Takes note of the path that the server follows from now on.
@@ -233,7 +250,8 @@ impl Fetches {
         let Some(size) = fs::metadata(spooled).ok().and_then(|file| SegmentSize::new(file.len())) else {
             return;
         };
-        let ahead_max = (SPOOL_BYTES_MAX / size.bytes()).clamp(1, AHEAD_MAX);
+        let room = SPOOL_BYTES_MAX.min(free_bytes(spooled) / FREE_PART);
+        let ahead_max = (room / size.bytes()).min(AHEAD_MAX);
         let number = segment.number(size);
         let wanted: Vec<SegmentName> = (number + 1..=number + ahead_max)
             .filter_map(|number| next_on_path(segment.timeline, number, state.followed.as_ref(), size))
@@ -252,6 +270,11 @@ impl Fetches {
             place.insert(Ahead { path: Spooled(path), fetched });
         }
     }
+}
+
+/// Returns how much room is left where a file lies; all of it where that cannot be said.
+fn free_bytes(file: &Path) -> u64 {
+    statvfs(file).map_or(u64::MAX, |disk| disk.blocks_available().saturating_mul(disk.fragment_size()))
 }
 
 /// Removes what a fetch that was broken off at its last step left beside `spooled`.

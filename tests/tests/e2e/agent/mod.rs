@@ -1,6 +1,8 @@
 //! The agent behind the two thin commands, on real servers. Every other test of them holds with it as well:
 //! `WALSHIP_TEST_AGENT=auto`.
 
+mod life;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
