@@ -50,6 +50,12 @@ impl TailPart {
         Ok(length)
     }
 
+    /// Returns whether a whole object stands at the start of `bytes`, as it was written, whatever it means.
+    pub fn was_written(bytes: &[u8]) -> bool {
+        let body = Self::body_bytes(bytes).ok().and_then(|length| bytes.get(HEAD_BYTES..HEAD_BYTES + length));
+        body.is_some_and(|body| crc32fast::hash(body) == u32_at(bytes, 60))
+    }
+
     /// Returns the segment that the bytes belong to.
     pub fn segment(&self) -> SegmentName {
         SegmentName::containing(self.timeline, self.start, self.segment_size)

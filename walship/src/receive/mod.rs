@@ -204,7 +204,7 @@ pub async fn receive(
     loop {
         let sessions = receiver.report.sessions;
         let failed = match receiver.one_session(clusters).await {
-            Ok(Ended::Stopped) => return Ok(receiver.finish().await),
+            Ok(Ended::Stopped) => return receiver.finish().await,
             Ok(Ended::Stalled) => {
                 receiver.wait_for_an_upload().await?;
                 continue;
@@ -232,7 +232,7 @@ pub async fn receive(
         });
         receiver.tell();
         if receiver.pause(retry_in).await? {
-            return Ok(receiver.finish().await);
+            return receiver.finish().await;
         }
     }
 }
@@ -427,10 +427,12 @@ impl Receiver {
             return Report { repository_lsn: report.durable_lsn, ..report };
         };
         let shipped = spooled.shipping.so_far();
-        let repository_lsn = match (spooled.spool.segments().first(), shipped.to) {
-            (None, _) => report.durable_lsn,
-            (Some(held), Lsn::INVALID) => held.segment.start(spooled.spool.segment_size()),
-            (Some(_), to) => to,
+        let held = spooled.spool.segments();
+        let mut of_this = held.iter().filter(|held| Some(held.segment.timeline) == report.timeline);
+        let repository_lsn = match of_this.next() {
+            None => report.durable_lsn,
+            Some(_) if shipped.timeline == report.timeline => shipped.to.min(report.durable_lsn),
+            Some(first) => first.segment.start(spooled.spool.segment_size()).min(report.durable_lsn),
         };
         Report {
             repository_lsn,
@@ -443,7 +445,7 @@ impl Receiver {
     }
 
     /// Lets what is on its way come to its end, within bounds.
-    async fn finish(mut self) -> Report {
+    async fn finish(mut self) -> Result<Report> {
         let deadline = tokio::time::Instant::now() + self.options.drain_max;
         while let Some(archive) = &mut self.archive
             && !archive.uploads.is_empty()
@@ -461,17 +463,15 @@ impl Receiver {
             }
         }
         if let Some(spooled) = self.archive.as_mut().and_then(|archive| archive.spooled.as_mut()) {
-            let warning = match tokio::time::timeout_at(deadline, spooled.shipping.everything()).await {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(error.to_string()),
-                Err(_) => Some(spooled.left()),
-            };
-            warning.into_iter().for_each(|warning| (self.progress)(ReceiveEvent::Warning(warning)));
+            match tokio::time::timeout_at(deadline, spooled.shipping.everything()).await {
+                Ok(done) => done?,
+                Err(_) => (self.progress)(ReceiveEvent::Warning(spooled.left())),
+            }
         }
         self.report.streaming = false;
         self.report.uploads = 0;
         self.tell();
-        self.report()
+        Ok(self.report())
     }
 }
 

@@ -22,8 +22,8 @@ use crate::storage::{ObjectKey, blocking};
 const PIECES_MAX: usize = 32;
 
 /// The pauses between two attempts at a store.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(200);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What fills up a segment that ends early.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -150,7 +150,7 @@ impl Uploads {
 
     /// Returns how many segments are on their way.
     pub(super) fn segments(&self) -> usize {
-        self.tasks.len() - self.parts
+        self.tasks.len().saturating_sub(self.parts)
     }
 
     /// Returns how much is on its way.
@@ -358,7 +358,7 @@ async fn done_or_pause<T>(
     }
 }
 
-async fn pause_for(error: &Error, backoff: &mut Backoff, progress: &Progress) {
+pub(super) async fn pause_for(error: &Error, backoff: &mut Backoff, progress: &Progress) {
     let pause = backoff.next();
     progress(ReceiveEvent::StoreFails { error: error.to_string(), retry_in: pause });
     tokio::time::sleep(pause).await;

@@ -11,6 +11,9 @@ use crate::repository::ClusterRepository;
 impl Receiver {
     /// Reaches a server that will do, and streams from it until the session ends.
     pub(super) async fn one_session(&mut self, clusters: &[ClusterRepository]) -> Result<Ended> {
+        if self.settle().await? {
+            return Ok(Ended::Stopped);
+        }
         let mut server = self.server.clone();
         let mut refused: Vec<Error> = Vec::new();
         loop {

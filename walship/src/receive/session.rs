@@ -151,7 +151,8 @@ impl Receiver {
                 return Ok(Turn::Ended(Ended::Stalled));
             }
             let mut look = streaming.talk.next_look(now).min(streaming.next_report.saturating_sub(now));
-            if let Some(next) = streaming.tail.next_look(now, archive.uploads.under_way()) {
+            let may_ship = archive.spooled.as_ref().is_none_or(|spooled| spooled.spool.has_room());
+            if may_ship && let Some(next) = streaming.tail.next_look(now, archive.uploads.under_way()) {
                 look = look.min(next);
             }
             if full {
@@ -290,13 +291,18 @@ impl Receiver {
                 streaming.cutter.timeline()
             )));
         }
-        while !streaming.tail.is_empty() {
+        loop {
             streaming.tail.hurry();
             self.ship(streaming, self.started.elapsed())?;
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
-            if !archive.uploads.is_empty() {
-                let stored = archive.next().await?;
-                self.note(stored);
+            // The spool is told of the end when it has everything.
+            let waits = archive.spooled.is_some() && !archive.uploads.is_empty();
+            if streaming.tail.is_empty() && !waits {
+                break;
+            }
+            tokio::select! {
+                stored = archive.next() => self.note(stored?),
+                _ = stopped(&mut self.stop) => return Err(Error::unavailable("it is time to stop")),
             }
         }
         self.end_in_the_spool(streaming.cutter.segment(), switch_lsn).await?;

@@ -9,19 +9,20 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
-use super::Progress;
-use super::segments::{push_patiently, put_patiently, tidy};
-use crate::archive::push::{EncodedFile, PushOptions, encode_stream};
+use super::segments::{FIRST_PAUSE, LONGEST_PAUSE, pause_for, push_patiently, put_patiently, tidy};
+use super::{Backoff, Progress};
+use crate::archive::push::{EncodedFile, PushOptions, PushReport, encode_stream};
 use crate::codec::TailPart;
 use crate::error::{Error, Result};
 use crate::feed::Part;
-use crate::pg::{Lsn, SegmentName, WalFileName};
+use crate::pg::{Lsn, SegmentName, TimelineId, WalFileName};
 use crate::repository::LineageRepository;
 use crate::spool::{Held, Spool};
 use crate::storage::{ObjectKey, blocking};
 
-/// How often is looked whether a segment has come where parts of it are not wanted.
+/// How often is looked whether a whole segment has come.
 const LOOK: Duration = Duration::from_millis(250);
 
 /// What was done so far.
@@ -35,6 +36,8 @@ pub(super) struct Shipped {
     pub(super) stored_bytes: u64,
     /// What was stored last ends here; all of its timeline before is stored too.
     pub(super) to: Lsn,
+    /// The timeline of that.
+    pub(super) timeline: Option<TimelineId>,
 }
 
 /// What is asked of the shipper.
@@ -130,34 +133,43 @@ struct Shipper {
 
 impl Shipper {
     async fn run(&mut self, mut wants: watch::Receiver<Wanted>) -> Result<()> {
+        let mut parts_went = Instant::now();
         loop {
             let all = *wants.borrow_and_update() == Wanted::Everything;
-            let done = self.once(all).await?;
-            if done && all {
+            let due = self.interval.is_some_and(|interval| parts_went.elapsed() >= interval);
+            if !self.once(due || all, all).await? {
+                continue;
+            }
+            if all {
                 return Ok(());
             }
-            if done {
-                tokio::select! {
-                    () = tokio::time::sleep(self.interval.unwrap_or(LOOK)) => {}
-                    changed = wants.changed() => if changed.is_err() { return Ok(()) },
-                }
+            if due {
+                parts_went = Instant::now();
+            }
+            let look = self
+                .interval
+                .map_or(LOOK, |interval| interval.saturating_sub(parts_went.elapsed()).min(LOOK));
+            tokio::select! {
+                () = tokio::time::sleep(look) => {}
+                changed = wants.changed() => if changed.is_err() { return Ok(()) },
             }
         }
     }
 
-    /// Ships what is there, oldest first; returns whether that is all for now.
-    async fn once(&mut self, all: bool) -> Result<bool> {
+    /// Ships what is there, oldest first, of open segments only where `parts` are due; returns whether that is all for
+    /// now.
+    async fn once(&mut self, parts: bool, all: bool) -> Result<bool> {
         for held in self.spool.segments() {
             if held.is_whole(self.spool.segment_size()) {
                 self.ship_whole(held).await?;
                 // Others may have come meanwhile, and this one is gone.
                 return Ok(false);
             }
-            if self.interval.is_some() || all || held.is_last {
+            if parts || held.timeline_end.is_some() {
                 self.ship_parts(held).await?;
             }
-            if held.is_last {
-                self.ship_last(held).await?;
+            if let Some(end) = held.timeline_end {
+                self.ship_last(held, end).await?;
                 return Ok(false);
             }
             if all {
@@ -169,40 +181,53 @@ impl Shipper {
 
     async fn ship_whole(&mut self, held: Held) -> Result<()> {
         let file = self.encode(held.segment).await?;
-        self.push(held, &file, held.segment.end(self.spool.segment_size())).await?;
-        if let Some(open) = self.open.remove(&held.segment) {
-            tidy(&self.lineages, open.parts);
+        let report = push_patiently(&self.lineages, &file, &self.progress).await?;
+        // Under another name it would not be served: its parts are then.
+        if !report.whole {
+            self.ship_parts(held).await?;
         }
-        Ok(())
+        let parts = self.open.remove(&held.segment).map(|open| open.parts);
+        if let Some(parts) = parts.filter(|_| report.whole) {
+            tidy(&self.lineages, parts);
+        }
+        self.shipped(held, &report, held.end).await
     }
 
-    async fn ship_last(&mut self, held: Held) -> Result<()> {
+    /// Stores the last segment of a timeline. Its parts stay: they are what is served of it, and hold what a server
+    /// that died had written behind the end.
+    async fn ship_last(&mut self, held: Held, end: u64) -> Result<()> {
         let file = self.encode(held.segment).await?.into_partial();
-        let end = Lsn(held.segment.start(self.spool.segment_size()).0 + held.end);
-        // Its parts stay: they are what is served of it.
+        let report = push_patiently(&self.lineages, &file, &self.progress).await?;
         self.open.remove(&held.segment);
-        self.push(held, &file, end).await
+        self.shipped(held, &report, end).await
     }
 
-    async fn push(&mut self, held: Held, file: &EncodedFile, end: Lsn) -> Result<()> {
-        let report = push_patiently(&self.lineages, file, &self.progress).await?;
+    async fn shipped(&self, held: Held, report: &PushReport, end: u64) -> Result<()> {
         self.remove(held.segment).await?;
         self.tell.send_modify(|shipped| {
             shipped.segments += 1;
             shipped.stored_bytes += report.stored_bytes;
-            shipped.to = end;
+            shipped.to = Lsn(held.segment.start(self.spool.segment_size()).0 + end);
+            shipped.timeline = Some(held.segment.timeline);
         });
         Ok(())
     }
 
+    /// Encodes a segment; waits where the folder for temporary files has no room for the body of a large one.
     async fn encode(&self, segment: SegmentName) -> Result<EncodedFile> {
-        let (spool, push) = (Arc::clone(&self.spool), self.push.clone());
-        blocking(move || {
-            let size = spool.segment_size();
-            let mut reader = spool.reader(segment)?;
-            encode_stream(WalFileName::Segment(segment), &mut reader, size.bytes(), size, &push)
-        })
-        .await
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        loop {
+            let (spool, push) = (Arc::clone(&self.spool), self.push.clone());
+            let encoded = blocking(move || {
+                let size = spool.segment_size();
+                let mut reader = spool.reader(segment)?;
+                encode_stream(WalFileName::Segment(segment), &mut reader, size.bytes(), size, &push)
+            });
+            match encoded.await {
+                Err(error @ Error::LocalIo(_)) => pause_for(&error, &mut backoff, &self.progress).await,
+                encoded => return encoded,
+            }
+        }
     }
 
     /// Stores what is held of a segment behind what is stored of it.
@@ -229,6 +254,7 @@ impl Shipper {
             self.tell.send_modify(|shipped| {
                 shipped.parts += 1;
                 shipped.to = Lsn(start.0 + end - from);
+                shipped.timeline = Some(segment.timeline);
             });
         }
     }
@@ -260,7 +286,8 @@ impl Shipper {
 
 /// Returns bytes of a segment from `from` on: at most as many as one part may have, and none behind `until`.
 fn read(spool: &Spool, segment: SegmentName, from: u64, until: u64) -> Result<Vec<u8>> {
-    let mut parts = spool.parts(segment)?;
+    let less = || Error::corrupt(format!("the spool holds less of {segment} than it should"));
+    let mut parts = spool.parts(segment)?.ok_or_else(less)?;
     let mut bytes = Vec::new();
     let mut at = 0;
     let until = until.min(from + TailPart::BYTES_MAX as u64);
@@ -273,7 +300,7 @@ fn read(spool: &Spool, segment: SegmentName, from: u64, until: u64) -> Result<Ve
         at = end;
     }
     if bytes.is_empty() {
-        return Err(Error::corrupt(format!("the spool holds less of {segment} than it should")));
+        return Err(less());
     }
     Ok(bytes)
 }

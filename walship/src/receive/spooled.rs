@@ -66,13 +66,8 @@ pub(super) struct Again {
 impl Again {
     /// Returns what is held of a segment; `None` where nothing is.
     fn of(spool: &Spool, segment: SegmentName) -> Result<Option<Self>> {
-        let Some(held) = spool.segment(segment) else { return Ok(None) };
-        match spool.parts(segment) {
-            Ok(parts) => Ok(Some(Self { segment, parts, part: None, end: held.end })),
-            // It went into the repositories meanwhile.
-            Err(_) if spool.segment(segment).is_none() => Ok(None),
-            Err(error) => Err(error),
-        }
+        let held = spool.segment(segment).zip(spool.parts(segment)?);
+        Ok(held.map(|(held, parts)| Self { segment, parts, part: None, end: held.end }))
     }
 
     /// Compares bytes at an offset with those that are held. Offsets grow from call to call.
@@ -113,6 +108,21 @@ impl Again {
 }
 
 impl Receiver {
+    /// Waits until what was taken in a session that is over is in the spool; returns whether the time to stop has
+    /// come meanwhile. The next session goes on from what is there.
+    pub(super) async fn settle(&mut self) -> Result<bool> {
+        while let Some(archive) = &mut self.archive
+            && archive.spooled.is_some()
+            && !archive.uploads.is_empty()
+        {
+            tokio::select! {
+                stored = archive.next() => self.note(stored?),
+                _ = stopped(&mut self.stop) => return Ok(true),
+            }
+        }
+        Ok(false)
+    }
+
     /// Returns what of a piece the spool does not have yet. What it has is compared.
     pub(super) async fn not_in_the_spool(
         &mut self,

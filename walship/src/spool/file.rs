@@ -41,7 +41,11 @@ impl Parts {
             Ok(_) => {}
             Err(error) => return Err(self.failed(error)),
         }
-        TailPart::decode(&object).map(Some).map_err(|error| self.damaged(&error.to_string()))
+        match TailPart::decode(&object) {
+            Err(error @ Error::Corrupt(_)) => Err(self.damaged(&error.to_string())),
+            Err(error) => Err(error.context(self.path.display())),
+            Ok(part) => Ok(Some(part)),
+        }
     }
 
     fn damaged(&self, what: &str) -> Error {
@@ -77,45 +81,68 @@ pub(super) struct Sound {
     pub(super) file_bytes: u64,
 }
 
-/// Reads a file to its end, and cuts off a last part that was not written whole.
+/// What a part at a file's end may be that is not sound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// One that was being written when this host died: never acknowledged.
+    MayBeTorn,
+    /// Damaged: something was acknowledged behind it.
+    WasWritten,
+}
+
+/// Reads a file to its end, cuts off a last part that was not written whole, and makes the rest durable.
 ///
 /// # Errors
-/// [`Error::Corrupt`] when that is not the last one: each was synced before the next one was written.
-pub(super) fn check(path: &Path, is_ours: impl Fn(&TailPart) -> bool) -> Result<Sound> {
+/// [`Error::Corrupt`] for any other damage: each part was synced before the next one was written.
+/// # Durability
+/// After `Ok` what is sound survives a crash, also when the process that wrote it died before it was synced.
+pub(super) fn check(path: &Path, end: End, is_ours: impl Fn(&TailPart) -> bool) -> Result<Sound> {
     let mut parts = Parts::open(path)?;
     let mut sound = Sound { plain_bytes: 0, file_bytes: 0 };
+    let mut last_start = 0;
     let damage = loop {
         match parts.next_part() {
-            Ok(None) => return Ok(sound),
+            Ok(None) => break None,
             Ok(Some(part)) if is_ours(&part) && part.offset() == sound.plain_bytes => {
                 sound.plain_bytes += part.bytes.len() as u64;
+                last_start = sound.file_bytes;
                 sound.file_bytes = io::Seek::stream_position(&mut parts.file)
                     .map_err(|error| Error::from_io(format!("reading {}", path.display()), error))?;
             }
-            Ok(Some(_)) => break parts.damaged("it holds a part that does not belong there"),
-            Err(damage @ Error::Corrupt(_)) => break damage,
+            Ok(Some(_)) => return Err(parts.damaged("it holds a part that does not belong there")),
+            Err(damage @ Error::Corrupt(_)) => break Some(damage),
             Err(error) => return Err(error),
         }
     };
     let failed = |error| Error::from_io(format!("mending {}", path.display()), error);
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
-    let length = file.metadata().map_err(failed)?.len();
-    let rest = length.saturating_sub(sound.file_bytes);
-    if rest > TailPart::OBJECT_BYTES_MAX || another_follows(&file, sound.file_bytes, rest).map_err(failed)? {
-        return Err(damage);
+    if let Some(damage) = damage {
+        let rest = file.metadata().map_err(failed)?.len().saturating_sub(sound.file_bytes);
+        if end == End::WasWritten
+            || rest > TailPart::OBJECT_BYTES_MAX
+            || another_follows(&file, sound.file_bytes, rest).map_err(failed)?
+        {
+            return Err(damage);
+        }
+        tracing::warn!("{damage}: the last part was never acknowledged, and is cut off");
+        file.set_len(sound.file_bytes).map_err(failed)?;
     }
-    tracing::warn!("{damage}: the last part was never acknowledged, and is cut off");
-    file.set_len(sound.file_bytes).and_then(|()| file.sync_all()).map_err(failed)?;
+    // Whoever wrote the last part may have died before it was synced, or after a sync had failed: then it would be
+    // believed to be on the disk. All before it were synced.
+    let mut last = vec![0; usize::try_from(sound.file_bytes - last_start).unwrap_or(0)];
+    file.read_exact_at(&mut last, last_start)
+        .and_then(|()| file.write_all_at(&last, last_start))
+        .and_then(|()| file.sync_all())
+        .map_err(failed)?;
     Ok(sound)
 }
 
-/// Whether the head of a part stands anywhere behind `from`, in the next `length` bytes: what is damaged before it was
-/// written whole.
+/// Whether what is damaged at `from` was written whole: it is there as it was written, or the head of a part stands
+/// anywhere in the `length` bytes behind.
 fn another_follows(file: &File, from: u64, length: u64) -> io::Result<bool> {
     let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
     file.read_exact_at(&mut bytes, from)?;
-    Ok((1..bytes.len())
-        .any(|at| bytes[at..].len() >= TailPart::HEAD_BYTES && TailPart::body_bytes(&bytes[at..]).is_ok()))
+    Ok(TailPart::was_written(&bytes) || (1..bytes.len()).any(|at| TailPart::body_bytes(&bytes[at..]).is_ok()))
 }
 
 /// A segment's bytes as a reader.

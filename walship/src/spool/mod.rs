@@ -9,7 +9,7 @@
 
 mod file;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -23,6 +23,8 @@ use crate::codec::{Compression, TailPart};
 use crate::durable::sync_folder;
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, SegmentName, SegmentSize};
+
+use file::End;
 
 pub use file::{Parts, SegmentReader};
 
@@ -54,8 +56,8 @@ pub struct Held {
     pub end: u64,
     /// The length of its file.
     pub file_bytes: u64,
-    /// Whether the timeline ends in it, at `end`.
-    pub is_last: bool,
+    /// Where in it the timeline ended, if it did: what is held behind was written by a server that died.
+    pub timeline_end: Option<u64>,
 }
 
 impl Held {
@@ -87,6 +89,8 @@ pub struct Spool {
     size: SegmentSize,
     bytes_max: u64,
     held: Mutex<BTreeMap<SegmentName, Held>>,
+    /// Held by whoever changes a file.
+    changing: Mutex<()>,
 }
 
 impl SpoolFolder {
@@ -141,19 +145,24 @@ impl SpoolFolder {
     /// Returns the segment size that the parts of a system identifier tell; `None` where nothing is held of it.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] when its first file is no spool's.
+    /// [`Error::Corrupt`] when no file can be read, and one of them holds more than a part that was cut off.
     pub fn segment_size(&self, system_identifier: u64) -> Result<Option<SegmentSize>> {
         let path = self.path.join(system_identifier.to_string());
+        let mut damage = None;
         for (name, _) in entries(&path)? {
             if parse_name(&name).is_none() {
                 continue;
             }
-            let file = path.join(&name);
-            if let Some(part) = Parts::open(&file)?.next_part()? {
-                return Ok(Some(part.segment_size));
+            match Parts::open(&path.join(&name))?.next_part() {
+                Ok(Some(part)) => return Ok(Some(part.segment_size)),
+                Ok(None) => {}
+                Err(Error::Corrupt(_)) => {
+                    damage = file::check(&path.join(&name), End::MayBeTorn, |_| true).err().or(damage);
+                }
+                Err(error) => return Err(error),
             }
         }
-        Ok(None)
+        damage.map_or(Ok(None), Err)
     }
 
     /// Opens what is held of a system identifier; at most `bytes_max` bytes of files are taken.
@@ -167,32 +176,43 @@ impl SpoolFolder {
     pub fn open(self, system_identifier: u64, size: SegmentSize, bytes_max: u64) -> Result<Spool> {
         let path = self.path.join(system_identifier.to_string());
         make(&path)?;
-        let spool = Spool { folder: self, path, system_identifier, size, bytes_max, held: Mutex::default() };
-        for (name, _) in entries(&spool.path)? {
-            let Some((segment, end)) = parse_name(&name) else { continue };
+        let spool = Spool {
+            folder: self,
+            path,
+            system_identifier,
+            size,
+            bytes_max,
+            held: Mutex::default(),
+            changing: Mutex::default(),
+        };
+        let names: Vec<_> = entries(&spool.path)?
+            .into_iter()
+            .filter_map(|(name, _)| parse_name(&name).map(|(segment, end)| (name, segment, end)))
+            .collect();
+        let files: BTreeSet<SegmentName> = names.iter().map(|(_, segment, _)| *segment).collect();
+        for (name, segment, timeline_end) in names {
             let file = spool.path.join(&name);
-            let sound = file::check(&file, |part| spool.is_ours(part, segment))?;
+            // What follows was written when all of this was acknowledged.
+            let followed = segment.next(size).is_some_and(|next| files.contains(&next));
+            let last = if followed || timeline_end.is_some() { End::WasWritten } else { End::MayBeTorn };
+            let sound = file::check(&file, last, |part| spool.is_ours(part, segment))?;
             if sound.plain_bytes == 0 {
                 // Made, and nothing came of it.
                 fs::remove_file(&file)
                     .map_err(|error| Error::from_io(format!("removing {}", file.display()), error))?;
                 continue;
             }
-            if end.is_some_and(|end| end > sound.plain_bytes) {
+            if timeline_end.is_some_and(|end| end > sound.plain_bytes) {
                 return Err(Error::corrupt(format!(
                     "{} holds {} bytes of WAL, less than its name says",
                     file.display(),
                     sound.plain_bytes
                 )));
             }
-            let held = Held {
-                segment,
-                end: end.unwrap_or(sound.plain_bytes),
-                file_bytes: sound.file_bytes,
-                is_last: end.is_some(),
-            };
+            let held = Held { segment, end: sound.plain_bytes, file_bytes: sound.file_bytes, timeline_end };
             spool.held().insert(segment, held);
         }
+        sync_folder(&spool.path)?;
         Ok(spool)
     }
 }
@@ -247,9 +267,11 @@ impl Spool {
         bytes: Vec<u8>,
         compression: Compression,
     ) -> Result<()> {
+        let _changing = self.changing();
         let held = self.segment(segment);
         let (end, file_bytes) = held.map_or((0, 0), |held| (held.end, held.file_bytes));
-        if start.0 != segment.start(self.size).0 + end || held.is_some_and(|held| held.is_last) {
+        if start.0 != segment.start(self.size).0 + end || held.is_some_and(|held| held.timeline_end.is_some())
+        {
             return Err(Error::invalid(format!(
                 "bytes of {segment} at {start} do not follow on the {end} that are in the spool"
             )));
@@ -262,7 +284,7 @@ impl Spool {
             bytes,
         };
         let object = part.encode(compression)?;
-        let path = self.file_of(segment);
+        let path = self.path.join(format!("{segment}{TAIL}"));
         let failed = |error| {
             Error::from_io(format!("writing {}", path.display()), error)
                 .with_safe("nothing was acknowledged that is not durable; the server keeps the WAL")
@@ -284,43 +306,53 @@ impl Spool {
             segment,
             end: end + part.bytes.len() as u64,
             file_bytes: file_bytes + object.len() as u64,
-            is_last: false,
+            timeline_end: None,
         };
         self.held().insert(segment, held);
         Ok(())
     }
 
-    /// Notes that a timeline ends in this segment, at the offset `end`. What is held behind it is on no path.
+    /// Notes that a timeline ended in this segment, at the offset `end`. A whole segment stays one: what a server
+    /// that died wrote behind the end is WAL of that timeline.
     ///
     /// # Durability
     /// After `Ok` the note survives a crash.
     pub fn end_timeline(&self, segment: SegmentName, end: u64) -> Result<()> {
-        let Some(held) = self.segment(segment).filter(|held| !held.is_last && end <= held.end) else {
+        let _changing = self.changing();
+        let mut all = self.held();
+        let Some(held) = all.get_mut(&segment) else { return Ok(()) };
+        if held.timeline_end.is_some() || held.is_whole(self.size) || end > held.end {
             return Ok(());
-        };
-        let (from, to) = (self.file_of(segment), self.path.join(format!("{segment}.{end:08X}{LAST}")));
-        fs::rename(&from, &to)
+        }
+        let from = self.file_of(held);
+        let noted = Held { timeline_end: Some(end), ..*held };
+        // Under the lock: whoever opens the file meanwhile has to know its name.
+        fs::rename(&from, self.file_of(&noted))
             .map_err(|error| Error::from_io(format!("renaming {}", from.display()), error))?;
-        sync_folder(&self.path)?;
-        self.held().insert(segment, Held { end, is_last: true, ..held });
-        Ok(())
+        *held = noted;
+        drop(all);
+        sync_folder(&self.path)
     }
 
-    /// Returns the segment's parts, as they were written.
+    /// Returns the segment's parts, as they were written; `None` where nothing is held of it.
     ///
     /// # Errors
     /// When its file cannot be opened.
-    pub fn parts(&self, segment: SegmentName) -> Result<Parts> {
-        Parts::open(&self.file_of(segment))
+    pub fn parts(&self, segment: SegmentName) -> Result<Option<Parts>> {
+        let all = self.held();
+        all.get(&segment).map(|held| Parts::open(&self.file_of(held))).transpose()
     }
 
-    /// Returns the segment's bytes from its start to its end; behind what is held, zeros.
+    /// Returns the segment's bytes from its start to its end; behind what is held of it, or behind the end of its
+    /// timeline, zeros.
     ///
     /// # Errors
-    /// When its file cannot be opened.
+    /// When nothing is held of it, or its file cannot be opened.
     pub fn reader(&self, segment: SegmentName) -> Result<SegmentReader> {
-        let end = self.segment(segment).map_or(0, |held| held.end);
-        Ok(SegmentReader::new(self.parts(segment)?, end, self.size.bytes()))
+        let (Some(held), Some(parts)) = (self.segment(segment), self.parts(segment)?) else {
+            return Err(Error::local_io(format!("the spool holds nothing of {segment}")));
+        };
+        Ok(SegmentReader::new(parts, held.timeline_end.unwrap_or(held.end), self.size.bytes()))
     }
 
     /// Removes a segment: all of it is in every repository.
@@ -328,22 +360,29 @@ impl Spool {
     /// # Errors
     /// When its file cannot be removed.
     pub fn remove(&self, segment: SegmentName) -> Result<()> {
-        let path = self.file_of(segment);
+        let _changing = self.changing();
+        let mut all = self.held();
+        let Some(path) = all.get(&segment).map(|held| self.file_of(held)) else { return Ok(()) };
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(Error::from_io(format!("removing {}", path.display()), error));
             }
             _ => {}
         }
-        self.held().remove(&segment);
+        all.remove(&segment);
         Ok(())
     }
 
-    fn file_of(&self, segment: SegmentName) -> PathBuf {
-        match self.segment(segment) {
-            Some(held) if held.is_last => self.path.join(format!("{segment}.{:08X}{LAST}", held.end)),
-            _ => self.path.join(format!("{segment}{TAIL}")),
-        }
+    fn file_of(&self, held: &Held) -> PathBuf {
+        let segment = held.segment;
+        self.path.join(match held.timeline_end {
+            Some(end) => format!("{segment}.{end:08X}{LAST}"),
+            None => format!("{segment}{TAIL}"),
+        })
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_ours(&self, part: &TailPart, segment: SegmentName) -> bool {
@@ -363,9 +402,11 @@ impl Spool {
 /// When the folder is there and cannot be read.
 pub fn waiting(folder: &Path, cluster: &str) -> Result<Option<Waiting>> {
     let folder = folder.join(cluster);
+    // Let go of at once: a receiver may start at any moment.
     let lock = File::open(folder.join(LOCK)).ok();
-    let locked = lock.map(|file| Flock::lock(file, FlockArg::LockSharedNonblock));
-    let in_use = matches!(locked, Some(Err((_, Errno::EWOULDBLOCK))));
+    let in_use = lock.is_some_and(|file| {
+        matches!(Flock::lock(file, FlockArg::LockSharedNonblock), Err((_, Errno::EWOULDBLOCK)))
+    });
     let mut waiting = Waiting { folder: folder.clone(), segments: 0, file_bytes: 0, in_use };
     for (name, metadata) in entries(&folder)? {
         if !metadata.is_dir() || name.parse::<u64>().is_err() {
@@ -424,7 +465,7 @@ fn make(folder: &Path) -> Result<()> {
         error.with_next("Name a folder for --spool that this user can write to; its parent must exist.")
     };
     match fs::DirBuilder::new().mode(0o700).create(folder) {
-        Ok(()) => return sync_folder(crate::durable::folder_of(folder)),
+        Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
             return Err(advise(Error::from_io(format!("making the spool {}", folder.display()), error)));
@@ -439,7 +480,8 @@ fn make(folder: &Path) -> Result<()> {
             metadata.uid()
         ))));
     }
-    Ok(())
+    // Also where it was there: whoever made it may have died before this.
+    sync_folder(crate::durable::folder_of(folder))
 }
 
 #[cfg(test)]

@@ -63,7 +63,7 @@ fn what_was_appended_is_there_again() {
     drop(spool);
     let spool = open(&place).unwrap();
     let last = spool.segment(name(5)).unwrap();
-    assert!(last.is_last && last.end == 5 && !last.is_whole(SIZE));
+    assert_eq!((last.timeline_end, last.end), (Some(5), 8), "what was received behind it is held, too");
     for number in [5, 6, 7] {
         spool.remove(name(number)).unwrap();
     }
@@ -78,7 +78,7 @@ fn a_file_reads_like_any_of_the_format() {
     let spool = open(&folder.path().join("spool")).unwrap();
     append(&spool, 5, 0, b"abc").unwrap();
     append(&spool, 5, 3, b"def").unwrap();
-    let mut parts = spool.parts(name(5)).unwrap();
+    let mut parts = spool.parts(name(5)).unwrap().unwrap();
     let first = parts.next_part().unwrap().unwrap();
     assert_eq!((first.bytes, first.system_identifier), (b"abc".to_vec(), IDENTIFIER));
     assert_eq!(parts.next_part().unwrap().unwrap().start.0, name(5).start(SIZE).0 + 3);
@@ -94,7 +94,7 @@ fn a_part_that_was_not_written_whole_is_cut_off() {
     append(&spool, 5, 0, b"abc").unwrap();
     let acknowledged = spool.file_bytes();
     append(&spool, 5, 3, b"defghijk").unwrap();
-    let file = spool.file_of(name(5));
+    let file = spool.file_of(&spool.segment(name(5)).unwrap());
     let whole = fs::read(&file).unwrap();
     drop(spool);
     for cut in acknowledged..whole.len() as u64 {
@@ -122,7 +122,7 @@ fn damage_of_what_was_acknowledged_is_not_cut_off() {
     append(&spool, 5, 0, b"abc").unwrap();
     let first = spool.file_bytes();
     append(&spool, 5, 3, b"def").unwrap();
-    let file = spool.file_of(name(5));
+    let file = spool.file_of(&spool.segment(name(5)).unwrap());
     let whole = fs::read(&file).unwrap();
     drop(spool);
     for at in 0..first as usize {
@@ -133,6 +133,59 @@ fn damage_of_what_was_acknowledged_is_not_cut_off() {
         assert!(matches!(error, Error::Corrupt(_)), "{at}: {error}");
         assert_eq!(fs::read(&file).unwrap(), bytes, "the file is left as it is");
     }
+}
+
+/// Neither is a last part that something was written behind, in the next segment or by the timeline's end, nor one
+/// that is there as it was written.
+#[test]
+fn a_last_part_that_was_acknowledged_is_not_cut_off() {
+    let folder = tempfile::tempdir().unwrap();
+    for case in 0..3 {
+        let place = folder.path().join(case.to_string());
+        let spool = open(&place).unwrap();
+        append(&spool, 5, 0, b"abc").unwrap();
+        append(&spool, 5, 3, b"def").unwrap();
+        match case {
+            0 => append(&spool, 6, 0, b"x").unwrap(),
+            1 => spool.end_timeline(name(5), 4).unwrap(),
+            _ => {}
+        }
+        let file = spool.file_of(&spool.segment(name(5)).unwrap());
+        drop(spool);
+        let mut bytes = fs::read(&file).unwrap();
+        let last = bytes.len() / 2;
+        if case < 2 {
+            let end = bytes.len() - 1;
+            bytes[end] ^= 1;
+        } else {
+            // Written by a newer program, sound as far as this one can tell.
+            bytes[last + 16] = 9;
+            let crc = crc32fast::hash(&bytes[last..last + 96]).to_le_bytes();
+            bytes[last + 96..last + 100].copy_from_slice(&crc);
+        }
+        fs::write(&file, &bytes).unwrap();
+        let error = open(&place).unwrap_err();
+        let expected = if case < 2 { "checksum of its body" } else { "newest walship" };
+        assert!(error.report().contains(expected), "{case}: {}", error.report());
+        assert_eq!(fs::read(&file).unwrap(), bytes);
+    }
+}
+
+#[test]
+fn a_file_that_holds_a_torn_part_only_says_nothing_of_the_segment_size() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("spool");
+    let spool = open(&place).unwrap();
+    append(&spool, 5, 0, b"abc").unwrap();
+    let file = spool.file_of(&spool.segment(name(5)).unwrap());
+    drop(spool);
+    let whole = fs::read(&file).unwrap();
+    fs::write(&file, &whole[..50]).unwrap();
+    let locked = SpoolFolder::lock(&place, "main").unwrap();
+    assert_eq!(locked.segment_size(IDENTIFIER).unwrap(), None);
+    let spool = locked.open(IDENTIFIER, SIZE, 1 << 20).unwrap();
+    append(&spool, 6, 0, b"abc").unwrap();
+    assert_eq!(spool.into_folder().segment_size(IDENTIFIER).unwrap(), Some(SIZE));
 }
 
 #[test]

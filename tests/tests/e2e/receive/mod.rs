@@ -36,7 +36,7 @@ pub(crate) enum Flush {
     Async,
     /// Every repository.
     Repository,
-    /// The receiver's spool; the repositories get the open segment a good while later.
+    /// The receiver's spool; the repositories get the open segment when it is asked for.
     Local,
 }
 
@@ -48,7 +48,7 @@ impl Flush {
             Self::Async => &[],
             Self::Repository => &["--flush", "repository"],
             Self::Local => {
-                &["--flush", "local", "--spool", spool.to_str().unwrap(), "--tail-interval", "1500"]
+                &["--flush", "local", "--spool", spool.to_str().unwrap(), "--tail-interval", "60000"]
             }
         };
         Receiving::start(stage, conninfo, args)
