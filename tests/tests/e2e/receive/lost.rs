@@ -55,6 +55,10 @@ impl Scene {
     /// Writes WAL that the server forgets at once where no slot forbids it; returns the first such segment.
     fn write_and_forget(&self) -> String {
         self.server.psql("INSERT INTO t VALUES (2)");
+        self.forget()
+    }
+
+    fn forget(&self) -> String {
         let first = self.server.switch_wal();
         for _ in 0..12 {
             self.server.switch_wal();
@@ -94,7 +98,9 @@ impl Scene {
         let position = |name: &str| record[name].as_str().unwrap().parse::<Lsn>().unwrap();
         let name: SegmentName = first.parse().unwrap();
         let size = walship::pg::SegmentSize::MIN;
-        assert_eq!(position("start_lsn"), name.start(size), "{record}");
+        // What of its first segment was shipped in parts is not lost.
+        let start = position("start_lsn");
+        assert!(name.start(size) <= start && start < name.end(size), "{record}");
         let last = self.server.switch_wal();
         self.stored(&last);
         let after = SegmentName::containing(name.timeline, position("end_lsn"), size);
@@ -188,4 +194,75 @@ fn a_slot_that_is_gone_costs_nothing_while_the_wal_is_there() {
     written.iter().for_each(|segment| scene.stored(segment));
     assert!(scene.ledger().is_empty());
     assert!(!scene.receiving.said().contains("lost"), "{}", scene.receiving.said());
+}
+
+#[test]
+fn a_commit_that_was_shipped_before_the_loss_comes_back() {
+    let mut scene = Scene::new(newer_major(), ("wal_keep_size", "0"));
+    // In the segment of which the rest is lost: acknowledged, and in parts alone.
+    let shipped = scene.server.psql("INSERT INTO t VALUES (20) RETURNING pg_current_xact_id()");
+    let next = scene.server.psql("INSERT INTO t VALUES (21) RETURNING pg_current_xact_id()");
+    scene.receiving.wait_durable(scene.server.psql("SELECT pg_current_wal_flush_lsn()").parse().unwrap());
+    scene.receiving.kill9();
+    scene.server.wait_for("SELECT active FROM pg_replication_slots", "f");
+    scene.server.psql("SELECT pg_drop_replication_slot('walship')");
+    let lost = scene.server.psql("INSERT INTO t VALUES (22) RETURNING pg_current_xact_id()");
+    let first = scene.forget();
+    scene.start();
+    wait::until("the loss is told", || scene.receiving.said().contains("error: WAL is lost: "));
+    scene.stored(&scene.server.switch_wal());
+
+    // The plan says what it rests on, and what is behind it.
+    let plan = scene.plan(&["--to-xid", &next], 0)["plan"].clone();
+    let tail = &plan["tail"];
+    assert_eq!(tail["segment"], *first, "{plan:#}");
+    assert_eq!(plan["last_included"]["xid"].to_string(), next, "{plan:#}");
+    assert_eq!(plan["gap_behind"]["from"], tail["until_lsn"], "{plan:#}");
+    let record: serde_json::Value = serde_json::from_slice(&fs::read(&scene.ledger()[0]).unwrap()).unwrap();
+    assert_eq!(record["start_lsn"], tail["lost_from"], "{record}");
+    for words in [&["--latest"][..], &["--to-xid", &lost]] {
+        let refusal = scene.plan(words, 3)["refusal"].clone();
+        assert_eq!(refusal["kind"], "gap", "{refusal}");
+        // It offers the last commit before the loss.
+        assert!(refusal["before"]["what"].as_str().unwrap().contains(&next), "{refusal}");
+    }
+    let info: serde_json::Value =
+        serde_json::from_str(&scene.stage.ok(&mut scene.stage.pitr(&["info", "--json"]))).unwrap();
+    let timeline = &info["timelines"][0];
+    assert_eq!(timeline["stranded"][0], *tail, "{info:#}");
+    assert_eq!(timeline["windows"][0]["until_lsn"], tail["until_lsn"], "{info:#}");
+    assert_eq!(timeline["windows"][0]["latest_transaction"]["xid"].to_string(), next, "{info:#}");
+    let text = scene.stage.ok(&mut scene.stage.pitr(&["info"]));
+    assert!(text.contains(&format!("parts    {first} to ")), "{text}");
+
+    // A server recovers there, to the transaction.
+    for (name, words, rows) in [
+        ("inclusive", vec!["--to-xid", &next], "1,20,21"),
+        ("exclusive", vec!["--before-xid", &next], "1,20"),
+        ("first", vec!["--to-xid", &shipped], "1,20"),
+    ] {
+        let data = scene.stage.path().join(name);
+        scene.stage.ok(scene.stage.pitr(&["restore"]).args(&words).arg("-D").arg(&data));
+        let restored = scene.stage.recovering(&data).start();
+        restored.wait_for("SELECT pg_is_in_recovery()", "f");
+        assert_eq!(restored.psql("SELECT string_agg(n::text, ',' ORDER BY n) FROM t"), rows, "{words:?}");
+    }
+
+    // Without its target that recovery gets nothing: it would end early, and be promoted.
+    let data = scene.stage.path().join("without");
+    scene.stage.ok(scene.stage.pitr(&["restore", "--to-xid", &next, "-D"]).arg(&data));
+    let settings = data.join("postgresql.auto.conf");
+    let text = fs::read_to_string(&settings).unwrap();
+    assert!(text.contains("--up-to-gap"), "{text}");
+    fs::write(
+        &settings,
+        text.replace(&format!("recovery_target_xid = '{next}'"), "recovery_target_xid = ''"),
+    )
+    .unwrap();
+    let mut server = scene.stage.recovering(&data).prepare();
+    server.launch();
+    assert!(!server.wait_for_exit().success());
+    let log = server.log();
+    assert!(log.contains("this recovery has no target before that"), "{log}");
+    assert!(!log.contains("archive recovery complete"), "{log}");
 }
