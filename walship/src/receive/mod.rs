@@ -7,6 +7,7 @@
 //!
 //! Source: `src/bin/pg_basebackup/receivelog.c`, `pg_receivewal.c`.
 
+mod invalidated;
 mod limits;
 mod prepare;
 mod removed;
@@ -229,6 +230,8 @@ struct Receiver {
     until: Option<Lsn>,
     /// Set where the last session ended because the server has removed what was asked of it.
     removed: Option<removed::Removed>,
+    /// Set where the last session ended because the server does not let the slot be used.
+    refused: Option<invalidated::Refused>,
 }
 
 /// What is known of the lineage once a server was reached.
@@ -300,7 +303,18 @@ impl Receiver {
             last_error: None,
         };
         let started = Instant::now();
-        Self { server, options, stop, progress, started, archive: None, report, until: None, removed: None }
+        Self {
+            server,
+            options,
+            stop,
+            progress,
+            started,
+            archive: None,
+            report,
+            until: None,
+            removed: None,
+            refused: None,
+        }
     }
 
     /// Waits until there is room for another segment.

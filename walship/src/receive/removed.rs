@@ -27,8 +27,10 @@ pub(super) struct Removed {
 impl Receiver {
     /// Takes note of what the server says about WAL that it does not have, and says it clearly.
     pub(super) fn streaming_failed(&mut self, connection: &Connection, error: Error, from: Lsn) -> Error {
-        if ServerError::of(&error).is_none_or(|said| said.code != "58P01") {
-            return error;
+        match ServerError::of(&error) {
+            Some(said) if said.code == "58P01" => {}
+            Some(said) if said.code == "55000" => return self.slot_refused(connection, &error, said),
+            _ => return error,
         }
         let mut server = self.server.clone();
         server.hosts.retain(|host| host == connection.host());

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use walship::pg::{Lsn, SegmentName};
-use walship_tests::postgres::{PgServer, newer_major, primary_major};
+use walship_tests::postgres::{PgServer, majors, newer_major, primary_major};
 use walship_tests::proxy::Mode;
 use walship_tests::stage::Stage;
 use walship_tests::wait;
@@ -150,7 +150,14 @@ fn a_slot_that_is_gone_costs_what_the_server_has_removed() {
 
 #[test]
 fn a_slot_that_exceeds_its_limit_costs_what_the_server_has_removed() {
-    let mut scene = Scene::new(newer_major(), ("max_slot_wal_keep_size", "2MB"));
+    // Whether the server tells of the slot to a replication connection, or in SQL only, depends on its release.
+    for major in majors() {
+        exceeded_limit(major);
+    }
+}
+
+fn exceeded_limit(major: u32) {
+    let mut scene = Scene::new(major, ("max_slot_wal_keep_size", "2MB"));
     wait::until("the limit is looked at", || {
         scene.receiving.said().contains("max_slot_wal_keep_size is 2 MiB, less than max_wal_size (4 MiB)")
     });
@@ -265,4 +272,54 @@ fn a_commit_that_was_shipped_before_the_loss_comes_back() {
     let log = server.log();
     assert!(log.contains("this recovery has no target before that"), "{log}");
     assert!(!log.contains("archive recovery complete"), "{log}");
+}
+
+/// A server (18 or later) that has invalidated the slot of a receiver which was away for too long.
+fn idle_for_too_long(keep: &str) -> Scene {
+    let major = newer_major();
+    assert!(major >= 18, "idle_replication_slot_timeout needs PostgreSQL 18, not {major}");
+    let mut scene = Scene::new(major, ("wal_keep_size", keep));
+    let set = |value: &str| {
+        scene.server.psql(&format!("ALTER SYSTEM SET idle_replication_slot_timeout = '{value}'"));
+        scene.server.psql("SELECT pg_reload_conf()");
+    };
+    set("1s");
+    scene.receiving.kill9();
+    wait::until("the slot is invalidated", || {
+        scene.server.psql("CHECKPOINT");
+        scene.server.psql("SELECT invalidation_reason FROM pg_replication_slots") == "idle_timeout"
+    });
+    set("0");
+    // It shows a position all the same.
+    let shown = scene.server.psql("SELECT wal_status, restart_lsn IS NOT NULL FROM pg_replication_slots");
+    assert_eq!(shown, "lost|t");
+    let checked = scene.stage.run(&mut scene.stage.walship_on(&scene.server, &["check"]));
+    let checked = String::from_utf8_lossy(&checked.stdout).into_owned();
+    assert!(checked.contains("was invalidated by the server"), "{checked}");
+    scene
+}
+
+#[test]
+fn a_slot_that_was_idle_for_too_long_costs_nothing_while_the_wal_is_there() {
+    let mut scene = idle_for_too_long("1GB");
+    let written: Vec<String> = (0..3).map(|_| scene.server.switch_wal()).collect();
+    scene.start();
+    written.iter().for_each(|segment| scene.stored(segment));
+    let said = scene.receiving.said();
+    assert!(said.contains("error: ") && said.contains("cannot be used any more"), "{said}");
+    assert!(said.contains("\nsafe:  what is stored is unchanged"), "{said}");
+    assert!(said.contains("\nnext:  Nothing now: the slot is made anew"), "{said}");
+    assert!(said.contains("idle_replication_slot_timeout longer than"), "{said}");
+    assert!(said.contains("was invalidated by the server and holds no WAL back; it is made anew"), "{said}");
+    assert!(!said.contains("is lost") && scene.ledger().is_empty(), "{said}");
+    let slot = scene.server.psql("SELECT active, wal_status, invalidation_reason FROM pg_replication_slots");
+    assert_eq!(slot, "t|reserved|");
+}
+
+#[test]
+fn a_slot_that_was_idle_for_too_long_costs_what_the_server_has_removed() {
+    let mut scene = idle_for_too_long("0");
+    let first = scene.write_and_forget();
+    scene.start();
+    scene.is_told_and_gone_past(&first);
 }
