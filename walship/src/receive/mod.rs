@@ -26,7 +26,7 @@ use tokio::sync::watch;
 use crate::archive::push::PushOptions;
 use crate::codec::Compression;
 use crate::error::{Error, Result};
-use crate::feed::{Frontier, Rules, Start, TailRules};
+use crate::feed::{Frontier, Rules, ServerClock, Start, TailRules};
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use crate::replication::{ConnectOptions, ServerError};
 use crate::repository::{ClusterRepository, LineageRepository};
@@ -232,6 +232,7 @@ struct Receiver {
     removed: Option<removed::Removed>,
     /// Set where the last session ended because the server does not let the slot be used.
     refused: Option<invalidated::Refused>,
+    clock: ServerClock,
 }
 
 /// What is known of the lineage once a server was reached.
@@ -314,6 +315,7 @@ impl Receiver {
             until: None,
             removed: None,
             refused: None,
+            clock: ServerClock::default(),
         }
     }
 
