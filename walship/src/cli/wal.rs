@@ -20,8 +20,9 @@ pub(super) enum Command {
     /// Store one WAL file in every repository
     #[command(after_help = "\
 Exit status:
-  0      the file is durable in every repository; or it cannot be stored, and every repository has the record
-         by which an operator gave it up (`walship wal give-up`): a warning says so each time
+  0      the file is durable in every repository; or it cannot be stored, and
+         every repository has the record by which an operator gave it up
+         (`walship wal give-up`): a warning says so each time
   1-125  it is not; PostgreSQL keeps it and asks again")]
     Push(PushArgs),
     /// Fetch one WAL file, or prove that it is not there
