@@ -191,11 +191,14 @@ fn window_text(found: &WindowInfo, now: DateTime<Utc>) -> String {
     };
     let backups =
         if window.backups == 1 { "1 backup".to_owned() } else { format!("{} backups", window.backups) };
-    let end = match window.ended_by {
-        WindowEnd::EndOfArchive => "",
-        WindowEnd::Gap => ", a gap behind it",
-        WindowEnd::WalLevelMinimal => ", wal_level = minimal behind it",
-        WindowEnd::WalReset => ", pg_resetwal behind it",
+    let end = match (window.ended_by, window.reset_lsn) {
+        (WindowEnd::EndOfArchive, _) => String::new(),
+        (WindowEnd::Gap, None) => ", a gap behind it".to_owned(),
+        (WindowEnd::Gap, Some(lsn)) => {
+            format!(", a gap behind it, where pg_resetwal made WAL begin anew at {lsn}")
+        }
+        (WindowEnd::WalLevelMinimal, _) => ", wal_level = minimal behind it".to_owned(),
+        (WindowEnd::WalReset, _) => ", pg_resetwal behind it".to_owned(),
     };
     format!(
         "  window   {} ({}) to {until}\n           WAL to {}, {backups}{end}",
