@@ -16,7 +16,7 @@ const NO_LONGER: &str = "can no longer access replication slot";
 #[derive(Debug)]
 pub(super) struct Refused {
     host: Host,
-    /// Whether it said that the slot is invalidated; else that is to be asked.
+    /// Whether it said that the slot is invalidated, in words that are understood here.
     said_so: bool,
     error: String,
 }
@@ -42,23 +42,29 @@ impl Receiver {
             )
     }
 
-    /// Returns whether the slot is there, but invalidated: it holds nothing back, whatever position it shows.
+    /// Returns whether a slot that shows a position holds nothing back, because the server has invalidated it. Looked at
+    /// when the server did not let it be used a moment ago.
     ///
     /// # Errors
     /// [`Error::Invalid`] when the server refuses it for another reason, or that cannot be found out.
-    pub(super) async fn is_invalidated(&mut self, connection: &Connection) -> Result<bool> {
-        let Some(refused) = self.refused.take().filter(|refused| refused.host == *connection.host()) else {
+    pub(super) async fn is_invalidated(
+        &self,
+        connection: &Connection,
+        refused: Option<Refused>,
+    ) -> Result<bool> {
+        let Some(refused) = refused.filter(|refused| refused.host == *connection.host()) else {
             return Ok(false);
         };
-        if refused.said_so {
-            return Ok(true);
-        }
         let slot = &self.options.slot;
         let sql = format!(
             "SELECT wal_status = 'lost' FROM pg_replication_slots WHERE slot_name = '{slot}' AND slot_type = 'physical'"
         );
         match self.ask_by_sql(connection, &sql).await {
             Ok(rows) if rows.get(0, 0) == Some("t") => Ok(true),
+            // Somebody has made it anew meanwhile.
+            Ok(rows) if refused.said_so && rows.get(0, 0) == Some("f") => Ok(false),
+            // Whoever may only stream hears it from the server, where its messages are not translated.
+            Err(_) if refused.said_so => Ok(true),
             _ => Err(Error::invalid(format!("the slot \"{slot}\" cannot be used: {}", refused.error))
                 .with_safe("the slot was not changed; what is stored is unchanged")
                 .with_next(format!(

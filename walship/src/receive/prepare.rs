@@ -148,15 +148,17 @@ impl Receiver {
         if state == SlotState::Unknown {
             state = self.read_slot_by_sql(connection, &slot).await?;
         }
-        let invalidated = self.is_invalidated(connection).await?;
+        let refused = self.refused.take();
         match state {
-            SlotState::Holds(_) if invalidated => {
+            SlotState::Holds(lsn) if !self.is_invalidated(connection, refused).await? => {
+                return Ok(Some(lsn));
+            }
+            SlotState::Holds(_) => {
                 (self.progress)(ReceiveEvent::Warning(format!(
                     "the slot \"{slot}\" was invalidated by the server and holds no WAL back; it is made anew"
                 )));
                 drop_slot(connection, &slot).await?;
             }
-            SlotState::Holds(lsn) => return Ok(Some(lsn)),
             SlotState::HoldsNothing => {
                 (self.progress)(ReceiveEvent::Warning(format!(
                     "the slot \"{slot}\" holds no WAL back (it was never used, or the server has removed its WAL \
