@@ -38,6 +38,9 @@ pub struct Catalog {
     /// What is stored of the segment that each timeline ends in, where it was never stored whole; `None` until that
     /// was looked for (`repository::load_tails`).
     pub tails: Option<BTreeMap<TimelineId, StoredTail>>,
+    /// What is stored in parts of segments inside of which the ledger says that WAL is lost: up to there. Found together
+    /// with the tails.
+    pub stranded: BTreeMap<SegmentName, StoredTail>,
     /// The last segment of which the index told, of timelines that have lost it since: WAL at their end is gone.
     pub lost_ends: BTreeMap<TimelineId, SegmentName>,
     /// What was read of the index to know that, those that cover most first. A cache: it may be empty.

@@ -242,6 +242,115 @@ async fn what_is_behind_it_makes_it_no_end() {
 }
 
 #[tokio::test]
+async fn before_lost_wal_it_is_the_end_of_what_a_planned_recovery_may_get() {
+    let place = Place::new().await;
+    place.push(&[1, 2]).await;
+    place.ship(3, 0, 20_000).await;
+    place.ship(3, 20_000, 50_000).await;
+    let name = place.wal.segments[2].0;
+    let start = name.start(SIZE).0;
+    let lost_from = Lsn(start + 40_000);
+    let gap = GapRecord {
+        format: 1,
+        id: "20261121T010203Z-0123456789abcdef".into(),
+        timeline: TimelineId::FIRST,
+        start_lsn: lost_from,
+        end_lsn: place.wal.segments[3].0.start(SIZE),
+        cause: GapCause { kind: GapKind::Lost, text: "a test".into() },
+        segment_digest: None,
+        recorded: Utc::now(),
+        host: "here".into(),
+        user: "nobody".into(),
+    };
+    let options = |lsn: u64| FetchOptions { up_to_gap: Some(Lsn(start + lsn)), ..FetchOptions::default() };
+    // What the ledger does not say is no leave.
+    place.ship(4, 0, 5000).await;
+    assert!(matches!(place.fetch(3, &options(40_000)).await, Err(Error::Missing(_))));
+    place.lineage.put_gap(&gap).await.unwrap();
+    for stored_behind in [false, true] {
+        if stored_behind {
+            place.push(&[4]).await;
+        }
+        let (catalog, summaries) = place.load().await;
+        let tail = &catalog.stranded[&name];
+        assert_eq!((tail.end_lsn, tail.lost_from, tail.flaw.clone()), (lost_from, Some(lost_from), None));
+        assert!(tail.until_lsn <= tail.end_lsn && tail.until_lsn.0 > start, "{tail:?}");
+        assert!(
+            summaries.iter().any(|summary| summary.segment == name && summary.end_of_wal == tail.until_lsn)
+        );
+        assert_eq!(catalog.served_tail(name), Some(tail));
+        // Nobody gets it who has not planned to stop in it, nor further than the ledger allows.
+        for options in [FetchOptions::default(), options(40_008), options(0), options(SIZE.bytes() + 40_000)]
+        {
+            let error = place.fetch(3, &options).await.unwrap_err();
+            assert!(matches!(error, Error::Missing(_)) && error.to_string().contains("a hole"), "{error}");
+        }
+        let standby = FetchOptions { standby: true, ..options(40_000) };
+        assert!(matches!(place.fetch(3, &standby).await, Err(Error::Missing(_))));
+        let fetched = place.fetch(3, &options(40_000)).await.unwrap().unwrap();
+        assert_eq!(fetched[..40_000], place.wal.bytes(3)[..40_000]);
+        assert!(fetched.len() == 1 << 20 && fetched[40_000..].iter().all(|byte| *byte == 0));
+    }
+    // What follows is a hole for everybody.
+    assert!(place.fetch(4, &options(40_000)).await.unwrap().is_some());
+    // The whole segment closes it.
+    place.push(&[3]).await;
+    let (catalog, _) = place.load().await;
+    assert!(catalog.stranded.is_empty() && catalog.served_tail(name).is_none());
+    assert_eq!(place.fetch(3, &options(40_000)).await.unwrap().as_deref(), Some(place.wal.bytes(3)));
+}
+
+#[tokio::test]
+async fn a_recovery_without_a_target_gets_no_tail_before_lost_wal() {
+    let place = Place::new().await;
+    place.push(&[1, 2, 4]).await;
+    place.ship(3, 0, 20_000).await;
+    let name = place.wal.segments[2].0;
+    let lost_from = Lsn(name.start(SIZE).0 + 20_000);
+    let gap = GapRecord {
+        format: 1,
+        id: "20261121T010203Z-0123456789abcdef".into(),
+        timeline: TimelineId::FIRST,
+        start_lsn: lost_from,
+        end_lsn: name.end(SIZE),
+        cause: GapCause { kind: GapKind::Lost, text: "a test".into() },
+        segment_digest: None,
+        recorded: Utc::now(),
+        host: "here".into(),
+        user: "nobody".into(),
+    };
+    place.lineage.put_gap(&gap).await.unwrap();
+    let data = tempfile::tempdir().unwrap();
+    let pg_wal = data.path().join("pg_wal");
+    std::fs::create_dir(&pg_wal).unwrap();
+    let options = FetchOptions { up_to_gap: Some(lost_from), ..FetchOptions::default() };
+    for (settings, served) in [
+        (None, false),
+        (Some("restore_command = 'x'\n# recovery_target_xid = '7'\n"), false),
+        (
+            Some("recovery_target_xid = '7'\nrecovery_target_time = ''\nrecovery_target_timeline = '1'\n"),
+            false,
+        ),
+        (Some("recovery_target = ''\nrecovery_target_xid = ''\nrecovery_target_action = 'promote'\n"), false),
+        (
+            Some("recovery_target_time = ''\nrecovery_target_xid = '7'\nrecovery_target_inclusive = 'on'\n"),
+            true,
+        ),
+        (Some("Recovery_Target_Lsn '0/3000000'\n"), true),
+    ] {
+        if let Some(settings) = settings {
+            std::fs::write(data.path().join("postgresql.auto.conf"), settings).unwrap();
+        }
+        let target = pg_wal.join("RECOVERYXLOG");
+        let fetched = fetch_file(&place.clusters, name.to_string().parse().unwrap(), &target, &options).await;
+        assert_eq!(fetched.is_ok(), served, "{settings:?}: {fetched:?}");
+        if let Err(failure) = fetched {
+            assert!(failure.error.to_string().contains("has no target before that"), "{}", failure.error);
+        }
+    }
+}
+
+#[tokio::test]
 async fn all_parts_of_a_segment_are_the_segment() {
     let place = Place::new().await;
     place.push(&[1, 4]).await;

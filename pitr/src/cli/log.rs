@@ -81,6 +81,15 @@ fn text(log: &Log, zone: Zone, style: Style) -> String {
                     "\n{title} from {from} to {to}; not known what happened\n  segment {segment}: {why}"
                 )
             }
+            Line::WalBegins { lsn, timeline, time } => {
+                let title = style.bold("WAL begins anew");
+                let when = zone.both(*time);
+                writeln!(
+                    text,
+                    "\n{title} at {lsn} on timeline {timeline}, {when}: pg_resetwal was run\n  no plan crosses that; what \
+                     is behind it needs a backup behind it"
+                )
+            }
             Line::Fork { from, to, lsn, reason } => {
                 let title = style.bold("timeline switch");
                 let reason = clean(reason);

@@ -46,9 +46,10 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
             Planned::Plan(plan) => plan,
             Planned::Refused(refusal) => return refused(&refusal, args.source.json),
         };
-    if matches!(plan.tail.as_ref().and_then(|tail| tail.flaw.as_ref()), Some(TailFlaw::Damaged { .. })) {
+    let planned = tail_arguments(&plan);
+    if !planned.is_empty() {
         let mut arguments = restore_cmd_arguments(&args.source.overrides, &source.repository)?;
-        arguments.push("--up-to-damage".to_owned());
+        arguments.extend(planned);
         options.settings.restore_command = restore_command(&program, &arguments);
     }
     let before = source.repository.notes();
@@ -87,6 +88,19 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         output::print(&report_text(&report, &plan, &options, args.dry_run, style))?;
     }
     Ok(DONE)
+}
+
+/// Returns what `restore-cmd` has to be told of parts that it serves for this plan alone.
+fn tail_arguments(plan: &RestorePlan) -> Vec<String> {
+    let Some(tail) = &plan.tail else { return Vec::new() };
+    let mut arguments = Vec::new();
+    if matches!(tail.flaw, Some(TailFlaw::Damaged { .. })) {
+        arguments.push("--up-to-damage".to_owned());
+    }
+    if let Some(lost_from) = tail.lost_from {
+        arguments.extend(["--up-to-gap".to_owned(), lost_from.to_string()]);
+    }
+    arguments
 }
 
 /// Progress never ends by itself; if it did, the restore would be unattended.

@@ -91,6 +91,8 @@ pub struct TimelineInfo {
     pub last_segment: Option<SegmentName>,
     /// What is stored of the open segment behind them; `null` when nothing is.
     pub tail: Option<TailInfo>,
+    /// What is stored in parts of segments inside of which WAL is lost: up to there.
+    pub stranded: Vec<StoredTail>,
     /// The spans in which every commit can be reached, in WAL order.
     pub windows: Vec<WindowInfo>,
     /// What is missing, from where the timeline begins.
@@ -319,6 +321,12 @@ fn timeline_info(catalog: &Catalog, timeline: TimelineId, history: Option<&Timel
             .as_ref()
             .and_then(|tails| tails.get(&timeline))
             .map(|tail| TailInfo { tail: tail.clone(), is_end: catalog.served_tail(tail.segment).is_some() }),
+        stranded: catalog
+            .stranded
+            .values()
+            .filter(|tail| tail.segment.timeline == timeline)
+            .cloned()
+            .collect(),
         windows: Vec::new(),
         gaps: gaps.into_iter().filter(|gap| gap.to > begin).collect(),
         restore_points: Vec::new(),
@@ -414,7 +422,8 @@ impl Sources<'_> {
         for (first, block) in &self.evidence.blocks {
             events.extend(block.events.iter().map(|event| (first.timeline, event.clone())));
         }
-        for tail in self.catalog.tails.iter().flat_map(BTreeMap::values) {
+        let tails = self.catalog.tails.iter().flat_map(BTreeMap::values);
+        for tail in tails.chain(self.catalog.stranded.values()) {
             let Some(Some(summary)) = self.summaries.get(&tail.segment) else { continue };
             if self.catalog.served_tail(tail.segment).is_some() {
                 events.extend(summary.events.iter().map(|event| (tail.segment.timeline, event.clone())));

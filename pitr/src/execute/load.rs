@@ -210,7 +210,7 @@ impl<'a> Wal<'a> {
     pub(super) fn of(repository: &'a LineageRepository, catalog: &Catalog) -> Self {
         let size = catalog.lineage.segment_size;
         let whole = catalog.in_parts.keys().map(|name| (*name, size.bytes()));
-        let tails = catalog.tails.iter().flat_map(BTreeMap::values);
+        let tails = catalog.tails.iter().flat_map(BTreeMap::values).chain(catalog.stranded.values());
         let open = tails.map(|tail| (tail.segment, tail.end_lsn.bytes_since(tail.segment.start(size))));
         Self { repository, size, parts: whole.chain(open).collect() }
     }

@@ -76,6 +76,7 @@ pub(super) fn time_of(event: &WalEvent) -> Option<DateTime<Utc>> {
         EventKind::RestorePoint { time, .. }
         | EventKind::Checkpoint { time, .. }
         | EventKind::EndOfRecovery { time, .. }
+        | EventKind::WalBegins { time }
         | EventKind::Prepare { time, .. } => Some(*time),
         kind => kind.stop_time(),
     }
@@ -94,7 +95,7 @@ pub(super) fn kinds_of(event: &WalEvent) -> &'static [Kind] {
         EventKind::Abort { .. } => &[Kind::Abort],
         EventKind::RestorePoint { .. } => &[Kind::RestorePoint],
         EventKind::Checkpoint { .. } => &[Kind::Checkpoint],
-        EventKind::EndOfRecovery { .. } => &[Kind::Timeline],
+        EventKind::EndOfRecovery { .. } | EventKind::WalBegins { .. } => &[Kind::Timeline],
         EventKind::TablespaceDrop { .. }
         | EventKind::DatabaseDrop { .. }
         | EventKind::DatabaseInvalid { .. } => &[Kind::Drop],
@@ -104,7 +105,6 @@ pub(super) fn kinds_of(event: &WalEvent) -> &'static [Kind] {
         | EventKind::OverwriteContrecord { .. }
         | EventKind::BackupEnd { .. }
         | EventKind::ParameterChange { .. }
-        | EventKind::WalBegins { .. }
         | EventKind::TablespaceCreate { .. } => &[],
     }
 }

@@ -42,7 +42,7 @@ pub enum Kind {
     RestorePoint,
     /// A checkpoint was completed.
     Checkpoint,
-    /// A timeline began.
+    /// A timeline began, or WAL began anew (pg_resetwal).
     Timeline,
     /// A transaction was committed.
     Commit,
@@ -278,7 +278,7 @@ impl Log {
         self.lines.iter().any(|line| match line {
             Line::Gap(gap) => gap.to > lsn,
             Line::Unknown { to, .. } => *to > lsn,
-            Line::Event(_) | Line::Fork { .. } => false,
+            Line::Event(_) | Line::Fork { .. } | Line::WalBegins { .. } => false,
         })
     }
 }
@@ -303,6 +303,15 @@ pub enum Line {
         damaged: bool,
         /// Why.
         why: String,
+    },
+    /// WAL begins here and continues nothing: `pg_resetwal` was run. No target of its own: none leads to just before it.
+    WalBegins {
+        /// Where its first record starts.
+        lsn: Lsn,
+        /// The timeline.
+        timeline: TimelineId,
+        /// When.
+        time: DateTime<Utc>,
     },
     /// The way leaves one timeline for the next, as the history file says.
     Fork {

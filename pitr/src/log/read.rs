@@ -263,6 +263,14 @@ impl Reading {
             if time_of(event).is_some_and(|time| !query.covers(time)) {
                 continue;
             }
+            if let EventKind::WalBegins { time } = event.kind {
+                // initdb writes one as well, into the first segment of all; pg_resetwal never does.
+                if query.picks(event) && event.lsn >= Lsn(2 * catalog.lineage.segment_size.bytes()) {
+                    let timeline = self.timeline_at(event.lsn);
+                    lines.push(Line::WalBegins { lsn: event.lsn, timeline, time });
+                }
+                continue;
+            }
             let mut deleted = heavy.end(event, query.delete_rows);
             deleted.retain(|_| query.wants_deletes() && query.is_of_transaction(event));
             if deleted.is_empty() && !query.picks(event) {
@@ -352,7 +360,7 @@ fn position(line: &Line) -> Lsn {
         Line::Event(entry) => entry.lsn,
         Line::Gap(gap) => gap.from,
         Line::Unknown { from, .. } => *from,
-        Line::Fork { lsn, .. } => *lsn,
+        Line::Fork { lsn, .. } | Line::WalBegins { lsn, .. } => *lsn,
     }
 }
 

@@ -260,13 +260,17 @@ fn reasons(
     }
     reasons.push(stop_reason(question, &plan.stop));
     reasons.extend(plan.tail.as_ref().map(|tail| {
-        format!(
-            "WAL from {} on comes from the open segment {}, which was shipped up to {} in {} part(s)",
-            tail.segment.start(question.catalog.lineage.segment_size),
-            tail.segment,
-            tail.end_lsn,
-            tail.parts
-        )
+        let StoredTail { segment, end_lsn, parts, .. } = tail;
+        let start = segment.start(question.catalog.lineage.segment_size);
+        match tail.lost_from {
+            None => format!(
+                "WAL from {start} on comes from the open segment {segment}, which was shipped up to {end_lsn} in {parts} part(s)"
+            ),
+            Some(lost_from) => format!(
+                "WAL from {start} on comes from {parts} part(s) of segment {segment}, which are stored up to {end_lsn}; \
+                 from {lost_from} on it is lost"
+            ),
+        }
     }));
     reasons
 }

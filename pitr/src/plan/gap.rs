@@ -40,6 +40,11 @@ pub enum KnownBy {
     },
     /// Nothing later is stored; the index tells of it.
     Index,
+    /// No WAL is stored later that could be used, but a file of this later segment that is not whole.
+    Piece {
+        /// The segment.
+        segment: SegmentName,
+    },
     /// Nothing later is stored; a timeline left this way only later.
     Fork {
         /// That timeline.
@@ -59,6 +64,9 @@ impl std::fmt::Display for Gap {
             KnownBy::LaterWal | KnownBy::Ledger => {}
             KnownBy::Index => f.write_str(", which were stored when the index was written")?,
             KnownBy::Backup { id } => write!(f, ", which backup {id} was complete with")?,
+            KnownBy::Piece { segment } => {
+                write!(f, ", behind which a file of {segment} is stored that is not whole")?
+            }
             KnownBy::Fork { timeline } => write!(f, ", behind which timeline {timeline} begins")?,
         }
         if self.kept_incomplete {
@@ -149,8 +157,23 @@ fn known_end(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -> Option<(L
         let end = last.end(catalog.lineage.segment_size).min(left_at);
         history.contains(*timeline).then_some((end, KnownBy::Index))
     });
+    // `restore-cmd` takes them for a proof as well. Of the segment at `at` itself they prove nothing behind it.
+    let pieces = catalog.partials.iter().chain(&catalog.incomplete).filter_map(|&segment| {
+        let start = segment.start(catalog.lineage.segment_size);
+        let begin = begin_of(history, segment.timeline).unwrap_or(Lsn(0));
+        let left_at = history.switch_lsn_of(segment.timeline).unwrap_or(Lsn(u64::MAX));
+        let ours = history.contains(segment.timeline)
+            && start < left_at
+            && segment.end(catalog.lineage.segment_size) > begin;
+        ours.then_some((start, KnownBy::Piece { segment }))
+    });
     let ledger = ledger.filter(|(end, _)| *end > at).max_by_key(|(end, _)| *end);
-    let others = backups.chain(forks).chain(indexed).filter(|(end, _)| *end > at).max_by_key(|(end, _)| *end);
+    let others = backups
+        .chain(forks)
+        .chain(indexed)
+        .chain(pieces)
+        .filter(|(end, _)| *end > at)
+        .max_by_key(|(end, _)| *end);
     match (ledger, others) {
         // The ledger tells why.
         (Some(ledger), Some(other)) if ledger.0 < other.0 => Some((other.0, ledger.1)),

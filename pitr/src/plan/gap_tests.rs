@@ -33,6 +33,8 @@ struct Script {
     lost_histories: BTreeSet<u32>,
     gaps: Vec<(u32, u64, u64)>,
     backups: Vec<(u32, u64, u64)>,
+    /// Segments of which a file is kept that is not whole.
+    pieces: Vec<(u32, u64)>,
     /// Segments that the index knew last.
     indexed: Vec<(u32, u64)>,
 }
@@ -49,14 +51,15 @@ fn scripts() -> impl Strategy<Value = Script> {
         prop::collection::vec(span.clone(), 0..3),
         prop::collection::vec(span, 0..4),
         prop::collection::vec((1_u32..5, SEGMENTS), 0..2),
+        prop::collection::vec((1_u32..5, SEGMENTS), 0..2),
     )
-        .prop_map(|(forks, runs, missing, lost_histories, gaps, backups, indexed)| {
+        .prop_map(|(forks, runs, missing, lost_histories, gaps, backups, indexed, pieces)| {
             let mut stored = BTreeSet::new();
             for (timeline, first, many) in runs {
                 stored.extend((first..first + many).filter(|n| SEGMENTS.contains(n)).map(|n| (timeline, n)));
             }
             stored.retain(|one| !missing.contains(one));
-            Script { forks, stored, lost_histories, gaps, backups, indexed }
+            Script { forks, stored, lost_histories, gaps, backups, pieces, indexed }
         })
 }
 
@@ -114,6 +117,11 @@ fn build(script: &Script) -> Scene {
         if catalog.segments.first_from(last).is_none() {
             catalog.lost_ends.insert(tli(*timeline), last);
         }
+    }
+    for (at_, (timeline, number)) in script.pieces.iter().enumerate() {
+        let name = SegmentName::from_number(tli(*timeline), *number, SIZE).unwrap();
+        let kept = if at_ % 2 == 0 { &mut catalog.partials } else { &mut catalog.incomplete };
+        kept.push(name);
     }
     catalog.backups.sort_by_key(|backup| (backup.start_lsn, backup.id.clone()));
     Scene { catalog, histories }
@@ -210,7 +218,17 @@ impl Model<'_> {
             };
             all.clone().filter(told).max().map(|unit| unit + 1)
         });
-        of_backups.chain(of_forks).chain(of_index).max()
+        let of_pieces = self.catalog.partials.iter().chain(&self.catalog.incomplete).filter_map(|name| {
+            let start = name.start(SIZE).0 / (SIZE.bytes() / UNITS);
+            let own = Self::parts(self.history).into_iter().find(|(timeline, ..)| *timeline == name.timeline);
+            let (_, begin, left) = own?;
+            // A byte of the way lies in the file, and so there was all before it.
+            (start..start + UNITS)
+                .any(|unit| begin <= unit && start < left && unit < left.max(begin + 1))
+                .then_some(start)
+        });
+        let of_pieces = of_pieces.filter(|start| *start > end);
+        of_backups.chain(of_forks).chain(of_index).chain(of_pieces).max()
     }
 
     /// The gap behind `end`: up to where, and which of the ledger's it is.

@@ -2,7 +2,9 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Duration, TimeZone as _, Utc};
 use proptest::prelude::*;
-use walship::catalog::{BackupRecord, Catalog, Lineage, StoredSegments, StoredTail, TailFlaw};
+use walship::catalog::{
+    BackupRecord, Catalog, GapCause, GapKind, GapRecord, Lineage, StoredSegments, StoredTail, TailFlaw,
+};
 use walship::pg::{HistoryEntry, Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::rollup::{Block, Class, Facts};
@@ -68,6 +70,7 @@ pub(crate) struct World {
     pub(crate) damaged: Vec<SegmentName>,
     /// What is found when the catalog does not tell of tails.
     pub(crate) tails: BTreeMap<TimelineId, StoredTail>,
+    stranded: BTreeMap<SegmentName, StoredTail>,
 }
 
 #[derive(Debug, Clone)]
@@ -92,6 +95,7 @@ impl World {
             histories: BTreeMap::new(),
             segments: StoredSegments::new(SIZE),
             in_parts: BTreeMap::new(),
+            stranded: BTreeMap::new(),
             tails: None,
             lost_ends: BTreeMap::new(),
             rollups: vec![],
@@ -107,6 +111,7 @@ impl World {
             undecoded: vec![],
             damaged: vec![],
             tails: BTreeMap::new(),
+            stranded: BTreeMap::new(),
         }
     }
 
@@ -193,19 +198,44 @@ impl World {
 
     /// Ships so many bytes of the segment that is not whole.
     pub(crate) fn ship(&mut self, timeline: TimelineId, bytes: u64) {
-        let end = self.end(timeline);
-        let segment = SegmentName::containing(timeline, end, SIZE);
-        let start = segment.start(SIZE);
-        let end_lsn = Lsn(end.0.min(start.0 + bytes));
-        let ends = self.records[&timeline].iter().map(|record| reach::aligned(record.end));
-        let until_lsn = ends.filter(|end| *end <= end_lsn && *end > start).max().unwrap_or(start);
-        let tail = StoredTail { segment, until_lsn, end_lsn, parts: 3, stored_bytes: 300, flaw: None };
+        let tail = self.shipped(SegmentName::containing(timeline, self.end(timeline), SIZE), bytes);
         self.tails.insert(timeline, tail);
+    }
+
+    fn shipped(&self, segment: SegmentName, bytes: u64) -> StoredTail {
+        let start = segment.start(SIZE);
+        let end_lsn = Lsn(self.end(segment.timeline).0.min(start.0 + bytes));
+        let ends = self.records[&segment.timeline].iter().map(|record| reach::aligned(record.end));
+        let until_lsn = ends.filter(|end| *end <= end_lsn && *end > start).max().unwrap_or(start);
+        StoredTail { segment, until_lsn, end_lsn, parts: 3, stored_bytes: 300, flaw: None, lost_from: None }
+    }
+
+    /// Loses a segment but for its first bytes, which were shipped, and says so in the ledger.
+    pub(crate) fn lose(&mut self, segment: SegmentName, but: u64) {
+        self.catalog.segments.remove(&segment);
+        let tail = self.shipped(segment, but);
+        let lost_from = tail.end_lsn;
+        self.catalog.gaps.push(GapRecord {
+            format: 1,
+            id: segment.to_string(),
+            timeline: segment.timeline,
+            start_lsn: lost_from,
+            end_lsn: segment.end(SIZE),
+            cause: GapCause { kind: GapKind::Lost, text: "test".into() },
+            segment_digest: None,
+            recorded: at(0),
+            host: String::new(),
+            user: String::new(),
+        });
+        if tail.until_lsn > segment.start(SIZE) {
+            self.stranded.insert(segment, StoredTail { lost_from: Some(lost_from), ..tail });
+        }
     }
 
     /// Where what is stored of a segment ends.
     fn stored_end(&self, name: SegmentName) -> Lsn {
         let tail = self.tails.get(&name.timeline).filter(|tail| tail.segment == name);
+        let tail = tail.or_else(|| self.stranded.get(&name));
         tail.map_or(name.end(SIZE), |tail| tail.until_lsn)
     }
 
@@ -370,7 +400,9 @@ impl World {
                 Outcome::NeedTails => {
                     assert_eq!(catalog.tails, None, "tails were asked for twice");
                     catalog.tails = Some(self.tails.clone());
-                    evidence.add_tails(self.tails.values().map(|tail| self.summary(tail.segment)));
+                    catalog.stranded = self.stranded.clone();
+                    let tails = self.tails.values().chain(self.stranded.values());
+                    evidence.add_tails(tails.map(|tail| self.summary(tail.segment)));
                     continue;
                 }
                 end @ (Outcome::Plan(_) | Outcome::Refused(_) | Outcome::Unreadable(_)) => return end,
@@ -1193,6 +1225,33 @@ fn what_was_shipped_of_the_open_segment_is_planned_with() {
     assert!(plan.warnings.iter().any(|warning| warning.contains("is damaged")), "{:?}", plan.warnings);
 }
 
+#[test]
+fn what_was_shipped_before_lost_wal_is_the_end_of_a_window() {
+    let mut world = World::plain();
+    let records = world.records[&tli(1)].clone();
+    let lost = SegmentName::containing(tli(1), records[40].lsn, SIZE);
+    world.lose(lost, 300_000);
+    let tail = world.stranded[&lost].clone();
+    let held: Vec<_> =
+        records.iter().filter(|r| r.end <= tail.until_lsn).filter_map(|r| r.event.clone()).collect();
+    let (last, before) = (held.last().unwrap(), &held[held.len() - 2]);
+    assert!(before.lsn > lost.start(SIZE));
+    for target in [xid(last.xid), exclusive(xid(last.xid)), RecoveryTarget::new(TargetKind::Lsn(before.lsn))]
+    {
+        let plan = world.plan(&target).unwrap();
+        assert_eq!(plan.tail.as_ref(), Some(&tail), "{target:?}");
+        assert_eq!(plan.gap_behind.as_ref().map(|gap| gap.from), Some(tail.until_lsn));
+        assert!(plan.reasons.iter().any(|reason| reason.contains("it is lost")), "{:?}", plan.reasons);
+    }
+    // Behind its last record is no end: there was more.
+    for target in [RecoveryTarget::new(TargetKind::Latest), xid(last.xid + 1)] {
+        let refusal = world.plan(&target).unwrap_err();
+        assert_eq!((refusal.kind, refusal.gap.unwrap().from), (RefusalKind::Gap, tail.until_lsn));
+        let before = refusal.before.unwrap();
+        assert!(before.what.contains(&last.xid.to_string()), "{}", before.what);
+    }
+}
+
 /// What PostgreSQL would do with this backup, record by record: the planner's oracle.
 fn simulate(world: &World, backup: &BackupRecord, target: &RecoveryTarget) -> Option<(Lsn, Lsn)> {
     let mut end = SegmentName::containing(tli(1), backup.start_lsn, SIZE);
@@ -1202,9 +1261,11 @@ fn simulate(world: &World, backup: &BackupRecord, target: &RecoveryTarget) -> Op
     let tail = world.tails.get(&tli(1));
     let later =
         world.catalog.segments.names().any(|name| name > end) || tail.is_some_and(|tail| tail.segment > end);
-    // What was shipped of the open segment ends with its last whole record.
-    let end =
-        tail.filter(|tail| tail.segment == end && !later).map_or(end.start(SIZE), |tail| tail.until_lsn);
+    let later = later || world.stranded.keys().any(|name| *name > end);
+    let later = later || world.catalog.gaps.iter().any(|gap| gap.end_lsn > end.start(SIZE));
+    // What was shipped of the open segment, or of one before lost WAL, ends with its last whole record.
+    let tail = tail.filter(|tail| tail.segment == end && !later).or_else(|| world.stranded.get(&end));
+    let end = tail.map_or(end.start(SIZE), |tail| tail.until_lsn);
     // What a newer backup was complete with was there: the archive does not end before it.
     let later = later || world.catalog.backups.iter().any(|backup| backup.stop_lsn > end);
     let consistent = backup.stop_lsn;
@@ -1257,6 +1318,8 @@ struct Script {
     steps: Vec<(u8, u64, i64)>,
     backups: Vec<(usize, usize)>,
     missing: Vec<usize>,
+    /// A segment that is lost but for so many bytes.
+    lost: Option<(usize, u64)>,
     /// How much of the last segment is shipped.
     shipped: Option<u64>,
 }
@@ -1271,9 +1334,16 @@ fn scripts() -> impl Strategy<Value = Script> {
         proptest::collection::vec(step, 5..60),
         proptest::collection::vec((0usize..50, 1usize..6), 1..4),
         proptest::collection::vec(0usize..20, 0..2),
+        proptest::option::of((0usize..8, 1..SIZE.bytes())),
         proptest::option::of(prop_oneof![2 => Just(SIZE.bytes()), 1 => 0..SIZE.bytes()]),
     )
-        .prop_map(|(steps, backups, missing, shipped)| Script { steps, backups, missing, shipped })
+        .prop_map(|(steps, backups, missing, lost, shipped)| Script {
+            steps,
+            backups,
+            missing,
+            lost,
+            shipped,
+        })
 }
 
 fn build(script: &Script) -> World {
@@ -1321,6 +1391,11 @@ fn build(script: &Script) -> World {
         if let Some(name) = names.get(*missing) {
             world.catalog.segments.remove(name);
         }
+    }
+    if let Some((lost, but)) = script.lost
+        && let Some(name) = names.get(lost)
+    {
+        world.lose(*name, but);
     }
     if let Some(bytes) = script.shipped {
         world.ship(tli(1), bytes);

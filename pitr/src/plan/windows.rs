@@ -6,7 +6,7 @@ use walship::catalog::Catalog;
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 
 use super::chain::{Chain, ChainEnding, begin_of, build_chain};
-use super::gap::{Gap, is_on_path};
+use super::gap::{Gap, KnownBy, is_on_path};
 
 /// A span on the way to one timeline in which every commit can be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -31,6 +31,8 @@ pub struct Window {
     pub ended_by: WindowEnd,
     /// The gap that ends it.
     pub gap: Option<Gap>,
+    /// Where `pg_resetwal` made WAL begin anew: at its end, or right behind the gap that ends it.
+    pub reset_lsn: Option<Lsn>,
 }
 
 /// What ends a window.
@@ -39,7 +41,8 @@ pub struct Window {
 pub enum WindowEnd {
     /// The archive.
     EndOfArchive,
-    /// WAL is missing behind it.
+    /// WAL is missing behind it; so also where `pg_resetwal` left out segments ([`Window::reset_lsn`]): whether the server
+    /// had written WAL in between nobody can tell.
     Gap,
     /// `wal_level` was minimal from there on: PostgreSQL refuses to recover across it.
     WalLevelMinimal,
@@ -95,7 +98,14 @@ pub fn windows(catalog: &Catalog, timeline: TimelineId, breaks: &[Break]) -> Vec
             _ => one.lsn >= backup.start_lsn,
         };
         let broken = on_path.filter(behind).filter(|one| one.lsn < chain.end());
-        let window = window_of(&history, backup, &chain, broken.min_by_key(|one| one.lsn));
+        let mut window = window_of(&history, backup, &chain, broken.min_by_key(|one| one.lsn));
+        if let Some(Gap { to, known_by: KnownBy::LaterWal, .. }) = window.gap {
+            let first = to.0..to.0.saturating_add(catalog.lineage.segment_size.bytes());
+            let on_path = breaks.iter().filter(|one| history.timeline_of(one.lsn) == one.timeline);
+            let resets =
+                on_path.filter(|one| one.ends_by == WindowEnd::WalReset && first.contains(&one.lsn.0));
+            window.reset_lsn = resets.map(|one| one.lsn).min();
+        }
         if window.until_lsn >= backup.stop_lsn && window.until_lsn > begin {
             windows.push(window);
         }
@@ -129,5 +139,6 @@ fn window_of(
             (None, None) => WindowEnd::EndOfArchive,
         },
         gap,
+        reset_lsn: broken.filter(|one| one.ends_by == WindowEnd::WalReset).map(|one| one.lsn),
     }
 }

@@ -86,6 +86,21 @@ fn no_plan_crosses(major: u32, how: How) {
     let ends: Vec<_> = windows.iter().map(|window| window["ended_by"].as_str().unwrap()).collect();
     assert_eq!(ends, [ended, "end_of_archive"], "{how:?}: {info:#}");
     let oldest = info["backups"][0]["id"].as_str().unwrap();
+    // Where WAL begins anew is said, also behind a gap that pg_resetwal left.
+    let reset = windows[0]["reset_lsn"].as_str().unwrap_or_else(|| panic!("{how:?}: {info:#}"));
+    let text = stage.ok(&mut stage.pitr(&["info"]));
+    let words =
+        if how == How::LostWal { "pg_resetwal behind it" } else { "where pg_resetwal made WAL begin anew" };
+    assert!(text.contains(words), "{how:?}: {text}");
+    let log = json(&stage.ok(&mut stage.pitr(&["log", "--json"])));
+    let begins: Vec<&Value> =
+        log["lines"].as_array().unwrap().iter().filter(|line| line["line"] == "wal_begins").collect();
+    assert_eq!(begins.len(), 1, "initdb is none: {log:#}");
+    assert_eq!((&begins[0]["lsn"], &begins[0]["timeline"]), (&reset.into(), &1.into()), "{how:?}: {log:#}");
+    let text = stage.ok(&mut stage.pitr(&["log"]));
+    assert!(text.contains(&format!("WAL begins anew at {reset} on timeline 1, ")), "{text}");
+    let ends = stage.ok(&mut stage.pitr(&["log", "--only", "drop"]));
+    assert!(!ends.contains("WAL begins anew"), "{ends}");
 
     let mut offers = Vec::new();
     for words in [vec!["--to-lsn", &begun], vec!["--latest", "--backup", oldest]] {

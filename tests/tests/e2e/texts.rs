@@ -19,8 +19,18 @@ use walship_tests::stage::Stage;
 
 /// A program with these words as its arguments and nothing in its environment.
 fn asked(program: &Path, words: &str, folder: &Path) -> Output {
+    asked_on(100, program, words, folder)
+}
+
+/// The same on a terminal of so many columns.
+fn asked_on(columns: usize, program: &Path, words: &str, folder: &Path) -> Output {
     let mut command = Command::new(program);
-    command.env_clear().env("COLUMNS", "100").env("TZ", "UTC").env("HOME", folder).current_dir(folder);
+    command
+        .env_clear()
+        .env("COLUMNS", columns.to_string())
+        .env("TZ", "UTC")
+        .env("HOME", folder)
+        .current_dir(folder);
     command.env("WALSHIP_RESTORE_RETRY_MS", "0").args(words.split(' ').filter(|word| !word.is_empty()));
     run(&mut command, RunOptions::default())
 }
@@ -48,6 +58,35 @@ fn helps_read_as_they_should() {
     );
     insta::assert_snapshot!("help_archive_cmd", helps(&bins::archive_cmd(), &[""]));
     insta::assert_snapshot!("help_restore_cmd", helps(&bins::restore_cmd(), &[""]));
+}
+
+#[test]
+fn the_help_of_receive_reads_well_on_narrow_terminals() {
+    let folder = tempfile::tempdir().unwrap();
+    let on = |columns| {
+        let output = asked_on(columns, &bins::walship(), "receive --help", folder.path());
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    insta::assert_snapshot!("help_walship_receive", on(80));
+    for columns in [80, 90, 100] {
+        let text = on(columns);
+        let last = text.split("\nExamples:\n").nth(1).unwrap();
+        for paragraph in last.split("\n\n") {
+            let lines: Vec<&str> = paragraph.lines().collect();
+            assert!(lines.iter().all(|line| line.chars().count() <= columns), "{columns}: {paragraph}");
+            // A line ends where the next word has no room, not where the source had an end.
+            if !paragraph.contains("  ") {
+                for pair in lines.windows(2) {
+                    let next = pair[1].split(' ').next().unwrap_or_default();
+                    assert!(
+                        pair[0].chars().count() + 1 + next.chars().count() > columns,
+                        "{columns}: {paragraph}"
+                    );
+                }
+            }
+        }
+    }
 }
 
 /// A repository of cluster "main" without a server, with one lineage.

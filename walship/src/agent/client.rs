@@ -159,7 +159,9 @@ pub fn ask_fetch(arguments: &[OsString]) -> Asking {
 /// What is asked for as JSON, or with options that are none, is not for the agent.
 fn meeting(options: &[OsString], path: &Path) -> Option<Meeting> {
     let odd = |option: &OsString| {
-        ["--json", "--help", "-h", "--version", "-V", "--", "--up-to-damage"].iter().any(|odd| option == odd)
+        ["--json", "--help", "-h", "--version", "-V", "--", "--up-to-damage", "--up-to-gap"]
+            .iter()
+            .any(|odd| option == odd)
     };
     if options.iter().any(odd) { None } else { Meeting::of(options, path) }
 }

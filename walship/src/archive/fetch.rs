@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep};
 use crate::codec::ObjectHead;
 use crate::durable::TempFile;
 use crate::error::{Error, Result};
-use crate::pg::{SegmentName, TimelineHistory, TimelineId, WalFileName};
+use crate::pg::{Lsn, SegmentName, TimelineHistory, TimelineId, WalFileName};
 use crate::repository::{ClusterRepository, Damage, LineageRepository, ListedGap};
 use crate::wal::page::PageHeader;
 
@@ -41,6 +41,9 @@ pub struct FetchOptions {
     /// Whether a damaged part of the segment that the archive ends in ends it, instead of being an error: for a
     /// restore that was planned so.
     pub up_to_damage: bool,
+    /// Serve the segment in which the ledger says that WAL is lost from this position on, as far as that is stored in
+    /// parts: for a restore that was planned to stop before it.
+    pub up_to_gap: Option<Lsn>,
     /// Whether the asker is a standby, which may still follow a timeline that turns up now.
     pub standby: bool,
     /// Where to put the file instead of where the server wants it: for an agent, which leaves the last step to
@@ -287,16 +290,53 @@ impl Request<'_> {
             }
             _ => None,
         };
+        let mut lost_from = None;
         for lineage in &lineages {
             // All parts of a segment are as good as the segment, whatever is stored behind it.
             let whole = tail.as_ref().is_some_and(Tail::is_whole) && self.gaps(lineage).await?.is_empty();
-            if !whole {
-                self.check_absence(lineage).await?;
+            if whole {
+                continue;
+            }
+            match self.planned_end(lineage).await? {
+                Some(offset) if tail.is_some() => {
+                    lineage.confirm_marker().await?;
+                    lost_from = Some(offset);
+                }
+                _ => self.check_absence(lineage).await?,
             }
         }
         match tail {
             None => Ok(FetchOutcome::Absent),
-            Some(tail) => self.deliver_tail(tail).await,
+            Some(tail) => self.deliver_tail(tail, lost_from).await,
+        }
+    }
+
+    /// Returns the offset up to where parts of this segment are served although WAL is lost behind them: the plan of
+    /// the restore said so, and the ledger says that nothing before is missing.
+    ///
+    /// What follows reads as the end of WAL. A recovery with a target stops before, or PostgreSQL ends it as failed;
+    /// one without a target would promote there, and is refused, as is a standby, which would wait there for ever.
+    async fn planned_end(&self, lineage: &LineageRepository) -> Result<Option<u64>> {
+        let WalFileName::Segment(segment) = self.name else { return Ok(None) };
+        let Some(planned) = self.options.up_to_gap.filter(|_| !self.options.standby) else { return Ok(None) };
+        let size = lineage.lineage().segment_size;
+        if planned <= segment.start(size)
+            || SegmentName::containing(segment.timeline, planned, size) != segment
+        {
+            return Ok(None);
+        }
+        let gaps = self.gaps(lineage).await?;
+        if gaps.is_empty() || gaps.iter().any(|gap| gap.start_lsn() < planned) {
+            return Ok(None);
+        }
+        match self.directory {
+            Some(directory) if !directory.has_recovery_target()? => Err(Error::invalid(format!(
+                "WAL of {segment} is lost from {planned} on, and this recovery has no target before that: \
+                 postgresql.auto.conf sets none"
+            ))
+            .with_safe("recovery was not ended early; nothing was promoted")
+            .with_next("Restore anew with a target: `pitr info` shows up to where one can be reached.")),
+            _ => Ok(Some(size.offset_of(planned))),
         }
     }
 
@@ -313,8 +353,9 @@ impl Request<'_> {
 
     /// Puts an assembled segment in place; behind its end it reads as zeros, which PostgreSQL takes for the
     /// end of WAL.
-    async fn deliver_tail(&self, tail: Tail<'_>) -> Result<FetchOutcome> {
+    async fn deliver_tail(&self, tail: Tail<'_>, lost_from: Option<u64>) -> Result<FetchOutcome> {
         let Tail { temp, end, lineage } = tail;
+        let end = lost_from.map_or(end, |lost_from| end.min(lost_from));
         let size = lineage.lineage().segment_size;
         self.check_no_new_fork(lineage).await?;
         check_first_page(self.name, temp.file(), lineage)

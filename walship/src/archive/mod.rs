@@ -18,4 +18,4 @@ mod tail;
 
 pub use place::{DataDirectory, own_folder};
 #[cfg(feature = "store")]
-pub use tail::whole_from_parts;
+pub use tail::{stored_in_parts, whole_from_parts};

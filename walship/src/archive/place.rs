@@ -12,6 +12,9 @@ use crate::pg::control::ControlData;
 #[cfg(feature = "store")]
 use crate::repository::{ClusterRepository, LineageRepository};
 
+/// More than anybody's `postgresql.auto.conf` holds.
+const AUTO_CONF_BYTES_MAX: u64 = 4 << 20;
+
 /// A PostgreSQL data directory, known from the path of a file in its `pg_wal`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataDirectory {
@@ -57,6 +60,41 @@ impl DataDirectory {
             _ => Err(Error::local_io(format!("{} holds no system identifier", path.display()))),
         }
     }
+
+    /// Returns whether `postgresql.auto.conf`, where `pitr restore` writes it, gives recovery a target.
+    ///
+    /// # Errors
+    /// When the file is there but cannot be read.
+    pub fn has_recovery_target(&self) -> Result<bool> {
+        let path = self.path.join("postgresql.auto.conf");
+        let mut text = Vec::new();
+        let read =
+            fs::File::open(&path).and_then(|file| file.take(AUTO_CONF_BYTES_MAX).read_to_end(&mut text));
+        match read {
+            Ok(_) => Ok(sets_recovery_target(&String::from_utf8_lossy(&text))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Error::from_io(format!("reading {}", path.display()), error)),
+        }
+    }
+}
+
+/// Returns whether a configuration gives recovery a target. PostgreSQL holds one at a time: the last line counts.
+///
+/// Source: `src/backend/access/transam/xlogrecovery.c`, assign_recovery_target and its siblings.
+fn sets_recovery_target(text: &str) -> bool {
+    let kinds = ["", "_name", "_time", "_xid", "_lsn"];
+    let mut set = false;
+    for line in text.lines() {
+        let line = line.trim_start().to_ascii_lowercase();
+        let Some(rest) = line.strip_prefix("recovery_target") else { continue };
+        let (kind, value) =
+            rest.split_at(rest.find(|c: char| c != '_' && !c.is_ascii_alphanumeric()).unwrap_or(rest.len()));
+        if kinds.contains(&kind) {
+            let value = value.trim_start_matches(|c: char| c == '=' || c.is_whitespace());
+            set = !value.trim_start_matches('\'').trim_start().is_empty() && !value.starts_with("''");
+        }
+    }
+    set
 }
 
 /// Returns this user's own folder for what is of no worth to anybody else: `state_dir`, or `walship-<uid>`

@@ -49,6 +49,21 @@ pub(super) async fn longest<'a>(
     Ok(longest)
 }
 
+/// Returns how many bytes from the segment's start are stored in parts in the repository that has most; 0 when that is
+/// no WAL, or all of the segment. A damaged part ends them.
+///
+/// # Errors
+/// What the repositories and the spool folder say.
+pub async fn stored_in_parts(
+    segment: SegmentName,
+    lineages: &[LineageRepository],
+    options: &PushOptions,
+) -> Result<u64> {
+    let target = options.spool_dir.join(segment.to_string());
+    let tail = longest(segment, lineages, &target, Damage::EndsIt).await?;
+    Ok(tail.filter(|tail| !tail.is_whole()).map_or(0, |tail| tail.end))
+}
+
 /// Returns the whole segment, put together from its parts; `None` where parts hold less than all of its WAL.
 ///
 /// A segment that ends in a switch record holds no WAL behind that: it is whole although the empty rest was

@@ -5,7 +5,8 @@ use serde::Serialize;
 use super::Catalog;
 use crate::pg::{Lsn, SegmentName, TimelineId};
 
-/// What is stored of the open segment of a timeline: the parts that join from its start on.
+/// What is stored of the segment that WAL ends in, at the end of a timeline or before lost WAL: the parts that join
+/// from its start on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StoredTail {
     /// The segment.
@@ -20,6 +21,8 @@ pub struct StoredTail {
     pub stored_bytes: u64,
     /// Why it does not go on although more of the segment is stored.
     pub flaw: Option<TailFlaw>,
+    /// Where the ledger says that WAL of the segment is lost from; `None` for the open segment.
+    pub lost_from: Option<Lsn>,
 }
 
 /// Why parts that are stored do not count.
@@ -43,11 +46,11 @@ impl StoredTail {
     pub fn flaw_text(&self) -> Option<String> {
         Some(match self.flaw.as_ref()? {
             TailFlaw::Damaged { what } => format!(
-                "the open segment {} ends at {} because a part of it is damaged where it is stored: {what}",
+                "segment {} ends at {} because a part of it is damaged where it is stored: {what}",
                 self.segment, self.until_lsn
             ),
             TailFlaw::Hole { to } => format!(
-                "the open segment {} ends at {}: parts of it are stored from {to} on, those between are not",
+                "segment {} ends at {}: parts of it are stored from {to} on, those between are not",
                 self.segment, self.until_lsn
             ),
         })
@@ -66,11 +69,25 @@ impl Catalog {
     pub fn first_stored_from(&self, name: SegmentName) -> Option<SegmentName> {
         let tail = self.tails.as_ref().and_then(|tails| tails.get(&name.timeline));
         let tail = tail.map(|tail| tail.segment).filter(|segment| *segment >= name);
-        [self.segments.first_from(name), tail].into_iter().flatten().min()
+        let stranded = self.stranded.range(name..).next().map(|(segment, _)| *segment);
+        let stranded = stranded.filter(|segment| segment.timeline == name.timeline);
+        [self.segments.first_from(name), tail, stranded].into_iter().flatten().min()
     }
 
-    /// Returns the tail of a timeline's segment if a server would get it: nothing later is known on that timeline.
+    /// Returns where the ledger says that WAL of a segment is lost from, when that is inside of it: what is stored
+    /// before that is good.
+    pub fn lost_from(&self, segment: SegmentName) -> Option<Lsn> {
+        let size = self.lineage.segment_size;
+        let gaps = self.gaps.iter().filter(|gap| gap.touches(segment, size));
+        gaps.map(|gap| gap.start_lsn).min().filter(|start| *start > segment.start(size))
+    }
+
+    /// Returns the tail of a segment if a recovery may get it: nothing later is known on that timeline, or the ledger
+    /// says where inside of it WAL is lost. The latter is for a recovery alone that has a target before that.
     pub fn served_tail(&self, segment: SegmentName) -> Option<&StoredTail> {
+        if let Some(stranded) = self.stranded.get(&segment) {
+            return Some(stranded);
+        }
         let (timeline, size) = (segment.timeline, self.lineage.segment_size);
         let tail = self.tails.as_ref()?.get(&timeline).filter(|tail| tail.segment == segment)?;
         let start = segment.start(size);

@@ -5,6 +5,7 @@ use serde::Serialize;
 use walship::catalog::Catalog;
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
+use walship::feed::{clock_ahead, clock_text};
 use walship::pg::WalFileName;
 use walship::replication::connection::Connection;
 use walship::replication::{ServerPosition, server_position};
@@ -91,6 +92,7 @@ async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Fin
         "connected: PostgreSQL {}, system identifier {}, segments of {}",
         identity.postgres_major, identity.system_identifier, identity.segment_size
     ));
+    check_clock(&mut connection, findings).await?;
     let receiving = synchronous::check(config, &mut connection).await?;
     let command = server::proposed_archive_command(overrides);
     for setting in server::settings(&mut connection, &command).await? {
@@ -116,6 +118,22 @@ async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Fin
     let position = server_position(&mut connection).await?;
     connection.close().await;
     Ok(Server { identity, failing, position })
+}
+
+/// Compares the server's clock with this machine's.
+async fn check_clock(connection: &mut Connection, findings: &mut Findings) -> Result<()> {
+    let now = || chrono::Utc::now().timestamp_micros();
+    let asked = now();
+    let rows = connection.query("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint").await?;
+    let ahead = rows
+        .get(0, 0)
+        .and_then(|text| text.parse().ok())
+        .and_then(|server| clock_ahead(server, asked, now()));
+    if let Some(ahead) = ahead {
+        let next = "Set both clocks right (NTP); until then take times for targets from `pitr log`.";
+        findings.add(Weight::Advice, clock_text("the server", ahead), Some(next.to_owned()));
+    }
+    Ok(())
 }
 
 /// Looks at the archiver's statistics; returns the file that it cannot archive, if there is one.

@@ -40,20 +40,29 @@ const SPOOL_MIB_MAX: u64 = 1024;
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
+// Each paragraph is one line: it is wrapped to the terminal's width.
 #[command(after_help = "\
 Examples:
   walship receive 'host=db1 user=replicator'
   walship receive --slot walship_b --status-file /run/walship/receive.json \\
       'postgresql://replicator@db1,db2/?target_session_attrs=primary'
+  walship receive --flush repository
 
-  walship receive --flush repository         # and synchronous_standby_names = 'walship': no acknowledged commit is lost
-  walship receive --flush local --spool /var/lib/walship/spool     # the same, while this host's disk survives
-  walship receive --drain --spool /var/lib/walship/spool           # the server is gone: store what the spool holds
+  walship receive --flush local --spool /var/lib/walship/spool
+  walship receive --drain --spool /var/lib/walship/spool
 
-Runs until SIGTERM or SIGINT: what is on its way is stored, the server is told, and it ends with status 0. The user
-needs the REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The slot keeps WAL on the server until it
-is durable in every repository: bound that with max_slot_wal_keep_size. It works beside archive_command and beside
-another receiver (with a slot of its own): they store the same bytes.")]
+With --flush repository and synchronous_standby_names = 'walship' on the server no acknowledged commit is lost; with \
+--flush local none while the spool survives: when the server is gone, --drain stores what only the spool has.
+
+Runs until SIGTERM or SIGINT: what is on its way is stored, the server is told, and it ends. The user needs the \
+REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The slot keeps WAL on the server until it is \
+durable in every repository: bound that with max_slot_wal_keep_size. It works beside archive_command and beside \
+another receiver (with a slot of its own): they store the same bytes.
+
+Exit status:
+  0  told to end, or what --until or --once wait for is durable
+  1  it cannot go on, and waiting would not help; the message says why
+  2  the command line makes no sense")]
 pub(super) struct Args {
     /// The server: a URI or keyword=value pairs [default: --connection, the configuration, PG* variables]
     #[arg(value_name = "CONNINFO")]
@@ -86,8 +95,8 @@ pub(super) struct Args {
     /// Keep a JSON file that says where everything is [env: WALSHIP_RECEIVE_STATUS_FILE]
     #[arg(long, value_name = "FILE")]
     status_file: Option<PathBuf>,
-    /// Seconds between two lines of figures on standard error
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    /// Seconds between two lines of figures on standard error [default: 60]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, hide_default_value = true, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     report_interval: u64,
     /// Receive from a primary although the archive knows a younger timeline than its own
     #[arg(long)]

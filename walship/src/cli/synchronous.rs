@@ -104,6 +104,18 @@ fn judge_slot(name: &str, slot: &Slot, unlimited: bool) -> Found {
             next("Name another slot for `walship receive` with --slot."),
         );
     }
+    if slot.wal_status == "lost" && slot.held_bytes.is_some() {
+        return (
+            Weight::Needed,
+            format!(
+                "the replication slot \"{name}\" was invalidated by the server: it holds no WAL back any more"
+            ),
+            next(
+                "Start `walship receive`: it makes the slot anew, goes on where the archive ends, and says whether WAL is lost. \
+                 Raise idle_replication_slot_timeout, or set it to 0.",
+            ),
+        );
+    }
     if slot.wal_status == "lost" {
         return (
             Weight::Needed,
@@ -248,6 +260,7 @@ mod tests {
             (true, true, "reserved", Some(5), true, Weight::Good, "disk is full"),
             (true, false, "extended", Some(5), false, Weight::Advice, "nobody streams"),
             (true, true, "unreserved", Some(5), false, Weight::Needed, "next checkpoint"),
+            (true, false, "lost", Some(5), false, Weight::Needed, "was invalidated"),
             (true, false, "lost", None, false, Weight::Needed, "has lost WAL"),
             (true, false, "", None, false, Weight::Good, "holds no WAL yet"),
             (false, true, "reserved", Some(5), false, Weight::Needed, "logical"),

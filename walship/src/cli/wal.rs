@@ -11,7 +11,7 @@ use walship::archive::own_folder;
 use walship::archive::push::PushOptions;
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
-use walship::pg::WalFileName;
+use walship::pg::{Lsn, WalFileName};
 
 use super::open::Configured;
 
@@ -20,8 +20,9 @@ pub(super) enum Command {
     /// Store one WAL file in every repository
     #[command(after_help = "\
 Exit status:
-  0      the file is durable in every repository; or it cannot be stored, and every repository has the record
-         by which an operator gave it up (`walship wal give-up`): a warning says so each time
+  0      the file is durable in every repository; or it cannot be stored, and
+         every repository has the record by which an operator gave it up
+         (`walship wal give-up`): a warning says so each time
   1-125  it is not; PostgreSQL keeps it and asks again")]
     Push(PushArgs),
     /// Fetch one WAL file, or prove that it is not there
@@ -62,6 +63,10 @@ pub(super) struct FetchArgs {
     /// where its plan said so
     #[arg(long)]
     up_to_damage: bool,
+    /// Serve the parts of the segment in which the ledger of gaps says that WAL is lost from this LSN on, up to there:
+    /// for a recovery with a target before it. `pitr restore` sets this where its plan said so
+    #[arg(long, value_name = "LSN")]
+    up_to_gap: Option<Lsn>,
     /// Print what was done as JSON
     #[arg(long)]
     json: bool,
@@ -142,6 +147,7 @@ fn try_fetch(args: &FetchArgs, overrides: &Overrides) -> Result<Fetched> {
         lineage: args.lineage,
         retry: asker.retry(Duration::from_millis(config.restore_retry_ms)),
         up_to_damage: args.up_to_damage,
+        up_to_gap: args.up_to_gap,
         standby: asker == Asker::Standby,
         deliver_to: None,
     };

@@ -3,6 +3,7 @@
 //!
 //! Pure: bytes, positions and times come in, decisions go out. `receive` carries them out.
 
+mod clock;
 mod conversation;
 mod cutter;
 mod frontier;
@@ -10,6 +11,7 @@ mod lost;
 mod resume;
 mod tail;
 
+pub use clock::{ServerClock, clock_ahead, clock_text};
 pub use conversation::{Conversation, Rules, Verdict};
 pub use cutter::{Cutter, Piece};
 pub use frontier::Frontier;

@@ -7,6 +7,7 @@
 //!
 //! Source: `src/bin/pg_basebackup/receivelog.c`, `pg_receivewal.c`.
 
+mod invalidated;
 mod limits;
 mod prepare;
 mod removed;
@@ -27,7 +28,7 @@ use tokio::sync::watch;
 use crate::archive::push::PushOptions;
 use crate::codec::Compression;
 use crate::error::{Error, Result};
-use crate::feed::{Frontier, Rules, Start, TailRules};
+use crate::feed::{Frontier, Rules, ServerClock, Start, TailRules};
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use crate::replication::{ConnectOptions, ServerError};
 use crate::repository::{ClusterRepository, LineageRepository};
@@ -258,6 +259,9 @@ struct Receiver {
     until: Option<Lsn>,
     /// Set where the last session ended because the server has removed what was asked of it.
     removed: Option<removed::Removed>,
+    /// Set where the last session ended because the server does not let the slot be used.
+    refused: Option<invalidated::Refused>,
+    clock: ServerClock,
 }
 
 /// What is known of the lineage once a server was reached.
@@ -358,6 +362,8 @@ impl Receiver {
             report,
             until: None,
             removed: None,
+            refused: None,
+            clock: ServerClock::default(),
         }
     }
 

@@ -13,8 +13,8 @@ use crate::error::{Error, Result};
 use crate::feed::{Eagerness, Frontier, Known, Start, resume};
 use crate::pg::{Lsn, TimelineHistory, TimelineId};
 use crate::replication::{
-    Connection, ServerError, SessionKind, SlotLifetime, SlotState, StandbyRole, SystemIdentity, create_slot,
-    drop_slot, identify_system, read_slot, segment_size, show, timeline_history,
+    Connection, Rows, ServerError, SessionKind, SlotLifetime, SlotState, StandbyRole, SystemIdentity,
+    create_slot, drop_slot, identify_system, read_slot, segment_size, show, timeline_history,
 };
 use crate::repository::{ClusterRepository, load_catalog};
 use crate::storage::blocking;
@@ -161,8 +161,17 @@ impl Receiver {
         if state == SlotState::Unknown {
             state = self.read_slot_by_sql(connection, &slot).await?;
         }
+        let refused = self.refused.take();
         match state {
-            SlotState::Holds(lsn) => return Ok(Some(lsn)),
+            SlotState::Holds(lsn) if !self.is_invalidated(connection, refused).await? => {
+                return Ok(Some(lsn));
+            }
+            SlotState::Holds(_) => {
+                (self.progress)(ReceiveEvent::Warning(format!(
+                    "the slot \"{slot}\" was invalidated by the server and holds no WAL back; it is made anew"
+                )));
+                drop_slot(connection, &slot).await?;
+            }
             SlotState::HoldsNothing => {
                 (self.progress)(ReceiveEvent::Warning(format!(
                     "the slot \"{slot}\" holds no WAL back (it was never used, or the server has removed its WAL \
@@ -194,20 +203,10 @@ impl Receiver {
 
     /// Asks a server before 15 in SQL, if it lets us: the same one, not another of several hosts.
     async fn read_slot_by_sql(&self, connection: &Connection, slot: &str) -> Result<SlotState> {
-        let mut server = self.server.clone();
-        server.hosts = vec![connection.host().clone()];
+        let sql =
+            format!("SELECT restart_lsn, slot_type FROM pg_replication_slots WHERE slot_name = '{slot}'");
         let ask = async {
-            let mut session = match Connection::connect(&server, SessionKind::Ordinary).await {
-                Ok(session) => session,
-                Err(_) => {
-                    server.dbname = "postgres".to_owned();
-                    Connection::connect(&server, SessionKind::Ordinary).await?
-                }
-            };
-            let sql =
-                format!("SELECT restart_lsn, slot_type FROM pg_replication_slots WHERE slot_name = '{slot}'");
-            let rows = session.query(&sql).await?;
-            session.close().await;
+            let rows = self.ask_by_sql(connection, &sql).await?;
             let state = match (rows.rows.first(), rows.get(0, 0).map(str::parse)) {
                 (None, _) => SlotState::Missing,
                 (Some(_), Some(Ok(lsn))) => SlotState::Holds(lsn),
@@ -223,6 +222,22 @@ impl Receiver {
                 Ok(SlotState::Unknown)
             }
         }
+    }
+
+    /// Asks the very server of a replication session something in SQL.
+    pub(super) async fn ask_by_sql(&self, connection: &Connection, sql: &str) -> Result<Rows> {
+        let mut server = self.server.clone();
+        server.hosts = vec![connection.host().clone()];
+        let mut session = match Connection::connect(&server, SessionKind::Ordinary).await {
+            Ok(session) => session,
+            Err(_) => {
+                server.dbname = "postgres".to_owned();
+                Connection::connect(&server, SessionKind::Ordinary).await?
+            }
+        };
+        let rows = session.query(sql).await?;
+        session.close().await;
+        Ok(rows)
     }
 
     /// Returns where to go on: where the last session ended if the server's path still goes through there,

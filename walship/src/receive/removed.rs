@@ -7,7 +7,7 @@ use super::prepare::no_archive;
 use super::segments::Before;
 use super::{ReceiveEvent, stopped};
 use crate::archive::give_up::record_lost;
-use crate::archive::whole_from_parts;
+use crate::archive::{stored_in_parts, whole_from_parts};
 use crate::error::{Error, Result};
 use crate::feed::{Known, Search, Start, Stretch, first_missing, owner, start_at, stretches, younger};
 use crate::pg::{Lsn, SegmentName, TimelineHistory};
@@ -28,8 +28,10 @@ pub(super) struct Removed {
 impl Receiver {
     /// Takes note of what the server says about WAL that it does not have, and says it clearly.
     pub(super) fn streaming_failed(&mut self, connection: &Connection, error: Error, from: Lsn) -> Error {
-        if ServerError::of(&error).is_none_or(|said| said.code != "58P01") {
-            return error;
+        match ServerError::of(&error) {
+            Some(said) if said.code == "58P01" => {}
+            Some(said) if said.code == "55000" => return self.slot_refused(connection, &error, said),
+            _ => return error,
         }
         let mut server = self.server.clone();
         server.hosts.retain(|host| host == connection.host());
@@ -80,7 +82,7 @@ impl Receiver {
         if first == number {
             return Ok(false);
         }
-        self.record(&stretches(&path, number, first, size), &removed).await?;
+        self.record(stretches(&path, number, first, size), &removed).await?;
         self.go_on_at(start_at(&path, first, size));
         Ok(true)
     }
@@ -108,8 +110,9 @@ impl Receiver {
         Ok(first)
     }
 
-    /// Records in every repository that these stretches are lost, and says so. What came before is durable then.
-    async fn record(&mut self, lost: &[Stretch], removed: &Removed) -> Result<()> {
+    /// Records in every repository that these stretches are lost, and says so. What came before is durable then; what is
+    /// stored in parts of the first segment is not lost.
+    async fn record(&mut self, mut lost: Vec<Stretch>, removed: &Removed) -> Result<()> {
         while self.archive.as_ref().is_some_and(|archive| !archive.uploads.is_empty()) {
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
             tokio::select! {
@@ -118,10 +121,18 @@ impl Receiver {
             }
         }
         let archive = self.archive.as_ref().ok_or_else(no_archive)?;
+        if let Some(first) = lost.first_mut() {
+            let segment = SegmentName::containing(first.timeline, first.start, archive.size);
+            let stored = stored_in_parts(segment, &archive.lineages, &archive.push).await?;
+            // What the spool has follows.
+            let held = archive.spooled.as_ref().and_then(|spooled| spooled.spool.segment(segment));
+            let stored = stored.max(held.map_or(0, |held| held.end));
+            first.start = Lsn(first.start.0 + stored);
+        }
         let host = removed.server.hosts.first().map(ToString::to_string).unwrap_or_default();
         let why =
             format!("{host} had removed it before it was received through the slot {}", self.options.slot);
-        for Stretch { timeline, start, end } in lost {
+        for Stretch { timeline, start, end } in &lost {
             let lineages = &archive.lineages;
             record_lost(lineages, *timeline, *start, *end, &why, Utc::now()).await?;
             let told = Error::missing(format!(

@@ -9,7 +9,7 @@ use super::segments::{Before, OpenSegment};
 use super::spooled::Again;
 use super::{ReceiveEvent, Receiver, stopped};
 use crate::error::{Error, Result};
-use crate::feed::{Conversation, Cutter, Start, TailCutter, Verdict};
+use crate::feed::{Conversation, Cutter, Start, TailCutter, Verdict, clock_text};
 use crate::pg::{Lsn, SegmentName};
 use crate::replication::Connection;
 use crate::replication::stream::{
@@ -212,7 +212,8 @@ impl Receiver {
     ) -> Result<Option<Turn>> {
         let now = self.started.elapsed();
         match message {
-            StreamMessage::Wal { mut start, server, mut bytes } => {
+            StreamMessage::Wal { mut start, server, sent_micros, mut bytes } => {
+                self.heard_clock(connection, now, sent_micros);
                 streaming.talk.heard_wal(now);
                 streaming.tail.server_is_at(server);
                 self.report.received_bytes += bytes.len() as u64;
@@ -247,7 +248,8 @@ impl Receiver {
                 self.report.server_lsn = self.report.server_lsn.max(server).max(self.report.received_lsn);
                 Ok(None)
             }
-            StreamMessage::Keepalive { sent, reply_requested } => {
+            StreamMessage::Keepalive { sent, sent_micros, reply_requested } => {
+                self.heard_clock(connection, now, sent_micros);
                 streaming.talk.heard_keepalive(now, reply_requested);
                 if reply_requested {
                     streaming.tail.hurry();
@@ -265,6 +267,15 @@ impl Receiver {
                 self.end_timeline(streaming, next.switch_lsn).await?;
                 Ok(Some(Turn::Timeline(next)))
             }
+        }
+    }
+
+    /// Says when the server's clock is not ours.
+    fn heard_clock(&mut self, connection: &Connection, now: Duration, sent_micros: i64) {
+        let ahead = self.clock.heard(now, sent_micros, chrono::Utc::now().timestamp_micros());
+        if let Some(ahead) = ahead {
+            let text = clock_text(&connection.host().to_string(), ahead);
+            (self.progress)(ReceiveEvent::Warning(format!("{text}. Set both clocks right")));
         }
     }
 

@@ -73,7 +73,7 @@ pub async fn server_position(connection: &mut Connection) -> Result<ServerPositi
         .ok_or_else(|| Error::mismatch("what the server says about its position makes no sense"))?;
     let sql = format!(
         "SELECT slot_name, restart_lsn, active FROM pg_replication_slots \
-         WHERE slot_type = 'physical' AND restart_lsn IS NOT NULL ORDER BY slot_name LIMIT {SLOTS_MAX}"
+         WHERE slot_type = 'physical' AND restart_lsn IS NOT NULL AND wal_status IS DISTINCT FROM 'lost' ORDER BY slot_name LIMIT {SLOTS_MAX}"
     );
     let rows = connection.query(&sql).await?;
     let slots = (0..rows.rows.len()).filter_map(|row| {

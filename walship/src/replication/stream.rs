@@ -31,6 +31,8 @@ pub enum StreamMessage {
         start: Lsn,
         /// How far the server's WAL went when it sent them.
         server: Lsn,
+        /// When that was, by the server's clock: microseconds from 1970.
+        sent_micros: i64,
         /// The bytes.
         bytes: Bytes,
     },
@@ -38,6 +40,8 @@ pub enum StreamMessage {
     Keepalive {
         /// How far the server has sent WAL.
         sent: Lsn,
+        /// When it said so, by its own clock: microseconds from 1970.
+        sent_micros: i64,
         /// Whether it wants to hear from us at once.
         reply_requested: bool,
     },
@@ -213,17 +217,21 @@ fn decode(mut data: Bytes) -> Result<StreamMessage> {
             // Where it starts, how far the server is, when it was sent.
             let start = data.try_get_u64().map_err(|_| cut())?;
             let server = data.try_get_u64().map_err(|_| cut())?;
-            data.try_get_u64().map_err(|_| cut())?;
-            Ok(StreamMessage::Wal { start: Lsn(start), server: Lsn(server), bytes: data })
+            let sent_micros = unix_micros(data.try_get_i64().map_err(|_| cut())?);
+            Ok(StreamMessage::Wal { start: Lsn(start), server: Lsn(server), sent_micros, bytes: data })
         }
         b'k' => {
             let sent = data.try_get_u64().map_err(|_| cut())?;
-            data.try_get_u64().map_err(|_| cut())?;
+            let sent_micros = unix_micros(data.try_get_i64().map_err(|_| cut())?);
             let reply_requested = data.try_get_u8().map_err(|_| cut())? != 0;
-            Ok(StreamMessage::Keepalive { sent: Lsn(sent), reply_requested })
+            Ok(StreamMessage::Keepalive { sent: Lsn(sent), sent_micros, reply_requested })
         }
         _ => Err(out_of_order("a message of an unknown type")),
     }
+}
+
+fn unix_micros(postgres_micros: i64) -> i64 {
+    postgres_micros.saturating_add(POSTGRES_EPOCH_MICROS)
 }
 
 /// The position of replay stays "none": nothing is replayed here, and who waits for that would wait for ever.
@@ -260,7 +268,12 @@ mod tests {
         let bytes = Bytes::from_static(b"WAL");
         assert_eq!(
             decode(wal.clone().into()).unwrap(),
-            StreamMessage::Wal { start: Lsn(0x1000), server: Lsn(0x2000), bytes }
+            StreamMessage::Wal {
+                start: Lsn(0x1000),
+                server: Lsn(0x2000),
+                sent_micros: POSTGRES_EPOCH_MICROS + 7,
+                bytes
+            }
         );
         for cut in 0..wal.len() - 3 {
             assert!(decode(wal[..cut].to_vec().into()).is_err());
@@ -269,7 +282,11 @@ mod tests {
         keepalive.extend(0x2000u64.to_be_bytes());
         keepalive.extend(7u64.to_be_bytes());
         keepalive.push(1);
-        let expected = StreamMessage::Keepalive { sent: Lsn(0x2000), reply_requested: true };
+        let expected = StreamMessage::Keepalive {
+            sent: Lsn(0x2000),
+            sent_micros: POSTGRES_EPOCH_MICROS + 7,
+            reply_requested: true,
+        };
         assert_eq!(decode(keepalive.into()).unwrap(), expected);
         assert!(decode(Bytes::from_static(b"x")).is_err());
 

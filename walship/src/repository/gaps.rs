@@ -30,6 +30,11 @@ pub struct ListedGap {
 }
 
 impl ListedGap {
+    /// Returns the position of its first byte.
+    pub fn start_lsn(&self) -> Lsn {
+        self.told.start
+    }
+
     /// Returns the position after its last byte.
     pub fn end_lsn(&self) -> Lsn {
         self.told.end

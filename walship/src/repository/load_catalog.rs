@@ -200,6 +200,7 @@ async fn load_one(repository: &LineageRepository, using: Using) -> Result<Catalo
         histories: load_histories(repository, &timelines).await?,
         segments: StoredSegments::new(repository.lineage.segment_size),
         in_parts: BTreeMap::new(),
+        stranded: BTreeMap::new(),
         tails: None,
         lost_ends: BTreeMap::new(),
         rollups: Vec::new(),

@@ -32,12 +32,14 @@ struct Found {
     /// Segments of which every byte is stored in parts.
     in_parts: Vec<(u64, SegmentSummary)>,
     tail: Option<(StoredTail, SegmentSummary)>,
+    /// What is stored of segments up to where the ledger says that WAL of them is lost.
+    stranded: Vec<(StoredTail, SegmentSummary)>,
 }
 
 /// Adds to the catalog what is stored in parts only, and the whole segments that have come since it was loaded, and
 /// returns the summaries of what parts hold.
 ///
-/// One or two listings for each timeline, and the parts of few segments, which are read in parallel; one segment
+/// One or two listings for each timeline, one for each of the last 64 gaps, and the parts of few segments, which are read in parallel; one segment
 /// at a time is in memory. Of several repositories the one counts whose parts reach furthest.
 ///
 /// # Errors
@@ -74,7 +76,7 @@ pub async fn load_tails(
 /// Adds what was found in each repository.
 fn unite(catalog: &mut Catalog, found: Vec<BTreeMap<TimelineId, Found>>) -> Vec<SegmentSummary> {
     let (mut tails, mut summaries) = (BTreeMap::new(), Vec::new());
-    let mut in_parts = Vec::new();
+    let (mut in_parts, mut stranded) = (Vec::new(), Vec::new());
     for (timeline, found) in found.into_iter().flatten() {
         for newer in found.newer {
             if !catalog.segments.contains(newer.name) {
@@ -82,6 +84,7 @@ fn unite(catalog: &mut Catalog, found: Vec<BTreeMap<TimelineId, Found>>) -> Vec<
             }
         }
         in_parts.extend(found.in_parts);
+        stranded.extend(found.stranded);
         let Some(tail) = found.tail else { continue };
         let reach = |(tail, _): &(StoredTail, SegmentSummary)| (tail.segment, tail.until_lsn, tail.end_lsn);
         if tails.get(&timeline).is_none_or(|known| reach(known) < reach(&tail)) {
@@ -99,8 +102,25 @@ fn unite(catalog: &mut Catalog, found: Vec<BTreeMap<TimelineId, Found>>) -> Vec<
             summaries.push(summary);
         }
     }
+    let mut reached = BTreeMap::<_, (StoredTail, SegmentSummary)>::new();
+    for found in stranded {
+        let name = found.0.segment;
+        let further = reached
+            .get(&name)
+            .is_none_or(|known| (known.0.until_lsn, known.0.end_lsn) < (found.0.until_lsn, found.0.end_lsn));
+        if further && !catalog.segments.contains(name) {
+            reached.insert(name, found);
+        }
+    }
+    for (name, (tail, summary)) in reached {
+        summaries.push(summary);
+        catalog.stranded.insert(name, tail);
+    }
     let last = |timeline| catalog.segments.last_of_timeline(timeline);
-    tails.retain(|timeline, (tail, _)| last(*timeline).is_none_or(|last| last < tail.segment));
+    tails.retain(|timeline, (tail, _)| {
+        last(*timeline).is_none_or(|last| last < tail.segment)
+            && !catalog.stranded.contains_key(&tail.segment)
+    });
     let mut kept = BTreeMap::new();
     for (timeline, (tail, summary)) in tails {
         summaries.push(summary);
@@ -115,6 +135,7 @@ async fn load_one(
     catalog: &Catalog,
     timelines: &BTreeSet<TimelineId>,
 ) -> Result<BTreeMap<TimelineId, Found>> {
+    let size = catalog.lineage.segment_size;
     let mut all = BTreeMap::new();
     for &timeline in timelines {
         let last = catalog.segments.last_of_timeline(timeline);
@@ -122,9 +143,15 @@ async fn load_one(
         for hole in holes(catalog, timeline) {
             let parts = repository.tail_of(hole).await?;
             if !parts.is_empty() {
-                let read = read(repository, hole, parts).await?;
+                let read = read(repository, hole, parts, None).await?;
                 found.in_parts.extend(read.whole());
             }
+        }
+        for (segment, lost_from) in lost_inside(catalog, timeline) {
+            let parts = repository.tail_of(segment).await?;
+            let stored = read(repository, segment, parts, Some(lost_from)).await?;
+            let stored = stored.tail(size, Some(lost_from));
+            found.stranded.extend(Some(stored).filter(|(tail, _)| tail.until_lsn > segment.start(size)));
         }
         all.insert(timeline, found);
     }
@@ -141,6 +168,17 @@ fn holes(catalog: &Catalog, timeline: TimelineId) -> Vec<SegmentName> {
         names.take_while(move |name| *name > last)
     });
     missing.take(SEGMENTS_MAX).collect()
+}
+
+/// Returns the segments of a timeline that are not stored and inside of which the ledger says that WAL is lost, with
+/// from where; the last ones of them.
+fn lost_inside(catalog: &Catalog, timeline: TimelineId) -> Vec<(SegmentName, Lsn)> {
+    let size = catalog.lineage.segment_size;
+    let gaps = catalog.gaps.iter().filter(|gap| gap.timeline == timeline);
+    let segments = gaps.map(|gap| SegmentName::containing(timeline, gap.start_lsn, size));
+    let segments: BTreeSet<_> = segments.filter(|name| !catalog.segments.contains(*name)).collect();
+    let lost = segments.into_iter().rev().filter_map(|name| Some((name, catalog.lost_from(name)?)));
+    lost.take(SEGMENTS_MAX).collect()
 }
 
 /// Returns what is stored of a timeline behind the segment `last`.
@@ -177,12 +215,12 @@ async fn read_all(
     let mut found = Found::default();
     let Some((open, parts)) = listed.pop_last() else { return Ok(found) };
     for (segment, parts) in listed.into_iter().rev().take(SEGMENTS_MAX) {
-        found.in_parts.extend(read(repository, segment, parts).await?.whole());
+        found.in_parts.extend(read(repository, segment, parts, None).await?.whole());
     }
-    let read = read(repository, open, parts).await?;
+    let read = read(repository, open, parts, None).await?;
     match read.whole() {
         Some(whole) => found.in_parts.push(whole),
-        None => found.tail = Some(read.tail(repository.lineage.segment_size)),
+        None => found.tail = Some(read.tail(repository.lineage.segment_size, None)),
     }
     Ok(found)
 }
@@ -202,7 +240,7 @@ impl Read {
         (self.is_whole && sound).then(|| (self.assembled.stored_bytes, self.summary.clone()))
     }
 
-    fn tail(self, size: SegmentSize) -> (StoredTail, SegmentSummary) {
+    fn tail(self, size: SegmentSize, lost_from: Option<Lsn>) -> (StoredTail, SegmentSummary) {
         let segment = self.summary.segment;
         let start = segment.start(size);
         let until_lsn = match self.verdict {
@@ -213,14 +251,25 @@ impl Read {
         };
         let Assembled { end, parts, stored_bytes, flaw } = self.assembled;
         let end_lsn = Lsn(start.0.saturating_add(end));
-        (StoredTail { segment, until_lsn, end_lsn, parts, stored_bytes, flaw }, self.summary)
+        (StoredTail { segment, until_lsn, end_lsn, parts, stored_bytes, flaw, lost_from }, self.summary)
     }
 }
 
-async fn read(repository: &LineageRepository, segment: SegmentName, parts: Vec<ListedPart>) -> Result<Read> {
+/// Reads what is stored of a segment, at most up to where WAL of it is lost.
+async fn read(
+    repository: &LineageRepository,
+    segment: SegmentName,
+    parts: Vec<ListedPart>,
+    lost_from: Option<Lsn>,
+) -> Result<Read> {
     let size = repository.lineage.segment_size;
     let mut bytes = Vec::new();
-    let assembled = repository.assemble(segment, parts, &mut bytes, Damage::EndsIt).await?;
+    let mut assembled = repository.assemble(segment, parts, &mut bytes, Damage::EndsIt).await?;
+    if let Some(lost) = lost_from.map(|lsn| size.offset_of(lsn)).filter(|lost| *lost <= assembled.end) {
+        bytes.truncate(usize::try_from(lost).unwrap_or(usize::MAX));
+        assembled.end = lost;
+        assembled.flaw = None;
+    }
     let mut scanner = SegmentScanner::new(segment, size);
     scanner.push(&bytes);
     let is_whole = assembled.end == size.bytes();

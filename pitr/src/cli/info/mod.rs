@@ -7,7 +7,7 @@ mod tests;
 use std::fmt::Write as _;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use walship::catalog::Catalog;
+use walship::catalog::{Catalog, StoredTail};
 use walship::config::Config;
 use walship::replication::{ConnectOptions, Connection, ServerPosition, SessionKind, server_position};
 use walship::repository::{load_catalog, load_tails};
@@ -148,6 +148,15 @@ fn timeline_text(text: &mut String, info: &Info, timeline: &TimelineInfo, style:
             let _ = writeln!(text, "           {}", output::clean(&flaw));
         }
     }
+    let stranded = timeline.stranded.iter().map(|tail| {
+        let StoredTail { segment, until_lsn, parts, stored_bytes, .. } = tail;
+        let flaw = tail.flaw_text().map_or_else(String::new, |flaw| format!("\n           {flaw}"));
+        format!(
+            "  parts    {segment} to {until_lsn} ({parts} part(s), {}), behind which WAL is lost{flaw}",
+            output::bytes(*stored_bytes)
+        )
+    });
+    lines(text, &stranded.collect::<Vec<_>>());
     if timeline.windows.is_empty() {
         let _ = writeln!(text, "  window   none: no complete backup leads here");
     }
@@ -182,11 +191,14 @@ fn window_text(found: &WindowInfo, now: DateTime<Utc>) -> String {
     };
     let backups =
         if window.backups == 1 { "1 backup".to_owned() } else { format!("{} backups", window.backups) };
-    let end = match window.ended_by {
-        WindowEnd::EndOfArchive => "",
-        WindowEnd::Gap => ", a gap behind it",
-        WindowEnd::WalLevelMinimal => ", wal_level = minimal behind it",
-        WindowEnd::WalReset => ", pg_resetwal behind it",
+    let end = match (window.ended_by, window.reset_lsn) {
+        (WindowEnd::EndOfArchive, _) => String::new(),
+        (WindowEnd::Gap, None) => ", a gap behind it".to_owned(),
+        (WindowEnd::Gap, Some(lsn)) => {
+            format!(", a gap behind it, where pg_resetwal made WAL begin anew at {lsn}")
+        }
+        (WindowEnd::WalLevelMinimal, _) => ", wal_level = minimal behind it".to_owned(),
+        (WindowEnd::WalReset, _) => ", pg_resetwal behind it".to_owned(),
     };
     format!(
         "  window   {} ({}) to {until}\n           WAL to {}, {backups}{end}",

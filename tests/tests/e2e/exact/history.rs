@@ -235,7 +235,7 @@ fn with_clock(
 }
 
 /// Returns libfaketime.
-fn faketime() -> PathBuf {
+pub(crate) fn faketime() -> PathBuf {
     let lib = Path::new("/usr/lib");
     let folders = fs::read_dir(lib).unwrap().map(|entry| entry.unwrap().path());
     folders

@@ -7,7 +7,7 @@
 //! ended with commits from after the target. Forty targets; more than three hundred with
 //! `WALSHIP_CAMPAIGN=1`. Everything random comes from `WALSHIP_SEED`.
 
-mod history;
+pub(crate) mod history;
 
 use std::collections::BTreeSet;
 use std::fmt;

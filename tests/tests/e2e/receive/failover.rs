@@ -2,12 +2,14 @@
 //! not taken for the primary.
 
 use std::fs;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use walship::pg::Lsn;
 use walship_tests::bins;
 use walship_tests::postgres::{PgServer, StopMode, majors, newer_major, primary_major};
+use walship_tests::proxy::Mode;
 use walship_tests::stage::Stage;
 use walship_tests::{process, wait};
 
@@ -279,6 +281,50 @@ fn a_primary_that_was_left_behind_is_passed_over_and_refused() {
     assert!(of_the_first().len() > before.len());
     assert_eq!(scene.restored("a", &["--latest"]), "one, two, three, four");
     assert!(scene.receiving.terminate().success(), "{}", scene.receiving.said());
+}
+
+#[test]
+fn a_new_primary_is_never_told_of_more_than_it_has_sent() {
+    let mut scene = Scene::start(primary_major(), Flush::Async);
+    scene.primary.switch_wal();
+    Scene::mark(&scene.primary, "one");
+    scene.replayed("one");
+    // In the segment of the fork, and far behind it, is what the standby never had.
+    scene.cut_the_standby_off();
+    scene.primary.psql("INSERT INTO marks SELECT repeat('x', 1000) FROM generate_series(1, 200)");
+    scene.durable(|scene| &scene.primary);
+    let ahead: Lsn = scene.primary.psql("SELECT pg_current_wal_flush_lsn()").parse().unwrap();
+    scene.primary.kill9();
+    // Slow enough to be watched while it follows.
+    scene.fronts[1].0.set(Mode::Latency(Duration::from_millis(300)));
+    scene.standby.promote();
+    let fork = scene.standby.psql("SELECT split_part(pg_read_file('pg_wal/00000002.history'), E'\\t', 2)");
+    let fork: Lsn = fork.trim().parse().unwrap();
+    assert_eq!(fork.0 >> 20, ahead.0 >> 20, "{fork} and {ahead} are in one segment");
+    let mut before_the_fork = 0;
+    wait::until("the new timeline is followed", || {
+        let told = scene.standby.psql(
+            "SELECT coalesce(r.flush_lsn, '0/0'), r.sent_lsn, coalesce(s.restart_lsn, '0/0'), pg_current_wal_flush_lsn() \
+             FROM pg_stat_replication r, pg_replication_slots s",
+        );
+        let Ok([flush, sent, restart, own]) =
+            <[Lsn; 4]>::try_from(told.split('|').filter_map(|lsn| lsn.parse().ok()).collect::<Vec<Lsn>>())
+        else {
+            return false;
+        };
+        assert!(own < ahead, "the new primary has written as much");
+        assert!(
+            flush <= sent && restart <= own,
+            "told of {flush}, sent {sent}; slot at {restart}, WAL to {own}"
+        );
+        before_the_fork += u32::from(flush > Lsn::INVALID && sent <= fork);
+        sent > fork && flush == sent
+    });
+    assert!(before_the_fork > 0, "nobody saw it before the fork");
+    scene.fronts[1].0.set(Mode::Pass);
+    Scene::mark(&scene.standby, "two");
+    scene.durable(|scene| &scene.standby);
+    assert_eq!(scene.restored("a", &["--latest"]), "one, two");
 }
 
 #[test]

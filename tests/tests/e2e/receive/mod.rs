@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod clients;
+mod clock;
 mod failover;
 mod kills;
 mod life;

@@ -181,6 +181,7 @@ impl Fetches {
             standby: asker == Asker::Standby,
             // Who wants that asks in the foreground.
             up_to_damage: false,
+            up_to_gap: None,
             deliver_to,
         }
     }
