@@ -61,7 +61,7 @@ impl Receiver {
         }
         let segment = SegmentName::containing(next.timeline, next.lsn, size);
         if let Some(file) = whole_from_parts(segment, &archive.lineages, &archive.push).await? {
-            archive.uploads.segment(segment, size, tokio::spawn(async { Ok(file) }));
+            archive.uploads.encoded_segment(segment, size, file);
             archive.next = Some(start_at(&path, segment.number(size) + 1, size));
             return Ok(true);
         }
