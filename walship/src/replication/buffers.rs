@@ -8,11 +8,14 @@ use bytes::BytesMut;
 /// moved to the next one.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// At most so many buffers that are still held by others are kept in mind. What a caller holds more of is given
-/// back to the system when it is done with it.
+/// At most so many filled buffers are kept in mind. What a caller holds more of goes back to the system when it
+/// is done with it.
 const HELD_MAX: usize = 32;
 
-/// Buffers that are still held by others, the oldest first.
+/// So many buffers stay at hand that nobody holds anything of.
+const FREE_MAX: usize = 2;
+
+/// Buffers that were filled, the oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     held: VecDeque<BytesMut>,
@@ -35,18 +38,19 @@ impl Buffers {
         }
     }
 
-    /// Returns the oldest buffer, if nobody holds anything of it.
+    /// Returns a buffer that nobody holds anything of any more. Where many are free, less is in use than was: one
+    /// of them goes back to the system.
     fn free(&mut self, bytes: usize) -> Option<BytesMut> {
-        let mut oldest = self.held.pop_front()?;
-        if !oldest.try_reclaim(bytes) {
-            self.held.push_front(oldest);
-            return None;
+        let mut free = self.held.iter_mut().enumerate().filter_map(|(place, buffer)| {
+            // What has been read from one buffer may be done with before what was read before it.
+            buffer.try_reclaim(bytes).then_some(place)
+        });
+        let first = free.next()?;
+        if free.count() >= FREE_MAX {
+            self.held.remove(first);
+            return self.free(bytes);
         }
-        // Where the next one is free as well, less is in use than was: one goes back to the system.
-        if self.held.front_mut().is_some_and(|next| next.try_reclaim(bytes)) {
-            self.held.pop_front();
-        }
-        Some(oldest)
+        self.held.remove(first)
     }
 }
 
@@ -75,7 +79,7 @@ mod tests {
         for number in 0..100 {
             fill(&mut buffers, &mut buffer, number);
         }
-        assert!(buffers.held.len() <= 2, "{}", buffers.held.len());
+        assert!(buffers.held.len() <= FREE_MAX + 1, "{}", buffers.held.len());
     }
 
     #[test]
