@@ -173,7 +173,7 @@ fn encode_bytes(
     options: &PushOptions,
 ) -> Result<EncodedFile> {
     let mut watcher = Watcher::new(name, size);
-    let mut sink = Sink::new(plain_bytes, options)?;
+    let mut sink = Sink::new(plain_bytes, options, None)?;
     let mut observe = |bytes: &[u8]| watcher.push(bytes);
     let encoded = encode_body(source, plain_bytes, options.compression, &mut sink, &mut observe)?;
     encoded_file(path, name, encoded, sink, watcher, options.compression)
@@ -194,10 +194,17 @@ const DIRECT_BYTES_MIN: usize = 64 << 10;
 const GATHERED_BYTES: usize = 256 << 10;
 
 impl SegmentEncoder {
+    /// Returns an encoder that writes into `memory`, where that is large enough.
+    ///
     /// # Errors
     /// [`Error::LocalIo`] when there is no room to spool a large segment.
-    pub(crate) fn new(name: SegmentName, size: SegmentSize, options: &PushOptions) -> Result<Self> {
-        let sink = Sink::new(size.bytes(), options)?;
+    pub(crate) fn new(
+        name: SegmentName,
+        size: SegmentSize,
+        options: &PushOptions,
+        memory: Option<Vec<u8>>,
+    ) -> Result<Self> {
+        let sink = Sink::new(size.bytes(), options, memory)?;
         Ok(Self {
             name,
             compression: options.compression,
@@ -292,7 +299,7 @@ enum Sink {
 }
 
 impl Sink {
-    fn new(plain_bytes: u64, options: &PushOptions) -> Result<Self> {
+    fn new(plain_bytes: u64, options: &PushOptions, memory: Option<Vec<u8>>) -> Result<Self> {
         if plain_bytes > IN_MEMORY_BYTES_MAX {
             let spool = NamedTempFile::new_in(&options.spool_dir).map_err(|error| {
                 Error::from_io(format!("creating a temporary file in {}", options.spool_dir.display()), error)
@@ -301,7 +308,9 @@ impl Sink {
         }
         let bytes_max = encoded_in_memory_max(plain_bytes);
         let bytes_max = if plain_bytes < OWN_PAGES_FROM { bytes_max } else { bytes_max.max(OWN_PAGES_BYTES) };
-        Ok(Self::Memory(Vec::with_capacity(usize::try_from(bytes_max).unwrap_or(0))))
+        let bytes_max = usize::try_from(bytes_max).unwrap_or(0);
+        let used_before = memory.filter(|memory| memory.is_empty() && memory.capacity() >= bytes_max);
+        Ok(Self::Memory(used_before.unwrap_or_else(|| Vec::with_capacity(bytes_max))))
     }
 
     fn finish(self) -> Result<(EncodedBody, Option<TempPath>)> {
@@ -615,6 +624,14 @@ impl EncodedFile {
             EncodedBody::Memory(bytes) => bytes.len() as u64,
             EncodedBody::Spooled(_) => 0,
         }
+    }
+
+    /// Returns the memory of its compressed body, empty, when nobody else holds it any more.
+    pub(crate) fn into_memory(self) -> Option<Vec<u8>> {
+        let EncodedBody::Memory(bytes) = self.body else { return None };
+        let mut memory = bytes.try_into_mut().ok()?;
+        memory.clear();
+        Some(Vec::from(memory))
     }
 
     /// Returns what the file holds, for segments and `.partial` files.

@@ -113,6 +113,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+
         /// The decoder of lz4_flex checks every checksum and length; it knows nothing of this encoder.
         #[test]
         fn another_decoder_reads_it(

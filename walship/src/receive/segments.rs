@@ -1,7 +1,7 @@
 //! The open segment, encoded while it comes in, and the closed ones on their way into the repositories.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,6 +28,10 @@ const WAITING_BYTES_MAX: u32 = 16 << 20;
 /// be compressed. One segment may always be there.
 const ENCODED_BYTES_MAX: u64 = 66 << 20;
 
+/// What is kept of the memory of segments that are stored.
+const SPARES_MAX: usize = 2;
+const SPARE_BYTES_MAX: u64 = 6 << 20;
+
 /// How many pieces an encoder takes at once.
 const PIECES_AT_ONCE: usize = 32;
 
@@ -51,6 +55,38 @@ impl Waiting {
     async fn room(&self, bytes: usize) -> OwnedSemaphorePermit {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(WAITING_BYTES_MAX);
         Arc::clone(&self.0).acquire_many_owned(bytes).await.expect("nobody closes it")
+    }
+}
+
+/// Memory of segments that are stored, for the next ones: while one follows the other, new pages for each cost
+/// more than a tenth of compressing it.
+#[derive(Debug, Default)]
+struct Spares(Mutex<Vec<Vec<u8>>>);
+
+impl Spares {
+    fn take(&self) -> Option<Vec<u8>> {
+        self.lock().pop()
+    }
+
+    /// Keeps the memory of `file`, unless much of it is in use or enough is kept.
+    fn keep(&self, file: EncodedFile) {
+        if file.bytes_in_memory() <= SPARE_BYTES_MAX
+            && let Some(memory) = file.into_memory()
+        {
+            let mut spares = self.lock();
+            if spares.len() < SPARES_MAX {
+                spares.push(memory);
+            }
+        }
+    }
+
+    /// Gives all back to the system.
+    fn clear(&self) {
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -115,12 +151,13 @@ impl OpenSegment {
         options: &PushOptions,
         waiting: &Waiting,
         held: &Arc<Held>,
+        spares: &Arc<Spares>,
     ) -> Self {
         let share = Share::new(held, encoded_in_memory_max(size.bytes()));
         let (pieces, mut queue) = mpsc::unbounded_channel::<WaitingPiece>();
-        let options = options.clone();
+        let (options, spares) = (options.clone(), Arc::clone(spares));
         let file = tokio::task::spawn_blocking(move || {
-            let mut encoder = SegmentEncoder::new(name, size, &options)?;
+            let mut encoder = SegmentEncoder::new(name, size, &options, spares.take())?;
             let mut taken = Vec::with_capacity(PIECES_AT_ONCE);
             while queue.blocking_recv_many(&mut taken, PIECES_AT_ONCE) > 0 {
                 for (bytes, _room) in taken.drain(..) {
@@ -187,6 +224,7 @@ pub(super) struct Uploads {
     progress: Progress,
     waiting: Waiting,
     held: Arc<Held>,
+    spares: Arc<Spares>,
     tasks: JoinSet<Result<Stored>>,
     parts: usize,
 }
@@ -198,6 +236,7 @@ impl Uploads {
             progress,
             waiting: Waiting::new(),
             held: Arc::default(),
+            spares: Arc::default(),
             tasks: JoinSet::new(),
             parts: 0,
         }
@@ -205,7 +244,7 @@ impl Uploads {
 
     /// Starts a segment.
     pub(super) fn open(&self, name: SegmentName, size: SegmentSize, options: &PushOptions) -> OpenSegment {
-        OpenSegment::start(name, size, options, &self.waiting, &self.held)
+        OpenSegment::start(name, size, options, &self.waiting, &self.held, &self.spares)
     }
 
     /// Whether another segment may be started: no more than `uploads_max` are on their way, and there is memory for
@@ -268,6 +307,7 @@ impl Uploads {
         finish: fn(EncodedFile) -> EncodedFile,
     ) {
         let (lineages, progress) = (Arc::clone(&self.lineages), Arc::clone(&self.progress));
+        let spares = Arc::clone(&self.spares);
         self.tasks.spawn(async move {
             let Encoding { file, mut share } = encoding;
             let file = file
@@ -278,6 +318,8 @@ impl Uploads {
             let report = push_patiently(&lineages, &file, &progress).await?;
             let whole = report.whole && file.name() == WalFileName::Segment(name);
             let what = What::Segment { name, whole };
+            spares.keep(file);
+            drop(share);
             Ok(Stored { start: name.start(size), end, stored_bytes: report.stored_bytes, what })
         });
     }
@@ -316,6 +358,9 @@ impl Uploads {
             Some(Ok(stored)) => stored?,
             Some(Err(error)) => return Err(Error::local_io(format!("an upload was broken off: {error}"))),
         };
+        if self.tasks.is_empty() {
+            self.spares.clear();
+        }
         if matches!(stored.what, What::Part { .. }) {
             self.parts -= 1;
         }
