@@ -11,7 +11,7 @@ use serde::Serialize;
 use tempfile::{NamedTempFile, TempPath};
 
 use crate::codec::{
-    Compression, Digest, Encoded, EncodedBody, EncodedObject, Envelope, ObjectHead, ObjectKind,
+    BodyEncoder, Compression, Digest, Encoded, EncodedBody, EncodedObject, Envelope, ObjectHead, ObjectKind,
     PLAIN_BYTES_MAX, encode_body,
 };
 use crate::error::{Error, Result};
@@ -172,39 +172,192 @@ fn encode_bytes(
     size: SegmentSize,
     options: &PushOptions,
 ) -> Result<EncodedFile> {
-    let mut scanner = match name {
-        WalFileName::Segment(segment) | WalFileName::Partial(segment) => {
-            Some(SegmentScanner::new(segment, size))
+    let mut watcher = Watcher::new(name, size);
+    let mut sink = Sink::new(plain_bytes, options, None)?;
+    let mut observe = |bytes: &[u8]| watcher.push(bytes);
+    let encoded = encode_body(source, plain_bytes, options.compression, &mut sink, &mut observe)?;
+    encoded_file(path, name, encoded, sink, watcher, options.compression)
+}
+
+/// A segment that is encoded while it comes, on the thread that hands it in.
+pub(crate) struct SegmentEncoder {
+    name: SegmentName,
+    compression: Compression,
+    body: BodyEncoder<Sink>,
+    watcher: Watcher,
+    /// Bytes that came in small pieces, until they are worth compressing.
+    gathered: Vec<u8>,
+}
+
+/// Pieces from this length on are encoded where they lie; what is shorter is gathered to this length.
+const DIRECT_BYTES_MIN: usize = 64 << 10;
+const GATHERED_BYTES: usize = 256 << 10;
+
+impl SegmentEncoder {
+    /// Returns an encoder that writes into `memory`, where that is large enough.
+    ///
+    /// # Errors
+    /// [`Error::LocalIo`] when there is no room to spool a large segment.
+    pub(crate) fn new(
+        name: SegmentName,
+        size: SegmentSize,
+        options: &PushOptions,
+        memory: Option<Vec<u8>>,
+    ) -> Result<Self> {
+        let sink = Sink::new(size.bytes(), options, memory)?;
+        Ok(Self {
+            name,
+            compression: options.compression,
+            body: BodyEncoder::new(size.bytes(), options.compression, sink)?,
+            watcher: Watcher::new(WalFileName::Segment(name), size),
+            gathered: Vec::new(),
+        })
+    }
+
+    /// Takes the segment's next bytes.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when they are more than the segment has; [`Error::LocalIo`] when spooling fails.
+    pub(crate) fn push(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            if self.gathered.is_empty() && bytes.len() >= DIRECT_BYTES_MIN {
+                return self.encode(bytes);
+            }
+            let (taken, rest) = bytes.split_at(bytes.len().min(GATHERED_BYTES - self.gathered.len()));
+            self.gathered.extend_from_slice(taken);
+            bytes = rest;
+            if self.gathered.len() == GATHERED_BYTES {
+                self.encode_gathered()?;
+            }
         }
-        WalFileName::History(_) | WalFileName::BackupHistory(..) => None,
-    };
-    let mut text = Vec::new();
-    let mut observe = |bytes: &[u8]| match &mut scanner {
-        Some(scanner) => scanner.push(bytes),
-        None => text.extend_from_slice(bytes),
-    };
-    let (encoded, body, spooled) = if plain_bytes > IN_MEMORY_BYTES_MAX {
-        let spool = NamedTempFile::new_in(&options.spool_dir).map_err(|error| {
-            Error::from_io(format!("creating a temporary file in {}", options.spool_dir.display()), error)
-        })?;
-        let mut sink = BufWriter::with_capacity(1 << 20, spool.as_file());
-        let encoded = encode_body(source, plain_bytes, options.compression, &mut sink, &mut observe)?;
-        sink.flush().map_err(|error| Error::from_io("writing compressed data", error))?;
-        drop(sink);
-        let spooled = spool.into_temp_path();
-        (encoded, EncodedBody::Spooled(spooled.to_path_buf()), Some(spooled))
-    } else {
-        let bytes_max = plain_bytes + plain_bytes / 64 + 4096;
+        Ok(())
+    }
+
+    /// Returns the encoded segment.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when bytes are missing, or are not that segment; [`Error::LocalIo`] when spooling fails.
+    pub(crate) fn finish(mut self) -> Result<EncodedFile> {
+        self.encode_gathered()?;
+        let (encoded, sink) = self.body.finish()?;
+        let name = WalFileName::Segment(self.name);
+        let path = PathBuf::from(name.to_string());
+        encoded_file(&path, name, encoded, sink, self.watcher, self.compression)
+            .map_err(|error| error.context(name))
+    }
+
+    fn encode_gathered(&mut self) -> Result<()> {
+        let mut gathered = std::mem::take(&mut self.gathered);
+        let encoded = self.encode(&gathered);
+        gathered.clear();
+        self.gathered = gathered;
+        encoded
+    }
+
+    fn encode(&mut self, bytes: &[u8]) -> Result<()> {
+        self.watcher.push(bytes);
+        self.body.push(bytes).map_err(|error| error.context(WalFileName::Segment(self.name)))
+    }
+}
+
+/// What looks at a file's bytes while they are encoded.
+enum Watcher {
+    /// Of a segment or a part of one.
+    Scan(Box<SegmentScanner>),
+    /// Of a small text.
+    Text(Vec<u8>),
+}
+
+impl Watcher {
+    fn new(name: WalFileName, size: SegmentSize) -> Self {
+        match name {
+            WalFileName::Segment(segment) | WalFileName::Partial(segment) => {
+                Self::Scan(Box::new(SegmentScanner::new(segment, size)))
+            }
+            WalFileName::History(_) | WalFileName::BackupHistory(..) => Self::Text(Vec::new()),
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Scan(scanner) => scanner.push(bytes),
+            Self::Text(text) => text.extend_from_slice(bytes),
+        }
+    }
+}
+
+/// Returns how many bytes of memory the compressed body of `plain_bytes` bytes takes at most; none where it is
+/// spooled to a file.
+pub(crate) fn encoded_in_memory_max(plain_bytes: u64) -> u64 {
+    if plain_bytes > IN_MEMORY_BYTES_MAX { 0 } else { plain_bytes + plain_bytes / 64 + 4096 }
+}
+
+/// Where a compressed body goes.
+enum Sink {
+    Memory(Vec<u8>),
+    Spooled(BufWriter<NamedTempFile>),
+}
+
+impl Sink {
+    fn new(plain_bytes: u64, options: &PushOptions, memory: Option<Vec<u8>>) -> Result<Self> {
+        if plain_bytes > IN_MEMORY_BYTES_MAX {
+            let spool = NamedTempFile::new_in(&options.spool_dir).map_err(|error| {
+                Error::from_io(format!("creating a temporary file in {}", options.spool_dir.display()), error)
+            })?;
+            return Ok(Self::Spooled(BufWriter::with_capacity(1 << 20, spool)));
+        }
+        let bytes_max = encoded_in_memory_max(plain_bytes);
         let bytes_max = if plain_bytes < OWN_PAGES_FROM { bytes_max } else { bytes_max.max(OWN_PAGES_BYTES) };
-        let mut sink = Vec::with_capacity(usize::try_from(bytes_max).unwrap_or(0));
-        let encoded = encode_body(source, plain_bytes, options.compression, &mut sink, &mut observe)?;
-        (encoded, EncodedBody::Memory(Bytes::from(sink)), None)
+        let bytes_max = usize::try_from(bytes_max).unwrap_or(0);
+        let used_before = memory.filter(|memory| memory.is_empty() && memory.capacity() >= bytes_max);
+        Ok(Self::Memory(used_before.unwrap_or_else(|| Vec::with_capacity(bytes_max))))
+    }
+
+    fn finish(self) -> Result<(EncodedBody, Option<TempPath>)> {
+        match self {
+            Self::Memory(bytes) => Ok((EncodedBody::Memory(Bytes::from(bytes)), None)),
+            Self::Spooled(writer) => {
+                let failed = |error| Error::from_io("writing compressed data", error);
+                let spooled =
+                    writer.into_inner().map_err(|error| failed(error.into_error()))?.into_temp_path();
+                Ok((EncodedBody::Spooled(spooled.to_path_buf()), Some(spooled)))
+            }
+        }
+    }
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match self {
+            Self::Memory(sink) => sink.write(bytes),
+            Self::Spooled(sink) => sink.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        match self {
+            Self::Memory(_) => Ok(()),
+            Self::Spooled(sink) => sink.flush(),
+        }
+    }
+}
+
+fn encoded_file(
+    path: &Path,
+    name: WalFileName,
+    encoded: Encoded,
+    sink: Sink,
+    watcher: Watcher,
+    compression: Compression,
+) -> Result<EncodedFile> {
+    let (body, spooled) = sink.finish()?;
+    let (scan, history) = match (watcher, name) {
+        (Watcher::Scan(scanner), _) => (Some(scanner.finish()), None),
+        (Watcher::Text(text), WalFileName::History(timeline)) => {
+            (None, Some(check_history(timeline, &text)?))
+        }
+        (Watcher::Text(_), _) => (None, None),
     };
-    let history = match name {
-        WalFileName::History(timeline) => Some(check_history(timeline, &text)?),
-        _ => None,
-    };
-    let scan = scanner.map(SegmentScanner::finish);
     if let Some(SegmentScan { verdict: Verdict::Mismatch { what }, .. }) = &scan {
         return Err(Error::mismatch(format!("it is not the WAL that its name says: {what}"))
             .with_safe("nothing was stored; PostgreSQL keeps the file in pg_wal and will ask again")
@@ -217,7 +370,7 @@ fn encode_bytes(
         path: path.to_owned(),
         name,
         encoded,
-        compression: options.compression,
+        compression,
         body,
         scan,
         history,
@@ -463,6 +616,22 @@ impl EncodedFile {
     /// Returns the file's length.
     pub fn plain_bytes(&self) -> u64 {
         self.encoded.plain_bytes
+    }
+
+    /// Returns how many bytes of memory its compressed body takes.
+    pub(crate) fn bytes_in_memory(&self) -> u64 {
+        match &self.body {
+            EncodedBody::Memory(bytes) => bytes.len() as u64,
+            EncodedBody::Spooled(_) => 0,
+        }
+    }
+
+    /// Returns the memory of its compressed body, empty, when nobody else holds it any more.
+    pub(crate) fn into_memory(self) -> Option<Vec<u8>> {
+        let EncodedBody::Memory(bytes) = self.body else { return None };
+        let mut memory = bytes.try_into_mut().ok()?;
+        memory.clear();
+        Some(Vec::from(memory))
     }
 
     /// Returns what the file holds, for segments and `.partial` files.

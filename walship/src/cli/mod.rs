@@ -97,7 +97,8 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
     let done = match cli.command {
         Command::Init(args) => block_on(init::run(&args, overrides)),
         Command::Backup(args) => block_on_threads(backup::run(&args, overrides)),
-        Command::Receive(args) => block_on_threads(receive::run(&args, overrides)),
+        // One thread reads, decides and sends; encoding and disks have threads of their own. More would only hand over.
+        Command::Receive(args) => block_on(receive::run(&args, overrides)),
         Command::Agent(args) => block_on_threads(agent::run(&args, overrides)),
         Command::Check(args) => block_on(check::run(&args, overrides)),
         Command::Wal(wal::Command::GiveUp(args)) => block_on(give_up::run(&args, overrides)),

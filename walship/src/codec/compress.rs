@@ -4,13 +4,14 @@ use std::fmt;
 use std::io::{self, BufRead, Read, Write};
 use std::str::FromStr;
 
-use lz4_flex::frame::{BlockMode, BlockSize, FrameDecoder, FrameEncoder, FrameInfo};
+use lz4_flex::frame::FrameDecoder;
 
+use super::lz4::Lz4Encoder;
 use crate::error::{Error, Result};
 use crate::pg::SegmentSize;
 
 /// The magic of an LZ4 frame, as it stands in the file.
-const LZ4_MAGIC: [u8; 4] = 0x184D_2204_u32.to_le_bytes();
+pub(super) const LZ4_MAGIC: [u8; 4] = 0x184D_2204_u32.to_le_bytes();
 /// The magic of a zstd frame, as it stands in the file.
 const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528_u32.to_le_bytes();
 /// The largest zstd window that is decoded: 32 MiB of memory. Level 19 asks for 8.
@@ -82,7 +83,7 @@ impl<'de> serde::Deserialize<'de> for Compression {
 
 /// A compressor that writes one frame, with content size and content checksum, into `W`.
 pub(super) enum Compressor<W: Write> {
-    Lz4(Box<FrameEncoder<W>>),
+    Lz4(Lz4Encoder<W>),
     Zstd(zstd::stream::write::Encoder<'static, W>),
 }
 
@@ -93,12 +94,7 @@ impl<W: Write> Compressor<W> {
                 // LZ4's checksum (XXH32) costs a third of compressing. The envelope holds a digest and a
                 // CRC, and for stock tools every WAL record has its own; smaller files have nothing else.
                 let checks_itself = plain_bytes >= SegmentSize::MIN.bytes();
-                let info = FrameInfo::new()
-                    .block_mode(BlockMode::Independent)
-                    .block_size(BlockSize::Max1MB)
-                    .content_size(Some(plain_bytes))
-                    .content_checksum(!checks_itself);
-                Self::Lz4(Box::new(FrameEncoder::with_frame_info(info, sink)))
+                Self::Lz4(Lz4Encoder::new(plain_bytes, !checks_itself, sink)?)
             }
             Compression::Zstd(level) => {
                 let mut encoder = zstd::stream::write::Encoder::new(sink, i32::from(level))?;
@@ -119,7 +115,7 @@ impl<W: Write> Compressor<W> {
 
     pub(super) fn finish(self) -> io::Result<W> {
         match self {
-            Self::Lz4(encoder) => encoder.finish().map_err(io::Error::other),
+            Self::Lz4(encoder) => encoder.finish(),
             Self::Zstd(encoder) => encoder.finish(),
         }
     }

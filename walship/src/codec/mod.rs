@@ -9,11 +9,14 @@ mod beside;
 mod compress;
 mod digest;
 mod envelope;
+mod lz4;
 mod object;
 mod part;
 
 pub use compress::{Codec, Compression};
 pub use digest::Digest;
 pub use envelope::{Envelope, FORMAT_VERSION, ObjectHead, ObjectKind};
-pub use object::{Encoded, EncodedBody, EncodedObject, PLAIN_BYTES_MAX, decode_body, encode_body};
+pub use object::{
+    BodyEncoder, Encoded, EncodedBody, EncodedObject, PLAIN_BYTES_MAX, decode_body, encode_body,
+};
 pub use part::TailPart;

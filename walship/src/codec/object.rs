@@ -62,9 +62,7 @@ pub fn encode_body(
     sink: &mut dyn Write,
     observe: &mut (dyn FnMut(&[u8]) + Send),
 ) -> Result<Encoded> {
-    let sink_failed = |error| Error::from_io("writing compressed data", error);
-    let sink = Counting { inner: sink, bytes: 0, crc: crc32fast::Hasher::new() };
-    let mut compressor = Compressor::new(compression, plain_bytes, sink).map_err(sink_failed)?;
+    let mut compressor = start(compression, plain_bytes, sink)?;
     let mut hasher = blake3::Hasher::new();
     let mut watch = |bytes: &[u8]| {
         hasher.update(bytes);
@@ -78,11 +76,7 @@ pub fn encode_body(
             let filled = fill(source, buffer).map_err(|error| Error::from_io("reading", error))?;
             read_bytes += filled as u64;
             if read_bytes > plain_bytes || (filled < buffer.len() && read_bytes < plain_bytes) {
-                return Err(Error::mismatch(format!(
-                    "it was expected to hold {plain_bytes} bytes, but {} came",
-                    if read_bytes > plain_bytes { "more".to_owned() } else { format!("only {read_bytes}") }
-                ))
-                .with_next("Something changes the file while it is read; find out what writes to it."));
+                return Err(other_length(plain_bytes, read_bytes));
             }
             let last = filled < buffer.len();
             watcher.watch(&chunk, filled);
@@ -93,14 +87,80 @@ pub fn encode_body(
             }
         }
     })?;
-    let sink = compressor.finish().map_err(sink_failed)?;
+    finish(compressor, hasher, plain_bytes).map(|(encoded, _)| encoded)
+}
+
+/// A body that is encoded as its original comes, on the thread that hands it in: several of them side by side use
+/// several cores without handing any bytes from one to another.
+pub struct BodyEncoder<W: Write> {
+    compressor: Compressor<Counting<W>>,
+    hasher: blake3::Hasher,
+    plain_bytes: u64,
+    taken: u64,
+}
+
+impl<W: Write> BodyEncoder<W> {
+    /// Returns an encoder of `plain_bytes` bytes that writes their compressed form to `sink`.
+    ///
+    /// # Errors
+    /// [`Error::LocalIo`] when writing fails.
+    pub fn new(plain_bytes: u64, compression: Compression, sink: W) -> Result<Self> {
+        let compressor = start(compression, plain_bytes, sink)?;
+        Ok(Self { compressor, hasher: blake3::Hasher::new(), plain_bytes, taken: 0 })
+    }
+
+    /// Takes the next bytes. With LZ4 they are compressed by themselves: a hundred KiB at once are well used.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when they are more than were said; [`Error::LocalIo`] when writing fails.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<()> {
+        self.taken += bytes.len() as u64;
+        if self.taken > self.plain_bytes {
+            return Err(other_length(self.plain_bytes, self.taken));
+        }
+        self.hasher.update(bytes);
+        self.compressor.write_all(bytes).map_err(sink_failed)
+    }
+
+    /// Returns what was found out, and the sink.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when fewer bytes came than were said; [`Error::LocalIo`] when writing fails.
+    pub fn finish(self) -> Result<(Encoded, W)> {
+        if self.taken < self.plain_bytes {
+            return Err(other_length(self.plain_bytes, self.taken));
+        }
+        finish(self.compressor, self.hasher, self.plain_bytes)
+    }
+}
+
+fn start<W: Write>(compression: Compression, plain_bytes: u64, sink: W) -> Result<Compressor<Counting<W>>> {
+    let sink = Counting { inner: sink, bytes: 0, crc: crc32fast::Hasher::new() };
+    Compressor::new(compression, plain_bytes, sink).map_err(sink_failed)
+}
+
+fn finish<W: Write>(
+    compressor: Compressor<Counting<W>>,
+    hasher: blake3::Hasher,
+    plain_bytes: u64,
+) -> Result<(Encoded, W)> {
+    let mut sink = compressor.finish().map_err(sink_failed)?;
     sink.inner.flush().map_err(sink_failed)?;
-    Ok(Encoded {
-        plain_bytes,
-        digest: Digest(*hasher.finalize().as_bytes()),
-        body_bytes: sink.bytes,
-        body_crc: sink.crc.finalize(),
-    })
+    let digest = Digest(*hasher.finalize().as_bytes());
+    let encoded = Encoded { plain_bytes, digest, body_bytes: sink.bytes, body_crc: sink.crc.finalize() };
+    Ok((encoded, sink.inner))
+}
+
+fn sink_failed(error: io::Error) -> Error {
+    Error::from_io("writing compressed data", error)
+}
+
+fn other_length(expected: u64, came: u64) -> Error {
+    Error::mismatch(format!(
+        "it was expected to hold {expected} bytes, but {} came",
+        if came > expected { "more".to_owned() } else { format!("only {came}") }
+    ))
+    .with_next("Something changes the file while it is read; find out what writes to it.")
 }
 
 /// Reads the compressed body from `body` and writes the original to `sink`, checking everything that
@@ -179,13 +239,13 @@ fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 /// A writer that counts and checksums what goes through it.
-struct Counting<'a> {
-    inner: &'a mut dyn Write,
+struct Counting<W> {
+    inner: W,
     bytes: u64,
     crc: crc32fast::Hasher,
 }
 
-impl Write for Counting<'_> {
+impl<W: Write> Write for Counting<W> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(buffer)?;
         self.bytes += written as u64;

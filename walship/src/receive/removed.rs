@@ -4,7 +4,6 @@ use chrono::Utc;
 
 use super::Receiver;
 use super::prepare::no_archive;
-use super::segments::Before;
 use super::{ReceiveEvent, stopped};
 use crate::archive::give_up::record_lost;
 use crate::archive::{stored_in_parts, whole_from_parts};
@@ -64,7 +63,7 @@ impl Receiver {
         }
         let segment = SegmentName::containing(next.timeline, next.lsn, size);
         if let Some(file) = whole_from_parts(segment, &archive.lineages, &archive.push).await? {
-            archive.uploads.segment(segment, size, tokio::spawn(async { Ok(file) }), Before::Parts);
+            archive.uploads.encoded_segment(segment, size, file);
             archive.next = Some(start_at(&path, segment.number(size) + 1, size));
             return Ok(true);
         }

@@ -1,15 +1,18 @@
 //! The open segment, encoded while it comes in, and the closed ones on their way into the repositories.
 
-use std::io::{self, Read};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::{Buf as _, Bytes};
-use tokio::sync::{mpsc, watch};
+use bytes::Bytes;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::{Backoff, Progress, ReceiveEvent};
-use crate::archive::push::{EncodedFile, PushOptions, PushReport, encode_stream, push_to_lineages};
+use crate::archive::push::{
+    EncodedFile, PushOptions, PushReport, SegmentEncoder, encode_stream, encoded_in_memory_max,
+    push_to_lineages,
+};
 use crate::codec::Compression;
 use crate::error::{Error, Result};
 use crate::feed::{OnTheWay, Part};
@@ -18,8 +21,20 @@ use crate::repository::LineageRepository;
 use crate::spool::Spool;
 use crate::storage::{ObjectKey, blocking};
 
-/// How many pieces may wait for the encoder: at 128 KiB each, the most a server sends at once, 4 MiB.
-const PIECES_MAX: usize = 32;
+/// So many bytes may wait for the encoders. With a whole segment of the usual size two of them are at work at
+/// once: the next segment's begins while that of the one before has not come to its end.
+const WAITING_BYTES_MAX: u32 = 16 << 20;
+
+/// So many bytes of encoded segments are in memory at most, on their way or still being encoded; four that cannot
+/// be compressed. One segment may always be there.
+const ENCODED_BYTES_MAX: u64 = 66 << 20;
+
+/// What is kept of the memory of segments that are stored.
+const SPARES_MAX: usize = 2;
+const SPARE_BYTES_MAX: u64 = 6 << 20;
+
+/// How many pieces an encoder takes at once.
+const PIECES_AT_ONCE: usize = 32;
 
 /// The pauses between two attempts at a store.
 pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -28,41 +43,150 @@ pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What fills up a segment that ends early.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
+/// The room for bytes that wait for an encoder, of all segments together.
+#[derive(Debug, Clone)]
+struct Waiting(Arc<Semaphore>);
+
+impl Waiting {
+    fn new() -> Self {
+        Self(Arc::new(Semaphore::new(WAITING_BYTES_MAX as usize)))
+    }
+
+    /// Waits until there is room for `bytes`, or for what of them there ever is.
+    async fn room(&self, bytes: usize) -> OwnedSemaphorePermit {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(WAITING_BYTES_MAX);
+        Arc::clone(&self.0).acquire_many_owned(bytes).await.expect("nobody closes it")
+    }
+}
+
+/// Memory of segments that are stored, for the next ones: while one follows the other, new pages for each cost
+/// more than a tenth of compressing it.
+#[derive(Debug, Default)]
+struct Spares(Mutex<Vec<Vec<u8>>>);
+
+impl Spares {
+    fn take(&self) -> Option<Vec<u8>> {
+        self.lock().pop()
+    }
+
+    /// Keeps the memory of `file`, unless much of it is in use or enough is kept.
+    fn keep(&self, file: EncodedFile) {
+        if file.bytes_in_memory() <= SPARE_BYTES_MAX
+            && let Some(memory) = file.into_memory()
+        {
+            let mut spares = self.lock();
+            if spares.len() < SPARES_MAX {
+                spares.push(memory);
+            }
+        }
+    }
+
+    /// Gives all back to the system.
+    fn clear(&self) {
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How much memory encoded segments take.
+#[derive(Debug, Default)]
+struct Held {
+    bytes: AtomicU64,
+    /// Told when it becomes less.
+    less: Notify,
+}
+
+/// A segment's share of [`Held`]: as long as it is not encoded, what it takes at most.
+#[derive(Debug)]
+struct Share {
+    held: Arc<Held>,
+    bytes: u64,
+}
+
+impl Share {
+    fn new(held: &Arc<Held>, bytes: u64) -> Self {
+        held.bytes.fetch_add(bytes, Ordering::Relaxed);
+        Self { held: Arc::clone(held), bytes }
+    }
+
+    fn shrink_to(&mut self, bytes: u64) {
+        let less = self.bytes.saturating_sub(bytes);
+        self.bytes -= less;
+        self.held.bytes.fetch_sub(less, Ordering::Relaxed);
+        self.held.less.notify_one();
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.shrink_to(0);
+    }
+}
+
+/// A closed segment on its way through the encoder.
+pub(super) struct Encoding {
+    file: JoinHandle<Result<EncodedFile>>,
+    share: Share,
+}
+
+/// Bytes of a segment, and the room that they take until they are encoded.
+type WaitingPiece = (Bytes, OwnedSemaphorePermit);
+
 /// A segment that is being received. Dropped unfinished, it leaves nothing behind.
 pub(super) struct OpenSegment {
     name: SegmentName,
     received: u64,
-    pieces: mpsc::Sender<Bytes>,
-    encoding: JoinHandle<Result<EncodedFile>>,
+    waiting: Waiting,
+    pieces: mpsc::UnboundedSender<WaitingPiece>,
+    encoding: Encoding,
 }
 
 impl OpenSegment {
     /// Starts a segment; its bytes are checked, digested and compressed on a thread of their own.
-    pub(super) fn start(name: SegmentName, size: SegmentSize, options: &PushOptions) -> Self {
-        let (pieces, queue) = mpsc::channel(PIECES_MAX);
-        let options = options.clone();
-        let encoding = tokio::task::spawn_blocking(move || {
-            let mut source = Queue { queue, piece: Bytes::new() };
-            encode_stream(WalFileName::Segment(name), &mut source, size.bytes(), size, &options)
+    fn start(
+        name: SegmentName,
+        size: SegmentSize,
+        options: &PushOptions,
+        waiting: &Waiting,
+        held: &Arc<Held>,
+        spares: &Arc<Spares>,
+    ) -> Self {
+        let share = Share::new(held, encoded_in_memory_max(size.bytes()));
+        let (pieces, mut queue) = mpsc::unbounded_channel::<WaitingPiece>();
+        let (options, spares) = (options.clone(), Arc::clone(spares));
+        let file = tokio::task::spawn_blocking(move || {
+            let mut encoder = SegmentEncoder::new(name, size, &options, spares.take())?;
+            let mut taken = Vec::with_capacity(PIECES_AT_ONCE);
+            while queue.blocking_recv_many(&mut taken, PIECES_AT_ONCE) > 0 {
+                for (bytes, _room) in taken.drain(..) {
+                    encoder.push(&bytes)?;
+                }
+            }
+            encoder.finish()
         });
-        Self { name, received: 0, pieces, encoding }
+        let encoding = Encoding { file, share };
+        Self { name, received: 0, waiting: waiting.clone(), pieces, encoding }
     }
 
-    /// Takes the next bytes; waits while the encoder is behind.
+    /// Takes the next bytes; waits while the encoders are behind.
     pub(super) async fn push(&mut self, bytes: Bytes) -> Result<()> {
         self.received += bytes.len() as u64;
-        if self.pieces.send(bytes).await.is_ok() {
+        let room = self.waiting.room(bytes.len()).await;
+        if self.pieces.send((bytes, room)).is_ok() {
             return Ok(());
         }
         // The encoder ended early: it says why.
-        match (&mut self.encoding).await {
+        match (&mut self.encoding.file).await {
             Ok(Err(error)) => Err(error),
             _ => Err(Error::local_io(format!("encoding {} was broken off", self.name))),
         }
     }
 
     /// Returns the whole segment, on its way through the encoder.
-    pub(super) fn close(self) -> JoinHandle<Result<EncodedFile>> {
+    pub(super) fn close(self) -> Encoding {
         self.encoding
     }
 
@@ -73,26 +197,6 @@ impl OpenSegment {
             self.push(Bytes::from_static(&ZEROS[..usize::try_from(length).unwrap_or(ZEROS.len())])).await?;
         }
         Ok(())
-    }
-}
-
-/// The pieces of a segment as a blocking reader.
-struct Queue {
-    queue: mpsc::Receiver<Bytes>,
-    piece: Bytes,
-}
-
-impl Read for Queue {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.piece.is_empty() {
-            match self.queue.blocking_recv() {
-                Some(piece) => self.piece = piece,
-                None => return Ok(0),
-            }
-        }
-        let length = buffer.len().min(self.piece.len());
-        self.piece.copy_to_slice(&mut buffer[..length]);
-        Ok(length)
     }
 }
 
@@ -132,6 +236,9 @@ pub(super) enum Before {
 pub(super) struct Uploads {
     lineages: Arc<[LineageRepository]>,
     progress: Progress,
+    waiting: Waiting,
+    held: Arc<Held>,
+    spares: Arc<Spares>,
     tasks: JoinSet<Result<Stored>>,
     parts: usize,
     /// Of each part, and of each segment that has parts, whether it is stored, in their order.
@@ -140,7 +247,35 @@ pub(super) struct Uploads {
 
 impl Uploads {
     pub(super) fn new(lineages: Arc<[LineageRepository]>, progress: Progress) -> Self {
-        Self { lineages, progress, tasks: JoinSet::new(), parts: 0, in_parts: Vec::new() }
+        Self {
+            lineages,
+            progress,
+            waiting: Waiting::new(),
+            held: Arc::default(),
+            spares: Arc::default(),
+            tasks: JoinSet::new(),
+            parts: 0,
+            in_parts: Vec::new(),
+        }
+    }
+
+    /// Starts a segment.
+    pub(super) fn open(&self, name: SegmentName, size: SegmentSize, options: &PushOptions) -> OpenSegment {
+        OpenSegment::start(name, size, options, &self.waiting, &self.held, &self.spares)
+    }
+
+    /// Whether another segment may be started: no more than `uploads_max` are on their way, and there is memory for
+    /// one that cannot be compressed.
+    pub(super) fn have_room(&self, uploads_max: usize, size: SegmentSize) -> bool {
+        let held = self.held.bytes.load(Ordering::Relaxed);
+        let next = encoded_in_memory_max(size.bytes());
+        self.segments() < uploads_max && (held == 0 || held + next <= ENCODED_BYTES_MAX)
+    }
+
+    /// Waits until less memory is held than before.
+    pub(super) fn less_held(&self) -> impl Future<Output = ()> + Send + 'static {
+        let held = Arc::clone(&self.held);
+        async move { held.less.notified().await }
     }
 
     /// Whether nothing is on its way.
@@ -163,7 +298,7 @@ impl Uploads {
         &mut self,
         name: SegmentName,
         size: SegmentSize,
-        encoding: JoinHandle<Result<EncodedFile>>,
+        encoding: Encoding,
         before: Before,
     ) {
         self.store(name, encoding, name.end(size), size, before, |file| file);
@@ -175,13 +310,20 @@ impl Uploads {
         self.in_parts.clone()
     }
 
+    /// Stores a whole segment that is encoded already.
+    pub(super) fn encoded_segment(&mut self, name: SegmentName, size: SegmentSize, file: EncodedFile) {
+        let share = Share::new(&self.held, file.bytes_in_memory());
+        let encoding = Encoding { file: tokio::spawn(async { Ok(file) }), share };
+        self.segment(name, size, encoding, Before::Parts);
+    }
+
     /// Stores the last segment of a timeline that ends at `end`, as a `.partial` file.
     pub(super) fn last_segment(
         &mut self,
         name: SegmentName,
         end: Lsn,
         size: SegmentSize,
-        encoding: JoinHandle<Result<EncodedFile>>,
+        encoding: Encoding,
     ) {
         self.store(name, encoding, end, size, Before::Parts, EncodedFile::into_partial);
     }
@@ -189,7 +331,7 @@ impl Uploads {
     fn store(
         &mut self,
         name: SegmentName,
-        encoding: JoinHandle<Result<EncodedFile>>,
+        encoding: Encoding,
         end: Lsn,
         size: SegmentSize,
         before: Before,
@@ -201,10 +343,13 @@ impl Uploads {
         if before == Before::Parts {
             self.in_parts.push(is_stored);
         }
+        let spares = Arc::clone(&self.spares);
         self.tasks.spawn(async move {
-            let file = encoding
+            let Encoding { file, mut share } = encoding;
+            let file = file
                 .await
                 .map_err(|error| Error::local_io(format!("encoding was broken off: {error}")))??;
+            share.shrink_to(file.bytes_in_memory());
             let file = finish(file);
             for mut earlier in earlier {
                 if earlier.wait_for(|stored| *stored).await.is_err() {
@@ -216,6 +361,8 @@ impl Uploads {
             let whole = report.whole && file.name() == WalFileName::Segment(name);
             let what = What::Segment { name, whole };
             stored.send_replace(true);
+            spares.keep(file);
+            drop(share);
             Ok(Stored { start: name.start(size), end, stored_bytes: report.stored_bytes, what })
         });
     }
@@ -264,6 +411,9 @@ impl Uploads {
             Some(Ok(stored)) => stored?,
             Some(Err(error)) => return Err(Error::local_io(format!("an upload was broken off: {error}"))),
         };
+        if self.tasks.is_empty() {
+            self.spares.clear();
+        }
         if matches!(stored.what, What::Part { .. } | What::Spooled { .. }) {
             self.parts -= 1;
         }
@@ -420,7 +570,9 @@ mod tests {
                 encode_stream(WalFileName::Segment(*name), &mut &**bytes, SIZE.bytes(), SIZE, &options)
                     .unwrap();
             let before = if number == 0 { before } else { Before::Nothing };
-            uploads.segment(*name, SIZE, tokio::spawn(async { Ok(file) }), before);
+            let share = Share::new(&uploads.held, file.bytes_in_memory());
+            let encoding = Encoding { file: tokio::spawn(async { Ok(file) }), share };
+            uploads.segment(*name, SIZE, encoding, before);
         }
         // Long enough for the others, were they not kept back.
         let meanwhile = tokio::time::timeout(Duration::from_millis(300), async {
@@ -446,5 +598,33 @@ mod tests {
             (2, 3),
             "others are stored side by side"
         );
+    }
+
+    #[tokio::test]
+    async fn memory_is_bounded_by_what_segments_take_and_not_by_their_number() {
+        let uploads = Uploads::new(Arc::from([]), Arc::new(|_| ()));
+        let size = SegmentSize::DEFAULT;
+        let most = encoded_in_memory_max(size.bytes());
+        let mut shares = Vec::new();
+        while uploads.have_room(64, size) {
+            shares.push(Share::new(&uploads.held, most));
+        }
+        assert_eq!(shares.len(), 4);
+        assert!(uploads.held.bytes.load(Ordering::Relaxed) <= ENCODED_BYTES_MAX);
+        let large = SegmentSize::new(64 << 20).unwrap();
+        assert!(uploads.have_room(64, large), "it is spooled to a file");
+        // One turns out to be small: whoever waits for room hears of it, also when that was before.
+        shares[0].shrink_to(1 << 20);
+        uploads.less_held().await;
+        assert!(!uploads.have_room(64, size));
+        shares[1].shrink_to(1 << 20);
+        assert!(uploads.have_room(64, size));
+        assert!(!uploads.have_room(0, size));
+        drop(shares);
+        assert_eq!(uploads.held.bytes.load(Ordering::Relaxed), 0);
+        // Whatever it takes, one is always let in.
+        let in_memory = SegmentSize::new(32 << 20).unwrap();
+        let _only = Share::new(&uploads.held, encoded_in_memory_max(in_memory.bytes()));
+        assert!(uploads.have_room(64, in_memory));
     }
 }

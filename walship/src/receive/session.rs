@@ -141,7 +141,8 @@ impl Receiver {
             self.ship(&mut streaming, now)?;
             let archive = self.archive.as_mut().ok_or_else(no_archive)?;
             let full = streaming.tail.is_full()
-                || streaming.open.is_none() && archive.uploads.segments() >= self.options.uploads_max;
+                || streaming.open.is_none()
+                    && !archive.uploads.have_room(self.options.uploads_max, archive.size);
             if !full {
                 streaming.full_since = None;
             } else if now.saturating_sub(*streaming.full_since.get_or_insert(now))
@@ -158,9 +159,11 @@ impl Receiver {
             if full {
                 look = look.min(self.options.rules.stop_patience);
             }
+            let less_held = archive.uploads.less_held();
             tokio::select! {
                 biased;
                 stored = archive.next() => self.note(stored?),
+                () = less_held, if full => {}
                 message = next_streamed(connection, READ_PATIENCE), if !full => {
                     let message = message.map_err(|error| self.streaming_failed(connection, error, received))?;
                     if let Some(turn) = self.heard(connection, &mut streaming, message).await? {
@@ -281,7 +284,7 @@ impl Receiver {
 
     fn open(&self, name: SegmentName) -> Result<OpenSegment> {
         let archive = self.archive.as_ref().ok_or_else(no_archive)?;
-        Ok(OpenSegment::start(name, archive.size, &archive.push))
+        Ok(archive.uploads.open(name, archive.size, &archive.push))
     }
 
     /// A segment is whole.

@@ -16,6 +16,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 
+use super::buffers::Buffers;
 use super::message::{self, BackendMessage, MAX_BYTES, MAX_BYTES_STARTUP};
 use super::options::{ChannelBinding, ConnectOptions, Host};
 use super::server_error::ServerError;
@@ -106,6 +107,7 @@ impl AsyncWrite for Stream {
 pub struct Connection {
     stream: Stream,
     buffer: BytesMut,
+    buffers: Buffers,
     limit: usize,
     parameters: BTreeMap<String, String>,
     notices: Vec<ServerError>,
@@ -301,9 +303,8 @@ impl Connection {
     }
 
     async fn read_more(&mut self, patience: Duration) -> Result<()> {
-        if self.buffer.capacity() - self.buffer.len() < 16 << 10 {
-            self.buffer.reserve(256 << 10);
-        }
+        let missing = message::missing(&self.buffer);
+        self.buffers.make_room(&mut self.buffer, missing);
         match timeout(patience, self.stream.read_buf(&mut self.buffer)).await {
             Ok(Ok(0)) => {
                 Err(Error::unavailable(format!("{} closed the connection without a word", self.host))
@@ -348,6 +349,7 @@ pub(super) async fn start(
     let mut connection = Connection {
         stream,
         buffer: BytesMut::new(),
+        buffers: Buffers::default(),
         limit: MAX_BYTES_STARTUP,
         parameters: BTreeMap::new(),
         notices: Vec::new(),

@@ -57,6 +57,13 @@ pub enum BackendMessage {
     Other,
 }
 
+/// Returns how many bytes the message at the start of `buffer` lacks, as far as that can be told.
+pub fn missing(buffer: &[u8]) -> usize {
+    let Some(header) = buffer.first_chunk::<5>() else { return 5 - buffer.len() };
+    let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+    length.saturating_add(1).saturating_sub(buffer.len())
+}
+
 /// Takes the next whole message off `buffer`; `None` when more bytes are needed.
 ///
 /// # Errors
@@ -73,7 +80,6 @@ pub fn decode(buffer: &mut BytesMut, max_bytes: usize) -> Result<Option<BackendM
         )));
     }
     if buffer.len() < length + 1 {
-        buffer.reserve(length + 1 - buffer.len());
         return Ok(None);
     }
     let mut frame = buffer.split_to(length + 1);
@@ -220,6 +226,7 @@ mod tests {
         let whole = frame(b'S', b"a\0b\0");
         for cut in 0..whole.len() {
             assert_eq!(decode(&mut BytesMut::from(&whole[..cut]), MAX_BYTES), Ok(None));
+            assert_eq!(missing(&whole[..cut]), if cut < 5 { 5 - cut } else { whole.len() - cut });
         }
         for bytes in [&b"d\x7f\xff\xff\xff"[..], b"d\0\0\0\x03", b"d\xff\xff\xff\xff"] {
             assert!(decode(&mut BytesMut::from(bytes), MAX_BYTES).is_err());

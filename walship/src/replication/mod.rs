@@ -17,6 +17,7 @@
 //! ```
 
 pub mod base_backup;
+mod buffers;
 pub mod connection;
 pub mod conninfo;
 pub mod message;

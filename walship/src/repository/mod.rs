@@ -22,6 +22,7 @@
 
 mod backups;
 mod document;
+mod fresh;
 mod gaps;
 pub mod index;
 mod layout;
@@ -86,6 +87,7 @@ pub struct LineageRepository {
     lineage: Lineage,
     layout: LineageLayout,
     others: others::Others,
+    fresh: fresh::Fresh,
 }
 
 impl Repository {
@@ -320,6 +322,7 @@ impl ClusterRepository {
             layout: LineageLayout::new(&self.name, lineage.number),
             lineage,
             others: others::Others::default(),
+            fresh: fresh::Fresh::default(),
         }
     }
 }

@@ -79,7 +79,11 @@ impl LineageRepository {
             )));
         }
         let key = self.layout.wal(envelope.name, envelope.kind, &envelope.digest)?;
-        self.put_object(&key, object).await
+        let put = self.put_object(&key, object).await?;
+        if put == Put::Stored {
+            self.fresh.keep(object);
+        }
+        Ok(put)
     }
 
     /// Writes a WAL file's original content into `file` (from its start, truncating it) and returns

@@ -15,10 +15,13 @@ use crate::catalog::{Catalog, TailFlaw};
 use crate::codec::{Compression, TailPart};
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, SegmentName, TimelineId};
-use crate::storage::{ObjectKey, ObjectMeta, PutOutcome, list_all};
+use crate::storage::{ObjectKey, ObjectMeta, PutOutcome, blocking, list_all};
 
 /// More parts than a segment ever has.
 const PARTS_MAX: usize = 200_000;
+
+/// From this length on a part is encoded on a thread where nobody else waits meanwhile.
+const ENCODED_ASIDE_FROM: usize = 64 << 10;
 
 /// How many parts are read at once.
 const READS_MAX: usize = 16;
@@ -124,7 +127,14 @@ impl LineageRepository {
         };
         let (segment, offset) = (part.segment(), part.offset());
         let key = self.layout.tail(segment, offset, offset + part.bytes.len() as u64)?;
-        let object = Bytes::from(part.encode(compression)?);
+        let (part, object) = if part.bytes.len() < ENCODED_ASIDE_FROM {
+            let object = part.encode(compression)?;
+            (part, object)
+        } else {
+            let encode = move || part.encode(compression).map(|object| (part, object));
+            blocking(encode).await?
+        };
+        let object = Bytes::from(object);
         if self.storage.put_if_absent(&key, object.into()).await? == PutOutcome::Stored {
             return Ok(key);
         }

@@ -210,7 +210,7 @@ pub(super) async fn write_parts(
 /// Returns the parts for these segments, their summaries read; those that vanished are left out.
 async fn segment_parts(repository: &LineageRepository, names: Vec<SegmentName>) -> Result<Vec<Part>> {
     let reads = names.into_iter().map(|name| async move {
-        let found = repository.summarized(name).await?;
+        let found = repository.summarized_fresh(name).await?;
         Ok::<_, Error>(found.map(|found| Part::of_segment(&found.summary, found.digest, found.stored_bytes)))
     });
     let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;

@@ -6,6 +6,7 @@
 //! [`super::retry`] is the one place that tries again.
 
 mod answer;
+mod body;
 mod client;
 mod streamed;
 mod unfinished;
@@ -27,6 +28,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use answer::Answer;
+use body::SignedAs;
 use client::Connected;
 use upload::S3Upload;
 
@@ -135,6 +137,7 @@ impl S3Storage {
         body: ByteStream,
         length: u64,
         checksum: &str,
+        sha256: Option<String>,
     ) -> Result<PutOutcome> {
         let request = self
             .client()
@@ -147,7 +150,11 @@ impl S3Storage {
             .content_length(i64::try_from(length).unwrap_or(i64::MAX))
             .body(body)
             .customize();
-        let request = if self.over_tls().await? { request.disable_payload_signing() } else { request };
+        let request = match sha256 {
+            _ if self.over_tls().await? => request.disable_payload_signing(),
+            Some(sha256) => request.interceptor(SignedAs(sha256)),
+            None => request,
+        };
         match request.send().await {
             Ok(stored) => match stored.checksum_crc32() {
                 _ if !is_answer(stored.e_tag()) => Err(no_answer()),
@@ -360,10 +367,14 @@ impl Storage for S3Storage {
         if length > IN_MEMORY_BYTES_MAX {
             return self.put_streamed(key, body).await;
         }
-        let bytes = body.read().await?;
-        let checksum = crc32(&bytes);
+        let pieces = match body {
+            PutBody::Memory(pieces) => pieces,
+            spooled @ PutBody::Spooled { .. } => vec![spooled.read().await?],
+        };
+        let sums = body::sums(&pieces, !self.over_tls().await?).await?;
+        let checksum = header_crc32(sums.crc);
         retried(self.inner.options.limits, length, self.doing("storing", key), |_| {
-            self.put_once(key, ByteStream::from(bytes.clone()), length, &checksum)
+            self.put_once(key, body::stream(&pieces), length, &checksum, sums.sha256.clone())
         })
         .await
     }
@@ -482,7 +493,7 @@ impl S3Storage {
                 return Ok(PutOutcome::Exists);
             }
             let (stream, failure) = streamed::stream(Arc::clone(&body));
-            self.put_once(key, stream, length, &checksum)
+            self.put_once(key, stream, length, &checksum, None)
                 .await
                 .map_err(|error| failure.take().unwrap_or(error))
         })
