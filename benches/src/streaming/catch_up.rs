@@ -9,6 +9,7 @@ use walship_tests::bins;
 use walship_tests::postgres::{PgServer, primary_major};
 
 use super::site::{Site, Store};
+use super::walrus;
 use crate::measure::{Contender, Measurement, compete, process};
 use crate::tables::Effort;
 
@@ -101,6 +102,12 @@ impl Backlog {
         measured
     }
 
+    fn walrus(&self, program: &std::path::Path, store: Store) -> Measurement {
+        self.slot("bench");
+        let last = self.names.last().expect("there is a backlog").to_string();
+        walrus::receive(program, &self.server, store, &last)
+    }
+
     /// Compares what is stored with the server's own files: speed that is bought with a wrong byte is none.
     fn check(&self, site: &Site) {
         let lineage = site.lineage();
@@ -116,20 +123,24 @@ impl Backlog {
 /// Storing what a slot holds, beside `pg_receivewal`.
 pub fn catching_up(effort: Effort) -> String {
     let backlog = Backlog::new();
-    let rows = compete(
-        effort.long_rounds,
-        vec![
-            Contender::new("`pg_receivewal --compress=lz4`, folder", |_| backlog.pg_receivewal("lz4")),
-            Contender::new("`pg_receivewal`, folder, nothing compressed", |_| backlog.pg_receivewal("none")),
-            Contender::new("`walship receive --once`, lz4, folder", |_| {
-                backlog.walship(Store::Folder, "lz4")
-            }),
-            Contender::new("`walship receive --once`, lz4, S3", |_| backlog.walship(Store::S3(0), "lz4")),
-            Contender::new("`walship receive --once`, zstd:1, folder", |_| {
-                backlog.walship(Store::Folder, "zstd:1")
-            }),
-        ],
-    );
+    let peer = walrus::program();
+    let mut contenders = vec![
+        Contender::new("`pg_receivewal --compress=lz4`, folder", |_| backlog.pg_receivewal("lz4")),
+        Contender::new("`pg_receivewal`, folder, nothing compressed", |_| backlog.pg_receivewal("none")),
+        Contender::new("`walship receive --once`, lz4, folder", |_| backlog.walship(Store::Folder, "lz4")),
+        Contender::new("`walship receive --once`, lz4, S3", |_| backlog.walship(Store::S3(0), "lz4")),
+        Contender::new("`walship receive --once`, zstd:1, folder", |_| {
+            backlog.walship(Store::Folder, "zstd:1")
+        }),
+    ];
+    if let Some(program) = &peer {
+        for store in [Store::Folder, Store::S3(0)] {
+            let title = format!("`wal-rus wal-receive`, lz4, {}", store.title());
+            let backlog = &backlog;
+            contenders.push(Contender::new(title, move |_| backlog.walrus(program, store)));
+        }
+    }
+    let rows = compete(effort.long_rounds, contenders);
     let bytes = backlog.bytes() as f64;
     let mut text = String::new();
     let _ = writeln!(
@@ -150,5 +161,9 @@ pub fn catching_up(effort: Effort) -> String {
             row.cpu_ratio
         );
     }
+    let _ = match peer {
+        Some(program) => writeln!(text, "\n{}", walrus::version(&program)),
+        None => writeln!(text, "\nwal-rus is not installed (`benches/peers/install`): absent"),
+    };
     text
 }

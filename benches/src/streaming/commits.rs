@@ -19,15 +19,18 @@ enum Standby {
     Nobody,
     PgReceivewal,
     Walship(Store),
+    /// `walship receive --flush local`: the spool; the store follows.
+    Spool(Store),
 }
 
-const STANDBYS: [Standby; 6] = [
+const STANDBYS: [Standby; 7] = [
     Standby::PgReceivewal,
     Standby::Nobody,
     Standby::Walship(Store::Folder),
     Standby::Walship(Store::S3(0)),
     Standby::Walship(Store::S3(5)),
     Standby::Walship(Store::S3(25)),
+    Standby::Spool(Store::S3(25)),
 ];
 
 impl Standby {
@@ -36,6 +39,7 @@ impl Standby {
             Self::Nobody => "nobody: the server's own disk".to_owned(),
             Self::PgReceivewal => "`pg_receivewal --synchronous`, folder".to_owned(),
             Self::Walship(store) => format!("`walship receive --flush repository`, {}", store.title()),
+            Self::Spool(store) => format!("`walship receive --flush local`, {}", store.title()),
         }
     }
 }
@@ -105,9 +109,18 @@ fn measure(server: &PgServer, standby: Standby, seconds: usize) -> Vec<Run> {
             wait_for("");
             runs
         }
-        Standby::Walship(store) => {
+        Standby::Walship(store) | Standby::Spool(store) => {
             let site = Site::new(store, server);
-            let _receiver = Receiver::walship(&site, server, &["--slot", "bench", "--flush", "repository"]);
+            let spool = tempfile::tempdir().expect("a temporary folder can be made");
+            let mut args = vec!["--slot", "bench", "--flush"];
+            match standby {
+                Standby::Spool(_) => {
+                    let folder = spool.path().to_str().expect("scratch paths are UTF-8");
+                    args.extend(["local", "--spool", folder]);
+                }
+                _ => args.push("repository"),
+            }
+            let _receiver = Receiver::walship(&site, server, &args);
             wait_for("walship");
             let runs = all();
             wait_for("");

@@ -9,6 +9,7 @@ mod commits;
 mod receiver;
 mod site;
 mod slow;
+mod walrus;
 
 pub use age::ages;
 pub use catch_up::catching_up;

@@ -1,6 +1,7 @@
 //! The agent behind the two thin commands, on real servers. Every other test of them holds with it as well:
 //! `WALSHIP_TEST_AGENT=auto`.
 
+mod kills;
 mod life;
 
 use std::fs;
