@@ -15,10 +15,11 @@ fn kills() -> usize {
     if walship_tests::campaign() { 250 } else { 25 }
 }
 
-/// Kills the agents of a data directory, after a moment that may be anywhere in their work; returns how many.
-fn kill(data_dir: &std::path::Path, random: &mut Random) -> usize {
+/// Kills the agents of a data directory, after a moment of up to so many milliseconds that may be anywhere in their
+/// work; returns how many.
+fn kill(data_dir: &std::path::Path, millis: usize, random: &mut Random) -> usize {
+    std::thread::sleep(Duration::from_micros(random.below(1000 * millis) as u64));
     let found = agents(data_dir);
-    std::thread::sleep(Duration::from_micros(random.below(40_000) as u64));
     found.iter().for_each(|agent| process::signal(*agent, Signal::SIGKILL));
     found.len()
 }
@@ -44,7 +45,7 @@ fn killed_while_a_server_archives_it_costs_nothing() {
             server.psql("INSERT INTO t SELECT i, repeat(md5(i::text), 20) FROM generate_series(1, 300) i");
             last = server.switch_wal();
         }
-        killed += kill(server.data_dir(), &mut random);
+        killed += kill(server.data_dir(), 40, &mut random);
     }
     server.wait_until_archived(&last);
     assert_eq!(server.psql("SELECT failed_count FROM pg_stat_archiver"), "0", "{}", server.log());
@@ -92,7 +93,7 @@ fn killed_while_a_server_recovers_it_ends_no_recovery() {
         let mut restored = stage.recovering(&data).prepare();
         restored.launch();
         while data.join("recovery.signal").exists() && restored.is_running() {
-            killed += kill(&data, &mut random);
+            killed += kill(&data, 150, &mut random);
         }
         restored.wait_until_ready().unwrap_or_else(|status| panic!("{status}:\n{}", restored.log()));
         restored.wait_for("SELECT pg_is_in_recovery()", "f");
