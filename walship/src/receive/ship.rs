@@ -113,6 +113,7 @@ fn ended(outcome: std::result::Result<Result<()>, tokio::task::JoinError>) -> Re
 }
 
 /// What was shipped of a segment that is not whole yet.
+#[derive(Default)]
 struct Open {
     /// Before this offset every repository has it.
     to: u64,
@@ -224,7 +225,11 @@ impl Shipper {
                 encode_stream(WalFileName::Segment(segment), &mut reader, size.bytes(), size, &push)
             });
             match encoded.await {
-                Err(error @ Error::LocalIo(_)) => pause_for(&error, &mut backoff, &self.progress).await,
+                Err(error @ Error::LocalIo(_)) => {
+                    let spool = Arc::clone(&self.spool);
+                    blocking(move || check(&spool, segment)).await?;
+                    pause_for(&error, &mut backoff, &self.progress).await;
+                }
                 encoded => return encoded,
             }
         }
@@ -233,10 +238,8 @@ impl Shipper {
     /// Stores what is held of a segment behind what is stored of it.
     async fn ship_parts(&mut self, held: Held) -> Result<()> {
         let segment = held.segment;
-        let mut open = match self.open.remove(&segment) {
-            Some(open) => open,
-            None => Open { to: self.stored_in_parts(segment).await, parts: Vec::new() },
-        };
+        // What an earlier process stored of it is stored again: nobody has looked whether that is sound.
+        let mut open = self.open.remove(&segment).unwrap_or_default();
         loop {
             let from = open.to;
             if from >= held.end {
@@ -259,16 +262,6 @@ impl Shipper {
         }
     }
 
-    /// Returns up to where every repository has a segment in parts: those of an earlier process, or of another receiver.
-    async fn stored_in_parts(&self, segment: SegmentName) -> u64 {
-        let ends = self.lineages.iter().map(|lineage| async move {
-            // Where that cannot be said now, all of it is stored once more.
-            let parts = lineage.tail_of(segment).await.unwrap_or_default();
-            parts.iter().fold(0, |end, part| if part.start <= end { part.end.max(end) } else { end })
-        });
-        futures_util::future::join_all(ends).await.into_iter().min().unwrap_or(0)
-    }
-
     /// Lets go of a segment that is not whole: all of it is stored.
     async fn forget(&mut self, held: Held) -> Result<()> {
         if self.spool.segment(held.segment) == Some(held) {
@@ -281,6 +274,18 @@ impl Shipper {
     async fn remove(&self, segment: SegmentName) -> Result<()> {
         let spool = Arc::clone(&self.spool);
         blocking(move || spool.remove(segment)).await
+    }
+}
+
+/// Fails where a segment that cannot be read is damaged, and waiting would not help.
+fn check(spool: &Spool, segment: SegmentName) -> Result<()> {
+    let Some(mut parts) = spool.parts(segment)? else { return Ok(()) };
+    loop {
+        match parts.next_part() {
+            Ok(Some(_)) => {}
+            Err(damage @ Error::Corrupt(_)) => return Err(damage),
+            Ok(None) | Err(_) => return Ok(()),
+        }
     }
 }
 
