@@ -8,7 +8,7 @@ use walship_tests::postgres::{StopMode, primary_major};
 use walship_tests::stage::Stage;
 use walship_tests::{process, wait};
 
-use super::{Front, Reading, Receiving, server};
+use super::{Flush, Front, Reading, Receiving, server};
 
 #[test]
 fn a_commit_is_in_the_repository_soon_and_comes_back_without_a_switch() {
@@ -107,11 +107,22 @@ fn info_and_log_tell_of_the_open_segment() {
 
 #[test]
 fn parts_go_when_their_segment_is_whole() {
+    for through_a_spool in [false, true] {
+        parts_go(through_a_spool);
+    }
+}
+
+fn parts_go(through_a_spool: bool) {
     let stage = Stage::folder("main");
     let server = server(primary_major(), 1).start();
     stage.init(&server);
     let front = Front::of(&server);
-    let mut receiving = Receiving::start(&stage, &front.conninfo(), &["--tail-interval", "10"]);
+    let spool = Flush::spool(&stage);
+    let mut args = vec!["--tail-interval", "10"];
+    if through_a_spool {
+        args.extend(["--flush", "local", "--spool", spool.to_str().unwrap()]);
+    }
+    let mut receiving = Receiving::start(&stage, &front.conninfo(), &args);
     server.wait_for("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "1");
     server.pgbench(&["-i", "-q", "-s", "1"]);
     server.pgbench(&["-n", "-c", "2", "-t", "500"]);
