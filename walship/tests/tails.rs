@@ -2,14 +2,16 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use chrono::Utc;
 use walship::Error;
 use walship::archive::fetch::{FetchFailure, FetchOptions, FetchOutcome, fetch_file};
+use walship::archive::push::{PushOptions, push_file};
 use walship::codec::Compression;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
-use walship::repository::{ClusterRepository, LineageRepository, Repository};
+use walship::repository::{ClusterRepository, Damage, LineageRepository, Repository};
 use walship::storage::memory::MemoryStorage;
 use walship::storage::{ObjectKey, Storage as _};
 
@@ -134,4 +136,53 @@ async fn parts_that_disagree_or_are_damaged_are_not_served() {
     place.put(5, 350, 450).await;
     place.put(5, 420, 510).await;
     assert_eq!(place.fetch(5).await.unwrap(), cut(5, 510));
+}
+
+/// A new timeline's first segment begins with its parent's bytes, which are shipped anew under its name. When that
+/// came to nothing half-way, what is stored of the parent is as good.
+#[tokio::test(flavor = "multi_thread")]
+async fn before_a_fork_the_parents_parts_are_as_good() {
+    let place = Place::new().await;
+    let young = |number| name(number).on(TimelineId::new(2).unwrap());
+    let (bytes, fork) = (segment(5), 50_000_u64);
+    let history = place.folder.path().join("00000002.history");
+    let switch = Lsn(5 * SIZE.bytes() + fork);
+    std::fs::write(&history, format!("1\t{switch}\tno recovery target specified\n")).unwrap();
+    let options = PushOptions {
+        compression: Compression::Lz4,
+        lineage: Some(1),
+        spool_dir: place.folder.path().to_owned(),
+    };
+    push_file(&place.clusters, &history, &options).await.unwrap();
+    let put = async |timeline: u32, from: usize, bytes: &[u8]| {
+        let (timeline, start) = (TimelineId::new(timeline).unwrap(), Lsn(5 * SIZE.bytes() + from as u64));
+        place.lineage.put_tail(timeline, start, bytes.to_vec(), Compression::Lz4).await.unwrap()
+    };
+    let tail = async || {
+        let file = tempfile::tempfile().unwrap();
+        let end = place.lineage.tail_into(young(5), &file, Damage::IsAnError).await?;
+        let mut read = vec![0; end as usize];
+        file.read_exact_at(&mut read, 0).unwrap();
+        Ok::<_, Error>(read)
+    };
+    put(1, 0, &bytes[..60_000]).await;
+    assert_eq!(tail().await.unwrap(), b"", "nothing of it was shipped: its parent is asked for instead");
+    put(2, 0, &bytes[..20_000]).await;
+    assert!(tail().await.unwrap() == bytes[..50_000], "up to the fork, and not behind it");
+    // What it has itself goes on from there.
+    put(2, 40_000, &bytes[40_000..70_000]).await;
+    assert!(tail().await.unwrap() == bytes[..70_000]);
+    put(2, 20_000, &bytes[20_000..40_000]).await;
+    assert!(tail().await.unwrap() == bytes[..70_000]);
+
+    // Other bytes before the fork are no beginning of it.
+    let place = Place::new().await;
+    push_file(&place.clusters, &history, &options).await.unwrap();
+    place.put_bytes(5, 0, vec![7; 60_000]).await.unwrap();
+    let start = Lsn(5 * SIZE.bytes());
+    let two = TimelineId::new(2).unwrap();
+    place.lineage.put_tail(two, start, bytes[..20_000].to_vec(), Compression::Lz4).await.unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let error = place.lineage.tail_into(young(5), &file, Damage::IsAnError).await.unwrap_err();
+    assert!(matches!(error, Error::Conflict(_)), "{error}");
 }

@@ -223,8 +223,77 @@ impl LineageRepository {
         Ok(self.assemble(segment, parts, &mut &*file, damage).await?.end)
     }
 
-    /// Puts parts together, from the segment's start and as far as they are contiguous.
+    /// Puts parts together, from the segment's start and as far as they are contiguous. In the first segment of a
+    /// timeline the parent's parts hold the same bytes up to where it begins: they are used where its own end before.
     pub(super) async fn assemble(
+        &self,
+        segment: SegmentName,
+        parts: Vec<ListedPart>,
+        to: &mut impl Assembly,
+        damage: Damage,
+    ) -> Result<Assembled> {
+        if parts.is_empty() {
+            return self.assemble_own(segment, parts, to, damage).await;
+        }
+        let mut own = self.assemble_own(segment, parts.clone(), to, damage).await?;
+        let Some((parent, begin)) = self.parent_inside(segment).await?.filter(|(_, begin)| own.end < *begin)
+        else {
+            return Ok(own);
+        };
+        let mut bytes = Vec::new();
+        let theirs = self.tail_of(parent).await?;
+        let theirs = Box::pin(self.assemble(parent, theirs, &mut bytes, damage)).await?;
+        let end = theirs.end.min(begin);
+        if end <= own.end {
+            return Ok(own);
+        }
+        let failed = |error| Error::from_io("putting a segment together", error);
+        let cut = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
+        let (same, more) = bytes[..cut(end)].split_at(cut(own.end));
+        if !to.holds(0, same).map_err(failed)? {
+            return Err(Error::conflict(format!(
+                "parts of {segment} and of {parent} in {} hold different bytes before the fork between them",
+                self.location()
+            ))
+            .with_next("Two servers wrote different WAL on one timeline: find out which one is right."));
+        }
+        to.write(own.end, more).map_err(failed)?;
+        own = Assembled {
+            end,
+            parts: own.parts + theirs.parts,
+            stored_bytes: own.stored_bytes + theirs.stored_bytes,
+            flaw: own.flaw,
+        };
+        // What lay behind a hole may go on from there.
+        for part in &parts {
+            if part.start <= own.end && own.end < part.end {
+                let read = self.tail_part(segment, part).await?;
+                let (overlap, new) = read.bytes.split_at(cut(own.end - part.start));
+                if !to.holds(part.start, overlap).map_err(failed)? {
+                    break;
+                }
+                to.write(own.end, new).map_err(failed)?;
+                own.end = part.end;
+                own.flaw = None;
+            }
+        }
+        Ok(own)
+    }
+
+    /// Returns the same segment of the timeline from which this one's comes, and at which offset that begins; `None`
+    /// where it does not begin inside of this segment.
+    async fn parent_inside(&self, segment: SegmentName) -> Result<Option<(SegmentName, u64)>> {
+        let size = self.lineage.segment_size;
+        let history = self.history(segment.timeline).await?;
+        let Some(fork) = history.as_ref().and_then(|history| history.ancestors.last()) else {
+            return Ok(None);
+        };
+        let inside = SegmentName::containing(segment.timeline, fork.switch_lsn, size) == segment;
+        let begin = size.offset_of(fork.switch_lsn);
+        Ok((inside && begin > 0).then(|| (segment.on(fork.timeline), begin)))
+    }
+
+    async fn assemble_own(
         &self,
         segment: SegmentName,
         mut parts: Vec<ListedPart>,
