@@ -33,6 +33,8 @@ pub(super) struct Meter {
 struct Stat {
     pid: u32,
     parent: u32,
+    /// PostgreSQL's own, or a copy of one of its processes that has not become a shell yet.
+    server: bool,
     /// Its own time and that of the children that it has waited for.
     cpu: Duration,
     own_cpu: Duration,
@@ -115,7 +117,8 @@ fn memory(caller: u32, daemon: Option<u32>, old_children: &BTreeSet<u32>) -> u64
         let found: Vec<u32> =
             all.iter().filter(below).map(|stat| stat.pid).filter(|pid| !tool.contains(pid)).collect();
         if found.is_empty() {
-            return all.iter().filter(|stat| tool.contains(&stat.pid)).map(|stat| stat.resident_bytes).sum();
+            let tool = all.iter().filter(|stat| !stat.server && tool.contains(&stat.pid));
+            return tool.map(|stat| stat.resident_bytes).sum();
         }
         tool.extend(found);
     }
@@ -144,7 +147,8 @@ fn all() -> impl Iterator<Item = Stat> {
 fn stat_of(pid: u32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the name in parentheses and may hold anything.
-    let fields: Vec<&str> = text.rsplit_once(") ")?.1.split(' ').collect();
+    let (name, fields) = text.rsplit_once(") ")?;
+    let fields: Vec<&str> = fields.split(' ').collect();
     let number = |field: usize| fields.get(field).and_then(|text| text.parse::<u64>().ok());
     // Linux shows times in hundredths of a second, and memory in pages of 4 KiB on most machines.
     let time =
@@ -153,6 +157,7 @@ fn stat_of(pid: u32) -> Option<Stat> {
     Some(Stat {
         pid,
         parent: u32::try_from(number(1)?).ok()?,
+        server: name.ends_with("(postgres"),
         cpu: time(11..15),
         own_cpu: time(11..13),
         resident_bytes: if zombie { 0 } else { number(21)? * 4096 },

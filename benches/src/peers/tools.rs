@@ -87,9 +87,10 @@ impl Tool {
             (Self::Barman, Store::Folder) => {
                 Err("absent: its archive command for a folder needs a Barman server behind ssh".to_owned())
             }
+            (Self::Barman, Store::S3Tls) => Err("absent: measured over http".to_owned()),
             (Self::Barman, _) => {
                 let version = said(&peer(BARMAN_ARCHIVE)?, &["--version"]);
-                Ok(format!("{version}; --lz4"))
+                Ok(format!("{version}; --lz4; where many wait, the first 32 of them, once"))
             }
         }
     }
