@@ -21,6 +21,7 @@
 
 pub mod measure;
 pub mod object;
+pub mod peers;
 pub mod scale;
 pub mod streaming;
 pub mod tables;

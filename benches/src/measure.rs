@@ -187,7 +187,8 @@ fn own_cpu() -> Duration {
     cpu_of(&getrusage(UsageWho::RUSAGE_SELF).expect("a process may ask for its own use"))
 }
 
-fn cpu_of(usage: &Usage) -> Duration {
+/// Returns user and system time together.
+pub(crate) fn cpu_of(usage: &Usage) -> Duration {
     let duration = |time: TimeVal| {
         Duration::from_secs(u64::try_from(time.tv_sec()).unwrap_or(0))
             + Duration::from_micros(u64::try_from(time.tv_usec()).unwrap_or(0))

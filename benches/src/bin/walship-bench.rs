@@ -1,12 +1,12 @@
 //! Prints the tables of `docs/benchmarks.md`; `benches/run` builds and calls it.
 
 use walship_benches::tables::{self, Effort};
-use walship_benches::{measure, scale, streaming};
+use walship_benches::{measure, peers, scale, streaming};
 
 /// A table's title and what makes it.
 type Table = (&'static str, fn(Effort) -> String);
 
-const TABLES: [Table; 11] = [
+const TABLES: [Table; 15] = [
     ("Record decoding", tables::decoding),
     ("Codecs", tables::codecs),
     ("Segment objects", tables::encoding),
@@ -18,6 +18,10 @@ const TABLES: [Table; 11] = [
     ("Streaming: synchronous commits", streaming::commits),
     ("Streaming: a slow store", streaming::slow_stores),
     ("Streaming: catching up", streaming::catching_up),
+    ("Peers: a call of the thin commands", peers::calls),
+    ("Peers: segments that wait", peers::waiting),
+    ("Peers: replay", peers::replays),
+    ("Peers: one segment from cold", peers::first),
 ];
 
 fn main() {

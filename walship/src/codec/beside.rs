@@ -1,6 +1,7 @@
 //! A second thread that watches the bytes which the first one compresses or decompresses.
 
 use std::cell::{Cell, RefCell};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -15,18 +16,39 @@ const CHUNKS: usize = 4;
 /// Below this a thread costs more than it saves.
 const THREAD_BYTES_MIN: u64 = 1 << 20;
 
+/// How many bodies are at work in this process.
+static AT_WORK: AtomicUsize = AtomicUsize::new(0);
+
 type Chunk = Arc<Vec<u8>>;
+
+/// One of those at work.
+struct AtWork;
+
+impl AtWork {
+    /// Counts this one in; returns how many there were before as well.
+    fn begin() -> (Self, usize) {
+        (Self, AT_WORK.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        AT_WORK.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// Runs `work`, which gives what it reads to its [`Watcher`]; `watch` sees those bytes in order, and
 /// has seen all of them when this returns. It runs on a thread of its own when `expected_bytes` are
-/// worth it and one can be had, else on this one.
+/// worth it, a core is left for it by the bodies that are at work already, and a thread can be had; else on this
+/// one: where every core has a body of its own, handing bytes from one to another only costs.
 pub(super) fn beside<T>(
     expected_bytes: u64,
     watch: &mut (dyn FnMut(&[u8]) + Send),
     work: impl FnOnce(&Watcher<'_>) -> Result<T>,
 ) -> Result<T> {
-    let two_cores = thread::available_parallelism().is_ok_and(|cores| cores.get() > 1);
-    if expected_bytes < THREAD_BYTES_MIN || !two_cores {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let (_at_work, others) = AtWork::begin();
+    if expected_bytes < THREAD_BYTES_MIN || others + 1 >= cores {
         return work(&Watcher::here(watch));
     }
     // Whoever turns out to do the watching takes it out.
