@@ -201,7 +201,8 @@ fn a_backup_with_tablespaces_is_verified_by_stock_tools_and_starts() {
             |event| matches!(event, BackupEvent::Started { total_bytes, .. } if *total_bytes > 20 << 20)
         ));
         assert!(!events.iter().any(|event| matches!(event, BackupEvent::Warning(_))), "{events:?}");
-        assert_eq!(server.psql("SELECT count(*) FROM pg_replication_slots"), "0");
+        // It goes with its session, whose end the server notices a moment later.
+        server.wait_for("SELECT count(*) FROM pg_replication_slots", "0");
 
         let catalog = place.runtime.block_on(load_catalog(&lineage)).unwrap();
         assert_eq!(catalog.backups, std::slice::from_ref(&record));
