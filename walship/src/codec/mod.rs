@@ -16,6 +16,8 @@ mod part;
 pub use compress::{Codec, Compression};
 pub use digest::Digest;
 pub use envelope::{Envelope, FORMAT_VERSION, ObjectHead, ObjectKind};
+#[cfg(feature = "store")]
+pub(crate) use object::fill;
 pub use object::{
     BodyEncoder, Encoded, EncodedBody, EncodedObject, PLAIN_BYTES_MAX, decode_body, encode_body,
 };

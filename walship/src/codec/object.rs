@@ -224,8 +224,8 @@ pub fn decode_body(envelope: &Envelope, body: &mut dyn BufRead, sink: &mut dyn W
     Ok(())
 }
 
-/// Reads until `buffer` is full or the source ends.
-fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+/// Reads until `buffer` is full or the source ends; returns how many bytes came.
+pub(crate) fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         match source.read(&mut buffer[filled..]) {

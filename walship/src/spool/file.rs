@@ -5,7 +5,7 @@ use std::io::{self, BufReader, Read};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::codec::TailPart;
+use crate::codec::{TailPart, fill};
 use crate::error::{Error, Result};
 
 /// Reads a file's parts in their order.
@@ -28,7 +28,7 @@ impl Parts {
     /// [`Error::Corrupt`] when what follows is no whole part, [`Error::LocalIo`] when it cannot be read.
     pub fn next_part(&mut self) -> Result<Option<TailPart>> {
         let mut object = vec![0; TailPart::HEAD_BYTES];
-        match read_full(&mut self.file, &mut object) {
+        match fill(&mut self.file, &mut object) {
             Ok(0) => return Ok(None),
             Ok(read) if read < object.len() => return Err(self.damaged("its end is cut off")),
             Ok(_) => {}
@@ -36,7 +36,7 @@ impl Parts {
         }
         let body_bytes = TailPart::body_bytes(&object).map_err(|error| self.damaged(&error.to_string()))?;
         object.resize(TailPart::HEAD_BYTES + body_bytes, 0);
-        match read_full(&mut self.file, &mut object[TailPart::HEAD_BYTES..]) {
+        match fill(&mut self.file, &mut object[TailPart::HEAD_BYTES..]) {
             Ok(read) if read < body_bytes => return Err(self.damaged("its end is cut off")),
             Ok(_) => {}
             Err(error) => return Err(self.failed(error)),
@@ -60,19 +60,6 @@ impl Parts {
     fn failed(&self, error: io::Error) -> Error {
         Error::from_io(format!("reading {}", self.path.display()), error)
     }
-}
-
-fn read_full(source: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match source.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
 }
 
 /// How far a file is sound.
