@@ -7,7 +7,8 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use crate::requests::{RequestReader, Requests};
 
@@ -16,7 +17,7 @@ use crate::requests::{RequestReader, Requests};
 pub enum Mode {
     /// Nothing.
     Pass,
-    /// Each piece of what the server sends comes this much later.
+    /// Everything that the server sends comes this much later, however much is on the way.
     Latency(Duration),
     /// Connections are reset after this many bytes from the server (counted per connection).
     ResetAfter(u64),
@@ -177,25 +178,67 @@ enum Ended {
     Reset,
 }
 
+/// A piece on its way, and whether its connection ends behind it.
+struct Piece {
+    bytes: Vec<u8>,
+    due: Instant,
+    end: Option<Ended>,
+}
+
+/// The bytes of a piece at most.
+const PIECE_BYTES: usize = 32 << 10;
+
+/// As many pieces are on the way at most: more than any store here sends in 30 ms.
+const PIECES: usize = 512;
+
 async fn pump(
     from: &mut (impl tokio::io::AsyncRead + Unpin),
     to: &mut (impl tokio::io::AsyncWrite + Unpin),
     way: Way,
-    mut mode: watch::Receiver<Mode>,
+    mode: watch::Receiver<Mode>,
     mut passing: impl FnMut(&[u8]),
 ) -> Ended {
-    let mut buffer = vec![0; 16 << 10];
+    let (line_in, mut line) = mpsc::channel::<Piece>(PIECES);
+    let arriving = async {
+        while let Some(Piece { bytes, due, end }) = line.recv().await {
+            tokio::time::sleep_until(due).await;
+            passing(&bytes);
+            if to.write_all(&bytes).await.is_err() {
+                return Ended::Closed;
+            }
+            if let Some(end) = end {
+                return end;
+            }
+        }
+        Ended::Closed
+    };
+    tokio::pin!(arriving);
+    tokio::select! {
+        ended = &mut arriving => ended,
+        () = departing(from, way, mode, line_in) => arriving.await,
+    }
+}
+
+/// Puts on the line what is read, as long as there is something.
+async fn departing(
+    from: &mut (impl tokio::io::AsyncRead + Unpin),
+    way: Way,
+    mut mode: watch::Receiver<Mode>,
+    line: mpsc::Sender<Piece>,
+) {
+    let mut buffer = vec![0; PIECE_BYTES];
     let mut carried = 0_u64;
     loop {
         let bytes = match from.read(&mut buffer).await {
-            Ok(0) | Err(_) => return Ended::Closed,
+            Ok(0) | Err(_) => return,
             Ok(bytes) => bytes,
         };
         let current = *mode.borrow();
         let mut passed = bytes;
+        let mut due = Instant::now();
         let mut end = None;
         match (current, way) {
-            (Mode::Latency(time), Way::Down) => tokio::time::sleep(time).await,
+            (Mode::Latency(time), Way::Down) => due += time,
             (Mode::Throttle(a_second), _) => {
                 tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / a_second.max(1) as f64)).await;
             }
@@ -212,17 +255,16 @@ async fn pump(
             (Mode::BlackHole, _) => {
                 // What was swallowed stays lost: the connection cannot be used any more.
                 let _ = mode.wait_for(|mode| *mode != Mode::BlackHole).await;
-                return Ended::Reset;
+                passed = 0;
+                end = Some(Ended::Reset);
             }
             _ => {}
         }
-        passing(&buffer[..passed]);
-        if to.write_all(&buffer[..passed]).await.is_err() {
-            return Ended::Closed;
-        }
         carried += passed as u64;
-        if let Some(end) = end {
-            return end;
+        let piece = Piece { bytes: buffer[..passed].to_vec(), due, end };
+        let last = piece.end.is_some();
+        if line.send(piece).await.is_err() || last {
+            return;
         }
     }
 }
