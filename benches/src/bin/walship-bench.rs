@@ -6,7 +6,7 @@ use walship_benches::{measure, peers, scale, streaming};
 /// A table's title and what makes it.
 type Table = (&'static str, fn(Effort) -> String);
 
-const TABLES: [Table; 15] = [
+const TABLES: [Table; 16] = [
     ("Record decoding", tables::decoding),
     ("Codecs", tables::codecs),
     ("Segment objects", tables::encoding),
@@ -20,6 +20,7 @@ const TABLES: [Table; 15] = [
     ("Streaming: catching up", streaming::catching_up),
     ("Peers: a call of the thin commands", peers::calls),
     ("Peers: segments that wait", peers::waiting),
+    ("Peers: a server at work", peers::load),
     ("Peers: replay", peers::replays),
     ("Peers: one segment from cold", peers::first),
 ];

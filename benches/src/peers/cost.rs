@@ -45,8 +45,17 @@ impl Meter {
     /// Starts to count what `caller`, which calls the tool, waits for, and the helpers; the memory of `daemon`,
     /// which was there before, as well.
     pub(super) fn start(caller: u32, daemon: Option<u32>) -> Self {
-        nix::sys::prctl::set_child_subreaper(true).expect("Linux knows subreapers");
-        let old_children: BTreeSet<u32> = children().map(|stat| stat.pid).collect();
+        Self::start_late(caller, cpu_of(caller), daemon, children_now())
+    }
+
+    /// The same where `caller` may have called already: `before` is its processor time when it had not, and
+    /// `old_children` are those that are no helpers.
+    pub(super) fn start_late(
+        caller: u32,
+        before: Duration,
+        daemon: Option<u32>,
+        old_children: BTreeSet<u32>,
+    ) -> Self {
         let (peak_bytes, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
         let looking = {
             let (old, peak_bytes, stop) = (old_children.clone(), Arc::clone(&peak_bytes), Arc::clone(&stop));
@@ -57,7 +66,6 @@ impl Meter {
                 }
             })
         };
-        let before = cpu_of(caller);
         Self { caller, daemon, before, old_children, peak_bytes, stop, looking: Some(looking) }
     }
 
@@ -132,6 +140,12 @@ pub(super) fn cpu_of(pid: u32) -> Duration {
 /// Returns the processor time of a process alone.
 pub(super) fn own_cpu_of(pid: u32) -> Duration {
     stat_of(pid).map_or(Duration::ZERO, |stat| stat.own_cpu)
+}
+
+/// Returns the children of this program, to which helpers come that detach themselves from now on.
+pub(super) fn children_now() -> BTreeSet<u32> {
+    nix::sys::prctl::set_child_subreaper(true).expect("Linux knows subreapers");
+    children().map(|stat| stat.pid).collect()
 }
 
 fn children() -> impl Iterator<Item = Stat> {

@@ -4,12 +4,14 @@
 
 mod calls;
 mod cost;
+mod load;
 mod replay;
 mod tools;
 mod waiting;
 mod world;
 
 pub use calls::calls;
+pub use load::load;
 pub use replay::replays;
 pub use waiting::{first, waiting};
 

@@ -16,88 +16,120 @@ use super::world::World;
 use super::{Line, Run, seconds};
 use crate::tables::Effort;
 
-/// Who restores from where. Barman's restore fetches one segment at a time in a third of a second, which needs
-/// no table.
-const CONTENDERS: [(Tool, Store); 9] = [
-    (Tool::Copy, Store::Folder),
-    (Tool::WalshipAgent, Store::Folder),
-    (Tool::Walship, Store::Folder),
-    (Tool::PgBackRest, Store::Folder),
-    (Tool::WalRus, Store::Folder),
-    (Tool::WalshipAgent, Store::S3(0)),
-    (Tool::WalshipAgent, Store::S3(20)),
-    (Tool::WalRus, Store::S3(20)),
-    (Tool::PgBackRest, Store::S3Tls),
+/// Where recovery gets its segments.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    /// They lie in `pg_wal`.
+    InPlace,
+    /// Each gets a second name there, by `ln`.
+    Linked,
+    Stored(Tool, Store),
+}
+
+/// Barman's restore fetches one segment at a time in a third of a second, which needs no table.
+const SOURCES: [Source; 11] = [
+    Source::InPlace,
+    Source::Linked,
+    Source::Stored(Tool::Copy, Store::Folder),
+    Source::Stored(Tool::WalshipAgent, Store::Folder),
+    Source::Stored(Tool::Walship, Store::Folder),
+    Source::Stored(Tool::PgBackRest, Store::Folder),
+    Source::Stored(Tool::WalRus, Store::Folder),
+    Source::Stored(Tool::WalshipAgent, Store::S3(0)),
+    Source::Stored(Tool::WalshipAgent, Store::S3(20)),
+    Source::Stored(Tool::WalRus, Store::S3(20)),
+    Source::Stored(Tool::PgBackRest, Store::S3Tls),
 ];
 
-/// Recovery through all segments.
+/// A source with its store, or why it cannot be had.
+type Prepared = Result<(Source, Option<Place>), String>;
+
+/// Recovery through all segments, by a server that syncs and by one that does not.
 pub fn replays(effort: Effort) -> String {
     let world = World::new();
     let rounds = if effort.long_rounds > 1 { 3 } else { 1 };
-    let mut places: Vec<(Line, Option<Place>)> = {
+    let mut places: Vec<(String, Prepared)> = {
         let server = world.server();
-        let place = |(tool, store): (Tool, Store)| {
-            let name = format!("{}, {}", tool.title(), store.title());
-            let look = tool.look(store);
-            let place = look.is_ok().then(|| {
-                let mut place = Place::new(tool, store, &server);
+        SOURCES.into_iter().map(|source| prepare(&world, &server, source)).collect()
+    };
+    let mut text = format!("\n{} segments\n", world.names.len());
+    for fsync in ["on", "off"] {
+        let mut lines: Vec<Line> = places
+            .iter()
+            .map(|(name, place)| {
+                let runs = place.as_ref().map(|_| Vec::new()).map_err(Clone::clone);
+                Line { name: name.clone(), settings: String::new(), runs }
+            })
+            .collect();
+        // It warms the page cache.
+        recover(&world, fsync, Source::InPlace, None);
+        for round in 0..rounds {
+            for turn in 0..places.len() {
+                let index = (round + turn) % places.len();
+                let (Ok((source, place)), line) = (&mut places[index].1, &mut lines[index]) else { continue };
+                let run = recover(&world, fsync, *source, place.as_mut());
+                eprintln!("fsync = {fsync}, {}: {run:?}", line.name);
+                line.runs.iter_mut().for_each(|runs| runs.push(run));
+            }
+        }
+        let _ = write!(text, "\n`fsync = {fsync}`\n\n{}", table(&lines, world.names.len()));
+    }
+    text.push('\n');
+    for (source, (name, _)) in SOURCES.iter().zip(&places) {
+        if let Source::Stored(tool, store) = source
+            && let Ok(settings) = tool.look(*store)
+        {
+            let _ = writeln!(text, "- {name}: {settings}");
+        }
+    }
+    text
+}
+
+/// Returns the source's name, and it with a store in which all segments are, or why it cannot be had.
+fn prepare(world: &World, server: &PgServer, source: Source) -> (String, Prepared) {
+    match source {
+        Source::InPlace => {
+            ("no `restore_command`: the segments are in `pg_wal`".to_owned(), Ok((source, None)))
+        }
+        Source::Linked => ("`ln`: nothing is read or written".to_owned(), Ok((source, None))),
+        Source::Stored(tool, store) => {
+            let place = tool.look(store).map(|_| {
+                let mut place = Place::new(tool, store, server);
                 place.latency(0);
-                drain(&world, &server, &mut place, world.names.len());
+                drain(world, server, &mut place, world.names.len());
                 place.rest();
                 if let Store::S3(millis) = store {
                     place.latency(millis);
                 }
-                place
+                (source, Some(place))
             });
-            (Line { name, settings: look.clone().unwrap_or_default(), runs: look.map(|_| Vec::new()) }, place)
-        };
-        CONTENDERS.into_iter().map(place).collect()
-    };
-    let in_place = Line {
-        name: "no `restore_command`: the segments are in `pg_wal`".to_owned(),
-        settings: String::new(),
-        runs: Ok(Vec::new()),
-    };
-    places.insert(0, (in_place, None));
-    for round in 0..=rounds {
-        for turn in 0..places.len() {
-            let index = (round + turn) % places.len();
-            let (line, place) = &mut places[index];
-            let Ok(runs) = &mut line.runs else { continue };
-            // Round 0 warms the page cache.
-            if round == 0 && index > 0 {
-                continue;
-            }
-            let run = recover(&world, place.as_mut());
-            eprintln!("{}: {run:?}", line.name);
-            if round > 0 {
-                runs.push(run);
-            }
+            (format!("{}, {}", tool.title(), store.title()), place)
         }
     }
-    let mut text = format!("\n{} segments\n\n", world.names.len());
-    text.push_str(
-        "| | s | beside `pg_wal` | CPU ms a segment, without the server's | peak MiB | settings |\n|---|---|---|---|---|---|\n",
+}
+
+fn table(lines: &[Line], segments: usize) -> String {
+    let mut text = String::from(
+        "| | s | beside `pg_wal` | CPU ms a segment, without the server's | peak MiB |\n|---|---|---|---|---|\n",
     );
-    for (line, _) in &places {
+    for line in lines {
         let _ = match &line.runs {
             Ok(runs) => writeln!(
                 text,
-                "| {} | {:.2} | {:.2} | {:.1} | {} | {} |",
+                "| {} | {:.2} | {:.2} | {:.1} | {} |",
                 line.name,
                 line.median_of(|run| seconds(run.wall)),
-                line.beside(&places[0].0, |run| seconds(run.wall)).unwrap_or(f64::NAN),
-                line.median_of(|run| seconds(run.cpu)) * 1e3 / world.names.len() as f64,
+                line.beside(&lines[0], |run| seconds(run.wall)).unwrap_or(f64::NAN),
+                line.median_of(|run| seconds(run.cpu)) * 1e3 / segments as f64,
                 runs.iter().map(|run| run.peak_bytes).max().unwrap_or(0) >> 20,
-                line.settings
             ),
-            Err(why) => writeln!(text, "| {} | {why} | | | | |", line.name),
+            Err(why) => writeln!(text, "| {} | {why} | | | |", line.name),
         };
     }
     text
 }
 
-fn recover(world: &World, place: Option<&mut Place>) -> Run {
+fn recover(world: &World, fsync: &str, source: Source, place: Option<&mut Place>) -> Run {
     let scratch = tempfile::Builder::new().prefix("walship-replay").tempdir().expect("a temporary folder");
     let data = scratch.path().join("data");
     process::copy_tree(&world.base(), &data);
@@ -108,26 +140,29 @@ fn recover(world: &World, place: Option<&mut Place>) -> Run {
         fs::remove_file(entry.path()).expect("it is ours");
     }
     let mut server = PgServer::from_data_dir(&data)
-        .setting("fsync", "on")
+        .setting("fsync", fsync)
         .setting("archive_mode", "off")
         .setting("hot_standby", "off")
         .setting("checkpoint_timeout", "1h")
         .setting("max_wal_size", "64GB");
-    match &place {
-        None => world.names.iter().for_each(|name| {
+    let command = match (source, &place) {
+        (Source::Linked, _) => Some(format!("ln {}/%f %p", world.data().join("pg_wal").display())),
+        (_, place) => place.as_ref().map(|place| place.restore_command()),
+    };
+    if let Some(command) = command {
+        fs::write(data.join("recovery.signal"), "").expect("the scratch folder has room");
+        server = server.setting("restore_command", command);
+    } else {
+        for name in &world.names {
             // The server goes on behind the last one, and writes in none of them.
             let to = wal.join(name.to_string());
             if fs::hard_link(world.segment(*name), &to).is_err() {
                 process::run_ok(Command::new("cp").arg(world.segment(*name)).arg(&to));
             }
-        }),
-        Some(place) => {
-            fs::write(data.join("recovery.signal"), "").expect("the scratch folder has room");
-            server = server.setting("restore_command", place.restore_command());
-            for (name, value) in place.environment() {
-                server = server.env(name, value);
-            }
         }
+    }
+    for (name, value) in place.as_ref().map(|place| place.environment()).unwrap_or_default() {
+        server = server.env(name, value);
     }
     let mut server = server.prepare();
     let mut daemon = None;
@@ -135,12 +170,13 @@ fn recover(world: &World, place: Option<&mut Place>) -> Run {
         place.serve(&data);
         daemon = place.daemon();
     }
-    server.launch();
     let daemon_before = daemon.map_or(Duration::ZERO, super::cost::cpu_of);
+    let mut old_children = super::cost::children_now();
+    server.launch();
+    old_children.insert(server.pid());
     let startup = wait::some("the startup process is there", || startup(server.pid()));
-    let meter = Meter::start(startup, daemon);
-    let own_before = super::cost::own_cpu_of(startup);
-    let mut own = own_before;
+    let meter = Meter::start_late(startup, Duration::ZERO, daemon, old_children);
+    let mut own = Duration::ZERO;
     let done = wait::some_within("recovery is done", Duration::from_secs(600), || {
         own = super::cost::own_cpu_of(startup).max(own);
         elapsed(&server.log())
@@ -148,7 +184,7 @@ fn recover(world: &World, place: Option<&mut Place>) -> Run {
     let daemon = daemon.map_or(Duration::ZERO, super::cost::cpu_of).saturating_sub(daemon_before);
     let (cpu, peak_bytes) = meter.finish();
     server.kill9();
-    Run { wall: done, cpu: (cpu + daemon).saturating_sub(own - own_before), peak_bytes }
+    Run { wall: done, cpu: (cpu + daemon).saturating_sub(own), peak_bytes }
 }
 
 /// Returns what the server says about its replay: `redo done at ... elapsed: 12.34 s`.

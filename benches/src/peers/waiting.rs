@@ -16,7 +16,7 @@ use crate::tables::Effort;
 const TOOLS: [Tool; 6] =
     [Tool::WalshipAgent, Tool::Walship, Tool::PgBackRest, Tool::WalRus, Tool::Barman, Tool::Copy];
 
-const STORES: [Store; 3] = [Store::Folder, Store::S3(0), Store::S3Tls];
+const STORES: [Store; 4] = [Store::Folder, Store::S3(0), Store::S3(20), Store::S3Tls];
 
 /// A call of Barman's takes a third of a second: so many are enough.
 const BARMAN_MAX: usize = 32;
@@ -107,8 +107,7 @@ pub(super) fn drain(world: &World, server: &PgServer, place: &mut Place, count: 
     }
     let wall = started.elapsed();
     // The last call ends a moment after its segment is marked, where the tool marks it.
-    set(server, "");
-    process::signal(server.pid(), Signal::SIGHUP);
+    archive_with(server, "");
     wait::until("the last call has ended", || process::descendants(archiver).is_empty());
     let daemon = place.daemon().map_or(Duration::ZERO, super::cost::cpu_of).saturating_sub(daemon_before);
     let (cpu, peak_bytes) = meter.finish();
@@ -119,7 +118,14 @@ fn set(server: &PgServer, command: &str) {
     server.psql(&format!("ALTER SYSTEM SET archive_command = '{command}'"));
 }
 
-fn archiver(server: &PgServer) -> u32 {
+/// Has the server archive by `command` from now on.
+pub(super) fn archive_with(server: &PgServer, command: &str) {
+    set(server, command);
+    process::signal(server.pid(), Signal::SIGHUP);
+}
+
+/// Returns the archiver's process.
+pub(super) fn archiver(server: &PgServer) -> u32 {
     let query = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'archiver'";
     wait::some("the archiver is there", || server.psql(query).parse().ok())
 }

@@ -71,9 +71,14 @@ impl World {
 
     /// Returns how many segments wait.
     pub(super) fn waiting(&self) -> usize {
-        let entries = fs::read_dir(self.data().join("pg_wal/archive_status")).expect("it is the server's");
-        entries.flatten().filter(|entry| entry.file_name().to_string_lossy().ends_with(".ready")).count()
+        waiting_in(&self.data())
     }
+}
+
+/// Returns how many files of a server wait to be archived.
+pub(super) fn waiting_in(data: &Path) -> usize {
+    let entries = fs::read_dir(data.join("pg_wal/archive_status")).expect("it is the server's");
+    entries.flatten().filter(|entry| entry.file_name().to_string_lossy().ends_with(".ready")).count()
 }
 
 fn mark(data: &Path, names: &[SegmentName], count: usize) {

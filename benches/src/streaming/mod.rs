@@ -14,4 +14,5 @@ mod walrus;
 pub use age::ages;
 pub use catch_up::catching_up;
 pub use commits::commits;
+pub(crate) use receiver::tps;
 pub use slow::slow_stores;

@@ -96,7 +96,7 @@ pub(super) fn cpu_seconds(pid: u32) -> f64 {
 }
 
 /// Returns the transactions a second that pgbench tells of.
-pub(super) fn tps(said: &str) -> f64 {
+pub(crate) fn tps(said: &str) -> f64 {
     let tps = said.lines().find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok());
     tps.unwrap_or_else(|| panic!("pgbench tells no TPS:\n{said}"))
 }
