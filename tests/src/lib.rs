@@ -26,7 +26,7 @@
 //! | `WALSHIP_PG<major>_BIN` | the folder of that major's programs, tried first | the cache, then `/usr/lib/postgresql/<major>/bin` |
 //! | `WALSHIP_BIN_DIR` | the folder of `walship`, `pitr`, `archive-cmd`, `restore-cmd` | the target folder of the running test |
 //! | `WALSHIP_CAMPAIGN` | set to `1` by `./test --campaign`: full counts instead of a seeded tenth | quick counts |
-//! | `WALSHIP_TEST_AGENT` | `auto`: the thin commands of every test may start an agent. What a test changes behind the agent (an object removed at once after it was pushed, a store that breaks at one segment) may come out otherwise | `off` |
+//! | `WALSHIP_TEST_AGENT` | `auto`: the thin commands of nearly every test may start an agent, as users' do; else only those of the main job and of the tests of agents | `off` |
 //! | `WALSHIP_SEED` | seed of everything random | a fixed seed |
 //!
 //! # The cache

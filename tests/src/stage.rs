@@ -67,6 +67,17 @@ impl Stage {
         self
     }
 
+    /// The same with `auto` or `off` for `agent`, whatever the tests' environment says.
+    #[must_use]
+    pub fn with_agent(self, whether: &str) -> Self {
+        let path = self.config();
+        let text = fs::read_to_string(&path).expect("the file is ours");
+        let line = |whether: &str| format!("agent = {whether:?}\n");
+        let text = text.replace(&line(&crate::agent_use()), &line(whether));
+        fs::write(&path, text).expect("the scratch folder has room");
+        self
+    }
+
     /// The configuration file.
     pub fn config(&self) -> PathBuf {
         self.home.path().join("walship.toml")

@@ -68,9 +68,9 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum AgentUse {
     /// Never: every call does its work itself. An agent that a supervisor runs is asked all the same.
-    #[default]
     Off,
     /// Where one can run.
+    #[default]
     Auto,
 }
 
@@ -134,7 +134,7 @@ pub struct Overrides {
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "FOLDER", hide_short_help = true))]
     pub state_dir: Option<PathBuf>,
     /// Whether archive-cmd and restore-cmd may start an agent that works ahead of PostgreSQL: off or auto
-    /// [env: WALSHIP_AGENT] [default: off]
+    /// [env: WALSHIP_AGENT] [default: auto]
     #[cfg_attr(feature = "args", arg(long, global = true, value_name = "WHETHER", hide_short_help = true))]
     pub agent: Option<String>,
     /// Connection string or URI of the server, without a password; without it libpq's PG* variables apply

@@ -51,7 +51,7 @@ impl Damaged {
         server.psql("alter system reset archive_command");
         server.psql("select pg_reload_conf()");
         wait::until("archive-cmd has refused the segment", || {
-            server.log().contains(&format!("pushing pg_wal/{segment}"))
+            server.log().contains(&format!("pg_wal/{segment}: it is not the WAL"))
         });
         xids.push(insert(3));
         Self { stage, server, segment, good, xids }

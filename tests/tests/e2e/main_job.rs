@@ -149,14 +149,14 @@ fn a_dropped_table_comes_back_from_s3() {
     let weed = WeedServer::start();
     for (major, by_time) in postgres::majors().into_iter().zip([false, true].into_iter().cycle()) {
         let cluster = format!("pg{major}");
-        the_main_job(&Stage::s3(&cluster, &weed.endpoint()), major, 16, by_time);
+        the_main_job(&Stage::s3(&cluster, &weed.endpoint()).with_agent("auto"), major, 16, by_time);
     }
 }
 
 #[test]
 fn a_dropped_table_comes_back_from_a_folder() {
     for (major, by_time) in postgres::majors().into_iter().zip([true, false].into_iter().cycle()) {
-        the_main_job(&Stage::folder("main"), major, if by_time { 16 } else { 1 }, by_time);
+        the_main_job(&Stage::folder("main").with_agent("auto"), major, if by_time { 16 } else { 1 }, by_time);
     }
 }
 

@@ -271,7 +271,19 @@ pub async fn push_where_open(
     path: &Path,
     options: &PushOptions,
 ) -> Result<Pushed> {
-    let encoding = encode_aside(path, options);
+    push_encoding_where_open(repositories, encode_aside(path, options), path, options).await
+}
+
+/// As [`push_where_open`], for a file that `encoding` reads and compresses ([`encode_aside`]).
+///
+/// # Errors
+/// As [`push_where_open`].
+pub async fn push_encoding_where_open(
+    repositories: &dyn OpenClusters,
+    encoding: impl Future<Output = Result<EncodedFile>>,
+    path: &Path,
+    options: &PushOptions,
+) -> Result<Pushed> {
     let (encoded, opened) = tokio::join!(encoding, futures_util::future::join_all(repositories.open()));
     let (mut clusters, mut failure) = (Vec::new(), None);
     for cluster in opened {

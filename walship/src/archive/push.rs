@@ -9,6 +9,7 @@ use bytes::Bytes;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde::Serialize;
 use tempfile::{NamedTempFile, TempPath};
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::codec::{
     BodyEncoder, Compression, Digest, Encoded, EncodedBody, EncodedObject, Envelope, ObjectHead, ObjectKind,
@@ -85,6 +86,8 @@ pub struct EncodedFile {
     /// For history files.
     history: Option<TimelineHistory>,
     _spooled: Option<TempPath>,
+    /// The room that it was given, for as long as it is there.
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 /// Pushes the file at `path` into every cluster repository.
@@ -104,10 +107,7 @@ pub async fn push_file(
 }
 
 /// Reads, checks and compresses the file at `path` on a thread of its own, at once, whatever else is awaited.
-pub(super) fn encode_aside(
-    path: &Path,
-    options: &PushOptions,
-) -> impl Future<Output = Result<EncodedFile>> + use<> {
+pub fn encode_aside(path: &Path, options: &PushOptions) -> impl Future<Output = Result<EncodedFile>> + use<> {
     let (path, options) = (path.to_owned(), options.clone());
     let encoding = tokio::task::spawn_blocking(move || encode_file(&path, &options));
     async move { encoding.await.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))? }
@@ -375,6 +375,7 @@ fn encoded_file(
         scan,
         history,
         _spooled: spooled,
+        _room: None,
     })
 }
 
@@ -616,6 +617,11 @@ impl EncodedFile {
     /// Returns the file's length.
     pub fn plain_bytes(&self) -> u64 {
         self.encoded.plain_bytes
+    }
+
+    /// Keeps `room` until this is dropped.
+    pub(crate) fn hold(&mut self, room: OwnedSemaphorePermit) {
+        self._room = Some(room);
     }
 
     /// Returns how many bytes of memory its compressed body takes.

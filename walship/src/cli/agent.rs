@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use walship::agent::meeting::{Meeting, SOCKET_VARIABLE, WANTED_VARIABLE};
 use walship::agent::server::detach::{detach, is_adopted_safely, postmaster_would_adopt};
-use walship::agent::server::{Ended, Settings, serve};
+use walship::agent::server::{Ended, Settings, SideBySide, serve};
 use walship::archive::DataDirectory;
 use walship::config::{AgentUse, Config, Overrides};
 use walship::error::{Error, Result};
 
 pub(super) const HELP: &str = "\
 `archive-cmd` and `restore-cmd` ask it over a Unix socket: files are pushed and fetched before PostgreSQL asks
-for them, and connections stay open. They start one by themselves where `agent = \"auto\"` is configured, and work
+for them, and connections stay open. They start one by themselves unless `agent = \"off\"` is configured, and work
 without one where there is none; it ends by itself when nobody asks.
 
 Under a supervisor, as in a container where PostgreSQL is the first process, give both sides the same socket:
@@ -76,12 +76,15 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         Some(_) => IDLE,
         None => Duration::ZERO,
     });
+    let cores = std::thread::available_parallelism().map_or(2, usize::from).clamp(1, 7);
     let settings = Settings {
         repositories: config.repositories.clone(),
         cluster: config.cluster.parse()?,
         push: super::wal::push_options(&config, args.lineage)?,
         restore_retry: Duration::from_millis(config.restore_retry_ms),
-        side_by_side: std::thread::available_parallelism().map_or(2, usize::from).clamp(1, 7) + 1,
+        // A core compresses while others of its segments are on their way.
+        pushed: SideBySide { encoding: cores, ahead: 3 * cores },
+        fetched: cores + 1,
         idle_max: if idle.is_zero() { FOR_EVER } else { idle },
         meeting: Meeting { socket: socket.clone(), data_directory: data_directory.clone() },
     };

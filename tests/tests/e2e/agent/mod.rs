@@ -1,5 +1,5 @@
-//! The agent behind the two thin commands, on real servers. Every other test of them holds with it as well:
-//! `WALSHIP_TEST_AGENT=auto`.
+//! The agent behind the two thin commands, on real servers. Every other test of them holds with one
+//! and without: `WALSHIP_TEST_AGENT`.
 
 mod kills;
 mod life;
@@ -14,16 +14,9 @@ use walship_tests::process;
 use walship_tests::stage::Stage;
 use walship_tests::{bins, wait};
 
-const AGENT: &str = "agent = \"auto\"\n";
-
-/// A stage whose thin commands may start agents; a line that is there already is replaced.
+/// A stage whose thin commands may start agents.
 fn stage() -> Stage {
-    let stage = Stage::folder("main");
-    let text = fs::read_to_string(stage.config()).unwrap();
-    let kept: String =
-        text.lines().filter(|line| !line.starts_with("agent")).map(|line| format!("{line}\n")).collect();
-    fs::write(stage.config(), kept + AGENT).unwrap();
-    stage
+    Stage::folder("main").with_agent("auto")
 }
 
 /// Returns the agents that work for a data directory.
@@ -173,6 +166,44 @@ fn recovery_fetches_ahead_and_leaves_nothing_behind() {
         fs::remove_dir_all(&data).unwrap();
         wait::until("the agent ends with its data directory", || agents(&data).is_empty());
     }
+}
+
+#[test]
+fn a_hole_that_pushing_ahead_left_is_no_end_of_the_archive() {
+    let stage = stage();
+    let (mut server, waiting) = server_with_waiting(&stage, primary_major(), 5);
+    let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+    let last = format!("main/0001/wal/00000001/00000000/{}.wal", name(&waiting[4]));
+    // The first one is never asked for.
+    let mut second = stage.command(&bins::archive_cmd());
+    second.arg(&waiting[1]).current_dir(server.data_dir());
+    wait::until("the last one is stored", || {
+        stage.ok(&mut second);
+        stage.repository_dir().join(&last).exists()
+    });
+    server.kill9();
+    let data = stage.path().join("data");
+    process::copy_tree(server.data_dir(), &data);
+    fs::write(data.join("recovery.signal"), "").unwrap();
+    let target = data.join("pg_wal/RECOVERYXLOG");
+    let ask = |path: &Path| {
+        let mut command = stage.command(&bins::restore_cmd());
+        command.arg(name(path)).arg(&target).current_dir(&data).env("WALSHIP_RESTORE_RETRY_MS", "0");
+        stage.run(&mut command)
+    };
+    // First the foreground's answer, then those of the agent that it starts.
+    for round in 0..3 {
+        let hole = ask(&waiting[0]);
+        assert_eq!(hole.status.code(), Some(126), "{round}: {hole:?}");
+        assert!(!target.exists());
+        the_agent(&data);
+    }
+    for path in &waiting[1..] {
+        let output = ask(path);
+        assert!(output.status.success(), "{output:?}");
+        assert!(fs::read(&target).unwrap() == fs::read(path).unwrap(), "{}", name(path));
+    }
+    assert_eq!(ask(&waiting[0]).status.code(), Some(126), "also after what lies behind it");
 }
 
 #[test]

@@ -171,8 +171,11 @@ fn one_shot_recovery_stops_at(kind: Kind, major: u32, fault: Fault, until: Until
     let log = server.log();
     assert!(site.is_broken(), "{case}: the fault was met\n{log}");
     assert!(!status.success(), "{case}: {status}\n{log}");
-    let fatal = format!("FATAL:  could not restore file \"{}\" from archive", origin.broken_segment());
-    assert!(log.contains(&fatal), "{case}: no {fatal:?} in the log:\n{log}");
+    let refused = log.lines().find_map(|line| line.split("FATAL:  could not restore file \"").nth(1));
+    let refused = refused.and_then(|rest| rest.split('"').next()).unwrap_or_default();
+    // An agent may have got what comes behind before the fault.
+    let ahead = walship_tests::agent_use() != "off" && refused > origin.broken_segment();
+    assert!(refused == origin.broken_segment() || ahead, "{case}: {refused:?} was not restored\n{log}");
     assert!(log.contains(REPORT) && log.contains("\nnext:  "), "{case}: no report in the log:\n{log}");
     assert!(!log.contains("PANIC"), "{case}:\n{log}");
     assert_never_promoted(&server, "recovery.signal");

@@ -36,6 +36,7 @@ use super::meeting::{Meeting, NEW};
 use super::protocol::{Answer, GREETING, Question, body_length};
 use fetch::Fetches;
 use push::Pushes;
+pub use push::SideBySide;
 use warm::Warm;
 
 /// So many are talked to at once.
@@ -60,8 +61,10 @@ pub struct Settings {
     pub push: PushOptions,
     /// How long a fetch for a one-shot recovery tries again.
     pub restore_retry: Duration,
-    /// So many files are moved side by side, in each direction.
-    pub side_by_side: usize,
+    /// How much is pushed side by side.
+    pub pushed: SideBySide,
+    /// So many files are fetched side by side.
+    pub fetched: usize,
     /// After so long without a question it ends.
     pub idle_max: Duration,
 }
@@ -179,13 +182,13 @@ impl Agent {
         let warm = Arc::new(Warm::new(settings.repositories.clone(), settings.cluster.clone()));
         let data_directory = settings.meeting.data_directory.clone();
         Self {
-            pushes: Arc::new(Pushes::new(Arc::clone(&warm), settings.push.clone(), settings.side_by_side)),
+            pushes: Arc::new(Pushes::new(Arc::clone(&warm), settings.push.clone(), settings.pushed)),
             fetches: Fetches::new(
                 warm,
                 data_directory.clone(),
                 settings.push.lineage,
                 settings.restore_retry,
-                settings.side_by_side,
+                settings.fetched,
             ),
             data_directory,
             askers: AtomicUsize::new(0),

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Semaphore, watch};
 
-use crate::archive::give_up::push_where_open;
+use crate::archive::give_up::push_encoding_where_open;
 use crate::archive::lookahead::Waiting;
-use crate::archive::push::PushOptions;
+use crate::archive::push::{EncodedFile, PushOptions, encode_aside};
 use crate::error::Result;
 use crate::pg::{SegmentName, WalFileName};
 use crate::wal::page::PageHeader;
@@ -25,14 +25,27 @@ const STATUS_FAILED: u8 = 1;
 /// As many finished pushes are remembered.
 const FINISHED_MAX: usize = 256;
 
+/// As many compressed bytes are held in memory, in KiB: what is on its way into the repositories.
+const ROOM_KIB: u32 = 40 << 10;
+
+/// How much is done side by side.
+#[derive(Debug, Clone, Copy)]
+pub struct SideBySide {
+    /// So many segments are compressed.
+    pub encoding: usize,
+    /// So many are pushed ahead: compressed, or on their way into the repositories.
+    pub ahead: usize,
+}
+
 /// The pushes of one data directory.
 #[derive(Debug)]
 pub(super) struct Pushes {
     warm: Arc<Warm>,
     options: PushOptions,
-    /// So many are pushed ahead side by side.
     ahead_max: usize,
     ahead: Arc<Semaphore>,
+    encoding: Semaphore,
+    room: Arc<Semaphore>,
     state: Mutex<State>,
 }
 
@@ -86,9 +99,16 @@ impl FileIdentity {
 }
 
 impl Pushes {
-    pub(super) fn new(warm: Arc<Warm>, options: PushOptions, ahead_max: usize) -> Self {
-        let ahead = Arc::new(Semaphore::new(ahead_max));
-        Self { warm, options, ahead_max, ahead, state: Mutex::default() }
+    pub(super) fn new(warm: Arc<Warm>, options: PushOptions, side_by_side: SideBySide) -> Self {
+        Self {
+            warm,
+            options,
+            ahead_max: side_by_side.ahead,
+            ahead: Arc::new(Semaphore::new(side_by_side.ahead)),
+            encoding: Semaphore::new(side_by_side.encoding),
+            room: Arc::new(Semaphore::new(ROOM_KIB as usize)),
+            state: Mutex::default(),
+        }
     }
 
     /// Returns what PostgreSQL is to be told about the file at `path`: success only when it is durable in
@@ -194,9 +214,22 @@ impl Pushes {
         Job { file, outcome, told: Arc::default() }
     }
 
+    /// Compresses the file at `path`. More than a core each does not make it faster, and where the store is slow, what is
+    /// compressed waits for the room that it takes.
+    async fn encode(&self, path: &Path) -> Result<EncodedFile> {
+        let _turn = self.encoding.acquire().await;
+        let mut encoded = encode_aside(path, &self.options).await?;
+        let kib = u32::try_from(encoded.bytes_in_memory() >> 10).unwrap_or(ROOM_KIB).min(ROOM_KIB);
+        if let Ok(room) = Arc::clone(&self.room).acquire_many_owned(kib).await {
+            encoded.hold(room);
+        }
+        Ok(encoded)
+    }
+
     /// Pushes the file at `path`, as `walship wal push` does; returns what is to be said.
     async fn push(&self, path: &Path) -> Result<String> {
-        let pushed = push_where_open(&*self.warm, path, &self.options).await;
+        let encoding = self.encode(path);
+        let pushed = push_encoding_where_open(&*self.warm, encoding, path, &self.options).await;
         if pushed.is_err() {
             self.warm.forget();
         }
