@@ -171,6 +171,8 @@ fn recover(world: &World, fsync: &str, source: Source, place: Option<&mut Place>
         daemon = place.daemon();
     }
     let daemon_before = daemon.map_or(Duration::ZERO, super::cost::cpu_of);
+    // What the run before left to be written is not for this one to wait for.
+    nix::unistd::sync();
     let mut old_children = super::cost::children_now();
     server.launch();
     old_children.insert(server.pid());
