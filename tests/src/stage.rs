@@ -73,7 +73,9 @@ impl Stage {
         let path = self.config();
         let text = fs::read_to_string(&path).expect("the file is ours");
         let line = |whether: &str| format!("agent = {whether:?}\n");
-        let text = text.replace(&line(&crate::agent_use()), &line(whether));
+        let now = line(&crate::agent_use());
+        assert!(text.contains(&now), "{text}");
+        let text = text.replace(&now, &line(whether));
         fs::write(&path, text).expect("the scratch folder has room");
         self
     }

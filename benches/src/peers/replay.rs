@@ -41,89 +41,93 @@ const SOURCES: [Source; 11] = [
     Source::Stored(Tool::PgBackRest, Store::S3Tls),
 ];
 
-/// A source with its store, or why it cannot be had.
-type Prepared = Result<(Source, Option<Place>), String>;
+/// A source at work.
+struct Contender {
+    source: Source,
+    name: String,
+    /// Its version and the settings that matter, or why it cannot be had.
+    settings: Result<String, String>,
+    /// A store in which all segments are.
+    place: Option<Place>,
+}
 
 /// Recovery through all segments, by a server that syncs and by one that does not.
 pub fn replays(effort: Effort) -> String {
     let world = World::new();
     let rounds = if effort.long_rounds > 1 { 3 } else { 1 };
-    let mut places: Vec<(String, Prepared)> = {
+    let mut contenders: Vec<Contender> = {
         let server = world.server();
         SOURCES.into_iter().map(|source| prepare(&world, &server, source)).collect()
     };
     let mut text = format!("\n{} segments\n", world.names.len());
     for fsync in ["on", "off"] {
-        let mut lines: Vec<Line> = places
+        let mut lines: Vec<Line> = contenders
             .iter()
-            .map(|(name, place)| {
-                let runs = place.as_ref().map(|_| Vec::new()).map_err(Clone::clone);
-                Line { name: name.clone(), settings: String::new(), runs }
+            .map(|Contender { name, settings, .. }| Line {
+                name: name.clone(),
+                settings: settings.clone().unwrap_or_default(),
+                runs: settings.as_ref().map(|_| Vec::new()).map_err(Clone::clone),
             })
             .collect();
         // It warms the page cache.
         recover(&world, fsync, Source::InPlace, None);
         for round in 0..rounds {
-            for turn in 0..places.len() {
-                let index = (round + turn) % places.len();
-                let (Ok((source, place)), line) = (&mut places[index].1, &mut lines[index]) else { continue };
-                let run = recover(&world, fsync, *source, place.as_mut());
+            for turn in 0..contenders.len() {
+                let index = (round + turn) % contenders.len();
+                let (contender, line) = (&mut contenders[index], &mut lines[index]);
+                let Ok(runs) = &mut line.runs else { continue };
+                let run = recover(&world, fsync, contender.source, contender.place.as_mut());
                 eprintln!("fsync = {fsync}, {}: {run:?}", line.name);
-                line.runs.iter_mut().for_each(|runs| runs.push(run));
+                runs.push(run);
             }
         }
         let _ = write!(text, "\n`fsync = {fsync}`\n\n{}", table(&lines, world.names.len()));
     }
-    text.push('\n');
-    for (source, (name, _)) in SOURCES.iter().zip(&places) {
-        if let Source::Stored(tool, store) = source
-            && let Ok(settings) = tool.look(*store)
-        {
-            let _ = writeln!(text, "- {name}: {settings}");
-        }
-    }
     text
 }
 
-/// Returns the source's name, and it with a store in which all segments are, or why it cannot be had.
-fn prepare(world: &World, server: &PgServer, source: Source) -> (String, Prepared) {
-    match source {
-        Source::InPlace => {
-            ("no `restore_command`: the segments are in `pg_wal`".to_owned(), Ok((source, None)))
+fn prepare(world: &World, server: &PgServer, source: Source) -> Contender {
+    let (tool, store) = match source {
+        Source::InPlace | Source::Linked => {
+            let name = match source {
+                Source::Linked => "`ln`: nothing is read or written",
+                _ => "no `restore_command`: the segments are in `pg_wal`",
+            };
+            return Contender { source, name: name.to_owned(), settings: Ok(String::new()), place: None };
         }
-        Source::Linked => ("`ln`: nothing is read or written".to_owned(), Ok((source, None))),
-        Source::Stored(tool, store) => {
-            let place = tool.look(store).map(|_| {
-                let mut place = Place::new(tool, store, server);
-                place.latency(0);
-                drain(world, server, &mut place, world.names.len());
-                place.rest();
-                if let Store::S3(millis) = store {
-                    place.latency(millis);
-                }
-                (source, Some(place))
-            });
-            (format!("{}, {}", tool.title(), store.title()), place)
+        Source::Stored(tool, store) => (tool, store),
+    };
+    let settings = tool.look(store);
+    let place = settings.is_ok().then(|| {
+        let mut place = Place::new(tool, store, server);
+        place.latency(0);
+        drain(world, server, &mut place, world.names.len());
+        place.rest();
+        if let Store::S3(millis) = store {
+            place.latency(millis);
         }
-    }
+        place
+    });
+    Contender { source, name: format!("{}, {}", tool.title(), store.title()), settings, place }
 }
 
 fn table(lines: &[Line], segments: usize) -> String {
     let mut text = String::from(
-        "| | s | beside `pg_wal` | CPU ms a segment, without the server's | peak MiB |\n|---|---|---|---|---|\n",
+        "| | s | beside `pg_wal` | CPU ms a segment, without the server's | peak MiB | settings |\n|---|---|---|---|---|---|\n",
     );
     for line in lines {
         let _ = match &line.runs {
             Ok(runs) => writeln!(
                 text,
-                "| {} | {:.2} | {:.2} | {:.1} | {} |",
+                "| {} | {:.2} | {:.2} | {:.1} | {} | {} |",
                 line.name,
                 line.median_of(|run| seconds(run.wall)),
                 line.beside(&lines[0], |run| seconds(run.wall)).unwrap_or(f64::NAN),
                 line.median_of(|run| seconds(run.cpu)) * 1e3 / segments as f64,
                 runs.iter().map(|run| run.peak_bytes).max().unwrap_or(0) >> 20,
+                line.settings
             ),
-            Err(why) => writeln!(text, "| {} | {why} | | | |", line.name),
+            Err(why) => writeln!(text, "| {} | {why} | | | | |", line.name),
         };
     }
     text

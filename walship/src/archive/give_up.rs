@@ -278,7 +278,7 @@ pub async fn push_where_open(
 ///
 /// # Errors
 /// As [`push_where_open`].
-pub async fn push_encoding_where_open(
+pub(crate) async fn push_encoding_where_open(
     repositories: &dyn OpenClusters,
     encoding: impl Future<Output = Result<EncodedFile>>,
     path: &Path,

@@ -107,7 +107,10 @@ pub async fn push_file(
 }
 
 /// Reads, checks and compresses the file at `path` on a thread of its own, at once, whatever else is awaited.
-pub fn encode_aside(path: &Path, options: &PushOptions) -> impl Future<Output = Result<EncodedFile>> + use<> {
+pub(crate) fn encode_aside(
+    path: &Path,
+    options: &PushOptions,
+) -> impl Future<Output = Result<EncodedFile>> + use<> {
     let (path, options) = (path.to_owned(), options.clone());
     let encoding = tokio::task::spawn_blocking(move || encode_file(&path, &options));
     async move { encoding.await.map_err(|error| Error::local_io(format!("compressing was broken off: {error}")))? }
