@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use chrono::Utc;
-use pitr::execute::restore::INCOMPLETE_MARKER;
+use pitr::execute::restore::{Existing, INCOMPLETE_MARKER};
 use pitr::execute::{Progress, RestoreOptions, restore};
 use pitr::plan::{RestorePlan, Stop, StopKind};
 use pitr::recovery_settings::{RestoreAs, SettingsOptions, TargetAction};
@@ -86,6 +86,7 @@ impl Scene {
             stored_bytes: stored.len() as u64,
             tar_bytes: tar.len() as u64,
             digest: blake3::hash(&stored).to_hex().to_string(),
+            index: None,
         };
         let mut upload = repository.start_backup_object(ID, &object.name).await.unwrap();
         upload.write(stored.into()).await.unwrap();
@@ -115,6 +116,7 @@ impl Scene {
             settings_files: vec![],
             names: None,
             prepared: Some(Vec::new()),
+            damaged_pages: None,
         };
         Self { home: tempfile::tempdir().unwrap(), repository, record }
     }
@@ -163,6 +165,7 @@ impl Scene {
             warnings: vec![],
         };
         let options = RestoreOptions {
+            existing: Existing::Refuse,
             data_dir: self.data_dir(),
             tablespaces: BTreeMap::new(),
             accept_tablespace_paths: false,

@@ -8,6 +8,7 @@ mod segments;
 mod tail;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -127,6 +128,54 @@ pub struct BackupRecord {
     /// taken, and perhaps ended since. `None` where that was not recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prepared: Option<Vec<PreparedTransaction>>,
+    /// Data pages whose checksum was wrong when the backup read them. They are in it as they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged_pages: Option<DamagedPages>,
+}
+
+/// Data pages that are not what PostgreSQL wrote.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamagedPages {
+    /// How many there are.
+    pub total: u64,
+    /// They, up to [`DamagedPages::PAGES_MAX`].
+    pub pages: Vec<DamagedPage>,
+}
+
+/// A data page whose checksum is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamagedPage {
+    /// The file that it lies in, below the data directory.
+    pub path: PathBuf,
+    /// Its number in the whole relation, from 0: PostgreSQL's block number.
+    pub block: u32,
+    /// The checksum that it says.
+    pub stored: u16,
+    /// The checksum that it should say.
+    pub computed: u16,
+    /// The relation as `database.schema.name`, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relation: Option<String>,
+}
+
+impl DamagedPages {
+    /// So many pages are named one by one.
+    pub const PAGES_MAX: usize = 1000;
+
+    /// Adds others to these.
+    pub fn add(&mut self, other: Self) {
+        self.total += other.total;
+        let room = Self::PAGES_MAX - self.pages.len().min(Self::PAGES_MAX);
+        self.pages.extend(other.pages.into_iter().take(room));
+    }
+}
+
+impl From<Vec<DamagedPage>> for DamagedPages {
+    fn from(mut pages: Vec<DamagedPage>) -> Self {
+        let total = pages.len() as u64;
+        pages.truncate(Self::PAGES_MAX);
+        Self { total, pages }
+    }
 }
 
 /// A settings file that is not among a backup's own: `postgresql.conf`, `pg_hba.conf` in Debian's layout.
@@ -174,6 +223,18 @@ pub struct BackupObject {
     /// The length of the tar stream in it.
     pub tar_bytes: u64,
     /// The BLAKE3 digest of the stored bytes, in hex.
+    pub digest: String,
+    /// Its index; `None` in backups taken before there were any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<ObjectIndex>,
+}
+
+/// The end of a data object: which files it holds, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectIndex {
+    /// The length of that end.
+    pub bytes: u64,
+    /// The BLAKE3 digest of it, in hex.
     pub digest: String,
 }
 

@@ -393,6 +393,7 @@ async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
                 stored_bytes: 1,
                 tar_bytes: 1,
                 digest: "0".repeat(64),
+                index: None,
             }],
             limits: walship::wal::testing::INITDB_LIMITS,
             data_checksums: true,
@@ -400,6 +401,7 @@ async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
             settings_files: vec![],
             names: None,
             prepared: Some(Vec::new()),
+            damaged_pages: None,
         };
         lineage.put_backup_record(&record).await.unwrap();
         walship::repository::index::backups::extend_list(&lineage).await.unwrap();

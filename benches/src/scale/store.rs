@@ -374,6 +374,7 @@ fn record(
         stored_bytes: 100 << 20,
         tar_bytes: 256 << 20,
         digest: made_up(&format!("{id} {at}")),
+        index: None,
     };
     let objects = (1..=40).map(object).collect();
     BackupRecord {
@@ -399,6 +400,7 @@ fn record(
         settings_files: vec![],
         names: None,
         prepared: None,
+        damaged_pages: None,
     }
 }
 

@@ -186,9 +186,19 @@ pub(super) struct PlanArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct RestoreArgs {
-    /// Where to restore to: a folder that is empty or does not exist
+    /// Where to restore to: a folder that is empty or does not exist, but with --delta or --set-aside
     #[arg(short = 'D', long, value_name = "DIR")]
     pub(super) data_dir: PathBuf,
+    /// Go over the data directory that is there: what matches the backup stays, only the rest is fetched. It also
+    /// goes on with a restore that was broken off
+    #[arg(long)]
+    pub(super) delta: bool,
+    /// Give the data directory that is there another name beside the new one
+    #[arg(long, conflicts_with = "delta")]
+    pub(super) set_aside: bool,
+    /// Do not ask before --delta or --set-aside changes what is there
+    #[arg(long)]
+    pub(super) yes: bool,
     #[command(flatten)]
     pub(super) target: TargetArgs,
     /// What the restored server is to be: a copy archives nothing and subscribes to nothing

@@ -2,6 +2,7 @@
 
 mod args;
 mod before;
+mod confirm;
 mod index;
 mod info;
 mod log;

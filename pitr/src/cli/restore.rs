@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use chrono::Utc;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use walship::catalog::TailFlaw;
@@ -16,10 +17,11 @@ use walship::{Error, Result};
 use super::DONE;
 use super::args::RestoreArgs;
 use super::before::Asked;
+use super::confirm::confirm;
 use super::output::{self, Style};
 use super::plan::refused;
 use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
-use crate::execute::restore::check;
+use crate::execute::restore::{Existing, check};
 use crate::execute::{Planned, Progress, Proof, RestoreOptions, RestoreReport, make_plan, restore};
 use crate::plan::{PlanOptions, RestorePlan};
 use crate::recovery_settings::{RestoreAs, SettingsOptions, TargetAction, restore_command};
@@ -63,6 +65,11 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         source.repository.check_backup_objects(&plan.backup).await?;
         report
     } else {
+        if !args.yes
+            && let Some(what) = changes(&check(&plan, &options)?)
+        {
+            confirm(&what, &plan.cluster)?;
+        }
         let progress = Arc::new(Progress::default());
         let shown = progress.clone();
         tokio::select! {
@@ -88,6 +95,25 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         output::print(&report_text(&report, &plan, &options, args.dry_run, style))?;
     }
     Ok(DONE)
+}
+
+/// Says what a restore changes that is there already; `None` when nothing is.
+fn changes(report: &RestoreReport) -> Option<String> {
+    if report.delta.is_some() {
+        let folders = std::iter::once(&report.data_dir).chain(report.tablespaces.values());
+        let folders: Vec<String> = folders.map(|folder| folder.display().to_string()).collect();
+        return Some(format!(
+            "{} will be brought to what the backup says: whatever differs is overwritten, and files of \
+             PostgreSQL's that the backup does not have are removed. WAL in pg_wal is set aside there.",
+            folders.join(" and ")
+        ));
+    }
+    let moved: Vec<String> = report
+        .set_aside
+        .iter()
+        .map(|(from, to)| format!("{} will be renamed to {}", from.display(), to.display()))
+        .collect();
+    (!moved.is_empty()).then(|| moved.join("\n"))
 }
 
 /// Returns what `restore-cmd` has to be told of parts that it serves for this plan alone.
@@ -119,6 +145,11 @@ fn options(
     let command = restore_command(program, &restore_cmd_arguments(&args.source.overrides, repository)?);
     Ok(RestoreOptions {
         data_dir: args.data_dir.clone(),
+        existing: match (args.delta, args.set_aside) {
+            (true, _) => Existing::Match,
+            (false, true) => Existing::SetAside { at: Utc::now() },
+            (false, false) => Existing::Refuse,
+        },
         tablespaces: mappings(&args.tablespace_mapping)?,
         accept_tablespace_paths: args.accept_tablespace_paths,
         settings_dir: args.settings_dir.clone(),
@@ -226,6 +257,7 @@ fn report_text(
     for (oid, path) in &report.tablespaces {
         lines.push(format!("  tablespace {oid} in {}", path.display()));
     }
+    lines.extend(existing_text(report, dry_run));
     if dry_run {
         lines.push("  Nothing was written.".to_owned());
     }
@@ -249,6 +281,34 @@ fn report_text(
     });
     lines.push(String::new());
     lines.join("\n")
+}
+
+/// Says what became, or would become, of what was there.
+fn existing_text(report: &RestoreReport, dry_run: bool) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (from, to) in &report.set_aside {
+        let done = if dry_run { "would be renamed" } else { "was renamed" };
+        lines.push(format!("  {} {done} to {}", from.display(), to.display()));
+    }
+    let Some(delta) = &report.delta else { return lines };
+    if dry_run {
+        lines.push("  What of the data directory matches the backup would stay.".to_owned());
+        return lines;
+    }
+    let percent = delta.kept_bytes as f64 * 100.0 / report.data_bytes.max(1) as f64;
+    lines.push(format!(
+        "  {} of it ({percent:.1} %) was in place already; {} were fetched, {} files removed",
+        output::bytes(delta.kept_bytes),
+        output::bytes(delta.fetched_bytes),
+        delta.removed_files
+    ));
+    if let Some(old_wal) = &delta.old_wal {
+        lines.push(format!(
+            "  the WAL that was in it is in {}: remove it when nothing of it is missed",
+            old_wal.display()
+        ));
+    }
+    lines
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 //! Nothing is chosen here. What a plan says is done as it says it, or fails.
 
 mod configuration;
+mod delta;
+mod existing;
 pub mod info;
 pub mod load;
 mod load_index;

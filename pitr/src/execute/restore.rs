@@ -8,10 +8,11 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use tokio::sync::mpsc;
@@ -23,6 +24,8 @@ use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
 use super::configuration;
+use super::delta;
+use super::existing;
 use super::outside_settings;
 use super::parent_segments;
 use super::unpack::{Arriving, CONTROL_FILE, Destination, create, unpack};
@@ -54,8 +57,10 @@ const EMPTY_FOLDERS: &[&str] = &["pg_wal", "pg_wal/archive_status", "pg_replslot
 /// What the operator decides about a restore.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RestoreOptions {
-    /// Where the data directory goes; absent or empty.
+    /// Where the data directory goes.
     pub data_dir: PathBuf,
+    /// What becomes of a data directory that is there.
+    pub existing: Existing,
     /// Where tablespaces go, by the path or oid they had.
     pub tablespaces: BTreeMap<String, PathBuf>,
     /// Whether replay may use tablespace folders that exist on this host.
@@ -66,13 +71,29 @@ pub struct RestoreOptions {
     pub settings: SettingsOptions,
 }
 
+/// What becomes of a data directory that is where a restore goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// The restore is refused: the folder is to be absent or empty.
+    Refuse,
+    /// What of it matches the backup stays, the rest is brought to what the backup says.
+    Match,
+    /// It gets another name beside the new one, and so do the folders of its tablespaces.
+    SetAside {
+        /// The time that is part of that name.
+        at: DateTime<Utc>,
+    },
+}
+
 /// How far a restore is; read it at any time.
 #[derive(Debug, Default)]
 pub struct Progress {
     /// Bytes fetched from the repository.
     pub fetched_bytes: AtomicU64,
-    /// Bytes written into files.
+    /// Bytes written into files, or found in place.
     pub written_bytes: AtomicU64,
+    /// Bytes that were in place already, and stayed.
+    pub kept_bytes: AtomicU64,
     /// Files written and checked.
     pub files: AtomicU64,
 }
@@ -88,10 +109,27 @@ pub struct RestoreReport {
     pub files: u64,
     /// Their bytes.
     pub data_bytes: u64,
+    /// What a data directory that was there saved; `None` where there was none, or it was not to be used.
+    pub delta: Option<Delta>,
+    /// Folders that get another name, and that name.
+    pub set_aside: Vec<(PathBuf, PathBuf)>,
     /// What to know or do before PostgreSQL is started.
     pub notes: Vec<String>,
     /// The command that starts PostgreSQL on it.
     pub start_command: String,
+}
+
+/// What became of a data directory that a restore went over; with a dry run nothing yet.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Delta {
+    /// Bytes that matched the backup and stayed.
+    pub kept_bytes: u64,
+    /// Bytes fetched from the repository, compressed.
+    pub fetched_bytes: u64,
+    /// Files removed, because the backup does not have them.
+    pub removed_files: u64,
+    /// Where the WAL was set aside that was in the data directory.
+    pub old_wal: Option<PathBuf>,
 }
 
 /// Checks everything that can be checked before a byte is fetched, and says what a restore would do.
@@ -102,13 +140,33 @@ pub struct RestoreReport {
 pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreReport> {
     let data_dir = std::path::absolute(&options.data_dir)
         .map_err(|error| Error::from_io(format!("resolving {}", options.data_dir.display()), error))?;
-    check_empty(&data_dir)?;
     let tablespaces = map_tablespaces(plan, options, &data_dir)?;
-    for path in tablespaces.values() {
-        check_empty(path)?;
+    let system_identifier = plan.system_identifier.parse().unwrap_or_default();
+    let (mut delta, mut set_aside) = (None, Vec::new());
+    match options.existing {
+        Existing::Refuse => check_empty(&data_dir)?,
+        Existing::Match => {
+            check_indexes(plan)?;
+            delta = existing::check(&data_dir, system_identifier)?.then(Delta::default);
+        }
+        Existing::SetAside { at } => {
+            if existing::check(&data_dir, system_identifier)? {
+                set_aside.push(existing::name_aside(&data_dir, at)?);
+            }
+        }
+    }
+    for (oid, path) in &tablespaces {
+        match (existing::is_linked(&data_dir, *oid, path), options.existing) {
+            (true, Existing::Match) => {}
+            (true, Existing::SetAside { at }) => set_aside.push(existing::name_aside(path, at)?),
+            _ => check_empty(path)?,
+        }
     }
     let mut notes = replayed_tablespaces(plan, options)?;
-    check_space(plan, &data_dir, &tablespaces)?;
+    // How much of it is there already is not known yet.
+    if delta.is_none() {
+        check_space(plan, &data_dir, &tablespaces)?;
+    }
     notes.extend(outside_settings::check(plan, options)?);
     if nix::unistd::geteuid().is_root() {
         let folders = std::iter::once(&data_dir).chain(tablespaces.values());
@@ -128,9 +186,26 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
         tablespaces,
         files: plan.backup.files,
         data_bytes: plan.backup.data_bytes,
+        delta,
+        set_aside,
         notes,
         start_command,
     })
+}
+
+/// What matches is told by the indexes of the backup's objects.
+fn check_indexes(plan: &RestorePlan) -> Result<()> {
+    match plan.backup.objects.iter().any(|object| object.index.is_none()) {
+        false => Ok(()),
+        true => Err(Error::invalid(format!(
+            "backup {} was taken before backups had an index: it cannot be compared with a data directory",
+            plan.backup.id
+        ))
+        .with_safe("nothing was written")
+        .with_next(
+            "Restore it into an empty folder, or choose another one with --backup: `pitr info` lists them.",
+        )),
+    }
 }
 
 /// Returns the command that starts PostgreSQL. On the command line `data_directory` outranks what the
@@ -176,15 +251,31 @@ pub async fn restore(
     }
 
     let data_dir = report.data_dir.clone();
-    prepare(&data_dir, &report.tablespaces)?;
     let tablespaces: HashMap<Oid, PathBuf> =
         report.tablespaces.iter().map(|(oid, path)| (*oid, path.clone())).collect();
     let destination = Arc::new(Destination::new(data_dir.clone(), tablespaces, manifest, progress.clone()));
+    match &mut report.delta {
+        None => {
+            existing::set_aside(&report.set_aside)?;
+            prepare(&data_dir, &report.tablespaces)?;
+        }
+        Some(delta) => {
+            let (data_dir, tablespaces, destination) =
+                (data_dir.clone(), report.tablespaces.clone(), destination.clone());
+            let cleared = blocking(move || go_over(&data_dir, &tablespaces, &destination)).await?;
+            (delta.removed_files, delta.old_wal) = (cleared.removed, cleared.old_wal);
+        }
+    }
+    let way = if report.delta.is_some() { Way::OnlyWhatDiffers } else { Way::Everything };
     let objects = plan.backup.objects.iter().map(|object| {
         let (destination, progress) = (destination.clone(), progress.clone());
-        fetch_object(repository, &plan.backup.id, object, destination, progress)
+        fetch_object(repository, &plan.backup.id, object, way, destination, progress)
     });
     futures_util::stream::iter(objects).buffer_unordered(OBJECTS_MAX).try_collect::<()>().await?;
+    if let Some(delta) = &mut report.delta {
+        delta.kept_bytes = progress.kept_bytes.load(Ordering::Relaxed);
+        delta.fetched_bytes = progress.fetched_bytes.load(Ordering::Relaxed);
+    }
 
     let control_file = destination.finish()?;
     let control = ControlData::parse(&control_file)?;
@@ -247,12 +338,22 @@ fn read_manifest(stored: &[u8]) -> Result<(Vec<u8>, BackupManifest)> {
     Ok((bytes, manifest))
 }
 
+/// How an object's files get to where they go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// All of it is fetched.
+    Everything,
+    /// What is in place is compared, and only the rest is fetched.
+    OnlyWhatDiffers,
+}
+
 /// Fetches one object and unpacks it; where it is missing or damaged in one repository, what came of it is
 /// removed and it is taken from another.
 async fn fetch_object(
     repository: &LineageRepository,
     id: &str,
     object: &BackupObject,
+    way: Way,
     destination: Arc<Destination>,
     progress: Arc<Progress>,
 ) -> Result<()> {
@@ -260,9 +361,21 @@ async fn fetch_object(
     for one in repository.each() {
         if failure.is_some() {
             let (destination, name) = (destination.clone(), object.name.clone());
-            blocking(move || destination.give_back(&name)).await?;
+            blocking(move || match way {
+                Way::Everything => destination.give_back(&name),
+                Way::OnlyWhatDiffers => {
+                    destination.take_back(&name);
+                    Ok(())
+                }
+            })
+            .await?;
         }
-        let fetched = fetch_object_from(&one, id, object, destination.clone(), progress.clone()).await;
+        let fetched = match (way, &object.index) {
+            (Way::OnlyWhatDiffers, Some(index)) => {
+                delta::match_object(&one, id, object, index, destination.clone()).await
+            }
+            _ => fetch_object_from(&one, id, object, destination.clone(), progress.clone()).await,
+        };
         match fetched {
             Ok(()) => {
                 if let Some((location, error)) = failure {
@@ -317,7 +430,7 @@ async fn fetch_object_from(
             let ended = chunk.is_err();
             if let Ok(chunk) = &chunk {
                 offset += chunk.len() as u64;
-                progress.fetched_bytes.fetch_add(chunk.len() as u64, std::sync::atomic::Ordering::Relaxed);
+                progress.fetched_bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             }
             // A closed channel means that unpacking failed; its error is the one to report.
             if sender.send(chunk).await.is_err() || ended {
@@ -343,7 +456,11 @@ pub(super) fn check_empty(path: &Path) -> Result<()> {
         Ok(_) => {}
     }
     if path.join(INCOMPLETE_MARKER).exists() {
-        return refused(format!("{} holds a restore that did not complete", path.display()));
+        return Err(Error::invalid(format!("{} holds a restore that did not complete", path.display()))
+            .with_safe("nothing was written")
+            .with_next(
+                "Add --delta to go on with it, or restore into a folder that is empty or does not exist yet.",
+            ));
     }
     let mut entries =
         fs::read_dir(path).map_err(|error| Error::from_io(format!("reading {}", path.display()), error))?;
@@ -457,16 +574,45 @@ fn nearest_existing(path: &Path) -> PathBuf {
     path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/")).to_owned()
 }
 
-/// Makes the folders and links, and marks the data directory as incomplete.
-fn prepare(data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Result<()> {
-    make_private(data_dir)?;
+/// Marks a data directory as incomplete.
+fn mark(data_dir: &Path) -> Result<()> {
     let mut marker = create(&data_dir.join(INCOMPLETE_MARKER), 0o600)?;
     marker
         .write_all(
             b"This folder holds a restore by pitr that has not completed. Do not start PostgreSQL here.\n",
         )
         .and_then(|()| marker.sync_all())
-        .map_err(|error| Error::from_io(format!("writing {INCOMPLETE_MARKER}"), error))?;
+        .map_err(|error| Error::from_io(format!("writing {INCOMPLETE_MARKER}"), error))
+}
+
+/// Takes a data directory over: it is marked, PostgreSQL cannot start from it any more, and what the backup does not have
+/// goes.
+fn go_over(
+    data_dir: &Path,
+    tablespaces: &BTreeMap<Oid, PathBuf>,
+    destination: &Destination,
+) -> Result<existing::Cleared> {
+    let failed = |error| Error::from_io("taking the data directory over", error);
+    make_private(data_dir)?;
+    if !data_dir.join(INCOMPLETE_MARKER).exists() {
+        mark(data_dir)?;
+    }
+    match fs::remove_file(data_dir.join(CONTROL_FILE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let global = data_dir.join("global");
+    if global.exists() {
+        File::open(&global).and_then(|folder| folder.sync_all()).map_err(failed)?;
+    }
+    File::open(data_dir).and_then(|folder| folder.sync_all()).map_err(failed)?;
+    existing::clear(data_dir, tablespaces, destination, Utc::now())
+}
+
+/// Makes the folders and links, and marks the data directory as incomplete.
+fn prepare(data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Result<()> {
+    make_private(data_dir)?;
+    mark(data_dir)?;
     let links = data_dir.join("pg_tblspc");
     make_private(&links)?;
     for (oid, path) in tablespaces {

@@ -35,7 +35,7 @@ const TABLESPACE_MAP: &str = "tablespace_map";
 const TABLESPACE_MAP_BYTES_MAX: u64 = 4 << 20;
 
 /// Folders that come empty: WAL is fetched from the archive, and slots are not restored.
-const NEVER_FILLED: &[&str] = &["pg_wal", "pg_replslot"];
+pub(super) const NEVER_FILLED: &[&str] = &["pg_wal", "pg_replslot"];
 
 /// How much is read from the tar stream at once.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -47,7 +47,7 @@ pub(super) struct Destination {
     tablespaces: HashMap<Oid, PathBuf>,
     expected: HashMap<PathBuf, ManifestFile>,
     state: Mutex<State>,
-    progress: Arc<Progress>,
+    pub(super) progress: Arc<Progress>,
 }
 
 #[derive(Debug, Default)]
@@ -96,8 +96,57 @@ impl Destination {
         Ok(())
     }
 
+    /// Lets the names of an object's files be taken again; the files stay.
+    pub(super) fn take_back(&self, object: &str) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for (listed, _) in state.claimed.remove(object).unwrap_or_default() {
+            if listed == Path::new(CONTROL_FILE) {
+                state.control_file = None;
+            }
+            state.written.remove(&listed);
+        }
+    }
+
+    /// Returns whether the manifest lists a file of this name.
+    pub(super) fn is_expected(&self, listed: &Path) -> bool {
+        self.expected.contains_key(listed)
+    }
+
+    /// Returns whether this is the data directory, or a tablespace's folder.
+    pub(super) fn is_root(&self, path: &Path) -> bool {
+        path == self.data_dir || self.tablespaces.values().any(|root| root == path)
+    }
+
+    /// Returns whether a file is kept in memory until it is known what becomes of it.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for one that is too long for that.
+    pub(super) fn is_held(listed: &Path, bytes: u64) -> Result<bool> {
+        let bytes_max = match listed {
+            path if path == Path::new(CONTROL_FILE) => CONTROL_FILE_BYTES_MAX,
+            path if path == Path::new(TABLESPACE_MAP) => TABLESPACE_MAP_BYTES_MAX,
+            _ => return Ok(false),
+        };
+        match bytes > bytes_max {
+            true => Err(damaged(format!("{} has {bytes} bytes", listed.display()))),
+            false => Ok(true),
+        }
+    }
+
+    /// Takes a file that is kept in memory: `pg_control` is for the end, the map of tablespaces is written with the
+    /// places that they were restored to.
+    pub(super) fn take_held(&self, place: &Place, content: Vec<u8>, mode: u32) -> Result<()> {
+        if place.listed == Path::new(CONTROL_FILE) {
+            self.state.lock().unwrap_or_else(PoisonError::into_inner).control_file = Some(content);
+            return Ok(());
+        }
+        create(&place.local, mode)?
+            .write_all(&mapped_anew(&content, &self.tablespaces)?)
+            .map_err(|error| Error::from_io(format!("writing {}", place.local.display()), error))
+    }
+
     /// Takes a name once, for an object.
-    fn claim(&self, object: &str, place: &Place) -> Result<&ManifestFile> {
+    pub(super) fn claim(&self, object: &str, place: &Place) -> Result<&ManifestFile> {
         let name = &place.listed;
         let file = self
             .expected
@@ -210,12 +259,17 @@ fn unpack_stream(destination: &Destination, object: &BackupObject, arriving: Arr
 }
 
 /// Where an entry goes, and its name in the manifest.
-struct Place {
-    local: PathBuf,
-    listed: PathBuf,
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) local: PathBuf,
+    pub(super) listed: PathBuf,
 }
 
-fn place_of(destination: &Destination, tablespace: Option<Oid>, name: &Path) -> Result<Place> {
+/// Returns where an entry goes whose name was checked.
+///
+/// # Errors
+/// [`Error::Corrupt`] for one that is not where a backup has any.
+pub(super) fn place_of(destination: &Destination, tablespace: Option<Oid>, name: &Path) -> Result<Place> {
     let Some(oid) = tablespace else {
         let under_link = name.starts_with("pg_tblspc")
             && destination.tablespaces.keys().any(|oid| {
@@ -241,13 +295,13 @@ fn place_of(destination: &Destination, tablespace: Option<Oid>, name: &Path) -> 
 /// Returns whether this is a name like `PG_15_202209061`.
 ///
 /// Source: `src/include/common/relpath.h`, TABLESPACE_VERSION_DIRECTORY.
-fn is_version_folder(name: &str) -> bool {
+pub(super) fn is_version_folder(name: &str) -> bool {
     let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let versions = name.strip_prefix("PG_").and_then(|rest| rest.split_once('_'));
     versions.is_some_and(|(major, catalog)| number(major) && number(catalog))
 }
 
-fn is_tablespace_link(destination: &Destination, tablespace: Option<Oid>, name: &Path) -> bool {
+pub(super) fn is_tablespace_link(destination: &Destination, tablespace: Option<Oid>, name: &Path) -> bool {
     tablespace.is_none()
         && name.parent() == Some(Path::new("pg_tblspc"))
         && name
@@ -256,7 +310,7 @@ fn is_tablespace_link(destination: &Destination, tablespace: Option<Oid>, name: 
             .is_some_and(|oid| destination.tablespaces.contains_key(&oid))
 }
 
-fn make_dir(path: &Path, mode: u32) -> Result<()> {
+pub(super) fn make_dir(path: &Path, mode: u32) -> Result<()> {
     // The link of a tablespace stands where some servers send a folder.
     if fs::symlink_metadata(path).is_ok() {
         return Ok(());
@@ -290,16 +344,9 @@ fn write_file(
     {
         make_dir(parent, 0o700)?;
     }
-    let is_control_file = place.listed == Path::new(CONTROL_FILE);
-    if is_control_file && file.bytes > CONTROL_FILE_BYTES_MAX {
-        return Err(damaged(format!("{CONTROL_FILE} has {} bytes", file.bytes)));
-    }
-    let is_tablespace_map = place.listed == Path::new(TABLESPACE_MAP);
-    if is_tablespace_map && file.bytes > TABLESPACE_MAP_BYTES_MAX {
-        return Err(damaged(format!("{TABLESPACE_MAP} has {} bytes", file.bytes)));
-    }
+    let is_held = Destination::is_held(&place.listed, file.bytes)?;
     let mut kept = Vec::new();
-    let mut output = match is_control_file || is_tablespace_map {
+    let mut output = match is_held {
         true => None,
         false => Some(create(&place.local, 0o600 | (mode & 0o040))?),
     };
@@ -330,12 +377,8 @@ fn write_file(
         return Err(damaged(format!("{:?} does not match the checksum in the manifest", place.listed)));
     }
     destination.progress.files.fetch_add(1, Ordering::Relaxed);
-    if is_control_file {
-        destination.state.lock().unwrap_or_else(PoisonError::into_inner).control_file = Some(kept);
-    } else if is_tablespace_map {
-        create(&place.local, 0o600 | (mode & 0o040))?
-            .write_all(&mapped_anew(&kept, &destination.tablespaces)?)
-            .map_err(|error| Error::from_io(format!("writing {}", place.local.display()), error))?;
+    if is_held {
+        destination.take_held(place, kept, 0o600 | (mode & 0o040))?;
     }
     Ok(())
 }
@@ -381,7 +424,7 @@ pub(super) fn create(path: &Path, mode: u32) -> Result<File> {
         .map_err(|error| Error::from_io(format!("creating {}", path.display()), error))
 }
 
-fn damaged(what: impl Into<String>) -> Error {
+pub(super) fn damaged(what: impl Into<String>) -> Error {
     Error::corrupt(what)
         .with_safe("the repository is unchanged; the restored folder is incomplete and PostgreSQL refuses it")
         .with_next("Restore from another backup: `pitr restore ... --backup ID`, `pitr info` lists them.")

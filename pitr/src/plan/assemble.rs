@@ -1,6 +1,6 @@
 //! Puts a plan together once backup and stop are chosen: sizes, neighbours, reasons, warnings.
 
-use walship::catalog::{BackupRecord, Catalog, StoredTail};
+use walship::catalog::{BackupRecord, Catalog, DamagedPage, DamagedPages, StoredTail};
 use walship::pg::{SegmentName, TimelineHistory};
 use walship::wal::event::{EventKind, WalEvent};
 use walship::wal::rollup::Class;
@@ -300,6 +300,17 @@ fn stop_reason(question: &Question<'_>, stop: &Stop) -> String {
     }
 }
 
+/// Names the first of the relations, or files, that damaged pages are in.
+fn damaged_where(damaged: &DamagedPages) -> String {
+    const NAMED_MAX: usize = 5;
+    let name = |page: &DamagedPage| page.relation.clone().unwrap_or_else(|| page.path.display().to_string());
+    let mut names: Vec<String> = damaged.pages.iter().map(name).collect();
+    names.dedup();
+    let more = if names.len() > NAMED_MAX { ", ..." } else { "" };
+    names.truncate(NAMED_MAX);
+    names.join(", ") + more
+}
+
 fn warnings(
     question: &Question<'_>,
     walk: &Walk<'_>,
@@ -311,6 +322,14 @@ fn warnings(
         warnings.push(format!(
             "replay creates tablespace {} in {:?}, the original server's folder",
             tablespace.oid, tablespace.path
+        ));
+    }
+    if let Some(damaged) = &plan.backup.damaged_pages {
+        warnings.push(format!(
+            "the backup holds {} damaged pages ({}): what is on them is lost unless the WAL writes them anew; an older \
+             backup (--backup) may have them whole",
+            damaged.total,
+            damaged_where(damaged)
         ));
     }
     match &plan.open_prepared {

@@ -181,6 +181,7 @@ impl World {
             settings_files: vec![],
             names: None,
             prepared: Some(Vec::new()),
+            damaged_pages: None,
         });
         self.catalog.backups.sort_by_key(|backup| backup.start_lsn);
     }

@@ -407,6 +407,7 @@ fn record(id: &str, timeline: TimelineId, start: Lsn, stop: Lsn, began: DateTime
             stored_bytes: 1,
             tar_bytes: 1,
             digest: "0".repeat(64),
+            index: None,
         }],
         limits: INITDB_LIMITS,
         data_checksums: true,
@@ -414,6 +415,7 @@ fn record(id: &str, timeline: TimelineId, start: Lsn, stop: Lsn, began: DateTime
         settings_files: vec![],
         names: None,
         prepared: Some(Vec::new()),
+        damaged_pages: None,
     }
 }
 

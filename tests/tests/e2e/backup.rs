@@ -120,7 +120,7 @@ impl Drop for Place {
 }
 
 /// Unpacks a backup with `zstd` and `tar` alone. Tablespaces go into folders below `beside`.
-fn unpack(record: &BackupRecord, backup_dir: &Path, target: &Path, beside: &Path) {
+pub(crate) fn unpack(record: &BackupRecord, backup_dir: &Path, target: &Path, beside: &Path) {
     fs::create_dir_all(target).unwrap();
     let pipe = |object: &str, into: &Path| {
         let mut zstd = Command::new("zstd");
@@ -312,7 +312,7 @@ fn a_backup_from_a_standby_is_complete_when_the_primary_has_switched() {
 }
 
 /// The names of the records in a stage's catalog of backups.
-fn records(stage: &Stage) -> Vec<String> {
+pub(crate) fn records(stage: &Stage) -> Vec<String> {
     let folder = stage.repository_dir().join(stage.cluster()).join("0001/backups/catalog");
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()

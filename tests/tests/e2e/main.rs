@@ -6,6 +6,7 @@
 mod agent;
 mod backup;
 mod catalog_oracle;
+mod delta;
 mod doctor;
 mod exact;
 mod gaps;
@@ -15,6 +16,7 @@ mod index;
 mod json_docs;
 mod kill;
 mod large_segments;
+mod local_backup;
 mod log;
 mod log_under_load;
 mod main_job;

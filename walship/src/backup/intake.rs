@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
-use crate::catalog::{BackupObject, Tablespace};
+use crate::catalog::{BackupObject, DamagedPages, Tablespace};
 use crate::error::{Error, Result};
 use crate::pg::backup_manifest::{BackupManifest, ManifestFile};
 use crate::pg::{BackupLabel, Oid, ParseError};
@@ -19,10 +19,10 @@ use super::pack::Packer;
 const FILES_MAX: usize = 20_000_000;
 
 /// Of so many prepared transactions the names are kept.
-const TWO_PHASE_MAX: usize = 1000;
+pub(super) const TWO_PHASE_MAX: usize = 1000;
 
 /// So much of a two-phase state file holds its header and the transaction's name (at most 200 bytes).
-const TWO_PHASE_BYTES: usize = 512;
+pub(super) const TWO_PHASE_BYTES: usize = 512;
 
 /// Everything that is known once the stream has ended.
 pub(crate) struct Received {
@@ -34,6 +34,8 @@ pub(crate) struct Received {
     pub(crate) two_phase: Option<Vec<Vec<u8>>>,
     pub(crate) tablespaces: Vec<Tablespace>,
     pub(crate) data_bytes: u64,
+    /// Pages that did not stand the check.
+    pub(crate) damaged: DamagedPages,
 }
 
 pub(crate) struct Intake {
@@ -158,6 +160,7 @@ impl Intake {
                 two_phase: (inner.two_phase.len() <= TWO_PHASE_MAX).then_some(inner.two_phase),
                 tablespaces: inner.tablespaces,
                 data_bytes: inner.data_bytes,
+                damaged: DamagedPages::default(),
             }),
             Err(error) => {
                 inner.packer.abandon().await;
@@ -171,7 +174,7 @@ impl Inner {
     fn step(&mut self, step: Step<'_>) -> Result<()> {
         match step {
             Step::Header(block, member) => {
-                self.packer.append(block);
+                self.packer.header(block, member.clone());
                 if member.kind == MemberKind::File {
                     let path = match self.tablespace {
                         Some(oid) => Path::new("pg_tblspc").join(oid.to_string()).join(&member.path),
@@ -185,7 +188,7 @@ impl Inner {
                 }
             }
             Step::Data(data) => {
-                self.packer.append(data);
+                self.packer.data(data);
                 self.data_bytes += data.len() as u64;
                 if let Some(space) =
                     self.tablespaces.iter_mut().find(|space| Some(space.oid) == self.tablespace)
@@ -203,7 +206,7 @@ impl Inner {
                     kept.extend_from_slice(&data[..data.len().min(room - kept.len())]);
                 }
             }
-            Step::Padding(data) => self.packer.append(data),
+            Step::Padding(data) => self.packer.padding(data),
             Step::End => {
                 self.packer.end_member();
                 if let Some(current) = self.current.take() {

@@ -18,7 +18,9 @@
 //! # }
 //! ```
 
+mod batch;
 mod intake;
+mod local;
 mod members;
 pub mod names;
 mod needed_wal;
@@ -26,13 +28,15 @@ mod pack;
 mod progress;
 mod settings;
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 
 use crate::catalog::{BackupRecord, PreparedTransaction, SavedNames};
 use crate::error::{Error, Result};
-use crate::pg::backup_manifest::BackupManifest;
+use crate::pg::page::RelationFile;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::replication::base_backup::{AnnouncedTablespace, BackupStart};
 use crate::replication::{
@@ -45,6 +49,7 @@ use crate::wal::layout::Layout;
 use crate::wal::xact::parse_prepare;
 
 use intake::{Intake, Received};
+use local::{LocalServer, ReadOptions};
 use needed_wal::{needed_segments, wait_until_stored};
 use pack::{PackSettings, Packer};
 use progress::Meter;
@@ -66,6 +71,22 @@ pub struct BackupOptions {
     pub object_bytes: u64,
     /// The zstd level.
     pub level: i32,
+    /// From where the files are read.
+    pub source: BackupSource,
+}
+
+/// From where a backup reads the cluster's files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackupSource {
+    /// The server sends them over the replication protocol, one after the other: from any host.
+    Stream,
+    /// They are read from the data directory, side by side: beside the server, as its user.
+    Local {
+        /// The data directory; `None` for the one that the server names.
+        data_directory: Option<PathBuf>,
+        /// How many threads read.
+        workers: usize,
+    },
 }
 
 impl Default for BackupOptions {
@@ -77,6 +98,7 @@ impl Default for BackupOptions {
             wal_timeout: Duration::from_secs(600),
             object_bytes: 256 << 20,
             level: 1,
+            source: BackupSource::Stream,
         }
     }
 }
@@ -128,47 +150,18 @@ pub async fn take_backup(
     let random: u64 = rand::random();
     hold_wal_back(&mut session, random, progress).await?;
     let id = new_backup_id(started, random);
-    progress(BackupEvent::Checkpoint);
-    let mut command = BaseBackupOptions {
-        label: options.label.clone(),
-        checkpoint: options.checkpoint,
-        max_rate_kb: options.max_rate_kb,
-        // Links in the tar stream, not a file: a restore puts them where it wants, and the
-        // manifest then still describes every file.
-        tablespace_map: false,
-        manifest_checksums: ManifestChecksums::Crc32c,
-        verify_checksums: true,
-    };
-    let patience = about.checkpoint_patience.max(PATIENCE);
-    let (mut start, mut stream) = BaseBackup::start(&mut session, &command, patience, PATIENCE).await?;
-    if start.tablespaces.iter().any(has_long_location) {
-        // The server would fail at that link, after having sent everything before it. It says where the
-        // tablespaces are as soon as it begins: begin again, on a session of its own.
-        drop(stream);
-        session = Connection::connect(server, SessionKind::Replication).await?;
-        hold_wal_back(&mut session, rand::random(), progress).await?;
-        command.tablespace_map = true;
-        (start, stream) = BaseBackup::start(&mut session, &command, patience, PATIENCE).await?;
+    if !about.data_checksums {
+        progress(BackupEvent::Warning(
+            "the cluster has no data checksums: whether its pages are sound cannot be told".into(),
+        ));
     }
-    for repository in repositories {
-        let document = BackupStarted {
-            format: 1,
-            id: id.clone(),
-            label: options.label.clone(),
-            timeline: start.timeline,
-            start_lsn: start.lsn,
-            host: hostname(),
-            started,
-        };
-        repository.put_backup_started(&document).await?;
-    }
-    let settings = PackSettings {
-        repositories: repositories.to_vec(),
-        id: id.clone(),
-        object_bytes: options.object_bytes.max(1 << 20),
-        level: options.level,
+    let taking = Taking { repositories, server, options, about: &about, id: &id, started, progress };
+    let (mut received, start, stop_lsn, stop_timeline) = match &options.source {
+        BackupSource::Stream => taking.stream(&mut session).await?,
+        BackupSource::Local { data_directory, workers } => {
+            taking.local(data_directory.as_deref(), *workers).await?
+        }
     };
-    let (received, stop_lsn, stop_timeline) = receive(stream, &start, settings, progress).await?;
     check(&received, &start, &about, stop_lsn)?;
     let settings = settings::outside_files(server, &about.identity, progress).await;
     let mut settings_files = Vec::new();
@@ -177,8 +170,7 @@ pub async fn take_backup(
             settings_files = repository.put_backup_settings(&id, &settings).await?;
         }
     }
-    let names =
-        save_names(repositories, server, &received.manifest, &id, stop_timeline, &about, progress).await?;
+    let names = save_names(repositories, server, &mut received, &id, stop_timeline, &about, progress).await?;
     let mut manifest_digest = String::new();
     let (manifest_bytes, manifest_stored) = compress_manifest(received.manifest_bytes).await?;
     for repository in repositories {
@@ -218,16 +210,106 @@ pub async fn take_backup(
         settings_files,
         names,
         prepared: prepared(&received.two_phase, about.server_version),
+        damaged_pages: (received.damaged.total > 0).then_some(received.damaged),
     };
     put_records(repositories, &record).await?;
     Ok(record)
 }
 
-/// Saves what databases and relations are called; what cannot be had is a warning.
+/// What taking a backup needs all the time.
+struct Taking<'a> {
+    repositories: &'a [LineageRepository],
+    server: &'a ConnectOptions,
+    options: &'a BackupOptions,
+    about: &'a About,
+    id: &'a str,
+    started: DateTime<Utc>,
+    progress: &'a (dyn Fn(BackupEvent) + Send + Sync),
+}
+
+/// What was stored, where it starts, where it ends and on which timeline.
+type Taken = (Received, BackupStart, Lsn, TimelineId);
+
+impl Taking<'_> {
+    fn settings(&self) -> Arc<PackSettings> {
+        let Self { repositories, id, options, .. } = self;
+        PackSettings::new(repositories.to_vec(), (*id).to_owned(), options.object_bytes, options.level)
+    }
+
+    fn patience(&self) -> Duration {
+        self.about.checkpoint_patience.max(PATIENCE)
+    }
+
+    async fn put_started(&self, start: &BackupStart) -> Result<()> {
+        for repository in self.repositories {
+            let document = BackupStarted {
+                format: 1,
+                id: self.id.to_owned(),
+                label: self.options.label.clone(),
+                timeline: start.timeline,
+                start_lsn: start.lsn,
+                host: hostname(),
+                started: self.started,
+            };
+            repository.put_backup_started(&document).await?;
+        }
+        Ok(())
+    }
+
+    /// Has the server send everything.
+    async fn stream(&self, session: &mut Connection) -> Result<Taken> {
+        let Self { server, options, progress, .. } = self;
+        progress(BackupEvent::Checkpoint);
+        let mut command = BaseBackupOptions {
+            label: options.label.clone(),
+            checkpoint: options.checkpoint,
+            max_rate_kb: options.max_rate_kb,
+            // Links in the tar stream, not a file: a restore puts them where it wants, and the
+            // manifest then still describes every file.
+            tablespace_map: false,
+            manifest_checksums: ManifestChecksums::Crc32c,
+            verify_checksums: true,
+        };
+        let (mut start, mut stream) = BaseBackup::start(session, &command, self.patience(), PATIENCE).await?;
+        let mut another;
+        if start.tablespaces.iter().any(has_long_location) {
+            // The server would fail at that link, after having sent everything before it. It says where the
+            // tablespaces are as soon as it begins: begin again, on a session of its own.
+            drop(stream);
+            another = Connection::connect(server, SessionKind::Replication).await?;
+            hold_wal_back(&mut another, rand::random(), *progress).await?;
+            command.tablespace_map = true;
+            (start, stream) = BaseBackup::start(&mut another, &command, self.patience(), PATIENCE).await?;
+        }
+        self.put_started(&start).await?;
+        let (received, stop_lsn, stop_timeline) = receive(stream, &start, self.settings(), *progress).await?;
+        Ok((received, start, stop_lsn, stop_timeline))
+    }
+
+    /// Reads everything from the data directory.
+    async fn local(&self, data_directory: Option<&Path>, workers: usize) -> Result<Taken> {
+        let Self { server, options, about, progress, .. } = self;
+        let identity = about.identity.system_identifier;
+        let mut local = LocalServer::find(server, data_directory, identity, self.patience()).await?;
+        progress(BackupEvent::Checkpoint);
+        let start = local.start(&options.label, options.checkpoint).await?;
+        self.put_started(&start).await?;
+        let read = ReadOptions {
+            workers,
+            bytes_per_second: options.max_rate_kb.map(|kilobytes| u64::from(kilobytes) * 1024),
+        };
+        let (received, stop_lsn, stop_timeline) =
+            local::take(&mut local, &start, self.settings(), &read, *progress).await?;
+        Ok((received, start, stop_lsn, stop_timeline))
+    }
+}
+
+/// Saves what databases and relations are called; what cannot be had is a warning. Damaged pages get the names of
+/// their relations.
 async fn save_names(
     repositories: &[LineageRepository],
     server: &ConnectOptions,
-    manifest: &BackupManifest,
+    received: &mut Received,
     id: &str,
     timeline: TimelineId,
     about: &About,
@@ -253,8 +335,11 @@ async fn save_names(
             )));
         }
     }
-    names::add_sizes(&mut read.names, manifest);
+    names::add_sizes(&mut read.names, &received.manifest);
     let names = read.names;
+    for page in &mut received.damaged.pages {
+        page.relation = RelationFile::of(&page.path).and_then(|file| names::name_of(&names, file));
+    }
     let packed = tokio::task::spawn_blocking(move || LineageRepository::pack_backup_names(&names)).await;
     let Some(packed) =
         packed.map_err(|error| Error::unavailable(format!("packing was cut off: {error}")))??
@@ -404,7 +489,7 @@ async fn hold_wal_back(
 async fn receive(
     mut stream: BaseBackup<'_>,
     start: &BackupStart,
-    settings: PackSettings,
+    settings: Arc<PackSettings>,
     progress: &(dyn Fn(BackupEvent) + Send + Sync),
 ) -> Result<(Received, Lsn, TimelineId)> {
     let total_bytes = start.tablespaces.iter().map(|space| space.estimated_bytes).sum();

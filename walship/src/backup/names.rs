@@ -12,6 +12,7 @@ use chrono::{DateTime, Utc};
 use crate::catalog::{DatabaseNames, Names, RelationName};
 use crate::error::{Error, Result};
 use crate::pg::backup_manifest::BackupManifest;
+use crate::pg::page::RelationFile;
 use crate::pg::{Lsn, Oid};
 use crate::replication::{ConnectOptions, Connection, Rows, SessionKind};
 use crate::wal::event::RelFileLocator;
@@ -55,6 +56,15 @@ pub struct NamesRead {
     pub time: DateTime<Utc>,
     /// The system identifier of the server that told them.
     pub system_identifier: u64,
+}
+
+/// Returns whose file this is, as `database.schema.name`; `None` for a relation that has no saved name.
+pub(super) fn name_of(names: &Names, file: RelationFile) -> Option<String> {
+    let database = names.databases.iter().find(|database| database.oid == file.database)?;
+    let mut relations = database.relations.iter();
+    let relation =
+        relations.find(|one| one.filenode == file.filenode && one.tablespace == file.tablespace)?;
+    Some(format!("{}.{}.{}", database.name, relation.schema, relation.name))
 }
 
 /// Returns the names of a server's databases, and of the relations in each that lets us in.

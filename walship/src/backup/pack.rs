@@ -1,84 +1,99 @@
 //! Tar members packed into data objects: independent zstd frames, compressed in parallel, uploaded
 //! while the next object fills.
 //!
-//! Memory is bounded by the number of frames that may exist at once, whatever the files' sizes.
+//! Memory is bounded by the number of batches that may exist at once, whatever the files' sizes.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::catalog::BackupObject;
+use crate::catalog::{BackupObject, ObjectIndex};
+use crate::codec::backup_index::BackupIndex;
 use crate::error::{Error, Result};
 use crate::pg::Oid;
 use crate::repository::LineageRepository;
 use crate::storage::{PutOutcome, Upload};
 
-use super::members::BLOCK;
+use super::batch::{Batch, Compressed, Cutter};
+use super::members::{BLOCK, Member};
 
-/// A frame holds at most this many bytes of tar, and ends earlier at the end of a member.
-const FRAME_BYTES_MAX: usize = 4 << 20;
-
-/// A member that ends in a frame at least this full ends the frame.
-const FRAME_BYTES_MIN: usize = 2 << 20;
-
-/// How many objects may be on their way at once.
+/// How many objects of one packer may be on their way at once.
 const OBJECTS_MAX: usize = 4;
 
 /// The step in which an object is read back for comparison.
 const COMPARE_BYTES: u64 = 8 << 20;
 
-/// What the packer needs to know.
+/// What the packers of one backup share.
 pub(crate) struct PackSettings {
     pub(crate) repositories: Vec<LineageRepository>,
     pub(crate) id: String,
     /// An object is closed at the first end of a member past this many bytes of tar.
     pub(crate) object_bytes: u64,
     pub(crate) level: i32,
+    batches: Arc<Semaphore>,
+    next_number: AtomicU32,
+}
+
+impl PackSettings {
+    pub(crate) fn new(
+        repositories: Vec<LineageRepository>,
+        id: String,
+        object_bytes: u64,
+        level: i32,
+    ) -> Arc<Self> {
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        Arc::new(Self {
+            repositories,
+            id,
+            object_bytes: object_bytes.max(1 << 20),
+            level,
+            batches: Arc::new(Semaphore::new((cores + 2).min(10))),
+            next_number: AtomicU32::new(1),
+        })
+    }
 }
 
 enum Work {
     Begin(Option<Oid>),
-    Frame(Vec<u8>),
+    Batch(Batch),
     End,
 }
 
 enum Piece {
-    Frame { compressed: JoinHandle<std::io::Result<Vec<u8>>>, tar_bytes: u64, _permit: OwnedSemaphorePermit },
+    Batch {
+        compressed: JoinHandle<std::io::Result<Compressed>>,
+        tar_bytes: u64,
+        _permit: OwnedSemaphorePermit,
+    },
     End,
 }
 
-/// Packs one backup.
+/// Packs a backup, or a part of one.
 ///
-/// The `append`, `end_member` and `begin_archive` calls only move bytes; [`Packer::pump`] carries
+/// `begin_archive`, `header`, `data`, `padding` and `end_member` only move bytes; [`Packer::pump`] carries
 /// the work out and is to be awaited after every few of them.
 pub(crate) struct Packer {
     settings: Arc<PackSettings>,
     tablespace: Option<Oid>,
-    frame: Vec<u8>,
-    /// The bytes of tar in the open object; `None` when none is open.
-    open: Option<u64>,
+    /// The open object's; `None` when none is open.
+    cutter: Option<Cutter>,
     work: VecDeque<Work>,
-    next_number: u32,
-    frames: Arc<Semaphore>,
     sender: Option<mpsc::Sender<Piece>>,
     objects: JoinSet<Result<BackupObject>>,
     done: Vec<BackupObject>,
 }
 
 impl Packer {
-    pub(crate) fn new(settings: PackSettings) -> Self {
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    pub(crate) fn new(settings: Arc<PackSettings>) -> Self {
         Self {
-            settings: Arc::new(settings),
+            settings,
             tablespace: None,
-            frame: Vec::with_capacity(FRAME_BYTES_MAX),
-            open: None,
+            cutter: None,
             work: VecDeque::new(),
-            next_number: 1,
-            frames: Arc::new(Semaphore::new((cores + 2).min(10))),
             sender: None,
             objects: JoinSet::new(),
             done: Vec::new(),
@@ -87,49 +102,49 @@ impl Packer {
 
     /// What follows belongs to this tablespace, and so into another object.
     pub(crate) fn begin_archive(&mut self, tablespace: Option<Oid>) {
-        self.close();
-        self.tablespace = tablespace;
+        if self.tablespace != tablespace {
+            self.close();
+            self.tablespace = tablespace;
+        }
     }
 
-    /// Takes the next bytes of the tar stream.
-    pub(crate) fn append(&mut self, mut bytes: &[u8]) {
-        if self.open.is_none() {
-            self.open = Some(0);
-            self.work.push_back(Work::Begin(self.tablespace));
+    /// Takes a member's header.
+    pub(crate) fn header(&mut self, block: &[u8; BLOCK], member: Member) {
+        let Self { cutter, work, tablespace, .. } = self;
+        let cutter = cutter.get_or_insert_with(|| {
+            work.push_back(Work::Begin(*tablespace));
+            Cutter::default()
+        });
+        cutter.header(block, member, &mut |batch| work.push_back(Work::Batch(batch)));
+    }
+
+    /// Takes the next bytes of the open member.
+    pub(crate) fn data(&mut self, bytes: &[u8]) {
+        let Self { cutter, work, .. } = self;
+        if let Some(cutter) = cutter {
+            cutter.data(bytes, &mut |batch| work.push_back(Work::Batch(batch)));
         }
-        if let Some(open) = &mut self.open {
-            *open += bytes.len() as u64;
-        }
-        while !bytes.is_empty() {
-            let take = (FRAME_BYTES_MAX - self.frame.len()).min(bytes.len());
-            self.frame.extend_from_slice(&bytes[..take]);
-            bytes = &bytes[take..];
-            if self.frame.len() == FRAME_BYTES_MAX {
-                self.cut();
-            }
+    }
+
+    /// Takes what fills up the open member's last tar block.
+    pub(crate) fn padding(&mut self, bytes: &[u8]) {
+        if let Some(cutter) = &mut self.cutter {
+            cutter.padding(bytes);
         }
     }
 
     /// A member is whole: the place for frames and objects to end.
     pub(crate) fn end_member(&mut self) {
-        if self.open.is_some_and(|open| open >= self.settings.object_bytes) {
+        let Some(cutter) = &mut self.cutter else { return };
+        cutter.end_member();
+        if cutter.tar_bytes() >= self.settings.object_bytes {
             self.close();
-        } else if self.frame.len() >= FRAME_BYTES_MIN {
-            self.cut();
-        }
-    }
-
-    fn cut(&mut self) {
-        if !self.frame.is_empty() {
-            let frame = std::mem::replace(&mut self.frame, Vec::with_capacity(FRAME_BYTES_MAX));
-            self.work.push_back(Work::Frame(frame));
         }
     }
 
     fn close(&mut self) {
-        if self.open.take().is_some() {
-            self.frame.extend_from_slice(&[0; 2 * BLOCK]);
-            self.cut();
+        if let Some(cutter) = self.cutter.take() {
+            self.work.push_back(Work::Batch(cutter.finish()));
             self.work.push_back(Work::End);
         }
     }
@@ -142,7 +157,7 @@ impl Packer {
         while let Some(work) = self.work.pop_front() {
             match work {
                 Work::Begin(tablespace) => self.open_object(tablespace).await?,
-                Work::Frame(frame) => self.send_frame(frame).await?,
+                Work::Batch(batch) => self.send_batch(batch).await?,
                 Work::End => {
                     self.send(Piece::End).await?;
                     self.sender = None;
@@ -161,27 +176,27 @@ impl Packer {
                 self.done.push(joined(finished)?);
             }
         }
-        if self.next_number > 999_999 {
+        let number = self.settings.next_number.fetch_add(1, Ordering::Relaxed);
+        if number > 999_999 {
             return Err(Error::invalid("the backup needs more than 999999 data objects")
                 .with_next("Choose a larger object size."));
         }
-        let name = format!("data/{:06}.tar", self.next_number);
-        self.next_number += 1;
+        let name = format!("data/{number:06}.tar");
         let (sender, receiver) = mpsc::channel(16);
         self.sender = Some(sender);
         self.objects.spawn(store_object(Arc::clone(&self.settings), name, tablespace, receiver));
         Ok(())
     }
 
-    async fn send_frame(&mut self, frame: Vec<u8>) -> Result<()> {
-        let permit = Arc::clone(&self.frames)
+    async fn send_batch(&mut self, batch: Batch) -> Result<()> {
+        let permit = Arc::clone(&self.settings.batches)
             .acquire_owned()
             .await
             .map_err(|_| Error::invalid("the backup is being ended"))?;
-        let tar_bytes = frame.len() as u64;
+        let tar_bytes = batch.tar_bytes();
         let level = self.settings.level;
-        let compressed = tokio::task::spawn_blocking(move || compress(&frame, level));
-        self.send(Piece::Frame { compressed, tar_bytes, _permit: permit }).await
+        let compressed = tokio::task::spawn_blocking(move || batch.compress(level));
+        self.send(Piece::Batch { compressed, tar_bytes, _permit: permit }).await
     }
 
     async fn send(&mut self, piece: Piece) -> Result<()> {
@@ -230,12 +245,6 @@ fn joined(
     finished.map_err(|error| Error::unavailable(format!("storing a data object was cut off: {error}")))?
 }
 
-fn compress(frame: &[u8], level: i32) -> std::io::Result<Vec<u8>> {
-    let mut compressor = zstd::bulk::Compressor::new(level)?;
-    compressor.include_checksum(true)?;
-    compressor.compress(frame)
-}
-
 async fn store_object(
     settings: Arc<PackSettings>,
     name: String,
@@ -252,21 +261,24 @@ async fn store_object(
             }
         }
     }
-    let mut table = SeekTable::default();
+    let mut index = BackupIndex::default();
     let mut tar_bytes = 0;
     let whole = loop {
         match pieces.recv().await {
             None => break Ok(false),
             Some(Piece::End) => break Ok(true),
-            Some(Piece::Frame { compressed, tar_bytes: frame_bytes, _permit }) => {
-                let frame = match compressed.await {
-                    Ok(Ok(frame)) => frame,
+            Some(Piece::Batch { compressed, tar_bytes: batch_bytes, _permit }) => {
+                let batch = match compressed.await {
+                    Ok(Ok(batch)) => batch,
                     Ok(Err(error)) => break Err(Error::from_io("compressing", error)),
                     Err(error) => break Err(Error::unavailable(format!("compressing was cut off: {error}"))),
                 };
-                table.add(frame.len(), frame_bytes);
-                tar_bytes += frame_bytes;
-                if let Err(error) = object.write(frame.into()).await {
+                batch.frames.iter().for_each(|(stored, tar)| index.add_frame(*stored, *tar));
+                batch.folders.into_iter().for_each(|folder| index.add_folder(folder));
+                batch.files.into_iter().for_each(|file| index.add_file(file));
+                index.add_digests(&batch.digests);
+                tar_bytes += batch_bytes;
+                if let Err(error) = object.write(batch.bytes.into()).await {
                     break Err(error);
                 }
             }
@@ -283,10 +295,20 @@ async fn store_object(
         object.abort().await;
         return Err(Error::unavailable("the backup was given up"));
     }
-    if let Err(error) = object.write(table.encode().into()).await {
-        object.abort().await;
-        return Err(error);
-    }
+    let written = match index.encode() {
+        Ok(bytes) => {
+            let place = ObjectIndex { bytes: bytes.len() as u64, digest: blake3::hash(&bytes).to_string() };
+            object.write(bytes.into()).await.map(|()| place)
+        }
+        Err(error) => Err(error),
+    };
+    let index = match written {
+        Ok(index) => index,
+        Err(error) => {
+            object.abort().await;
+            return Err(error);
+        }
+    };
     let (stored_bytes, digest) = (object.stored_bytes, object.hasher.finalize());
     let mut failure = None;
     for (upload, repository) in object.uploads.into_iter().zip(&settings.repositories) {
@@ -304,7 +326,8 @@ async fn store_object(
     if let Some(error) = failure {
         return Err(error);
     }
-    Ok(BackupObject { name, tablespace, stored_bytes, tar_bytes, digest: digest.to_hex().to_string() })
+    let digest = digest.to_hex().to_string();
+    Ok(BackupObject { name, tablespace, stored_bytes, tar_bytes, digest, index: Some(index) })
 }
 
 struct StoredObject {
@@ -352,54 +375,4 @@ async fn compare(
         return Err(Error::conflict(format!("{name} of backup {id} is already stored with other content")));
     }
     Ok(())
-}
-
-/// The index of an object's frames, in zstd's "seekable format": a skippable frame at the end that
-/// every decompressor passes over.
-///
-/// Source: facebook/zstd, `contrib/seekable_format/zstd_seekable_compression_format.md`.
-#[derive(Default)]
-struct SeekTable {
-    entries: Vec<u8>,
-    frames: u32,
-}
-
-impl SeekTable {
-    fn add(&mut self, compressed: usize, plain: u64) {
-        // Both are at most a few MiB.
-        self.entries.extend((compressed as u32).to_le_bytes());
-        self.entries.extend((plain as u32).to_le_bytes());
-        self.frames += 1;
-    }
-
-    fn encode(self) -> Vec<u8> {
-        let mut bytes = 0x184D_2A5Eu32.to_le_bytes().to_vec();
-        bytes.extend((self.entries.len() as u32 + 9).to_le_bytes());
-        bytes.extend(self.entries);
-        bytes.extend(self.frames.to_le_bytes());
-        bytes.push(0);
-        bytes.extend(0x8F92_EAB1u32.to_le_bytes());
-        bytes
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn frames_and_their_index_decompress_as_one_stream() {
-        let mut object = Vec::new();
-        let mut table = SeekTable::default();
-        for part in [&[1u8; 100_000][..], &[2; 5], &[3; 70_000]] {
-            let frame = compress(part, 1).unwrap();
-            table.add(frame.len(), part.len() as u64);
-            object.extend(frame);
-        }
-        object.extend(table.encode());
-        let plain = zstd::stream::decode_all(&object[..]).unwrap();
-        assert_eq!(plain.len(), 170_005);
-        assert_eq!((plain[99_999], plain[100_000], plain[100_005]), (1, 2, 3));
-        assert_eq!(&object[object.len() - 9..object.len() - 5], 3u32.to_le_bytes());
-    }
 }

@@ -1,26 +1,40 @@
 //! `walship backup`.
 
 use std::io::IsTerminal as _;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
-use walship::backup::{BackupEvent, BackupOptions, server_identity, take_backup};
-use walship::catalog::BackupRecord;
+use walship::backup::{BackupEvent, BackupOptions, BackupSource, server_identity, take_backup};
+use walship::catalog::{BackupRecord, DamagedPages};
 use walship::config::{Config, Overrides};
-use walship::error::Result;
+use walship::error::{Error, Result};
 use walship::replication::{Checkpoint, ConnectOptions};
 
 use super::open::Configured;
+
+/// The exit status when damage was found.
+const DAMAGED: u8 = 4;
+
+/// So many damaged pages are shown one by one.
+const PAGES_SHOWN: usize = 20;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   walship backup 'host=db1 user=replicator'
   walship backup --label nightly --max-rate 50M postgresql://replicator@db1,db2/?target_session_attrs=prefer-standby
+  sudo -u postgres walship backup --source local 'host=/var/run/postgresql'
 
 The user needs the REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The password comes
 from ~/.pgpass or PGPASSWORD, never from the command line. The backup is complete, and counts, when its WAL is in
-the repository too: archive_command must be at work.")]
+the repository too: archive_command must be at work.
+
+--source local reads the data directory itself, with several threads: faster, on the server's own machine only, as
+the user that PostgreSQL runs as. Every page is checked against its checksum, as the server does with the stream.
+
+Exit status: 0 complete, 1 failed, 2 usage, 4 complete, but damaged pages were found: they are listed, and in the
+backup as they are.")]
 pub(super) struct Args {
     /// The server: a URI or keyword=value pairs [default: --connection, the configuration, PG* variables]
     #[arg(value_name = "CONNINFO")]
@@ -41,6 +55,15 @@ pub(super) struct Args {
     /// zstd level
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=19))]
     level: i32,
+    /// Have the server send the files, or read them where they lie
+    #[arg(long, value_enum, default_value_t = SourceArg::Stream)]
+    source: SourceArg,
+    /// With --source local: the data directory [default: what the server says]
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// With --source local: how many threads read [default: one for each core, at most 8]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    workers: Option<u16>,
     /// Print the backup's record as JSON
     #[arg(long)]
     json: bool,
@@ -50,6 +73,34 @@ pub(super) struct Args {
 enum CheckpointArg {
     Fast,
     Spread,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum SourceArg {
+    Stream,
+    Local,
+}
+
+impl Args {
+    /// # Errors
+    /// [`Error::Invalid`] for what only the other source understands.
+    fn backup_source(&self) -> Result<BackupSource> {
+        match self.source {
+            SourceArg::Local => {
+                let cores = std::thread::available_parallelism().map_or(2, usize::from).min(8);
+                Ok(BackupSource::Local {
+                    data_directory: self.data_dir.clone(),
+                    workers: self.workers.map_or(cores, usize::from),
+                })
+            }
+            SourceArg::Stream if self.data_dir.is_some() || self.workers.is_some() => {
+                Err(Error::invalid("--data-dir and --workers go with --source local")
+                    .with_safe("nothing was begun")
+                    .with_next("Add --source local, or leave them out."))
+            }
+            SourceArg::Stream => Ok(BackupSource::Stream),
+        }
+    }
 }
 
 /// Reads a rate in kilobytes a second: `1024`, `1024k`, `50M`.
@@ -68,6 +119,7 @@ fn parse_rate(text: &str) -> std::result::Result<u32, String> {
 
 /// Takes the backup.
 pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
+    let source = args.backup_source()?;
     let config = super::config(overrides)?;
     let server = connect_options(args, &config)?;
     let clusters = Configured::new(&config)?.open_all().await?;
@@ -85,6 +137,7 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         max_rate_kb: args.max_rate,
         wal_timeout: Duration::from_secs(args.wal_timeout),
         level: args.level,
+        source,
         ..BackupOptions::default()
     };
     let view = View::new();
@@ -92,7 +145,7 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
     view.bar.finish_and_clear();
     let record = taken?;
     super::print_report(&record, args.json, || text(&record))?;
-    Ok(0)
+    Ok(if record.damaged_pages.is_some() { DAMAGED } else { 0 })
 }
 
 fn connect_options(args: &Args, config: &Config) -> Result<ConnectOptions> {
@@ -104,7 +157,7 @@ fn connect_options(args: &Args, config: &Config) -> Result<ConnectOptions> {
 
 fn text(record: &BackupRecord) -> String {
     let took = (record.finished - record.started).to_std().unwrap_or_default();
-    format!(
+    let mut text = format!(
         "backup {} is complete\n  from {} to {} on timeline {}\n  {} files, {}, stored as {} in {:.1} s",
         record.id,
         record.start_lsn,
@@ -114,7 +167,33 @@ fn text(record: &BackupRecord) -> String {
         HumanBytes(record.data_bytes),
         HumanBytes(record.stored_bytes),
         took.as_secs_f64(),
-    )
+    );
+    if let Some(damaged) = &record.damaged_pages {
+        text += &format!("\n{}", damage_text(damaged));
+    }
+    text
+}
+
+/// Names the damaged pages, and what to do about them.
+fn damage_text(damaged: &DamagedPages) -> String {
+    let mut text = format!("damage: {} pages do not match their checksums\n", damaged.total);
+    for page in damaged.pages.iter().take(PAGES_SHOWN) {
+        let relation = page.relation.as_deref().map(|name| format!(" of {name}")).unwrap_or_default();
+        text += &format!(
+            "  block {}{relation}, {} (checksum {:04X}, should be {:04X})\n",
+            page.block,
+            page.path.display(),
+            page.stored,
+            page.computed
+        );
+    }
+    let more = damaged.total.saturating_sub(PAGES_SHOWN as u64);
+    if more > 0 {
+        text += &format!("  and {more} more: --json lists up to {}\n", DamagedPages::PAGES_MAX);
+    }
+    text + "safe:  the backup is complete, the damaged pages are in it as they are; older backups are untouched\n\
+            next:  Look into the server's disk and memory; restore an older backup to a scratch folder and compare: \
+            its WAL may bring the pages back whole."
 }
 
 /// A bar on a terminal, a few lines elsewhere.

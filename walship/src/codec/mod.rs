@@ -5,6 +5,8 @@
 //! is allocated, and whatever fails a check is [`Error::Corrupt`](crate::Error::Corrupt).
 //! `docs/repository-format.md` is the specification.
 
+#[cfg(feature = "store")]
+pub mod backup_index;
 mod beside;
 mod compress;
 mod digest;

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Component, Path, PathBuf};
 
+use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
@@ -142,6 +143,65 @@ impl BackupManifest {
     }
 }
 
+/// Writes a manifest as the server does, for files that the server did not send.
+#[derive(Debug)]
+pub struct ManifestWriter {
+    text: Vec<u8>,
+    files: usize,
+}
+
+impl ManifestWriter {
+    /// Returns a manifest without files: of version 2 where a system identifier is given, which servers before
+    /// PostgreSQL 17 do not know, else of version 1.
+    ///
+    /// Source: `src/backend/backup/backup_manifest.c`, InitializeBackupManifest.
+    pub fn new(system_identifier: Option<u64>) -> Self {
+        let text = match system_identifier {
+            Some(id) => {
+                format!(
+                    "{{ \"PostgreSQL-Backup-Manifest-Version\": 2,\n\"System-Identifier\": {id},\n\"Files\": ["
+                )
+            }
+            None => "{ \"PostgreSQL-Backup-Manifest-Version\": 1,\n\"Files\": [".to_owned(),
+        };
+        Self { text: text.into_bytes(), files: 0 }
+    }
+
+    /// Adds a file with its CRC-32C.
+    pub fn add(&mut self, path: &Path, bytes: u64, modified: DateTime<Utc>, crc32c: u32) {
+        let path = match path.to_str() {
+            Some(path) => format!("\"Path\": {}", serde_json::Value::from(path)),
+            None => format!("\"Encoded-Path\": \"{}\"", hex::encode(path.as_os_str().as_bytes())),
+        };
+        let line = format!(
+            "{}\n{{ {path}, \"Size\": {bytes}, \"Last-Modified\": \"{} GMT\", \"Checksum-Algorithm\": \"CRC32C\", \
+             \"Checksum\": \"{}\" }}",
+            if self.files > 0 { "," } else { "" },
+            modified.format("%Y-%m-%d %H:%M:%S"),
+            hex::encode(crc32c.to_le_bytes()),
+        );
+        self.text.extend(line.bytes());
+        self.files += 1;
+    }
+
+    /// Ends the manifest with the WAL that the backup needs, and its own checksum.
+    pub fn finish(mut self, ranges: &[WalRange]) -> Vec<u8> {
+        let one = |range: &WalRange| {
+            format!(
+                "{{ \"Timeline\": {}, \"Start-LSN\": \"{}\", \"End-LSN\": \"{}\" }}",
+                range.timeline.get(),
+                range.start,
+                range.end
+            )
+        };
+        let ranges: Vec<String> = ranges.iter().map(one).collect();
+        self.text.extend(format!("\n],\n\"WAL-Ranges\": [\n{}\n],\n", ranges.join(",\n")).bytes());
+        let digest = hex::encode(Sha256::digest(&self.text));
+        self.text.extend(format!("\"Manifest-Checksum\": \"{digest}\"}}\n").bytes());
+        self.text
+    }
+}
+
 /// The last line holds the SHA-256 of everything before it.
 fn verify_own_checksum(bytes: &[u8]) -> Result<(), ParseError> {
     let bad = |what: &str| ParseError::new(format!("the backup manifest {what}"));
@@ -252,6 +312,24 @@ mod tests {
         assert_eq!(manifest.files[0].matches_crc32c(1), Some(false));
         assert_eq!(manifest.files[1].path.as_os_str().as_bytes(), b"b\xff");
         assert_eq!(manifest.wal_ranges[0].end, Lsn(0x200_0100));
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        for id in [None, Some(7_123_456_789_012_345_678)] {
+            let mut writer = ManifestWriter::new(id);
+            let odd = OsString::from_vec(b"b\xFF".to_vec());
+            for path in [Path::new("base/5/\"odd\\"), Path::new(&odd)] {
+                writer.add(path, 5, DateTime::UNIX_EPOCH, 0x0d0c_0b0a);
+            }
+            let range = WalRange { timeline: TimelineId::FIRST, start: Lsn(0x28), end: Lsn(0x100) };
+            let read = BackupManifest::parse(&writer.finish(&[range])).unwrap();
+            assert_eq!((read.version, read.system_identifier), (if id.is_some() { 2 } else { 1 }, id));
+            assert_eq!(read.files[0].path, Path::new("base/5/\"odd\\"));
+            assert_eq!(read.files[1].path.as_os_str().as_bytes(), b"b\xff");
+            assert_eq!(read.files[0].matches_crc32c(0x0d0c_0b0a), Some(true));
+            assert_eq!(read.wal_ranges, [range]);
+        }
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub struct ControlData {
     pub track_commit_timestamp: bool,
     /// The size of a data page in bytes.
     pub block_size: u32,
+    /// How many pages a file of a relation holds before the next one begins.
+    pub relation_file_blocks: u32,
     /// The size of a WAL page in bytes.
     pub wal_block_size: u32,
     /// The WAL segment size.
@@ -144,6 +146,7 @@ impl ControlData {
             max_locks_per_transaction: fields.i32(196)?,
             track_commit_timestamp: fields.flag(200)?,
             block_size: fields.u32(216)?,
+            relation_file_blocks: fields.u32(220)?,
             wal_block_size: fields.u32(224)?,
             segment_size: SegmentSize::try_from(u64::from(fields.u32(228)?))?,
             data_checksum_version: fields.u32(252)?,

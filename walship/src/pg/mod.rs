@@ -7,6 +7,7 @@ pub mod backup_label;
 pub mod backup_manifest;
 pub mod control;
 pub mod lsn;
+pub mod page;
 pub mod segment;
 pub mod timeline;
 

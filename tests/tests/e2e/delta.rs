@@ -1,0 +1,210 @@
+//! Restores over a data directory that is there: what matches stays, what is broken off goes on, nothing is taken
+//! for what it is not.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+use walship_tests::postgres::{PgServer, StopMode, majors, primary_major};
+use walship_tests::random::Random;
+use walship_tests::stage::Stage;
+use walship_tests::{process, seed};
+
+const MARKER: &str = "walship-restore-incomplete";
+
+fn production(stage: &Stage, major: u32) -> PgServer {
+    let server = stage.archiving(PgServer::builder(major)).start();
+    stage.init(&server);
+    server.psql(
+        "CREATE TABLE t AS SELECT g, repeat(md5(g::text), 10) AS t FROM generate_series(1, 60000) g;
+         CREATE INDEX ON t (g)",
+    );
+    server
+}
+
+/// Returns the report of a restore over `dir`.
+fn over(stage: &Stage, dir: &Path, words: &[&str]) -> Value {
+    let mut command = stage.pitr(&["restore", "--json", "--delta", "--yes", "-D"]);
+    command.arg(dir).args(words);
+    let report: Value = serde_json::from_str(&stage.ok(&mut command)).unwrap();
+    report["report"].clone()
+}
+
+/// PostgreSQL's own tool finds every file as the backup's manifest says.
+fn is_whole(server: &PgServer, dir: &Path) {
+    assert!(!dir.join(MARKER).exists());
+    let verify = server.run_tool("pg_verifybackup", &["-n", dir.to_str().unwrap()]);
+    assert!(verify.status.success(), "{}", String::from_utf8_lossy(&verify.stderr));
+}
+
+#[test]
+fn only_what_differs_is_fetched() {
+    for major in majors() {
+        let stage = Stage::folder("main");
+        let mut server = production(&stage, major);
+        let space = TempDir::new().unwrap();
+        server.psql(&format!("CREATE TABLESPACE fast LOCATION '{}'", space.path().display()));
+        server.psql("CREATE TABLE there TABLESPACE fast AS SELECT g FROM generate_series(1, 20000) g");
+        stage.backup(&server);
+        server.psql("SELECT pg_create_restore_point('good')");
+        let expected = server.psql("SELECT sum(g), max(t) FROM t");
+        server.psql(
+            "UPDATE t SET t = 'x' WHERE g % 3000 = 0; DROP TABLE there; CREATE TABLE later TABLESPACE fast AS SELECT 1 AS g;
+             CREATE DATABASE later",
+        );
+        server.archive_now();
+        server.psql("INSERT INTO t VALUES (0, 'never archived'); CHECKPOINT");
+        let data_dir = server.data_dir().to_owned();
+        fs::write(data_dir.join("notes.txt"), "the operator's").unwrap();
+        // While it runs nothing is touched.
+        let words = ["restore", "--to-name", "good", "--delta", "--yes", "-D", data_dir.to_str().unwrap()];
+        let said = stage.fails(&mut stage.pitr(&words), 2);
+        assert!(said.contains("a server runs on"), "{said}");
+        assert_eq!(server.psql("SELECT count(*) FROM later"), "1");
+        server.kill9();
+
+        // Nobody is there to confirm; a dry run changes nothing.
+        let words = ["restore", "--to-name", "good", "--delta", "-D", data_dir.to_str().unwrap()];
+        let said = stage.fails(stage.pitr(&words).stdin(Stdio::null()), 2);
+        assert!(said.contains("--yes") && said.contains("nothing was written"), "{said}");
+        stage.ok(stage.pitr(&words).arg("--dry-run"));
+        assert!(data_dir.join("global/pg_control").exists() && !data_dir.join(MARKER).exists());
+
+        let report = over(&stage, &data_dir, &["--to-name", "good"]);
+        let number = |name: &str| report["delta"][name].as_u64().unwrap();
+        let total = report["data_bytes"].as_u64().unwrap();
+        assert!(number("kept_bytes") > total * 8 / 10, "{report}");
+        assert!(number("kept_bytes") < total && number("removed_files") > 0, "{report}");
+        assert_eq!(fs::read_to_string(data_dir.join("notes.txt")).unwrap(), "the operator's");
+        fs::remove_file(data_dir.join("notes.txt")).unwrap();
+        is_whole(&server, &data_dir);
+        // The WAL that nobody else has is still there.
+        let aside = PathBuf::from(report["delta"]["old_wal"].as_str().unwrap());
+        assert!(aside.starts_with(data_dir.join("pg_wal")));
+        assert!(fs::read_dir(&aside).unwrap().count() > 1);
+        let restored = stage.recovering(&data_dir).start();
+        restored.wait_for("SELECT pg_is_in_recovery()", "f");
+        assert_eq!(restored.psql("SELECT sum(g), max(t) FROM t"), expected);
+        assert_eq!(restored.psql("SELECT count(*) FROM there"), "20000");
+        assert_eq!(restored.psql("SELECT count(*) FROM pg_database WHERE datname = 'later'"), "0");
+        assert!(restored.try_psql("SELECT * FROM later").is_err());
+    }
+}
+
+#[test]
+fn a_restore_that_was_killed_goes_on() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    server.psql("CREATE TABLE more AS SELECT g, md5(g::text) AS t FROM generate_series(1, 300000) g");
+    stage.backup(&server);
+    server.archive_now();
+    server.stop(StopMode::Fast);
+    let mut random = Random::new(seed());
+    for round in 0..6 {
+        let dir = stage.path().join(format!("restored-{round}"));
+        // The first attempt is whole or over nothing; the others go over what is left.
+        for attempt in 0..3 {
+            let mut command = stage.pitr(&["restore", "--latest", "-D"]);
+            command.arg(&dir).stdout(Stdio::null()).stderr(Stdio::null());
+            if attempt > 0 || round % 2 == 0 {
+                command.args(["--delta", "--yes"]);
+            }
+            let mut child = process::spawn(command).unwrap();
+            std::thread::sleep(Duration::from_millis(40 + random.below(500) as u64));
+            process::kill_tree(&mut child);
+            if dir.join(MARKER).exists() {
+                assert!(!dir.join("global/pg_control").exists());
+                let refused = stage.fails(stage.pitr(&["restore", "--latest", "-D"]).arg(&dir), 2);
+                assert!(refused.contains("--delta"), "{refused}");
+            }
+        }
+        over(&stage, &dir, &["--latest"]);
+        is_whole(&server, &dir);
+        let again = over(&stage, &dir, &["--latest"]);
+        assert!(
+            again["delta"]["kept_bytes"].as_u64() > again["data_bytes"].as_u64().map(|all| all * 99 / 100),
+            "{again}"
+        );
+        is_whole(&server, &dir);
+        let restored = stage.recovering(&dir).start();
+        restored.wait_for("SELECT pg_is_in_recovery()", "f");
+        assert_eq!(restored.psql("SELECT count(*), count(DISTINCT t) FROM more"), "300000|300000");
+        drop(restored);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}
+
+#[test]
+fn what_is_no_data_directory_of_the_cluster_is_left_alone() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    stage.backup(&server);
+    server.archive_now();
+    server.stop(StopMode::Fast);
+    let refused = |dir: &Path, expected: &str, status: i32| {
+        let mut command = stage.pitr(&["restore", "--latest", "--delta", "--yes", "-D"]);
+        let said = stage.fails(command.arg(dir), status);
+        assert!(said.contains(expected) && said.contains("nothing was written"), "{said}");
+    };
+    let mut stranger = PgServer::builder(primary_major()).start();
+    stranger.stop(StopMode::Fast);
+    refused(stranger.data_dir(), "another cluster", 1);
+    stranger.start();
+    assert_eq!(stranger.psql("SELECT 1"), "1");
+    let papers = stage.path().join("papers");
+    fs::create_dir(&papers).unwrap();
+    fs::write(papers.join("precious"), "x").unwrap();
+    refused(&papers, "no data directory", 2);
+    assert_eq!(fs::read_dir(&papers).unwrap().count(), 1);
+    let file = papers.join("precious");
+    refused(&file, "not a folder", 2);
+
+    // A file that is a link to elsewhere, or has a second name, is replaced, and what it led to stays.
+    let dir = server.data_dir().to_owned();
+    let outside = stage.path().join("outside");
+    fs::write(&outside, "mine").unwrap();
+    for (name, make) in [("PG_VERSION", 0), ("pg_ident.conf", 1)] {
+        fs::remove_file(dir.join(name)).unwrap();
+        match make {
+            0 => std::os::unix::fs::symlink(&outside, dir.join(name)).unwrap(),
+            _ => fs::hard_link(&outside, dir.join(name)).unwrap(),
+        }
+    }
+    over(&stage, &dir, &["--latest"]);
+    assert_eq!(fs::read_to_string(&outside).unwrap(), "mine");
+    is_whole(&server, &dir);
+}
+
+#[test]
+fn what_was_there_is_set_aside() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    let space = TempDir::new().unwrap();
+    let inside = space.path().join("inside");
+    fs::create_dir(&inside).unwrap();
+    server.psql(&format!("CREATE TABLESPACE fast LOCATION '{}'", inside.display()));
+    server.psql("CREATE TABLE there TABLESPACE fast AS SELECT g FROM generate_series(1, 1000) g");
+    stage.backup(&server);
+    server.archive_now();
+    server.psql("INSERT INTO there VALUES (-1)");
+    server.stop(StopMode::Immediate);
+    let dir = server.data_dir().to_owned();
+    let mut command = stage.pitr(&["restore", "--latest", "--json", "--set-aside", "--yes", "-D"]);
+    let report: Value = serde_json::from_str(&stage.ok(command.arg(&dir))).unwrap();
+    let moved = report["report"]["set_aside"].as_array().unwrap();
+    assert_eq!(moved.len(), 2, "{report}");
+    for pair in moved {
+        assert!(Path::new(pair[1].as_str().unwrap()).is_dir());
+    }
+    is_whole(&server, &dir);
+    let restored = stage.recovering(&dir).start();
+    restored.wait_for("SELECT pg_is_in_recovery()", "f");
+    assert_eq!(restored.psql("SELECT count(*) FROM there"), "1000");
+    // The old one is what it was.
+    assert!(Path::new(moved[0][1].as_str().unwrap()).join("global/pg_control").exists());
+    drop(restored);
+    fs::remove_dir_all(moved[0][1].as_str().unwrap()).unwrap();
+}

@@ -1,0 +1,565 @@
+//! A base backup whose files are read from the data directory itself, by several threads, between
+//! `pg_backup_start` and `pg_backup_stop`: for a program that runs beside the server.
+//!
+//! It stores what `BASE_BACKUP` would send, in the same form, with a manifest of its own making. `global/pg_control` is
+//! read last, because on a standby it says up to where recovery must go. If the session breaks, the server ends the backup, and nothing is
+//! recorded.
+
+mod read;
+mod server;
+mod walk;
+
+use std::collections::VecDeque;
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+use tokio::runtime::Handle;
+
+use crate::catalog::{BackupObject, DamagedPage, DamagedPages, Tablespace};
+use crate::error::{Error, Result};
+use crate::pg::backup_manifest::{BackupManifest, ManifestWriter};
+use crate::pg::control::ControlData;
+use crate::pg::page::PAGE_BYTES;
+use crate::pg::{BackupLabel, Lsn, TimelineHistory, TimelineId, WalRange};
+use crate::replication::base_backup::BackupStart;
+use crate::storage::blocking;
+
+use super::intake::{Received, TWO_PHASE_BYTES, TWO_PHASE_MAX};
+use super::members::{BLOCK, Member, MemberKind};
+use super::pack::{PackSettings, Packer};
+use super::progress::{BackupEvent, Meter};
+
+use read::{Opened, PageCheck, READ_BYTES, ReadFile};
+pub(super) use server::LocalServer;
+use walk::{Entry, EntryKind, walk};
+
+/// The file that makes a folder a data directory.
+const CONTROL_FILE: &str = "global/pg_control";
+
+/// `pg_control` may be read in the middle of being written: so often it is read again, with pauses.
+const CONTROL_READS: u32 = 50;
+
+/// The pause between two reads of `pg_control`.
+const CONTROL_PAUSE: Duration = Duration::from_millis(20);
+
+/// How often progress is looked at.
+const TICK: Duration = Duration::from_millis(250);
+
+/// The longest path, and the longest target of a link, that a tar header holds as PostgreSQL writes it.
+const NAME_BYTES_MAX: usize = 99;
+
+/// How the files are read.
+#[derive(Debug, Clone)]
+pub(super) struct ReadOptions {
+    /// How many threads read.
+    pub(super) workers: usize,
+    /// The most bytes a second of all of them.
+    pub(super) bytes_per_second: Option<u64>,
+}
+
+/// What the threads share.
+struct Shared {
+    settings: Arc<PackSettings>,
+    queue: Mutex<VecDeque<Entry>>,
+    check: Option<PageCheck>,
+    pace: Option<Pace>,
+    read_bytes: AtomicU64,
+    /// Set when the backup is being given up.
+    stopped: AtomicBool,
+}
+
+/// What one thread has done.
+#[derive(Default)]
+struct Share {
+    objects: Vec<BackupObject>,
+    files: Vec<ReadFile>,
+    damaged: DamagedPages,
+    two_phase: Vec<Vec<u8>>,
+}
+
+/// Stops the threads when the backup ends early, however it does.
+struct StopAtDrop(Arc<Shared>);
+
+impl Drop for StopAtDrop {
+    fn drop(&mut self) {
+        self.0.stopped.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Reads everything and stores it; returns what was stored, where the backup ends, and on which timeline.
+///
+/// `start` was said by [`LocalServer::start`].
+///
+/// # Errors
+/// [`Error::LocalIo`] for files that cannot be read, what storing fails with, and what the server says when the backup
+/// ends: that it was promoted meanwhile, for one.
+pub(super) async fn take(
+    server: &mut LocalServer,
+    start: &BackupStart,
+    settings: Arc<PackSettings>,
+    options: &ReadOptions,
+    progress: &(dyn Fn(BackupEvent) + Send + Sync),
+) -> Result<(Received, Lsn, TimelineId)> {
+    let data_directory = server.data_directory.clone();
+    let control = server.control.clone();
+    let walked = {
+        let (folder, version, emptied) =
+            (data_directory.clone(), server.version_folder.clone(), server.emptied.clone());
+        blocking(move || walk(&folder, &version, emptied.as_deref())).await?
+    };
+    for path in &walked.odd {
+        progress(BackupEvent::Warning(format!(
+            "{} is neither file nor folder and is not in the backup",
+            path.display()
+        )));
+    }
+    let check = (control.data_checksum_version != 0 && control.block_size as usize == PAGE_BYTES)
+        .then_some(PageCheck { start: start.lsn, file_blocks: control.relation_file_blocks });
+    let (mut files, places): (Vec<Entry>, Vec<Entry>) =
+        walked.entries.into_iter().partition(|entry| matches!(entry.kind, EntryKind::File { .. }));
+    let total_bytes = files.iter().map(length).sum();
+    progress(BackupEvent::Started {
+        id: settings.id.clone(),
+        start_lsn: start.lsn,
+        timeline: start.timeline,
+        total_bytes,
+    });
+    // Large ones first, so that no thread is left with one at the end.
+    files.sort_by_key(|entry| (entry.tablespace, std::cmp::Reverse(length(entry))));
+    let shared = Arc::new(Shared {
+        settings: Arc::clone(&settings),
+        queue: Mutex::new(files.into()),
+        check,
+        pace: options.bytes_per_second.map(Pace::new),
+        read_bytes: AtomicU64::new(0),
+        stopped: AtomicBool::new(false),
+    });
+    let _stop = StopAtDrop(Arc::clone(&shared));
+    let long_links = walked.tablespaces.iter().any(|(_, place)| place.as_os_str().len() > NAME_BYTES_MAX);
+    let mut share = put_folders(&settings, places, long_links).await?;
+    let read = read_all(&shared, options.workers, total_bytes, progress).await?;
+    share.add(read);
+
+    let control_file = {
+        let path = data_directory.join(CONTROL_FILE);
+        blocking(move || read_control(&path)).await?
+    };
+    let stopped = server.stop().await?;
+    let label = BackupLabel::parse(&stopped.label).map_err(Error::from)?;
+    let now = Utc::now();
+    let mut packer = Packer::new(Arc::clone(&settings));
+    let mut small = vec![("backup_label", stopped.label.into_bytes())];
+    if long_links {
+        small.push(("tablespace_map", stopped.tablespace_map.into_bytes()));
+    }
+    small.push((CONTROL_FILE, control_file.clone()));
+    for (path, content) in small {
+        share.files.push(put_small(&mut packer, path, &content, now).await?);
+    }
+    share.objects.extend(packer.finish().await?);
+    share.objects.sort_by(|a, b| a.name.cmp(&b.name));
+
+    let stop_timeline = match label.from_standby {
+        true => ControlData::parse(&control_file)?.min_recovery_timeline.unwrap_or(label.timeline),
+        false => label.timeline,
+    };
+    let ranges = wal_ranges(&data_directory, &label, stopped.lsn, stop_timeline)?;
+    let major = server.major;
+    let system_identifier = control.system_identifier;
+    share.files.sort_by(|a, b| a.listed.cmp(&b.listed));
+    share.damaged.pages.sort_by(|a, b| (&a.path, a.block).cmp(&(&b.path, b.block)));
+    let files = std::mem::take(&mut share.files);
+    let data_bytes = files.iter().map(|file| file.bytes).sum();
+    let tablespaces = tablespaces(&walked.tablespaces, &files)?;
+    let (manifest_bytes, manifest) = blocking(move || {
+        let mut writer = ManifestWriter::new((major >= 17).then_some(system_identifier));
+        for file in &files {
+            writer.add(&file.listed, file.bytes, file.modified, file.crc);
+        }
+        let bytes = writer.finish(&ranges);
+        let manifest = BackupManifest::parse(&bytes)?;
+        Ok((bytes, manifest))
+    })
+    .await?;
+    let received = Received {
+        objects: share.objects,
+        manifest,
+        manifest_bytes,
+        label,
+        two_phase: (share.two_phase.len() <= TWO_PHASE_MAX).then_some(share.two_phase),
+        tablespaces,
+        data_bytes,
+        damaged: share.damaged,
+    };
+    Ok((received, stopped.lsn, stop_timeline))
+}
+
+fn length(entry: &Entry) -> u64 {
+    match entry.kind {
+        EntryKind::File { bytes } => bytes,
+        EntryKind::Folder { .. } | EntryKind::Link(_) => 0,
+    }
+}
+
+impl Share {
+    fn add(&mut self, other: Self) {
+        self.objects.extend(other.objects);
+        self.files.extend(other.files);
+        self.damaged.add(other.damaged);
+        self.two_phase.extend(other.two_phase);
+    }
+}
+
+/// Stores folders and links, before every file: an object unpacked by hand finds them there.
+async fn put_folders(
+    settings: &Arc<PackSettings>,
+    mut places: Vec<Entry>,
+    long_links: bool,
+) -> Result<Share> {
+    // The sort is stable: a folder stays before what is in it.
+    places.sort_by_key(|entry| entry.tablespace);
+    let mut packer = Packer::new(Arc::clone(settings));
+    for place in places {
+        let (kind, mode, link) = match &place.kind {
+            EntryKind::Folder { mode } => (MemberKind::Folder, 0o700 | (mode & 0o050), None),
+            EntryKind::Link(_) if long_links => continue,
+            EntryKind::Link(target) => (MemberKind::Link, 0o777, Some(target.as_path())),
+            EntryKind::File { .. } => continue,
+        };
+        packer.begin_archive(place.tablespace);
+        let member = Member { path: place.path, kind, bytes: 0 };
+        packer.header(&header(&member, mode, DateTime::UNIX_EPOCH, link)?, member);
+        packer.end_member();
+        packer.pump().await?;
+    }
+    let objects = packer.finish().await?;
+    Ok(Share { objects, ..Share::default() })
+}
+
+/// Has all files read by `workers` threads.
+async fn read_all(
+    shared: &Arc<Shared>,
+    workers: usize,
+    total_bytes: u64,
+    progress: &(dyn Fn(BackupEvent) + Send + Sync),
+) -> Result<Share> {
+    let mut working = tokio::task::JoinSet::new();
+    for _ in 0..workers.max(1) {
+        let shared = Arc::clone(shared);
+        let handle = Handle::current();
+        working.spawn_blocking(move || {
+            let done = work(&shared, &handle);
+            if done.is_err() {
+                shared.stopped.store(true, Ordering::Relaxed);
+            }
+            done
+        });
+    }
+    let mut meter = Meter::new(total_bytes, Instant::now());
+    let mut told = 0;
+    let mut tick = tokio::time::interval(TICK);
+    let (mut share, mut failure) = (Share::default(), None);
+    loop {
+        tokio::select! {
+            joined = working.join_next() => match joined {
+                None => break,
+                Some(Ok(Ok(done))) => share.add(done),
+                Some(Ok(Err(error))) => failure = failure.or(Some(error)),
+                Some(Err(error)) => {
+                    let error = Error::unavailable(format!("a thread that reads files ended early: {error}"));
+                    failure = failure.or(Some(error));
+                }
+            },
+            _ = tick.tick() => {
+                let read = shared.read_bytes.load(Ordering::Relaxed);
+                if let Some(transfer) = meter.add(read - told, Instant::now()) {
+                    progress(BackupEvent::Data(transfer));
+                }
+                told = read;
+            }
+        }
+    }
+    progress(BackupEvent::Data(meter.now()));
+    match failure {
+        None => Ok(share),
+        Some(error) => Err(error),
+    }
+}
+
+/// Reads files until there are none left. Blocking.
+fn work(shared: &Shared, handle: &Handle) -> Result<Share> {
+    let mut packer = Packer::new(Arc::clone(&shared.settings));
+    let mut share = Share::default();
+    let mut buffer = Vec::with_capacity(READ_BYTES);
+    let read = read_files(shared, handle, &mut packer, &mut share, &mut buffer);
+    match read {
+        Ok(()) => {
+            share.objects = handle.block_on(packer.finish())?;
+            Ok(share)
+        }
+        Err(error) => {
+            handle.block_on(packer.abandon());
+            Err(error)
+        }
+    }
+}
+
+fn read_files(
+    shared: &Shared,
+    handle: &Handle,
+    packer: &mut Packer,
+    share: &mut Share,
+    buffer: &mut Vec<u8>,
+) -> Result<()> {
+    loop {
+        let next = shared.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let Some(entry) = next else { return Ok(()) };
+        // What is gone was dropped since the backup began: replay knows.
+        let Some(opened) = read::open(&entry.source)? else { continue };
+        let (file, damaged) =
+            put_file(shared, handle, packer, &entry, &opened, buffer, &mut share.two_phase)?;
+        share.files.push(file);
+        share.damaged.add(damaged.into());
+    }
+}
+
+fn put_file(
+    shared: &Shared,
+    handle: &Handle,
+    packer: &mut Packer,
+    entry: &Entry,
+    opened: &Opened,
+    buffer: &mut Vec<u8>,
+    two_phase: &mut Vec<Vec<u8>>,
+) -> Result<(ReadFile, Vec<DamagedPage>)> {
+    let listed = entry.listed();
+    packer.begin_archive(entry.tablespace);
+    let member = Member { path: entry.path.clone(), kind: MemberKind::File, bytes: opened.bytes };
+    packer.header(&header(&member, opened.mode, opened.modified, None)?, member);
+    if listed.parent() == Some(Path::new("pg_twophase")) && two_phase.len() <= TWO_PHASE_MAX {
+        two_phase.push(Vec::new());
+    }
+    let is_two_phase = listed.parent() == Some(Path::new("pg_twophase"));
+    let mut take = |bytes: &[u8]| {
+        if shared.stopped.load(Ordering::Relaxed) {
+            return Err(Error::unavailable("the backup was given up"));
+        }
+        if let (true, Some(kept)) = (is_two_phase, two_phase.last_mut()) {
+            kept.extend_from_slice(&bytes[..bytes.len().min(TWO_PHASE_BYTES - kept.len())]);
+        }
+        packer.data(bytes);
+        handle.block_on(packer.pump())?;
+        shared.read_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        if let Some(pace) = &shared.pace {
+            pace.keep(bytes.len() as u64, &shared.stopped);
+        }
+        Ok(())
+    };
+    let (crc, damaged) = read::read(opened, &entry.source, &listed, shared.check, buffer, &mut take)?;
+    packer.padding(&padding(opened.bytes));
+    packer.end_member();
+    handle.block_on(packer.pump())?;
+    Ok((ReadFile { listed, bytes: opened.bytes, crc, modified: opened.modified }, damaged))
+}
+
+async fn put_small(packer: &mut Packer, path: &str, content: &[u8], now: DateTime<Utc>) -> Result<ReadFile> {
+    let (path, bytes) = (PathBuf::from(path), content.len() as u64);
+    let member = Member { path: path.clone(), kind: MemberKind::File, bytes };
+    packer.header(&header(&member, 0o600, now, None)?, member);
+    packer.data(content);
+    packer.padding(&padding(bytes));
+    packer.end_member();
+    packer.pump().await?;
+    Ok(ReadFile { listed: path, bytes, crc: crc32c::crc32c(content), modified: now })
+}
+
+fn padding(bytes: u64) -> Vec<u8> {
+    vec![0; (bytes.next_multiple_of(BLOCK as u64) - bytes) as usize]
+}
+
+/// Returns a tar header as PostgreSQL writes it.
+///
+/// Source: `src/port/tar.c`, tarCreateHeader.
+fn header(member: &Member, mode: u32, modified: DateTime<Utc>, link: Option<&Path>) -> Result<[u8; BLOCK]> {
+    let path = &member.path;
+    let too_long = |_| Error::invalid(format!("{path:?} is too long for a base backup"));
+    if path.as_os_str().len() > NAME_BYTES_MAX {
+        return Err(too_long(()));
+    }
+    let mut header = tar::Header::new_ustar();
+    header.set_path(path).map_err(|_| too_long(()))?;
+    if let Some(link) = link {
+        header.set_link_name(link).map_err(|_| too_long(()))?;
+    }
+    header.set_entry_type(match member.kind {
+        MemberKind::File => tar::EntryType::Regular,
+        MemberKind::Folder => tar::EntryType::Directory,
+        MemberKind::Link => tar::EntryType::Symlink,
+    });
+    header.set_mode(mode);
+    header.set_size(member.bytes);
+    header.set_mtime(u64::try_from(modified.timestamp()).unwrap_or_default());
+    header.set_cksum();
+    Ok(*header.as_bytes())
+}
+
+/// Reads `pg_control` whole: the server writes it in place.
+fn read_control(path: &Path) -> Result<Vec<u8>> {
+    let mut last = None;
+    for _ in 0..CONTROL_READS {
+        let bytes =
+            fs::read(path).map_err(|error| Error::from_io(format!("reading {}", path.display()), error))?;
+        match ControlData::parse(&bytes) {
+            Ok(_) => return Ok(bytes),
+            Err(error) => last = Some(error),
+        }
+        sleep(CONTROL_PAUSE);
+    }
+    Err(last.map_or_else(|| Error::corrupt("pg_control cannot be read"), Error::from))
+}
+
+/// Returns the WAL that the backup needs. A standby may have followed its primary to another timeline meanwhile.
+///
+/// Source: `src/backend/backup/backup_manifest.c`, AddWALInfoToBackupManifest.
+fn wal_ranges(
+    data_directory: &Path,
+    label: &BackupLabel,
+    end: Lsn,
+    end_timeline: TimelineId,
+) -> Result<Vec<WalRange>> {
+    if end <= label.start_lsn {
+        return Err(Error::corrupt(format!(
+            "the server's backup ends at {end}, where it starts at {}",
+            label.start_lsn
+        )));
+    }
+    if end_timeline == label.timeline {
+        return Ok(vec![WalRange { timeline: label.timeline, start: label.start_lsn, end }]);
+    }
+    let path = data_directory.join("pg_wal").join(format!("{}.history", end_timeline.hex()));
+    let text = fs::read_to_string(&path)
+        .map_err(|error| Error::from_io(format!("reading {}", path.display()), error))?;
+    let history = TimelineHistory::parse(end_timeline, &text)?;
+    ranges_along(&history, label.timeline, label.start_lsn, end).ok_or_else(|| {
+        Error::mismatch(format!(
+            "the standby has left timeline {} during the backup, and timeline {end_timeline} does not come from it",
+            label.timeline
+        ))
+        .with_safe("no backup was recorded; older backups are untouched")
+        .with_next("Take the backup again.")
+    })
+}
+
+fn ranges_along(history: &TimelineHistory, first: TimelineId, start: Lsn, end: Lsn) -> Option<Vec<WalRange>> {
+    let from = history.ancestors.iter().position(|entry| entry.timeline == first)?;
+    let mut ranges = Vec::new();
+    let mut at = start;
+    for entry in &history.ancestors[from..] {
+        if entry.switch_lsn > at {
+            ranges.push(WalRange { timeline: entry.timeline, start: at, end: entry.switch_lsn });
+            at = entry.switch_lsn;
+        }
+    }
+    if end > at {
+        ranges.push(WalRange { timeline: history.timeline, start: at, end });
+    }
+    Some(ranges)
+}
+
+fn tablespaces(found: &[(u32, PathBuf)], files: &[ReadFile]) -> Result<Vec<Tablespace>> {
+    let one = |(oid, place): &(u32, PathBuf)| {
+        let path = std::str::from_utf8(place.as_os_str().as_bytes())
+            .map_err(|_| Error::invalid(format!("the location {place:?} of tablespace {oid} is no UTF-8")))?;
+        let folder = Path::new("pg_tblspc").join(oid.to_string());
+        let bytes = files.iter().filter(|file| file.listed.starts_with(&folder)).map(|file| file.bytes).sum();
+        Ok(Tablespace { oid: *oid, path: path.to_owned(), bytes })
+    };
+    found.iter().map(one).collect()
+}
+
+/// Keeps several threads below a number of bytes a second.
+struct Pace {
+    bytes_per_second: u64,
+    started: Instant,
+    taken: AtomicU64,
+}
+
+impl Pace {
+    fn new(bytes_per_second: u64) -> Self {
+        Self { bytes_per_second: bytes_per_second.max(1), started: Instant::now(), taken: AtomicU64::new(0) }
+    }
+
+    /// Takes note of bytes, and sleeps until they were due, or the backup is given up.
+    fn keep(&self, bytes: u64, stopped: &AtomicBool) {
+        let taken = self.taken.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let due = self.started + Duration::from_secs_f64(taken as f64 / self.bytes_per_second as f64);
+        while !stopped.load(Ordering::Relaxed) {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            sleep(left.min(TICK));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wal_is_needed_along_the_path() {
+        let timeline = |number| TimelineId::new(number).unwrap();
+        let history = TimelineHistory::parse(timeline(3), "1\t0/5000000\tx\n2\t0/7000000\tx\n").unwrap();
+        let found = ranges_along(&history, timeline(1), Lsn(0x400_0000), Lsn(0x900_0000)).unwrap();
+        let found: Vec<_> =
+            found.iter().map(|range| (range.timeline.get(), range.start.0, range.end.0)).collect();
+        assert_eq!(
+            found,
+            [(1, 0x400_0000, 0x500_0000), (2, 0x500_0000, 0x700_0000), (3, 0x700_0000, 0x900_0000)]
+        );
+        assert_eq!(ranges_along(&history, timeline(4), Lsn(1), Lsn(2)), None);
+    }
+
+    #[test]
+    fn headers_are_read_by_the_splitter() {
+        use super::super::members::{Splitter, Step};
+        let member = |path: &str, kind, bytes| Member { path: path.into(), kind, bytes };
+        let file = header(&member("base/5/1", MemberKind::File, 3), 0o600, Utc::now(), None).unwrap();
+        let mut stream = file.to_vec();
+        stream.extend(b"abc");
+        stream.extend(padding(3));
+        let link = Some(Path::new("/srv/space"));
+        let space = member("pg_tblspc/16400", MemberKind::Link, 0);
+        stream.extend(header(&space, 0o777, Utc::now(), link).unwrap());
+        let mut seen = Vec::new();
+        Splitter::new()
+            .push::<crate::pg::ParseError>(&stream, &mut |step| {
+                if let Step::Header(_, member) = step {
+                    seen.push((member.path, member.bytes));
+                }
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(seen, [("base/5/1".into(), 3), (space.path, 0)]);
+        let long = "x".repeat(100);
+        assert!(header(&member(&long, MemberKind::File, 0), 0, Utc::now(), None).is_err());
+    }
+
+    #[test]
+    fn a_pace_is_kept() {
+        let pace = Pace::new(1_000_000);
+        let (started, stopped) = (Instant::now(), AtomicBool::new(false));
+        pace.keep(50_000, &stopped);
+        pace.keep(50_000, &stopped);
+        assert!(started.elapsed() >= Duration::from_millis(90));
+        stopped.store(true, Ordering::Relaxed);
+        pace.keep(1 << 40, &stopped);
+    }
+}
