@@ -257,7 +257,7 @@ fn a_backup_whose_wal_does_not_arrive_is_no_backup() {
 }
 
 #[test]
-fn another_clusters_server_and_a_bad_page_are_refused() {
+fn another_clusters_server_is_refused_and_a_bad_page_is_named() {
     let mut place = Place::new();
     let mut server = place.archiving(PgServer::builder(primary_major())).start();
     let other = PgServer::builder(primary_major()).wal_segment_size_mb(1).start();
@@ -267,20 +267,26 @@ fn another_clusters_server_and_a_bad_page_are_refused() {
     assert!(matches!(taken, Err(Error::Mismatch(_))), "{taken:?}");
     assert!(!place.folder.path().join("repository/main/0001/backups").exists());
 
-    // A page whose checksum is wrong: the server finds it, the error names file and block.
+    // Pages whose checksum is wrong: the server finds them, and sends them as they are.
     server.psql("CREATE TABLE bad AS SELECT g FROM generate_series(1, 10000) g; CHECKPOINT");
-    let path = server.data_dir().join(server.psql("SELECT pg_relation_filepath('bad')"));
+    let relative = server.psql("SELECT pg_relation_filepath('bad')");
+    let path = server.data_dir().join(&relative);
     server.stop(StopMode::Fast);
     let mut bytes = fs::read(&path).unwrap();
-    bytes[3 * 8192 + 5000] ^= 1;
+    for block in [3, 7, 8, 9, 10, 11, 12] {
+        bytes[block * 8192 + 5000] ^= 1;
+    }
     fs::write(&path, bytes).unwrap();
     server.start();
     let (taken, _) = place.take(&lineage, &server.uri(), &BackupOptions::default());
-    let error = taken.unwrap_err();
-    assert!(matches!(error, Error::Corrupt(_)), "{error}");
-    assert!(error.to_string().contains("block 3"), "{error}");
+    let record = taken.unwrap();
+    let damaged = record.damaged_pages.clone().unwrap();
+    // The server names five of a file.
+    assert_eq!((damaged.total, damaged.pages.len()), (7, 5), "{damaged:?}");
+    assert_eq!((&damaged.pages[0].path, damaged.pages[0].block), (&PathBuf::from(relative), 3));
+    assert_eq!(damaged.pages[0].relation.as_deref(), Some("postgres.public.bad"));
     let catalog = place.runtime.block_on(load_catalog(&lineage)).unwrap();
-    assert!(catalog.backups.is_empty());
+    assert_eq!(catalog.backups, [record]);
 }
 
 #[test]

@@ -26,6 +26,7 @@ pub mod names;
 mod needed_wal;
 mod pack;
 mod progress;
+mod server_damage;
 mod settings;
 
 use std::path::{Path, PathBuf};
@@ -501,7 +502,7 @@ async fn receive(
     });
     let mut meter = Meter::new(total_bytes, Instant::now());
     let mut intake = Intake::new(Packer::new(settings), &start.tablespaces);
-    let (lsn, timeline) = loop {
+    let (lsn, timeline, damage) = loop {
         let taken = match stream.next().await {
             Ok(BackupPart::Archive(tablespace)) => intake.begin_archive(tablespace),
             Ok(BackupPart::Data(bytes)) => {
@@ -512,7 +513,7 @@ async fn receive(
             }
             Ok(BackupPart::Manifest) => intake.end_archive(),
             Ok(BackupPart::ManifestData(bytes)) => intake.manifest_data(&bytes),
-            Ok(BackupPart::End { lsn, timeline }) => break (lsn, timeline),
+            Ok(BackupPart::End { lsn, timeline, damage }) => break (lsn, timeline, damage),
             Err(error) => Err(error),
         };
         if let Err(error) = taken {
@@ -521,7 +522,11 @@ async fn receive(
         }
     };
     progress(BackupEvent::Data(meter.now()));
-    Ok((intake.finish().await?, lsn, timeline))
+    let mut received = intake.finish().await?;
+    if !damage.is_empty() {
+        received.damaged = server_damage::damaged_pages(&damage);
+    }
+    Ok((received, lsn, timeline))
 }
 
 /// Compares the three places that say where the backup starts and ends, and whose it is.

@@ -11,6 +11,7 @@ use bytes::{Buf as _, Bytes};
 
 use super::connection::Connection;
 use super::message::BackendMessage;
+use super::server_error::ServerError;
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, Oid, TimelineId};
 
@@ -140,8 +141,16 @@ pub enum BackupPart {
         lsn: Lsn,
         /// Its timeline.
         timeline: TimelineId,
+        /// What the server says of data pages whose checksum is wrong: it has sent them as they are.
+        damage: Vec<String>,
     },
 }
+
+/// The SQLSTATE of damaged data.
+const DATA_CORRUPTED: &str = "XX001";
+
+/// So many of the server's warnings are kept.
+const WARNINGS_MAX: usize = 1000;
 
 /// A base backup that is being received.
 #[derive(Debug)]
@@ -191,7 +200,7 @@ impl<'a> BaseBackup<'a> {
     /// Returns the next part; after [`BackupPart::End`] nothing may be asked any more.
     ///
     /// # Errors
-    /// What the server says (page checksum failures with the warnings that name the blocks);
+    /// What the server says;
     /// [`Error::Corrupt`] for parts out of order; [`Error::Unavailable`] when the connection breaks.
     pub async fn next(&mut self) -> Result<BackupPart> {
         loop {
@@ -264,12 +273,22 @@ impl<'a> BaseBackup<'a> {
         BackupPart::Manifest
     }
 
+    /// Reads where the backup ends, and what comes behind.
+    ///
+    /// Source: `src/backend/backup/basebackup.c`, perform_base_backup: damaged pages are an error, after everything
+    /// was sent.
     async fn end(&mut self) -> Result<BackupPart> {
         let (lsn, timeline) = self.position().await?;
+        let mut damage = Vec::new();
         loop {
-            match self.message().await? {
-                BackendMessage::ReadyForQuery => return Ok(BackupPart::End { lsn, timeline }),
+            match self.connection.next_message(self.patience).await? {
+                BackendMessage::ReadyForQuery => return Ok(BackupPart::End { lsn, timeline, damage }),
                 BackendMessage::CommandComplete(_) => {}
+                BackendMessage::Error(error) if error.severity == "ERROR" && error.code == DATA_CORRUPTED => {
+                    damage = self.warnings(WARNINGS_MAX);
+                    damage.push(error.message);
+                }
+                BackendMessage::Error(error) => return Err(self.failed(error)),
                 _ => return Err(out_of_order("a message comes after the end")),
             }
         }
@@ -318,20 +337,21 @@ impl<'a> BaseBackup<'a> {
 
     async fn message(&mut self) -> Result<BackendMessage> {
         match self.connection.next_message(self.patience).await? {
-            BackendMessage::Error(error) => {
-                let warnings: Vec<String> = self
-                    .connection
-                    .take_notices()
-                    .into_iter()
-                    .filter(|notice| notice.severity == "WARNING")
-                    .take(20)
-                    .map(|notice| notice.message)
-                    .collect();
-                let error = error.into_error(&format!("the base backup from {}", self.connection.host()));
-                Err(if warnings.is_empty() { error } else { error.context(warnings.join("; ")) })
-            }
+            BackendMessage::Error(error) => Err(self.failed(error)),
             message => Ok(message),
         }
+    }
+
+    fn failed(&mut self, error: ServerError) -> Error {
+        let warnings = self.warnings(20);
+        let error = error.into_error(&format!("the base backup from {}", self.connection.host()));
+        if warnings.is_empty() { error } else { error.context(warnings.join("; ")) }
+    }
+
+    /// Returns the first warnings of the session.
+    fn warnings(&mut self, max: usize) -> Vec<String> {
+        let notices = self.connection.take_notices().into_iter();
+        notices.filter(|one| one.severity == "WARNING").take(max).map(|one| one.message).collect()
     }
 }
 
