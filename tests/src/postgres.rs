@@ -693,11 +693,28 @@ impl PgServer {
     }
 }
 
+impl PgServer {
+    /// Frees the piece of shared memory that a killed server leaves behind: the system has room for some thousands.
+    ///
+    /// Source: `src/include/utils/pidfile.h`: the seventh line holds its key and id.
+    fn free_shared_memory(&self) {
+        let Ok(file) = fs::read_to_string(self.data_dir.join("postmaster.pid")) else { return };
+        let pid = file.lines().next().and_then(|line| line.trim().parse().ok());
+        let id = file.lines().nth(6).and_then(|line| line.split_whitespace().nth(1));
+        if let (Some(pid), Some(id)) = (pid, id)
+            && !process::is_alive(pid)
+        {
+            let _ = Command::new("ipcrm").args(["-m", id]).stderr(Stdio::null()).status();
+        }
+    }
+}
+
 impl Drop for PgServer {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
             process::kill_tree(&mut child);
         }
+        self.free_shared_memory();
         if std::thread::panicking() {
             let log = self.log();
             let from = log.char_indices().rev().nth(4000).map_or(0, |(at, _)| at);

@@ -193,7 +193,7 @@ pub(super) struct RestoreArgs {
     /// goes on with a restore that was broken off
     #[arg(long)]
     pub(super) delta: bool,
-    /// Give the data directory that is there another name beside the new one
+    /// Give the data directory that is there, and the folders of its tablespaces, other names beside the new ones
     #[arg(long, conflicts_with = "delta")]
     pub(super) set_aside: bool,
     /// Do not ask before --delta or --set-aside changes what is there

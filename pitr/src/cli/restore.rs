@@ -104,7 +104,8 @@ fn changes(report: &RestoreReport) -> Option<String> {
         let folders: Vec<String> = folders.map(|folder| folder.display().to_string()).collect();
         return Some(format!(
             "{} will be brought to what the backup says: whatever differs is overwritten, and files of \
-             PostgreSQL's that the backup does not have are removed. WAL in pg_wal is set aside there.",
+             PostgreSQL's that the backup does not have are removed. WAL in pg_wal is set aside there, \
+             and so are folders that are not PostgreSQL's own and in the backup, its log for one.",
             folders.join(" and ")
         ));
     }
@@ -295,13 +296,16 @@ fn existing_text(report: &RestoreReport, dry_run: bool) -> Vec<String> {
         lines.push("  What of the data directory matches the backup would stay.".to_owned());
         return lines;
     }
-    let percent = delta.kept_bytes as f64 * 100.0 / report.data_bytes.max(1) as f64;
+    let percent = (delta.kept_bytes as f64 * 100.0 / report.data_bytes.max(1) as f64).min(100.0);
     lines.push(format!(
         "  {} of it ({percent:.1} %) was in place already; {} were fetched, {} files removed",
         output::bytes(delta.kept_bytes),
         output::bytes(delta.fetched_bytes),
         delta.removed_files
     ));
+    for aside in &delta.set_aside {
+        lines.push(format!("  what was there before is in {}", aside.display()));
+    }
     if let Some(old_wal) = &delta.old_wal {
         lines.push(format!(
             "  the WAL that was in it is in {}: remove it when nothing of it is missed",

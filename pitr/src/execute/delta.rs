@@ -4,7 +4,7 @@
 //! Which blocks match is known from the digests in the backup's indexes. Until all is in place the folder is marked, and has no
 //! `pg_control`: a restore that was broken off is resumed in the same way.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -15,7 +15,9 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use walship::catalog::{BackupObject, ObjectIndex};
-use walship::codec::backup_index::{BLOCK_BYTES, BackupIndex, BlockDigest, Frame, block_digests};
+use walship::codec::backup_index::{
+    BLOCK_BYTES, BackupIndex, BlockDigest, Frame, INDEX_BYTES_MAX, block_digests,
+};
 use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
@@ -32,6 +34,9 @@ const GAP_BYTES: u64 = 64 << 10;
 
 /// How many ranges of one object are on their way at once.
 const RANGES_MAX: usize = 4;
+
+/// How many indexes are read at once before the restore begins.
+const INDEXES_MAX: usize = 4;
 
 /// How much of a file is compared at once: whole blocks.
 const COMPARE_BYTES: usize = 1 << 20;
@@ -94,6 +99,39 @@ pub(super) async fn match_object(
     blocking(move || put_held(&targets, held, &destination)).await.map_err(named)
 }
 
+/// Reads every object's index and compares it with the manifest: before anything that is there is changed.
+///
+/// # Errors
+/// What fetching fails with; [`Error::Corrupt`] for an index that is not what it should be.
+pub(super) async fn check_indexes(
+    repository: &LineageRepository,
+    id: &str,
+    objects: &[BackupObject],
+    destination: &Destination,
+) -> Result<()> {
+    let checked = objects.iter().map(|object| async move {
+        let Some(place) = &object.index else { return Ok(()) };
+        let mut failure: Option<Error> = None;
+        for one in repository.each() {
+            let read = async {
+                let index = read_index(&one, id, object, place).await?;
+                index.files().try_for_each(|(file, _)| {
+                    let place = place_of(destination, object.tablespace, &file.path)?;
+                    destination.check_listed(&place, file.bytes)
+                })
+            };
+            match read.await {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    failure = failure.or(Some(error.context(format!("backup object {}", object.name))))
+                }
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    });
+    futures_util::stream::iter(checked).buffer_unordered(INDEXES_MAX).try_collect::<()>().await
+}
+
 async fn read_index(
     repository: &LineageRepository,
     id: &str,
@@ -104,6 +142,9 @@ async fn read_index(
         .stored_bytes
         .checked_sub(place.bytes)
         .ok_or_else(|| damaged("its index is longer than itself"))?;
+    if place.bytes > INDEX_BYTES_MAX {
+        return Err(damaged(format!("its index has {} bytes, more than are read", place.bytes)));
+    }
     let bytes = repository.read_backup_object_range(id, &object.name, at, place.bytes).await?;
     let (digest, stored_bytes, tar_bytes) = (place.digest.clone(), object.stored_bytes, object.tar_bytes);
     blocking(move || {
@@ -138,13 +179,8 @@ fn compare(
         if NEVER_FILLED.iter().any(|folder| place.listed.starts_with(folder)) {
             return Err(damaged(format!("a backup holds no such file as {:?}", place.listed)));
         }
-        let listed_bytes = destination.claim(&object.name, &place)?.bytes;
-        if listed_bytes != file.bytes {
-            return Err(damaged(format!(
-                "{:?} has {} bytes, the manifest says {listed_bytes}",
-                place.listed, file.bytes
-            )));
-        }
+        destination.check_listed(&place, file.bytes)?;
+        destination.claim(&object.name, &place)?;
         let is_held = Destination::is_held(&place.listed, file.bytes)?;
         let target = targets.len();
         let mut want = |block| wanted.push(WantedBlock { target, block });
@@ -300,7 +336,8 @@ fn put_blocks(
         return Err(damaged(format!("it is shorter than the backup's record says, at {}", range.stored_at)));
     }
     let mut held = Vec::new();
-    let mut files: HashMap<usize, File> = HashMap::new();
+    // Blocks come file by file: one open file at a time.
+    let mut open_file: Option<(usize, File)> = None;
     for (frame, blocks) in &range.frames {
         let from = (frame.stored_at - range.stored_at) as usize;
         let packed = stored.get(from..from + frame.stored_bytes as usize).unwrap_or_default();
@@ -322,13 +359,14 @@ fn put_blocks(
                 held.push(Held { wanted: *wanted, content: content.to_vec() });
                 continue;
             }
-            let file = match files.entry(wanted.target) {
-                std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-                std::collections::hash_map::Entry::Vacant(place) => place.insert(open(&target.place.local)?),
+            let file = match open_file.take() {
+                Some((number, file)) if number == wanted.target => file,
+                _ => open(&target.place.local)?,
             };
             file.write_all_at(content, offset).map_err(|error| {
                 Error::from_io(format!("writing {}", target.place.local.display()), error)
             })?;
+            open_file = Some((wanted.target, file));
             destination.progress.written_bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
         }
     }

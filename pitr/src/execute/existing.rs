@@ -1,20 +1,43 @@
 //! A data directory that a restore goes over: whether it may, and what of it must go.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, Utc};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::kill;
-use nix::unistd::Pid;
+use nix::unistd::{AccessFlags, Pid, access};
 use walship::pg::Oid;
 use walship::pg::control::ControlData;
 use walship::{Error, Result};
 
 use super::restore::{INCOMPLETE_MARKER, make_private};
-use super::unpack::{CONTROL_FILE, Destination, is_version_folder};
+use super::unpack::{CONTROL_FILE, Destination};
+
+/// The folders of a data directory in which everything is PostgreSQL's. Not `pg_wal`, and no other whose name begins so:
+/// it may be the operator's.
+const OWN_FOLDERS: &[&str] = &[
+    "base",
+    "global",
+    "pg_commit_ts",
+    "pg_dynshmem",
+    "pg_logical",
+    "pg_multixact",
+    "pg_notify",
+    "pg_replslot",
+    "pg_serial",
+    "pg_snapshots",
+    "pg_stat",
+    "pg_stat_tmp",
+    "pg_subtrans",
+    "pg_tblspc",
+    "pg_twophase",
+    "pg_xact",
+];
 
 /// Files beside the data that tell PostgreSQL what it is to do; the backup's own are kept.
 const STATE_FILES: &[&str] = &[
@@ -42,6 +65,33 @@ pub(super) struct Cleared {
     pub(super) removed: u64,
     /// Where WAL was set aside, when there was any.
     pub(super) old_wal: Option<PathBuf>,
+    /// Other folders that were set aside, under their new names: the server's logs, for one, which the backup has as they
+    /// were.
+    pub(super) set_aside: Vec<PathBuf>,
+}
+
+/// A data directory that no other restore may touch, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Locked {
+    _folder: Flock<File>,
+}
+
+/// Locks a data directory against other restores. The kernel lets go of it when the program ends, however it does.
+///
+/// # Errors
+/// [`Error::Invalid`] while another restore is at work on it.
+pub(super) fn lock(data_dir: &Path) -> Result<Locked> {
+    let failed = |error| Error::from_io(format!("locking {}", data_dir.display()), error);
+    let folder = File::open(data_dir).map_err(failed)?;
+    match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+        Ok(folder) => Ok(Locked { _folder: folder }),
+        Err((_, Errno::EWOULDBLOCK)) => {
+            Err(Error::invalid(format!("another restore is at work on {}", data_dir.display()))
+                .with_safe("nothing was written by this one")
+                .with_next("Wait for it, or stop it and run this one again."))
+        }
+        Err((_, error)) => Err(failed(error.into())),
+    }
 }
 
 /// Returns whether there is a data directory to go over; `false` where the folder is empty or not there.
@@ -64,17 +114,17 @@ pub(super) fn check(data_dir: &Path, system_identifier: u64) -> Result<bool> {
         }
         Ok(_) => {}
     }
-    if let Some(pid) = running(data_dir)? {
-        return refused(
-            format!("a server runs on {} (process {pid})", data_dir.display()),
-            "Stop it first: pg_ctl stop. If process and server are not the same, remove postmaster.pid.",
-        );
-    }
-    if data_dir.join(INCOMPLETE_MARKER).exists() {
-        return Ok(true);
-    }
+    check_stopped(data_dir)?;
     let control = match fs::read(data_dir.join(CONTROL_FILE)) {
-        Ok(bytes) => ControlData::parse(&bytes)?,
+        Ok(bytes) => ControlData::parse(&bytes).map_err(|error| {
+            Error::from(error).with_safe("nothing was written").with_next(
+                "Whose directory it is cannot be told. Move it away and restore into a new one, or remove its \
+                 global/pg_control and everything else yourself.",
+            )
+        })?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && data_dir.join(INCOMPLETE_MARKER).exists() => {
+            return Ok(true);
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let mut entries = fs::read_dir(data_dir)
                 .map_err(|error| Error::from_io(format!("reading {}", data_dir.display()), error))?;
@@ -108,41 +158,89 @@ pub(super) fn check(data_dir: &Path, system_identifier: u64) -> Result<bool> {
 /// Returns a folder with the name that it gets when it is set aside, beside itself.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a folder that cannot be renamed: the root of a file system.
+/// [`Error::Invalid`] for a folder that cannot be renamed.
 pub(super) fn name_aside(folder: &Path, now: DateTime<Utc>) -> Result<(PathBuf, PathBuf)> {
-    let cannot = || {
-        Error::invalid(format!("{} cannot be set aside: a file system is mounted there", folder.display()))
+    let cannot = |why: &str| {
+        Error::invalid(format!("{} cannot be set aside: {why}", folder.display()))
             .with_safe("nothing was written")
-            .with_next("Use --delta, or restore into another folder.")
+            .with_next("Use --delta, move it away yourself, or restore into other folders.")
     };
-    let name = folder.file_name().ok_or_else(cannot)?;
-    let parent = folder.parent().ok_or_else(cannot)?;
-    let device = |path: &Path| {
-        fs::metadata(path)
-            .map(|meta| meta.dev())
+    let looked_at = |path: &Path| {
+        fs::symlink_metadata(path)
             .map_err(|error| Error::from_io(format!("looking at {}", path.display()), error))
     };
-    if device(folder)? != device(parent)? {
-        return Err(cannot());
+    let (Some(name), Some(parent)) = (folder.file_name(), folder.parent()) else {
+        return Err(cannot("it has no folder above it"));
+    };
+    let (own, above) =
+        (looked_at(folder)?, looked_at(&fs::canonicalize(parent).unwrap_or(parent.to_owned()))?);
+    if !own.is_dir() {
+        return Err(cannot("it is a link"));
+    }
+    if own.dev() != above.dev() {
+        return Err(cannot("a file system is mounted there"));
+    }
+    if access(parent, AccessFlags::W_OK).is_err() {
+        return Err(cannot("the folder above it cannot be written to"));
     }
     let mut aside = name.to_owned();
-    aside.push(now.format(".before-%Y%m%dT%H%M%SZ").to_string());
+    aside.push(format!(".{}", before(now)));
     Ok((folder.to_owned(), parent.join(aside)))
 }
 
-/// Gives folders the names that [`name_aside`] found.
+/// Gives folders the names that [`name_aside`] found, all of them or none: the first one, the data directory, last. Its links
+/// lead to where its tablespaces are then.
 ///
+/// # Errors
+/// [`Error::LocalIo`] when one cannot be renamed; those that were have their names again.
 /// # Durability
 /// The new names survive a crash.
 pub(super) fn set_aside(folders: &[(PathBuf, PathBuf)]) -> Result<()> {
-    for (folder, aside) in folders {
-        let failed = |error| Error::from_io(format!("setting {} aside", folder.display()), error);
-        fs::rename(folder, aside).map_err(failed)?;
-        if let Some(parent) = aside.parent() {
-            fs::File::open(parent).and_then(|parent| parent.sync_all()).map_err(failed)?;
+    let mut done: Vec<&(PathBuf, PathBuf)> = Vec::new();
+    for pair in folders.iter().rev() {
+        let (folder, aside) = pair;
+        if let Err(error) = fs::rename(folder, aside) {
+            let back = done.iter().rev().all(|(folder, aside)| fs::rename(aside, folder).is_ok());
+            let error = Error::from_io(format!("setting {} aside", folder.display()), error);
+            let names: Vec<String> = done.iter().map(|(_, aside)| aside.display().to_string()).collect();
+            return Err(match back {
+                true => error.with_safe("nothing was changed: every folder has its old name"),
+                false => error.with_safe(format!("nothing was removed; look for {}", names.join(" and "))),
+            });
+        }
+        done.push(pair);
+    }
+    let Some(((_, data_dir), spaces)) = folders.split_first() else { return Ok(()) };
+    for (_, link) in entries(&data_dir.join("pg_tblspc"))? {
+        let place = fs::read_link(&link).ok();
+        if let Some((_, aside)) = spaces.iter().find(|(folder, _)| Some(folder) == place.as_ref()) {
+            fs::remove_file(&link)
+                .and_then(|()| symlink(aside, &link))
+                .map_err(|error| Error::from_io(format!("leading {} elsewhere", link.display()), error))?;
         }
     }
+    for (_, aside) in folders {
+        let parent = aside.parent().unwrap_or(Path::new("/"));
+        File::open(parent)
+            .and_then(|parent| parent.sync_all())
+            .map_err(|error| Error::from_io(format!("syncing {}", parent.display()), error))?;
+    }
     Ok(())
+}
+
+/// Fails while a server runs on a data directory.
+///
+/// # Errors
+/// [`Error::Invalid`].
+pub(super) fn check_stopped(data_dir: &Path) -> Result<()> {
+    match running(data_dir)? {
+        None => Ok(()),
+        Some(pid) => Err(Error::invalid(format!("a server runs on {} (process {pid})", data_dir.display()))
+            .with_safe("nothing was written")
+            .with_next(
+                "Stop it first: pg_ctl stop. If process and server are not the same, remove postmaster.pid.",
+            )),
+    }
 }
 
 /// Returns the process id of a server that runs on a data directory.
@@ -154,8 +252,10 @@ fn running(data_dir: &Path) -> Result<Option<i32>> {
         Err(error) => return Err(Error::from_io(format!("reading {}", path.display()), error)),
     };
     let pid = text.lines().next().and_then(|line| line.trim().parse::<i32>().ok());
+    // A server without a postmaster (postgres --single) writes its id with a minus.
+    let pid = pid.map(i32::saturating_abs);
     // What another user's process is cannot be told, and it is there.
-    Ok(pid.filter(|pid| *pid > 0 && kill(Pid::from_raw(*pid), None) != Err(nix::errno::Errno::ESRCH)))
+    Ok(pid.filter(|pid| *pid > 0 && kill(Pid::from_raw(*pid), None) != Err(Errno::ESRCH)))
 }
 
 /// Returns whether a tablespace's folder is the one that the data directory's own link leads to.
@@ -174,7 +274,8 @@ pub(super) fn clear(
     destination: &Destination,
     now: DateTime<Utc>,
 ) -> Result<Cleared> {
-    let mut cleared = Cleared { removed: 0, old_wal: set_wal_aside(&data_dir.join("pg_wal"), now)? };
+    let old_wal = set_wal_aside(&data_dir.join("pg_wal"), now)?;
+    let mut cleared = Cleared { old_wal, ..Cleared::default() };
     for (name, path) in entries(data_dir)? {
         let is_folder = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir());
         if name.starts_with(OWN_FILES) {
@@ -182,23 +283,32 @@ pub(super) fn clear(
             removed.map_err(|error| Error::from_io(format!("removing {}", path.display()), error))?;
         } else if STATE_FILES.contains(&&*name) {
             cleared.remove_unless_listed(Path::new(&name), &path, destination)?;
-        } else if is_folder
-            && name != "pg_wal"
-            && (name.starts_with("pg_") || name == "base" || name == "global")
-        {
+        } else if is_folder && OWN_FOLDERS.contains(&&*name) {
             cleared.folder(Path::new(&name), &path, destination)?;
+        } else if is_folder && destination.lists_below(Path::new(&name)) {
+            let aside = path.with_file_name(format!("{name}.{}", before(now)));
+            fs::rename(&path, &aside)
+                .map_err(|error| Error::from_io(format!("setting {} aside", path.display()), error))?;
+            cleared.set_aside.push(aside);
         }
     }
     for (oid, place) in tablespaces {
         let listed = Path::new("pg_tblspc").join(oid.to_string());
         for (name, path) in entries(place)? {
-            if is_version_folder(&name) {
+            // Another version's folder is another cluster's, perhaps the one from before an upgrade.
+            let is_folder = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir());
+            if is_folder && destination.lists_below(&listed.join(&name)) {
                 cleared.folder(&listed.join(&name), &path, destination)?;
             }
         }
     }
     link_tablespaces(data_dir, tablespaces)?;
     Ok(cleared)
+}
+
+/// What the names of what is set aside end with.
+fn before(now: DateTime<Utc>) -> String {
+    now.format("before-%Y%m%dT%H%M%SZ").to_string()
 }
 
 impl Cleared {
@@ -251,6 +361,10 @@ fn set_wal_aside(pg_wal: &Path, now: DateTime<Utc>) -> Result<Option<PathBuf>> {
 
 fn link_tablespaces(data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Result<()> {
     let links = data_dir.join("pg_tblspc");
+    if fs::symlink_metadata(&links).is_ok_and(|meta| meta.is_symlink()) {
+        fs::remove_file(&links)
+            .map_err(|error| Error::from_io(format!("removing {}", links.display()), error))?;
+    }
     make_private(&links)?;
     for (name, path) in entries(&links)? {
         let oid = name.parse::<Oid>().ok();
@@ -295,6 +409,35 @@ mod tests {
     use super::*;
 
     #[test]
+    fn all_folders_are_set_aside_or_none_and_links_follow() {
+        let home = tempfile::tempdir().unwrap();
+        let (data, space) = (home.path().join("data"), home.path().join("space"));
+        fs::create_dir_all(data.join("pg_tblspc")).unwrap();
+        fs::create_dir(&space).unwrap();
+        symlink(&space, data.join("pg_tblspc/16400")).unwrap();
+        let names = [&data, &space].map(|folder| name_aside(folder, DateTime::UNIX_EPOCH).unwrap());
+        fs::write(&names[0].1, "in the way").unwrap();
+        let error = set_aside(&names).unwrap_err();
+        assert!(error.safe().contains("every folder has its old name"), "{error:?}");
+        assert!(data.is_dir() && space.is_dir() && !names[1].1.exists());
+        fs::remove_file(&names[0].1).unwrap();
+        set_aside(&names).unwrap();
+        assert_eq!(fs::read_link(names[0].1.join("pg_tblspc/16400")).unwrap(), names[1].1);
+        assert!(!data.exists() && !space.exists());
+        symlink(&names[0].1, &data).unwrap();
+        assert!(name_aside(&data, DateTime::UNIX_EPOCH).is_err(), "a link");
+    }
+
+    #[test]
+    fn one_restore_at_a_time() {
+        let home = tempfile::tempdir().unwrap();
+        let first = lock(home.path()).unwrap();
+        assert!(lock(home.path()).unwrap_err().to_string().contains("another restore"));
+        drop(first);
+        lock(home.path()).unwrap();
+    }
+
+    #[test]
     fn wal_is_set_aside_once_and_never_removed() {
         let home = tempfile::tempdir().unwrap();
         let wal = home.path().join("pg_wal");
@@ -323,6 +466,8 @@ mod tests {
         assert!(check(&data, 7).unwrap());
         fs::write(data.join("postmaster.pid"), format!("{}\n", std::process::id())).unwrap();
         assert!(check(&data, 7).unwrap_err().to_string().contains("a server runs"));
+        fs::write(data.join("postmaster.pid"), format!("-{}\n", std::process::id())).unwrap();
+        assert!(check(&data, 7).is_err(), "a server without a postmaster");
         fs::write(data.join("postmaster.pid"), "999999999\n").unwrap();
         assert!(check(&data, 7).unwrap());
     }

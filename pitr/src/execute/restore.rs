@@ -130,6 +130,8 @@ pub struct Delta {
     pub removed_files: u64,
     /// Where the WAL was set aside that was in the data directory.
     pub old_wal: Option<PathBuf>,
+    /// Other folders that were set aside, under their new names: not PostgreSQL's own, and in the backup as they were.
+    pub set_aside: Vec<PathBuf>,
 }
 
 /// Checks everything that can be checked before a byte is fetched, and says what a restore would do.
@@ -235,6 +237,28 @@ pub async fn restore(
     options: &RestoreOptions,
     progress: Arc<Progress>,
 ) -> Result<RestoreReport> {
+    let restored = carry_out(repository, plan, options, progress).await;
+    restored.map_err(|error| match error {
+        Error::LocalIo(_) | Error::Unavailable(_) | Error::Missing(_) | Error::Denied(_)
+            if options.data_dir.join(INCOMPLETE_MARKER).exists() =>
+        {
+            let next = format!("{} Then run it again with --delta: it goes on where it was.", error.next());
+            error
+                .with_safe(
+                    "the repository is unchanged; the folder is marked as incomplete and PostgreSQL does not start from it",
+                )
+                .with_next(next)
+        }
+        error => error,
+    })
+}
+
+async fn carry_out(
+    repository: &LineageRepository,
+    plan: &RestorePlan,
+    options: &RestoreOptions,
+    progress: Arc<Progress>,
+) -> Result<RestoreReport> {
     let mut report = check(plan, options)?;
     repository.check_backup_objects(&plan.backup).await?;
     let stored = repository.get_backup_manifest(&plan.backup).await?;
@@ -254,16 +278,31 @@ pub async fn restore(
     let tablespaces: HashMap<Oid, PathBuf> =
         report.tablespaces.iter().map(|(oid, path)| (*oid, path.clone())).collect();
     let destination = Arc::new(Destination::new(data_dir.clone(), tablespaces, manifest, progress.clone()));
+    // Until the end nobody else restores to this place.
+    let lock;
     match &mut report.delta {
         None => {
-            existing::set_aside(&report.set_aside)?;
+            if !report.set_aside.is_empty() {
+                let _old = existing::lock(&data_dir)?;
+                existing::check_stopped(&data_dir)?;
+                existing::set_aside(&report.set_aside)?;
+            }
+            make_private(&data_dir)?;
+            lock = existing::lock(&data_dir)?;
+            check_empty(&data_dir)?;
             prepare(&data_dir, &report.tablespaces)?;
         }
         Some(delta) => {
+            delta::check_indexes(repository, &plan.backup.id, &plan.backup.objects, &destination).await?;
+            make_private(&data_dir)?;
+            lock = existing::lock(&data_dir)?;
+            // Since it was looked at, somebody may have started it.
+            existing::check(&data_dir, repository.lineage().system_identifier)?;
             let (data_dir, tablespaces, destination) =
                 (data_dir.clone(), report.tablespaces.clone(), destination.clone());
             let cleared = blocking(move || go_over(&data_dir, &tablespaces, &destination)).await?;
             (delta.removed_files, delta.old_wal) = (cleared.removed, cleared.old_wal);
+            delta.set_aside = cleared.set_aside;
         }
     }
     let way = if report.delta.is_some() { Way::OnlyWhatDiffers } else { Way::Everything };
@@ -315,6 +354,7 @@ pub async fn restore(
     };
     parent_segments::put(repository, &parents, &data_dir).await?;
     blocking(move || complete(&data_dir, &folders, &files)).await?;
+    drop(lock);
     Ok(report)
 }
 
@@ -593,9 +633,11 @@ fn go_over(
     destination: &Destination,
 ) -> Result<existing::Cleared> {
     let failed = |error| Error::from_io("taking the data directory over", error);
-    make_private(data_dir)?;
+    let sync = |folder: &Path| File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed);
     if !data_dir.join(INCOMPLETE_MARKER).exists() {
         mark(data_dir)?;
+        // The mark is there before what it stands for.
+        sync(data_dir)?;
     }
     match fs::remove_file(data_dir.join(CONTROL_FILE)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
@@ -603,9 +645,9 @@ fn go_over(
     }
     let global = data_dir.join("global");
     if global.exists() {
-        File::open(&global).and_then(|folder| folder.sync_all()).map_err(failed)?;
+        sync(&global)?;
     }
-    File::open(data_dir).and_then(|folder| folder.sync_all()).map_err(failed)?;
+    existing::check_stopped(data_dir)?;
     existing::clear(data_dir, tablespaces, destination, Utc::now())
 }
 
@@ -667,6 +709,8 @@ fn complete(data_dir: &Path, tablespaces: &[PathBuf], files: &SmallFiles) -> Res
     let temporary = global.join("pg_control.walship");
     write(&temporary, &files.control_file)?;
     sync_file_system(data_dir)?;
+    // It may be a link to another file system.
+    sync_file_system(&data_dir.join("pg_wal"))?;
     for folder in tablespaces {
         sync_file_system(folder)?;
     }

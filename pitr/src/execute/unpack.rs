@@ -112,6 +112,24 @@ impl Destination {
         self.expected.contains_key(listed)
     }
 
+    /// # Errors
+    /// [`Error::Corrupt`] when the manifest does not list a file of this length there.
+    pub(super) fn check_listed(&self, place: &Place, bytes: u64) -> Result<()> {
+        match self.expected.get(&place.listed) {
+            Some(file) if file.bytes == bytes => Ok(()),
+            Some(file) => Err(damaged(format!(
+                "{:?} has {bytes} bytes, the manifest says {}",
+                place.listed, file.bytes
+            ))),
+            None => Err(damaged(format!("it holds {:?}, which the manifest does not list", place.listed))),
+        }
+    }
+
+    /// Returns whether the manifest lists a file below this folder.
+    pub(super) fn lists_below(&self, folder: &Path) -> bool {
+        self.expected.keys().any(|path| path.starts_with(folder))
+    }
+
     /// Returns whether this is the data directory, or a tablespace's folder.
     pub(super) fn is_root(&self, path: &Path) -> bool {
         path == self.data_dir || self.tablespaces.values().any(|root| root == path)
@@ -295,7 +313,7 @@ pub(super) fn place_of(destination: &Destination, tablespace: Option<Oid>, name:
 /// Returns whether this is a name like `PG_15_202209061`.
 ///
 /// Source: `src/include/common/relpath.h`, TABLESPACE_VERSION_DIRECTORY.
-pub(super) fn is_version_folder(name: &str) -> bool {
+fn is_version_folder(name: &str) -> bool {
     let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let versions = name.strip_prefix("PG_").and_then(|rest| rest.split_once('_'));
     versions.is_some_and(|(major, catalog)| number(major) && number(catalog))

@@ -3,15 +3,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 use walship_tests::postgres::{PgServer, StopMode, majors, primary_major};
 use walship_tests::random::Random;
 use walship_tests::stage::Stage;
-use walship_tests::{process, seed};
+use walship_tests::{process, seed, wait};
 
 const MARKER: &str = "walship-restore-incomplete";
 
@@ -25,9 +26,17 @@ fn production(stage: &Stage, major: u32) -> PgServer {
     server
 }
 
-/// Returns the report of a restore over `dir`.
+/// Returns the report of a restore over `dir`, which may not have many files open.
 fn over(stage: &Stage, dir: &Path, words: &[&str]) -> Value {
-    let mut command = stage.pitr(&["restore", "--json", "--delta", "--yes", "-D"]);
+    let pitr = stage.pitr(&["restore", "--json", "--delta", "--yes", "-D"]);
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n 200 && exec \"$@\"", "sh"]).arg(pitr.get_program()).args(pitr.get_args());
+    for (name, value) in pitr.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
     command.arg(dir).args(words);
     let report: Value = serde_json::from_str(&stage.ok(&mut command)).unwrap();
     report["report"].clone()
@@ -58,6 +67,12 @@ fn only_what_differs_is_fetched() {
         server.archive_now();
         server.psql("INSERT INTO t VALUES (0, 'never archived'); CHECKPOINT");
         let data_dir = server.data_dir().to_owned();
+        // What is the operator's, or another cluster's from before an upgrade.
+        let others = [data_dir.join("pg_dumps/after.dump"), space.path().join("PG_14_202107181/5/16384")];
+        for other in &others {
+            fs::create_dir_all(other.parent().unwrap()).unwrap();
+            fs::write(other, "precious").unwrap();
+        }
         fs::write(data_dir.join("notes.txt"), "the operator's").unwrap();
         // While it runs nothing is touched.
         let words = ["restore", "--to-name", "good", "--delta", "--yes", "-D", data_dir.to_str().unwrap()];
@@ -80,6 +95,11 @@ fn only_what_differs_is_fetched() {
         assert!(number("kept_bytes") < total && number("removed_files") > 0, "{report}");
         assert_eq!(fs::read_to_string(data_dir.join("notes.txt")).unwrap(), "the operator's");
         fs::remove_file(data_dir.join("notes.txt")).unwrap();
+        for other in &others {
+            assert_eq!(fs::read_to_string(other).unwrap(), "precious");
+        }
+        fs::remove_dir_all(data_dir.join("pg_dumps")).unwrap();
+        fs::remove_dir_all(space.path().join("PG_14_202107181")).unwrap();
         is_whole(&server, &data_dir);
         // The WAL that nobody else has is still there.
         let aside = PathBuf::from(report["delta"]["old_wal"].as_str().unwrap());
@@ -116,7 +136,12 @@ fn a_restore_that_was_killed_goes_on() {
             std::thread::sleep(Duration::from_millis(40 + random.below(500) as u64));
             process::kill_tree(&mut child);
             if dir.join(MARKER).exists() {
-                assert!(!dir.join("global/pg_control").exists());
+                // Both are there before the first change and after the last one.
+                if dir.join("global/pg_control").exists() {
+                    fs::remove_file(dir.join(MARKER)).unwrap();
+                    is_whole(&server, &dir);
+                    fs::write(dir.join(MARKER), "").unwrap();
+                }
                 let refused = stage.fails(stage.pitr(&["restore", "--latest", "-D"]).arg(&dir), 2);
                 assert!(refused.contains("--delta"), "{refused}");
             }
@@ -203,8 +228,33 @@ fn what_was_there_is_set_aside() {
     let restored = stage.recovering(&dir).start();
     restored.wait_for("SELECT pg_is_in_recovery()", "f");
     assert_eq!(restored.psql("SELECT count(*) FROM there"), "1000");
-    // The old one is what it was.
-    assert!(Path::new(moved[0][1].as_str().unwrap()).join("global/pg_control").exists());
-    drop(restored);
-    fs::remove_dir_all(moved[0][1].as_str().unwrap()).unwrap();
+    // The old one is what it was, on files of its own.
+    let old = PathBuf::from(moved[0][1].as_str().unwrap());
+    let old_server = PgServer::from_data_dir(&old).setting("archive_mode", "off").start();
+    assert_eq!(old_server.psql("SELECT count(*) FROM there"), "1001");
+    restored.psql("INSERT INTO there VALUES (-2), (-3); CHECKPOINT");
+    assert_eq!(old_server.psql("SELECT count(*) FROM there"), "1001");
+    drop((old_server, restored));
+    fs::remove_dir_all(&old).unwrap();
+}
+
+#[test]
+fn two_restores_do_not_meet_in_one_folder() {
+    let stage = Stage::folder("main");
+    let server = production(&stage, primary_major());
+    server.psql("CREATE TABLE more AS SELECT g, md5(g::text) AS t FROM generate_series(1, 300000) g");
+    stage.backup(&server);
+    server.archive_now();
+    let dir = stage.path().join("restored");
+    let mut command = stage.pitr(&["restore", "--latest", "-D"]);
+    command.arg(&dir).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut first = process::spawn(command).unwrap();
+    wait::until("the restore has begun", || dir.join(MARKER).exists());
+    process::signal(first.id(), Signal::SIGSTOP);
+    let mut command = stage.pitr(&["restore", "--latest", "--delta", "--yes", "-D"]);
+    let said = stage.fails(command.arg(&dir), 2);
+    assert!(said.contains("another restore is at work"), "{said}");
+    process::signal(first.id(), Signal::SIGCONT);
+    assert!(first.wait().unwrap().success());
+    is_whole(&server, &dir);
 }

@@ -293,7 +293,7 @@ impl Taking<'_> {
         let identity = about.identity.system_identifier;
         let mut local = LocalServer::find(server, data_directory, identity, self.patience()).await?;
         progress(BackupEvent::Checkpoint);
-        let start = local.start(&options.label, options.checkpoint).await?;
+        let mut start = local.start(&options.label, options.checkpoint).await?;
         self.put_started(&start).await?;
         let read = ReadOptions {
             workers,
@@ -301,6 +301,8 @@ impl Taking<'_> {
         };
         let (received, stop_lsn, stop_timeline) =
             local::take(&mut local, &start, self.settings(), &read, *progress).await?;
+        // What a standby said of its timeline at the start may have been a moment younger.
+        start.timeline = received.label.timeline;
         Ok((received, start, stop_lsn, stop_timeline))
     }
 }

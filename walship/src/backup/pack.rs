@@ -296,10 +296,11 @@ async fn store_object(
         return Err(Error::unavailable("the backup was given up"));
     }
     let written = match index.encode() {
-        Ok(bytes) => {
+        Ok(Some(bytes)) => {
             let place = ObjectIndex { bytes: bytes.len() as u64, digest: blake3::hash(&bytes).to_string() };
-            object.write(bytes.into()).await.map(|()| place)
+            object.write(bytes.into()).await.map(|()| Some(place))
         }
+        Ok(None) => Ok(None),
         Err(error) => Err(error),
     };
     let index = match written {
@@ -327,7 +328,7 @@ async fn store_object(
         return Err(error);
     }
     let digest = digest.to_hex().to_string();
-    Ok(BackupObject { name, tablespace, stored_bytes, tar_bytes, digest, index: Some(index) })
+    Ok(BackupObject { name, tablespace, stored_bytes, tar_bytes, digest, index })
 }
 
 struct StoredObject {

@@ -18,6 +18,12 @@ pub const BLOCK_BYTES: usize = 8192;
 /// The longest end of an object that is read: room for the blocks of a file of 32 GiB.
 pub const INDEX_BYTES_MAX: u64 = 128 << 20;
 
+/// The longest frame that is read, stored or unpacked.
+pub const FRAME_BYTES_MAX: u32 = 8 << 20;
+
+/// More folders than any object's index names.
+const FOLDERS_MAX: usize = 1_000_000;
+
 /// A skippable frame's magic that decompressors pass over, here for the index.
 const INDEX_MAGIC: u32 = 0x184D_2A5D;
 
@@ -182,11 +188,13 @@ impl BackupIndex {
     /// Returns the bytes that stand behind an object's frames: the index and zstd's seek table, each in a frame that
     /// decompressors pass over.
     ///
+    /// `None` when that is more than [`INDEX_BYTES_MAX`]: one of the files is too large to have its blocks listed.
+    ///
     /// # Errors
-    /// [`Error::Invalid`] for more than [`INDEX_BYTES_MAX`].
+    /// [`Error::LocalIo`] when compressing fails.
     ///
     /// Source: facebook/zstd, `contrib/seekable_format/zstd_seekable_compression_format.md`.
-    pub fn encode(&self) -> Result<Vec<u8>> {
+    pub fn encode(&self) -> Result<Option<Vec<u8>>> {
         let files = self.files.iter().map(|file| DocumentFile {
             path: DocumentPath::of(&file.path),
             offset: file.tar_at,
@@ -205,7 +213,7 @@ impl BackupIndex {
         let length = 4 + text.len() + digests_bytes;
         let seek_bytes = 8 * self.frames.len() + SEEK_FOOTER_BYTES;
         if (length + seek_bytes) as u64 + 16 > INDEX_BYTES_MAX {
-            return Err(Error::invalid("a data object of the backup would hold too many blocks"));
+            return Ok(None);
         }
         let mut bytes = Vec::with_capacity(length + seek_bytes + 16);
         bytes.extend(INDEX_MAGIC.to_le_bytes());
@@ -222,7 +230,7 @@ impl BackupIndex {
         bytes.extend((self.frames.len() as u32).to_le_bytes());
         bytes.push(0);
         bytes.extend(SEEK_END.to_le_bytes());
-        Ok(bytes)
+        Ok(Some(bytes))
     }
 
     /// Reads what [`BackupIndex::encode`] wrote, from the end of an object of `stored_bytes` with `tar_bytes` of tar.
@@ -258,6 +266,9 @@ impl BackupIndex {
             ))
             .with_next("Use the version of walship that took the backup, or a newer one."));
         }
+        if document.folders.len() > FOLDERS_MAX {
+            return Err(damaged("names more folders than any cluster has"));
+        }
         index.folders = document.folders.iter().map(DocumentPath::read).collect::<Result<_>>()?;
         let mut tar_at = 0;
         let mut blocks = 0u64;
@@ -290,6 +301,9 @@ impl BackupIndex {
         }
         for at in (0..entries).step_by(8) {
             let (stored, tar) = number(table, at).zip(number(table, at + 4)).ok_or_else(cut_off)?;
+            if stored > FRAME_BYTES_MAX || tar > FRAME_BYTES_MAX {
+                return Err(damaged("has a frame that is too long to be held"));
+            }
             self.add_frame(stored, tar);
         }
         Ok(())
@@ -336,7 +350,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let (index, frames_bytes, tar_bytes) = sample();
-        let bytes = index.encode().unwrap();
+        let bytes = index.encode().unwrap().unwrap();
         let read = BackupIndex::decode(&bytes, frames_bytes + bytes.len() as u64, tar_bytes).unwrap();
         assert_eq!(read, index);
         let files: Vec<_> = read.files().map(|(file, digests)| (file.bytes, digests.len())).collect();
@@ -357,7 +371,7 @@ mod tests {
             index.add_frame(frame.len() as u32, part.len() as u32);
             object.extend(frame);
         }
-        object.extend(index.encode().unwrap());
+        object.extend(index.encode().unwrap().unwrap());
         let plain = zstd::stream::decode_all(&object[..]).unwrap();
         assert_eq!(plain.len(), 170_005);
         assert_eq!((plain[99_999], plain[100_000], plain[100_005]), (1, 2, 3));
@@ -367,7 +381,7 @@ mod tests {
     #[test]
     fn contradictions_are_damage() {
         let (index, frames_bytes, tar_bytes) = sample();
-        let bytes = index.encode().unwrap();
+        let bytes = index.encode().unwrap().unwrap();
         let stored = frames_bytes + bytes.len() as u64;
         for (bytes, stored, tar) in [
             (&bytes[..], stored + 1, tar_bytes),
@@ -384,7 +398,7 @@ mod tests {
         #[test]
         fn decoding_is_total(at in 0usize..400, value: u8, cut in 0usize..400) {
             let (index, frames_bytes, tar_bytes) = sample();
-            let mut bytes = index.encode().unwrap();
+            let mut bytes = index.encode().unwrap().unwrap();
             let stored = frames_bytes + bytes.len() as u64;
             let place = at % bytes.len();
             bytes[place] = value;

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::pg::backup_manifest::{BackupManifest, ManifestWriter};
 use crate::pg::control::ControlData;
 use crate::pg::page::PAGE_BYTES;
-use crate::pg::{BackupLabel, Lsn, TimelineHistory, TimelineId, WalRange};
+use crate::pg::{BackupLabel, Lsn, Oid, TimelineHistory, TimelineId, WalRange};
 use crate::replication::base_backup::BackupStart;
 use crate::storage::blocking;
 
@@ -119,6 +119,13 @@ pub(super) async fn take(
             path.display()
         )));
     }
+    if control.data_checksum_version != 0 && control.block_size as usize != PAGE_BYTES {
+        progress(BackupEvent::Warning(format!(
+            "pages of {} bytes are not checked: walship knows those of {PAGE_BYTES}",
+            control.block_size
+        )));
+    }
+    check_locations(&walked.tablespaces)?;
     let check = (control.data_checksum_version != 0 && control.block_size as usize == PAGE_BYTES)
         .then_some(PageCheck { start: start.lsn, file_blocks: control.relation_file_blocks });
     let (mut files, places): (Vec<Entry>, Vec<Entry>) =
@@ -145,6 +152,18 @@ pub(super) async fn take(
     let mut share = put_folders(&settings, places, long_links).await?;
     let read = read_all(&shared, options.workers, total_bytes, progress).await?;
     share.add(read);
+    {
+        // A file system that was unmounted meanwhile looks as if every file in it had been dropped.
+        let (folder, version, found) =
+            (data_directory.clone(), server.version_folder.clone(), walked.tablespaces.clone());
+        blocking(move || {
+            found.iter().try_for_each(|(oid, place)| {
+                let link = folder.join("pg_tblspc").join(oid.to_string());
+                walk::is_seen(&link, place, &version).map(|_| ())
+            })
+        })
+        .await?;
+    }
 
     let control_file = {
         let path = data_directory.join(CONTROL_FILE);
@@ -156,7 +175,7 @@ pub(super) async fn take(
     let mut packer = Packer::new(Arc::clone(&settings));
     let mut small = vec![("backup_label", stopped.label.into_bytes())];
     if long_links {
-        small.push(("tablespace_map", stopped.tablespace_map.into_bytes()));
+        small.push(("tablespace_map", tablespace_map(&walked.tablespaces)));
     }
     small.push((CONTROL_FILE, control_file.clone()));
     for (path, content) in small {
@@ -166,7 +185,12 @@ pub(super) async fn take(
     share.objects.sort_by(|a, b| a.name.cmp(&b.name));
 
     let stop_timeline = match label.from_standby {
-        true => ControlData::parse(&control_file)?.min_recovery_timeline.unwrap_or(label.timeline),
+        // Read anew: the standby may have followed its primary to another timeline since.
+        true => {
+            let path = data_directory.join(CONTROL_FILE);
+            let control = blocking(move || read_control(&path)).await?;
+            ControlData::parse(&control)?.min_recovery_timeline.unwrap_or(label.timeline)
+        }
         false => label.timeline,
     };
     let ranges = wal_ranges(&data_directory, &label, stopped.lsn, stop_timeline)?;
@@ -176,7 +200,7 @@ pub(super) async fn take(
     share.damaged.pages.sort_by(|a, b| (&a.path, a.block).cmp(&(&b.path, b.block)));
     let files = std::mem::take(&mut share.files);
     let data_bytes = files.iter().map(|file| file.bytes).sum();
-    let tablespaces = tablespaces(&walked.tablespaces, &files)?;
+    let tablespaces = tablespaces(&walked.tablespaces, &files);
     let (manifest_bytes, manifest) = blocking(move || {
         let mut writer = ManifestWriter::new((major >= 17).then_some(system_identifier));
         for file in &files {
@@ -322,6 +346,9 @@ fn read_files(
         let Some(entry) = next else { return Ok(()) };
         // What is gone was dropped since the backup began: replay knows.
         let Some(opened) = read::open(&entry.source)? else { continue };
+        if entry.is_unlogged() {
+            continue;
+        }
         let (file, damaged) =
             put_file(shared, handle, packer, &entry, &opened, buffer, &mut share.two_phase)?;
         share.files.push(file);
@@ -472,15 +499,41 @@ fn ranges_along(history: &TimelineHistory, first: TimelineId, start: Lsn, end: L
     Some(ranges)
 }
 
-fn tablespaces(found: &[(u32, PathBuf)], files: &[ReadFile]) -> Result<Vec<Tablespace>> {
-    let one = |(oid, place): &(u32, PathBuf)| {
-        let path = std::str::from_utf8(place.as_os_str().as_bytes())
-            .map_err(|_| Error::invalid(format!("the location {place:?} of tablespace {oid} is no UTF-8")))?;
+fn check_locations(found: &[(Oid, PathBuf)]) -> Result<()> {
+    match found.iter().find(|(_, place)| place.to_str().is_none()) {
+        None => Ok(()),
+        Some((oid, place)) => {
+            Err(Error::invalid(format!("the location {place:?} of tablespace {oid} is no UTF-8")))
+        }
+    }
+}
+
+fn tablespaces(found: &[(Oid, PathBuf)], files: &[ReadFile]) -> Vec<Tablespace> {
+    let one = |(oid, place): &(Oid, PathBuf)| {
         let folder = Path::new("pg_tblspc").join(oid.to_string());
         let bytes = files.iter().filter(|file| file.listed.starts_with(&folder)).map(|file| file.bytes).sum();
-        Ok(Tablespace { oid: *oid, path: path.to_owned(), bytes })
+        Tablespace { oid: *oid, path: place.to_string_lossy().into_owned(), bytes }
     };
     found.iter().map(one).collect()
+}
+
+/// Returns a `tablespace_map` of the tablespaces that are in the backup: the server's own may name one that was
+/// dropped since.
+///
+/// Source: `src/backend/access/transam/xlog.c`, do_pg_backup_start.
+fn tablespace_map(found: &[(Oid, PathBuf)]) -> Vec<u8> {
+    let mut map = Vec::new();
+    for (oid, place) in found {
+        map.extend(format!("{oid} ").bytes());
+        for byte in place.as_os_str().as_bytes() {
+            if matches!(byte, b'\n' | b'\r' | b'\\') {
+                map.push(b'\\');
+            }
+            map.push(*byte);
+        }
+        map.push(b'\n');
+    }
+    map
 }
 
 /// Keeps several threads below a number of bytes a second.

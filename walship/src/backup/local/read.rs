@@ -20,6 +20,10 @@ pub(super) const READ_BYTES: usize = 1 << 20;
 /// A page that is wrong is read again so often, with growing pauses: the server may be in the middle of writing it.
 const READ_AGAIN: u32 = 5;
 
+/// After so many damaged pages of a file the others are read again once, at once: a file that is damaged all over
+/// must not hold the backup up for hours.
+const PATIENT_PAGES: usize = 100;
+
 /// The first pause.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -99,7 +103,9 @@ pub(super) fn read(
                 let page = &mut buffer[number * PAGE_BYTES..(number + 1) * PAGE_BYTES];
                 let place = at + (number * PAGE_BYTES) as u64;
                 let block = first.wrapping_add(number as u32);
-                if let Some((stored, computed)) = judge_again(&opened.file, page, place, block, check.start) {
+                let pause = if damaged.len() < PATIENT_PAGES { PAUSE } else { Duration::ZERO };
+                let found = judge_again(&opened.file, page, place, block, check.start, pause);
+                if let Some((stored, computed)) = found {
                     damaged.push(DamagedPage {
                         path: listed.to_owned(),
                         block,
@@ -118,13 +124,21 @@ pub(super) fn read(
 }
 
 /// Judges a page, and reads it again while it is wrong; returns its checksums when it stays so.
-fn judge_again(file: &File, page: &mut [u8], place: u64, block: u32, start: Lsn) -> Option<(u16, u16)> {
-    for attempt in 1..=READ_AGAIN {
+fn judge_again(
+    file: &File,
+    page: &mut [u8],
+    place: u64,
+    block: u32,
+    start: Lsn,
+    pause: Duration,
+) -> Option<(u16, u16)> {
+    let reads = if pause.is_zero() { 2 } else { READ_AGAIN };
+    for attempt in 1..=reads {
         let PageState::Damaged { stored, computed } = judge(page, block, start) else { return None };
-        if attempt == READ_AGAIN {
+        if attempt == reads {
             return Some((stored, computed));
         }
-        sleep(PAUSE * attempt);
+        sleep(pause * attempt);
         match read_up_to(file, page, place) {
             Ok(length) if length == page.len() => {}
             // Cut off meanwhile: what was read first is as good as zeros.

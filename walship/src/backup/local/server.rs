@@ -11,8 +11,12 @@ use crate::replication::base_backup::BackupStart;
 use crate::replication::{Checkpoint, ConnectOptions, Connection, SessionKind};
 use crate::storage::blocking;
 
-/// How far apart the server's start may be noted in `postmaster.pid` and by the server itself, in seconds.
-const START_APART_MAX: i64 = 5;
+/// So many seconds after the time in `postmaster.pid` a server may say that it started: libraries are loaded and names
+/// resolved in between.
+const START_AFTER_MAX: i64 = 600;
+
+/// And so many before it, as clocks go.
+const START_BEFORE_MAX: i64 = 5;
 
 /// A server in backup mode.
 pub(in crate::backup) struct LocalServer {
@@ -30,7 +34,6 @@ pub(in crate::backup) struct LocalServer {
 pub(super) struct Stopped {
     pub(super) lsn: Lsn,
     pub(super) label: String,
-    pub(super) tablespace_map: String,
 }
 
 impl LocalServer {
@@ -145,11 +148,11 @@ impl LocalServer {
         };
         let rows = self
             .session
-            .query(&format!("SELECT lsn, labelfile, spcmapfile FROM {function}"))
+            .query(&format!("SELECT lsn, labelfile FROM {function}"))
             .await
             .map_err(|error| error.with_safe("no backup was recorded; older backups are untouched"))?;
         let text = |column| rows.get(0, column).unwrap_or_default().to_owned();
-        Ok(Stopped { lsn: text(0).parse()?, label: text(1), tablespace_map: text(2) })
+        Ok(Stopped { lsn: text(0).parse()?, label: text(1) })
     }
 }
 
@@ -170,9 +173,9 @@ async fn check_running_here(session: &mut Connection, data_directory: &Path) -> 
     })?;
     let line = |number| file.lines().nth(number).unwrap_or_default().trim();
     let noted: Option<i64> = line(2).parse().ok();
-    let same_start = started
-        .zip(noted)
-        .is_some_and(|(said, noted)| said.abs_diff(noted) <= START_APART_MAX.unsigned_abs());
+    let same_start = started.zip(noted).is_some_and(|(said, noted)| {
+        (-START_BEFORE_MAX..=START_AFTER_MAX).contains(&said.saturating_sub(noted))
+    });
     if same_start && rows.get(0, 1) == Some(line(3)) {
         return Ok(());
     }

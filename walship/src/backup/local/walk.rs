@@ -8,6 +8,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::pg::Oid;
@@ -33,6 +35,12 @@ const TEMPORARY: &str = "pgsql_tmp";
 
 /// More files than any cluster has; what is remembered of each takes memory.
 const ENTRIES_MAX: usize = 20_000_000;
+
+/// So often a tablespace's folder is looked for while its link is there.
+const LOOKS: u32 = 20;
+
+/// The pause between two looks.
+const LOOK_PAUSE: Duration = Duration::from_millis(50);
 
 /// Something to store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +77,16 @@ impl Entry {
     }
 }
 
+impl Entry {
+    /// Returns whether this file is part of an unlogged relation whose beginning the backup has in another file. The
+    /// relation may have been made after its folder was listed: it is looked for when the file is open, as the server does.
+    pub(super) fn is_unlogged(&self) -> bool {
+        RelationFile::of(&self.listed()).filter(|file| file.fork != Fork::Init).is_some_and(|file| {
+            self.source.with_file_name(format!("{}_init", file.filenode)).symlink_metadata().is_ok()
+        })
+    }
+}
+
 /// Everything that belongs into the backup, but for `global/pg_control`.
 #[derive(Debug, Default)]
 pub(super) struct Walk {
@@ -88,23 +106,50 @@ pub(super) struct Walk {
 pub(super) fn walk(data_directory: &Path, version_folder: &str, emptied: Option<&Path>) -> Result<Walk> {
     let mut walk = Walk::default();
     walk.folder(data_directory, None, Path::new(""), emptied)?;
-    for (oid, place) in walk.tablespaces.clone() {
-        let source = place.join(version_folder);
-        match fs::symlink_metadata(&source) {
-            Ok(meta) if meta.is_dir() => {
-                let path = PathBuf::from(version_folder);
-                walk.add(Some(oid), path.clone(), source.clone(), EntryKind::Folder { mode: meta.mode() })?;
-                walk.folder(&source, Some(oid), &path, None)?;
-            }
-            Ok(_) => {
-                return Err(Error::invalid(format!("{} is no folder", source.display())));
-            }
-            // The tablespace was dropped meanwhile, or is empty and was never used.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(unreadable(&source, error)),
+    // PostgreSQL lets a tablespace lie inside the data directory: it is stored once.
+    let inside: Vec<PathBuf> = walk.tablespaces.iter().map(|(_, place)| place.clone()).collect();
+    walk.entries.retain(|entry| !inside.iter().any(|place| entry.source.starts_with(place)));
+    for (oid, place) in std::mem::take(&mut walk.tablespaces) {
+        let link = data_directory.join("pg_tblspc").join(oid.to_string());
+        if !is_seen(&link, &place, version_folder)? {
+            walk.entries.retain(|entry| entry.source != link);
+            continue;
         }
+        let (path, source) = (PathBuf::from(version_folder), place.join(version_folder));
+        walk.add(Some(oid), path.clone(), source.clone(), EntryKind::Folder { mode: 0o700 })?;
+        walk.folder(&source, Some(oid), &path, None)?;
+        walk.tablespaces.push((oid, place));
     }
     Ok(walk)
+}
+
+/// Returns whether a tablespace is there; `false` when it was dropped meanwhile, and its link with it.
+///
+/// A live one always has the server's own folder: CREATE TABLESPACE makes it. A location that cannot be seen from here,
+/// because it is mounted elsewhere, must not pass for an empty one.
+///
+/// # Errors
+/// [`Error::LocalIo`] when it cannot be seen.
+pub(super) fn is_seen(link: &Path, place: &Path, version_folder: &str) -> Result<bool> {
+    let folder = place.join(version_folder);
+    for attempt in 1..=LOOKS {
+        match fs::symlink_metadata(&folder) {
+            Ok(meta) if meta.is_dir() => return Ok(true),
+            Ok(_) => return Err(Error::invalid(format!("{} is no folder", folder.display()))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(unreadable(&folder, error)),
+        }
+        if fs::symlink_metadata(link).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            return Ok(false);
+        }
+        // DROP TABLESPACE removes the folder first and the link then.
+        if attempt < LOOKS {
+            sleep(LOOK_PAUSE);
+        }
+    }
+    Err(Error::local_io(format!("the tablespace at {} cannot be seen from here: it has no {version_folder}", place.display()))
+        .with_safe("the server is untouched; no backup was recorded")
+        .with_next("Run the backup where the server's tablespaces are mounted as they are for the server, or without --source local."))
 }
 
 impl Walk {
@@ -168,15 +213,15 @@ impl Walk {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(unreadable(&source, error)),
             };
+            let is_emptied = tablespace.is_none()
+                && (EMPTIED.iter().any(|name| here == Path::new(name)) || emptied == Some(&here));
             if tablespace.is_none() && here == Path::new("pg_wal") {
                 self.wal_folder(&source, meta.mode())?;
+            } else if is_emptied && (meta.is_dir() || meta.is_symlink()) {
+                self.add(tablespace, here, source, EntryKind::Folder { mode: 0o700 })?;
             } else if meta.is_dir() {
                 self.add(tablespace, here.clone(), source.clone(), EntryKind::Folder { mode: meta.mode() })?;
-                let is_emptied = tablespace.is_none()
-                    && (EMPTIED.iter().any(|name| here == Path::new(name)) || emptied == Some(&here));
-                if !is_emptied {
-                    self.folder(&source, tablespace, &here, emptied)?;
-                }
+                self.folder(&source, tablespace, &here, emptied)?;
             } else if meta.is_file() {
                 self.add(tablespace, here, source, EntryKind::File { bytes: meta.len() })?;
             } else if let Some(oid) = tablespace_of(tablespace, path, &name).filter(|_| meta.is_symlink()) {
@@ -290,6 +335,7 @@ mod tests {
         fs::create_dir(data.join("pg_tblspc")).unwrap();
         symlink(&space, data.join("pg_tblspc/16400")).unwrap();
         symlink("/etc/passwd", data.join("link")).unwrap();
+        symlink(home.path(), data.join("pg_notify")).unwrap();
         let walk = walk(&data, "PG_15_202209061", Some(Path::new("stats"))).unwrap();
         let mut listed: Vec<_> = walk
             .entries
@@ -315,6 +361,7 @@ mod tests {
                 "base/5/t3_x",
                 "global/",
                 "global/1262",
+                "pg_notify/",
                 "pg_replslot/",
                 "pg_stat_tmp/",
                 "pg_tblspc/",
@@ -329,7 +376,18 @@ mod tests {
                 "stats/",
             ]
         );
-        assert_eq!(walk.tablespaces, [(16400, space)]);
+        assert_eq!(walk.tablespaces, [(16400, space.clone())]);
         assert_eq!(walk.odd, [data.join("link")]);
+
+        // What was made unlogged after the listing, and a tablespace that is mounted elsewhere.
+        let file = walk.entries.iter().find(|entry| entry.path == Path::new("base/5/1259")).unwrap();
+        assert!(!file.is_unlogged());
+        write(&data.join("base/5/1259_init"));
+        assert!(file.is_unlogged());
+        fs::rename(&space, home.path().join("elsewhere")).unwrap();
+        let error = super::walk(&data, "PG_15_202209061", None).unwrap_err();
+        assert!(error.to_string().contains("cannot be seen from here"), "{error}");
+        fs::remove_file(data.join("pg_tblspc/16400")).unwrap();
+        assert!(super::walk(&data, "PG_15_202209061", None).unwrap().tablespaces.is_empty());
     }
 }
