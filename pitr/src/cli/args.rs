@@ -32,6 +32,7 @@ const RESTORE_EXAMPLES: &str = "Examples:
   pitr restore --to-time '2026-03-01 14:29:59.8+01' -D /srv/restored
   pitr restore --to-xid 48213 --exclusive -D /srv/restored --tablespace-mapping 16385=/srv/ts1
   pitr restore --to-time '2026-03-01 14:29:59.8Z' -D /var/lib/postgresql/17/main --as production
+  pitr restore --latest --standby --primary-conninfo 'host=db1 user=replicator' -D /srv/standby
 ";
 
 const INFO_EXAMPLES: &str = "Examples:
@@ -191,13 +192,26 @@ pub(super) struct RestoreArgs {
     pub(super) data_dir: PathBuf,
     #[command(flatten)]
     pub(super) target: TargetArgs,
-    /// What the restored server is to be: a copy archives nothing and subscribes to nothing
-    #[arg(long = "as", value_enum, default_value_t = AsWord::Copy, value_name = "WHAT")]
-    pub(super) restore_as: AsWord,
+    /// What the restored server is to be: a copy archives nothing and subscribes to nothing; production does as the
+    /// original did [default: copy; with --standby production: a standby that takes over has to archive, and
+    /// archive_mode cannot be turned on without a restart]
+    #[arg(long = "as", value_enum, value_name = "WHAT")]
+    pub(super) restore_as: Option<AsWord>,
     /// What PostgreSQL does at the target [default: promote for a copy, pause for production; at --latest it
     /// always promotes]
     #[arg(long, value_enum, value_name = "ACTION")]
     pub(super) target_action: Option<ActionWord>,
+    /// With --latest: set up a standby. It replays what is archived now and later, follows the newest timeline, and
+    /// answers queries, until it is promoted (pg_ctl promote)
+    #[arg(long)]
+    pub(super) standby: bool,
+    /// The standby also streams from this primary: a connection string or URI, without a password, which belongs into
+    /// the .pgpass of the server's user [default: none, the standby follows the archive alone]
+    #[arg(long, value_name = "CONNINFO", requires = "standby")]
+    pub(super) primary_conninfo: Option<String>,
+    /// The replication slot of the primary that the standby streams through; it must exist
+    #[arg(long, value_name = "NAME", requires = "primary_conninfo")]
+    pub(super) primary_slot: Option<String>,
     /// Put a tablespace elsewhere, by its path or oid; may be repeated
     #[arg(long, value_name = "OLD=NEW")]
     pub(super) tablespace_mapping: Vec<String>,
@@ -275,6 +289,16 @@ impl TargetArgs {
     pub(super) fn before(&self) -> Result<Option<(Before, TimelineChoice)>> {
         let Some(text) = &self.before else { return Ok(None) };
         Ok(Some((Before::parse(text)?, timeline(self.timeline.as_deref())?)))
+    }
+
+    /// Returns whether everything that is archived is asked for.
+    pub(super) fn is_latest(&self) -> bool {
+        self.latest
+    }
+
+    /// Returns whether one timeline is asked for by its number.
+    pub(super) fn names_timeline(&self) -> bool {
+        self.timeline.as_deref().is_some_and(|timeline| timeline != "latest")
     }
 
     /// Returns the target, unless [`TargetArgs::before`] gives it.

@@ -10,6 +10,7 @@ mod offers_tests;
 mod output;
 mod plan;
 mod restore;
+mod role;
 mod source;
 
 use std::process::ExitCode;

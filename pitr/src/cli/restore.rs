@@ -16,13 +16,14 @@ use walship::{Error, Result};
 use super::DONE;
 use super::args::RestoreArgs;
 use super::before::Asked;
-use super::output::{self, Style};
+use super::output::{self, Style, Way};
 use super::plan::refused;
+use super::role;
 use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
 use crate::execute::restore::check;
 use crate::execute::{Planned, Progress, Proof, RestoreOptions, RestoreReport, make_plan, restore};
 use crate::plan::{PlanOptions, RestorePlan};
-use crate::recovery_settings::{RestoreAs, SettingsOptions, TargetAction, restore_command};
+use crate::recovery_settings::{Recovery, RestoreAs, SettingsOptions, TargetAction, restore_command};
 use crate::target::TargetKind;
 
 /// How often progress is shown on a terminal.
@@ -32,6 +33,7 @@ const REDRAW: Duration = Duration::from_millis(200);
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
+    let (restore_as, recovery) = role::of(args)?;
     let asked = Asked::of(&args.target)?;
     let program = restore_cmd(args.restore_cmd.as_deref())?;
     let source = Source::open(&args.source).await?;
@@ -39,7 +41,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Ok(target) => target,
         Err(refusal) => return refused(&refusal, args.source.json),
     };
-    let mut options = options(args, &program, &source.repository, target.kind == TargetKind::Latest)?;
+    let mut options = options(args, &program, &source.repository, restore_as, recovery)?;
     let plan_options = PlanOptions { backup: args.target.backup.clone() };
     let mut plan =
         match make_plan(&source.repository, &source.catalog, &target, &plan_options, Proof::Whole).await? {
@@ -56,7 +58,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     plan.warnings.extend(before.iter().cloned());
     let style = Style::of_stdout();
     if !args.source.json {
-        output::print(&output::plan_text(&plan, None, style))?;
+        output::print(&output::plan_text(&plan, Way::of(&options.settings.recovery), None, style))?;
     }
     let mut report = if args.dry_run {
         let report = check(&plan, &options)?;
@@ -112,39 +114,17 @@ fn options(
     args: &RestoreArgs,
     program: &str,
     repository: &LineageRepository,
-    latest: bool,
+    restore_as: RestoreAs,
+    recovery: Recovery,
 ) -> Result<RestoreOptions> {
-    let restore_as = RestoreAs::from(args.restore_as);
-    let action = action(restore_as, latest, args.target_action.map(TargetAction::from))?;
     let command = restore_command(program, &restore_cmd_arguments(&args.source.overrides, repository)?);
     Ok(RestoreOptions {
         data_dir: args.data_dir.clone(),
         tablespaces: mappings(&args.tablespace_mapping)?,
         accept_tablespace_paths: args.accept_tablespace_paths,
         settings_dir: args.settings_dir.clone(),
-        settings: SettingsOptions { restore_as, action, restore_command: command },
+        settings: SettingsOptions { restore_as, recovery, restore_command: command },
     })
-}
-
-/// Returns what PostgreSQL does at the target.
-///
-/// # Errors
-/// [`Error::Invalid`] for what it would not do: without a recovery target it ends recovery at the end of
-/// the WAL and opens, whatever `recovery_target_action` says.
-fn action(restore_as: RestoreAs, latest: bool, asked: Option<TargetAction>) -> Result<TargetAction> {
-    match (asked, restore_as) {
-        (Some(TargetAction::Promote), _) | (None, RestoreAs::Copy) => Ok(TargetAction::Promote),
-        (None, RestoreAs::Production) if latest => Ok(TargetAction::Promote),
-        (None, RestoreAs::Production) => Ok(TargetAction::Pause),
-        (Some(action), _) if latest => Err(Error::invalid(format!(
-            "--target-action {} does not go with --latest: without a target PostgreSQL opens for writing at \
-             the end of the WAL",
-            action.word()
-        ))
-        .with_safe("nothing was written")
-        .with_next("Leave it out, or give the last transaction as a target: `pitr plan --latest` names it.")),
-        (Some(action), _) => Ok(action),
-    }
 }
 
 fn mappings(words: &[String]) -> Result<BTreeMap<String, PathBuf>> {
@@ -235,40 +215,26 @@ fn report_text(
         lines.push(format!("  - {}", output::clean(note)));
     }
     lines.push(format!("  - start it: {}", output::clean(&report.start_command)));
-    lines.push(match options.settings.action {
-        _ if plan.target.kind == TargetKind::Latest => {
-            "  - it opens for writing at the end of the archived WAL, on a new timeline".to_owned()
-        }
-        TargetAction::Pause => {
-            "  - it pauses read-only at the target, unless hot_standby is turned off at its start: look, then \
-             SELECT pg_wal_replay_resume() to open it"
-                .to_owned()
-        }
-        TargetAction::Promote => "  - it opens for writing at the target, on a new timeline".to_owned(),
-        TargetAction::Shutdown => "  - it stops at the target".to_owned(),
-    });
+    lines.push(format!("  - {}", afterwards(plan, &options.settings.recovery)));
     lines.push(String::new());
     lines.join("\n")
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn latest_promotes_and_is_not_promised_to_do_otherwise() {
-        use RestoreAs::{Copy, Production};
-        use TargetAction::{Pause, Promote, Shutdown};
-        for (restore_as, latest, asked, expected) in [
-            (Copy, false, None, Some(Promote)),
-            (Production, false, None, Some(Pause)),
-            (Production, true, None, Some(Promote)),
-            (Production, true, Some(Promote), Some(Promote)),
-            (Copy, false, Some(Shutdown), Some(Shutdown)),
-            (Copy, true, Some(Shutdown), None),
-            (Production, true, Some(Pause), None),
-        ] {
-            assert_eq!(action(restore_as, latest, asked).ok(), expected, "{restore_as:?} {latest} {asked:?}");
+/// Returns what the server does once it has replayed what is archived, or reached the target.
+fn afterwards(plan: &RestorePlan, recovery: &Recovery) -> &'static str {
+    match recovery {
+        Recovery::Standby(_) => {
+            "it stays a standby, and follows the newest timeline (recovery_target_timeline = latest); promote it \
+             with pg_ctl promote"
         }
+        Recovery::ToTarget(_) if plan.target.kind == TargetKind::Latest => {
+            "it opens for writing at the end of the archived WAL, on a new timeline"
+        }
+        Recovery::ToTarget(TargetAction::Pause) => {
+            "it pauses read-only at the target, unless hot_standby is turned off at its start: look, then SELECT \
+             pg_wal_replay_resume() to open it"
+        }
+        Recovery::ToTarget(TargetAction::Promote) => "it opens for writing at the target, on a new timeline",
+        Recovery::ToTarget(TargetAction::Shutdown) => "it stops at the target",
     }
 }

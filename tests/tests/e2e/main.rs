@@ -28,6 +28,7 @@ mod repositories;
 mod reset;
 mod restore;
 mod s3_settings;
+mod standby;
 mod storage;
 mod storage_folder;
 mod tablespaces;
