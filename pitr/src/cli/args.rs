@@ -32,6 +32,7 @@ const RESTORE_EXAMPLES: &str = "Examples:
   pitr restore --to-time '2026-03-01 14:29:59.8+01' -D /srv/restored
   pitr restore --to-xid 48213 --exclusive -D /srv/restored --tablespace-mapping 16385=/srv/ts1
   pitr restore --to-time '2026-03-01 14:29:59.8Z' -D /var/lib/postgresql/17/main --as production
+  pitr restore --before drop:public.orders -D /srv/restored --start --set port=5433
   pitr restore --latest --standby --primary-conninfo 'host=db1 user=replicator' -D /srv/standby
 ";
 
@@ -229,6 +230,33 @@ pub(super) struct RestoreArgs {
     pub(super) dry_run: bool,
     #[command(flatten)]
     pub(super) source: SourceArgs,
+    #[command(flatten)]
+    pub(super) starting: StartArgs,
+}
+
+/// What comes after the restore.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Start")]
+pub(super) struct StartArgs {
+    /// Then start PostgreSQL on it, show how far replay is, and wait until it is open for writing, or paused or stopped at
+    /// its target (--target-action); a standby, until it takes connections. Says which transaction is the last one in
+    /// it, and fails where that is not as planned. PostgreSQL runs as the user of this command, which cannot be root, goes
+    /// on when this command ends or is interrupted, and writes to log/pitr-start.log in the data directory. Where
+    /// pg_hba.conf asks for a password it is taken from ~/.pgpass or PGPASSWORD, the user from PGUSER
+    #[arg(long)]
+    pub(super) start: bool,
+    /// The folder of pg_ctl and PostgreSQL's other programs, of the backup's major version [default: pg_ctl on the PATH
+    /// when it is of that version, else /usr/lib/postgresql/VERSION/bin, /usr/pgsql-VERSION/bin]
+    #[arg(long, value_name = "DIR", requires = "start")]
+    pub(super) pg_bin: Option<PathBuf>,
+    /// A setting for this start, on the server's command line, as a copy beside the original needs --set port=5433; may
+    /// be repeated
+    #[arg(long, value_name = "NAME=VALUE", requires = "start")]
+    pub(super) set: Vec<String>,
+    /// Give up when replay makes no progress for so long; the server is left running
+    #[arg(long, value_name = "SECONDS", requires = "start", default_value_t = 600,
+        value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(super) start_timeout: u64,
 }
 
 /// What every command has.

@@ -12,6 +12,7 @@ mod plan;
 mod restore;
 mod role;
 mod source;
+mod start;
 
 use std::process::ExitCode;
 

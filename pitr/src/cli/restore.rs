@@ -13,27 +13,28 @@ use walship::catalog::TailFlaw;
 use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
-use super::DONE;
 use super::args::RestoreArgs;
 use super::before::Asked;
 use super::output::{self, Style, Way};
 use super::plan::refused;
-use super::role;
 use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
+use super::{DONE, role, start, status_of};
 use crate::execute::restore::check;
+use crate::execute::start::{StartOptions, Started, would_start};
 use crate::execute::{Planned, Progress, Proof, RestoreOptions, RestoreReport, make_plan, restore};
 use crate::plan::{PlanOptions, RestorePlan};
 use crate::recovery_settings::{Recovery, RestoreAs, SettingsOptions, TargetAction, restore_command};
 use crate::target::TargetKind;
 
 /// How often progress is shown on a terminal.
-const REDRAW: Duration = Duration::from_millis(200);
+pub(super) const REDRAW: Duration = Duration::from_millis(200);
 
 /// How often a line of progress is printed elsewhere.
-const LINE_EVERY: Duration = Duration::from_secs(10);
+pub(super) const LINE_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     let (restore_as, recovery) = role::of(args)?;
+    start::refuse_root(&args.starting)?;
     let asked = Asked::of(&args.target)?;
     let program = restore_cmd(args.restore_cmd.as_deref())?;
     let source = Source::open(&args.source).await?;
@@ -54,12 +55,14 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         arguments.extend(planned);
         options.settings.restore_command = restore_command(&program, &arguments);
     }
+    let starting = start::options(&args.starting, &plan, &options.settings.recovery).await?;
     let before = source.repository.notes();
     plan.warnings.extend(before.iter().cloned());
     let style = Style::of_stdout();
     if !args.source.json {
         output::print(&output::plan_text(&plan, Way::of(&options.settings.recovery), None, style))?;
     }
+    let begun = Instant::now();
     let mut report = if args.dry_run {
         let report = check(&plan, &options)?;
         source.repository.check_backup_objects(&plan.backup).await?;
@@ -72,6 +75,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
             () = show(&shown, plan.backup.data_bytes) => unreachable_end()?,
         }
     };
+    let restored_in = begun.elapsed();
     report.notes.extend(source.repository.notes().into_iter().filter(|note| !before.contains(note)));
     for url in source.repository.unreadable() {
         report.notes.push(format!(
@@ -79,17 +83,48 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         ));
     }
     report.notes.extend(credentials_note(&args.source.overrides)?);
-    if args.source.json {
-        let value = json!({
-            "outcome": if args.dry_run { "would_restore" } else { "restored" },
-            "report": report,
-            "plan": plan,
-        });
-        output::print_json(&value)?;
-    } else {
-        output::print(&report_text(&report, &plan, &options, args.dry_run, style))?;
+    let restored = Restored { plan: &plan, report: &report, options: &options, dry_run: args.dry_run };
+    if !args.source.json {
+        output::print(&report_text(&restored, starting.as_ref(), style))?;
     }
-    Ok(DONE)
+    let ended = match &starting {
+        None => None,
+        Some(starting) if args.dry_run => Some(Ok(would_start(&report, starting))),
+        Some(starting) => Some(start::carry_out(&plan, &report, starting, restored_in).await),
+    };
+    finish(&restored, ended, args.source.json, style)
+}
+
+/// What was restored, or would be.
+struct Restored<'a> {
+    plan: &'a RestorePlan,
+    report: &'a RestoreReport,
+    options: &'a RestoreOptions,
+    dry_run: bool,
+}
+
+/// Reports how it ended, and returns the exit status.
+fn finish(restored: &Restored<'_>, ended: Option<Result<Started>>, json: bool, style: Style) -> Result<u8> {
+    let Restored { plan, report, dry_run, .. } = *restored;
+    let (started, failed) = match ended {
+        None => (None, None),
+        Some(Ok(started)) => {
+            let unplanned = start::unplanned(plan, report, &started);
+            (Some(started), unplanned)
+        }
+        Some(Err(error)) => (None, Some(error)),
+    };
+    if json {
+        let mut value = start::outcome(dry_run, started.as_ref(), failed.as_ref());
+        value["report"] = json!(report);
+        value["plan"] = json!(plan);
+        output::print_json(&value)?;
+    } else if let Some(started) = &started {
+        output::print(&start::text(plan, started, style))?;
+    }
+    let Some(error) = failed else { return Ok(DONE) };
+    eprintln!("{}", output::clean(&error.report()));
+    Ok(status_of(&error))
 }
 
 /// Returns what `restore-cmd` has to be told of parts that it serves for this plan alone.
@@ -177,8 +212,8 @@ async fn show(progress: &Progress, total: u64) {
     }
 }
 
-/// Clears the bar when the restore ends, however it ends.
-struct Finish(ProgressBar);
+/// Clears the bar when the work ends, however it ends.
+pub(super) struct Finish(pub(super) ProgressBar);
 
 impl Drop for Finish {
     fn drop(&mut self) {
@@ -186,13 +221,8 @@ impl Drop for Finish {
     }
 }
 
-fn report_text(
-    report: &RestoreReport,
-    plan: &RestorePlan,
-    options: &RestoreOptions,
-    dry_run: bool,
-    style: Style,
-) -> String {
+fn report_text(restored: &Restored<'_>, starting: Option<&StartOptions>, style: Style) -> String {
+    let Restored { plan, report, options, dry_run } = *restored;
     let mut lines = Vec::new();
     lines.push(String::new());
     let done = if dry_run { "Would restore" } else { "Restored" };
@@ -214,7 +244,14 @@ fn report_text(
     for note in &report.notes {
         lines.push(format!("  - {}", output::clean(note)));
     }
-    lines.push(format!("  - start it: {}", output::clean(&report.start_command)));
+    match starting {
+        None => lines.push(format!("  - start it: {}", output::clean(&report.start_command))),
+        Some(_) if dry_run => {}
+        Some(starting) => {
+            let command = would_start(report, starting).command;
+            lines.push(format!("  - it is started now: {}", output::clean(&command)));
+        }
+    }
     lines.push(format!("  - {}", afterwards(plan, &options.settings.recovery)));
     lines.push(String::new());
     lines.join("\n")

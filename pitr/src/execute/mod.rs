@@ -11,6 +11,7 @@ mod parent_segments;
 mod prove;
 mod read_log;
 pub mod restore;
+pub mod start;
 mod unpack;
 
 pub use load::{Planned, make_plan};

@@ -29,6 +29,7 @@ mod reset;
 mod restore;
 mod s3_settings;
 mod standby;
+mod start;
 mod storage;
 mod storage_folder;
 mod tablespaces;
