@@ -17,6 +17,17 @@ use crate::plan::{RestorePlan, StopKind};
 use crate::recovery_settings::Recovery;
 use crate::target::{shell_word, utc_text};
 
+/// Settings that the restore decides, beside those of the target.
+const DECIDED: &[&str] = &[
+    "archive_command",
+    "archive_library",
+    "archive_mode",
+    "data_directory",
+    "primary_conninfo",
+    "primary_slot_name",
+    "restore_command",
+];
+
 /// Returns how the restored server is to be started; `None` when it is not.
 ///
 /// # Errors
@@ -67,7 +78,19 @@ fn setting(words: &str) -> Result<(String, String)> {
     let named = |name: &str| {
         !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'.')
     };
+    // On the command line they would outrank what is written for the plan.
+    let decided = |name: &str| {
+        let name = name.to_ascii_lowercase();
+        name.starts_with("recovery_target") || DECIDED.contains(&name.as_str())
+    };
     match words.split_once('=') {
+        Some((name, _)) if decided(name) => Err(Error::invalid(format!(
+            "--set {name}=... would overrule what the restore decides"
+        ))
+        .with_safe("nothing was written")
+        .with_next(
+            "Use the options for that: the target, --target-action, --as, --primary-conninfo, --restore-cmd.",
+        )),
         Some((name, value)) if named(name) && !value.contains(['\0', '\n', '\r']) => {
             Ok((name.to_ascii_lowercase(), value.to_owned()))
         }
@@ -262,7 +285,9 @@ mod tests {
         assert_eq!(setting("port=5433").unwrap(), ("port".to_owned(), "5433".to_owned()));
         assert_eq!(setting("Cluster_Name=a=b").unwrap(), ("cluster_name".to_owned(), "a=b".to_owned()));
         assert_eq!(setting("my.setting=").unwrap().1, "");
-        for words in ["port", "=1", "a b=1", "port=1\n", "-c port=1"] {
+        for words in
+            ["port", "=1", "a b=1", "port=1\n", "-c port=1", "Archive_Mode=on", "recovery_target=immediate"]
+        {
             assert!(setting(words).is_err(), "{words:?}");
         }
     }

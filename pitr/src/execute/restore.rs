@@ -96,9 +96,6 @@ pub struct RestoreReport {
     pub notes: Vec<String>,
     /// The command that starts PostgreSQL on it.
     pub start_command: String,
-    /// An option that the server's command line needs, quoted as pg_ctl's `-o` wants it.
-    #[serde(skip)]
-    pub server_option: Option<String>,
 }
 
 /// Checks everything that can be checked before a byte is fetched, and says what a restore would do.
@@ -126,7 +123,7 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
         ));
     }
     notes.extend(role_notes(&options.settings));
-    let start_command = start_command(&data_dir, None);
+    let start_command = start_command(&data_dir, false);
     Ok(RestoreReport {
         data_dir,
         tablespaces,
@@ -135,7 +132,6 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
         standby: matches!(options.settings.recovery, Recovery::Standby(_)),
         notes,
         start_command,
-        server_option: None,
     })
 }
 
@@ -167,14 +163,17 @@ fn role_notes(settings: &SettingsOptions) -> Vec<String> {
 }
 
 /// Returns the command that starts PostgreSQL.
-fn start_command(data_dir: &Path, option: Option<&str>) -> String {
-    let option = option.map_or_else(String::new, |option| format!(" -o {}", shell_word(option)));
+fn start_command(data_dir: &Path, is_moved: bool) -> String {
+    let option = match is_moved {
+        true => format!(" -o {}", shell_word(&pinned(data_dir))),
+        false => String::new(),
+    };
     format!("pg_ctl -D {} -w start{option}", shell_word(&data_dir.to_string_lossy()))
 }
 
-/// Returns the option that makes a folder the data directory: on the command line `data_directory` outranks what
-/// the configuration says.
-fn pinned(data_dir: &Path) -> String {
+/// Returns the option that makes a folder the data directory, for pg_ctl's `-o`: on the command line
+/// `data_directory` outranks what the configuration says.
+pub(super) fn pinned(data_dir: &Path) -> String {
     format!("-c data_directory={}", shell_word(&data_dir.to_string_lossy()))
 }
 
@@ -250,8 +249,7 @@ pub async fn restore(
         blocking(move || configuration::read(&data_dir)).await?
     };
     report.notes.extend(inherited.notes(&overruled(&plan, &settings, &inherited), &data_dir));
-    report.server_option = inherited.moves_data_directory(&data_dir).then(|| pinned(&data_dir));
-    report.start_command = start_command(&data_dir, report.server_option.as_deref());
+    report.start_command = start_command(&data_dir, inherited.moves_data_directory(&data_dir));
     let signal_file = settings.recovery.signal_file();
     let files = SmallFiles {
         auto_conf: auto_conf(&plan, &settings, &inherited),

@@ -157,6 +157,9 @@ fn a_started_server_holds_what_was_planned() {
             "{value:#}"
         );
         assert_eq!(place.psql("select max(id), pg_is_in_recovery() from t"), "3|f");
+        let place = origin.place("immediate");
+        let (value, _) = json(stage, &mut place.restore(stage, &["--immediate"]), 0);
+        assert_as_planned(&value, "open");
         // Just before a transaction, paused.
         let place = origin.place("paused");
         let words = ["--before-xid", &origin.rows[2].xid, "--target-action", "pause"];
@@ -192,7 +195,7 @@ fn a_recovery_that_ends_too_early_is_told() {
     let missing = origin.broken(&origin.rows[1].segment, "exit 1");
     // With a target PostgreSQL notices, and ends.
     let place = origin.place("target");
-    let words = ["--to-xid", &origin.rows[2].xid, "--restore-cmd", &missing];
+    let words = ["--to-xid", &origin.rows[2].xid, "--restore-cmd", &missing, "--set", "logging_collector=on"];
     let (value, said) = json(stage, &mut place.restore(stage, &words), 1);
     assert_eq!(
         (&value["outcome"], &value["kind"]),
@@ -289,4 +292,31 @@ fn a_server_that_lets_nobody_in_is_watched_all_the_same() {
         let said = stage.ok(place.restore(stage, &["--latest", "--standby"]).args(["--set", setting]));
         assert!(said.contains("Started: a standby") && said.contains(why), "{said}");
     }
+}
+
+/// Debian's layout. The original's configuration names the original's data directory, and that wins over `-D`.
+#[test]
+fn a_configuration_elsewhere_does_not_lead_to_another_data_directory() {
+    let mut origin = Origin::make(primary_major());
+    let data_dir = origin.server.data_dir().to_owned();
+    let elsewhere = origin.stage.path().join("postgresql.conf");
+    let text = fs::read_to_string(data_dir.join("postgresql.conf")).unwrap();
+    fs::write(&elsewhere, format!("{text}data_directory = '{}'\n", data_dir.display())).unwrap();
+    fs::remove_file(data_dir.join("postgresql.conf")).unwrap();
+    let server = origin.stage.recovering(&data_dir).setting("config_file", elsewhere.display()).start();
+    origin.stage.backup(&server);
+    server.archive_now();
+    drop(server);
+    origin.rows.clear();
+
+    let stage = &origin.stage;
+    let place = origin.place("restored");
+    let said = stage.fails(&mut place.restore(stage, &["--latest"]), 2);
+    assert!(said.contains("--set config_file=") && said.contains("nothing was written"), "{said}");
+    assert!(!place.dir.exists());
+    let setting = format!("config_file={}", elsewhere.display());
+    let (value, _) = json(stage, place.restore(stage, &["--latest"]).args(["--set", &setting]), 0);
+    assert_as_planned(&value, "open");
+    assert_eq!(place.psql("show data_directory"), place.dir.to_str().unwrap());
+    assert_eq!(place.psql("select max(id) from t"), "5");
 }

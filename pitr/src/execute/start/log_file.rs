@@ -3,10 +3,12 @@
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use tokio::time::sleep;
 use walship::{Error, Result};
 
-use super::make_log_folder;
+use crate::execute::restore::make_private;
 
 /// The file in which the server says where it logs, when a collector of its own does.
 ///
@@ -18,6 +20,10 @@ const TAIL_BYTES: u64 = 64 << 10;
 
 /// How many lines are told.
 const LINES_MAX: usize = 4;
+
+/// How long is waited for lines that tell why, and how often they are looked for.
+const WORDS_PATIENCE: Duration = Duration::from_secs(2);
+const WORDS_EVERY: Duration = Duration::from_millis(50);
 
 /// The output of one start.
 #[derive(Debug)]
@@ -40,14 +46,23 @@ impl ServerLog {
         &self.path
     }
 
-    /// Returns the last lines that tell why the server ended.
-    pub(super) fn last_words(&self) -> Result<Vec<String>> {
-        let mut text = read_tail(&self.path, self.from)?;
-        for path in self.collected() {
-            text.push('\n');
-            text.push_str(&read_tail(&path, 0)?);
+    /// Returns the last lines that tell why the server ended, or where there are none (the words may be in any
+    /// language) the last lines.
+    pub(super) async fn last_words(&self) -> Result<Vec<String>> {
+        // A collector writes what it has got after the server is gone.
+        let waits_until = Instant::now() + WORDS_PATIENCE;
+        loop {
+            let mut text = read_tail(&self.path, self.from)?;
+            for path in self.collected() {
+                text.push('\n');
+                text.push_str(&read_tail(&path, 0)?);
+            }
+            match telling(&text) {
+                Some(lines) => return Ok(lines),
+                None if Instant::now() > waits_until => return Ok(last(&text.lines().collect::<Vec<_>>())),
+                None => sleep(WORDS_EVERY).await,
+            }
         }
-        Ok(telling(&text))
     }
 
     /// Returns the files of the server's own collector.
@@ -58,21 +73,29 @@ impl ServerLog {
     }
 }
 
-/// Returns the last lines that tell of an end, or where there are none (the words may be in any language) the
-/// last lines.
-fn telling(text: &str) -> Vec<String> {
-    let tells = |line: &&str| {
-        let words = ["FATAL:", "PANIC:", "HINT:", "could not bind"];
-        words.iter().any(|word| line.contains(word)) || line.starts_with("error: ")
-    };
-    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    let told: Vec<&str> = lines.iter().copied().filter(tells).collect();
-    let told = if told.is_empty() { lines } else { told };
-    let mut last: Vec<String> = Vec::new();
-    for line in told.iter().skip(told.len().saturating_sub(LINES_MAX)) {
-        last.push(line.trim().to_owned());
+/// Makes the folder that the server's output goes to.
+fn make_log_folder(log: &Path) -> Result<()> {
+    match log.parent() {
+        Some(folder) if !folder.is_dir() => make_private(folder),
+        _ => Ok(()),
     }
-    last
+}
+
+/// Returns the last lines that tell of an end and lead to it; `None` when none tells.
+fn telling(text: &str) -> Option<Vec<String>> {
+    const ENDS: [&str; 2] = ["FATAL:", "PANIC:"];
+    const LEADS: [&str; 2] = ["HINT:", "could not bind"];
+    let has = |line: &str, words: &[&str]| words.iter().any(|word| line.contains(word));
+    text.lines().any(|line| has(line, &ENDS)).then(|| {
+        // A report of restore-cmd begins with "error:".
+        let tells = |line: &&str| has(line, &ENDS) || has(line, &LEADS) || line.starts_with("error: ");
+        last(&text.lines().filter(tells).collect::<Vec<_>>())
+    })
+}
+
+fn last(lines: &[&str]) -> Vec<String> {
+    let lines: Vec<&str> = lines.iter().map(|line| line.trim()).filter(|line| !line.is_empty()).collect();
+    lines[lines.len().saturating_sub(LINES_MAX)..].iter().map(|line| (*line).to_owned()).collect()
 }
 
 /// Returns the end of a file, from no earlier than `from`; nothing when it is not there.
@@ -98,27 +121,28 @@ mod tests {
         let text = "LOG:  starting\nLOG:  could not bind IPv4 address \"127.0.0.1\": in use\nHINT:  Is another one?\n\
                     FATAL:  could not create any TCP/IP sockets\nLOG:  database system is shut down\n";
         assert_eq!(
-            telling(text),
+            telling(text).unwrap(),
             [
                 "LOG:  could not bind IPv4 address \"127.0.0.1\": in use",
                 "HINT:  Is another one?",
                 "FATAL:  could not create any TCP/IP sockets"
             ]
         );
-        assert_eq!(telling("a\n\nb\n"), ["a", "b"]);
-        assert!(telling("").is_empty());
+        assert_eq!(telling("LOG:  redirecting\nHINT:  Future log output will appear in \"log\".\n"), None);
+        assert_eq!(last(&["a", "", "b"]), ["a", "b"]);
+        assert_eq!(last(&["a", "b", "c", "d", "e"]), ["b", "c", "d", "e"]);
     }
 
-    #[test]
-    fn only_this_start_counts_and_the_collectors_files_too() {
+    #[tokio::test]
+    async fn only_this_start_counts_and_the_collectors_files_too() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("log/pitr-start.log");
         fs::create_dir(home.path().join("log")).unwrap();
         fs::write(&path, "FATAL:  an older start\n").unwrap();
         let log = ServerLog::open(home.path(), &path).unwrap();
-        assert!(log.last_words().unwrap().is_empty());
+        assert!(log.last_words().await.unwrap().is_empty());
         fs::write(home.path().join(CURRENT_LOGFILES), "stderr log/own.log\n").unwrap();
         fs::write(home.path().join("log/own.log"), "FATAL:  this one\n").unwrap();
-        assert_eq!(log.last_words().unwrap(), ["FATAL:  this one"]);
+        assert_eq!(log.last_words().await.unwrap(), ["FATAL:  this one"]);
     }
 }

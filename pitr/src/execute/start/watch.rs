@@ -138,13 +138,21 @@ pub(super) struct Watcher {
     connection: Option<Connection>,
     /// Why the server does not let us in: asking again would not change that.
     refused: Option<String>,
+    /// The pid file as it was last.
+    last: Option<PidFile>,
     /// The process that replays, and when it was last looked for.
     replaying: (Option<u32>, Option<Instant>),
 }
 
 impl Watcher {
     pub(super) fn of(data_dir: &Path) -> Self {
-        Self { data_dir: data_dir.to_owned(), connection: None, refused: None, replaying: (None, None) }
+        Self {
+            data_dir: data_dir.to_owned(),
+            connection: None,
+            refused: None,
+            last: None,
+            replaying: (None, None),
+        }
     }
 
     /// Returns what can be seen now. `ask`: whether the server is to be asked when it takes connections.
@@ -177,10 +185,13 @@ impl Watcher {
         look
     }
 
-    /// Returns the pid file of a server that runs.
-    fn running(&self) -> Option<PidFile> {
-        let text = fs::read_to_string(self.data_dir.join("postmaster.pid")).ok()?;
-        PidFile::parse(&text).filter(|file| is_alive(file.pid))
+    /// Returns the pid file of a server that runs. A file that cannot be read while it is written says what it said
+    /// before.
+    fn running(&mut self) -> Option<PidFile> {
+        let text = fs::read_to_string(self.data_dir.join("postmaster.pid")).unwrap_or_default();
+        let file = PidFile::parse(&text).or_else(|| self.last.take());
+        self.last = file.filter(|file| is_alive(file.pid));
+        self.last.clone()
     }
 
     /// Returns the server's word; `None` when it gives none now.
