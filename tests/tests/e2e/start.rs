@@ -58,12 +58,12 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let Some(pid) = self.pid() else { return };
-        process::signal(pid, Signal::SIGSTOP);
+        // Asked to end at once it gives its shared memory back, of which the kernel has no endless number; what its
+        // commands started is nobody's then.
         let below = process::descendants(pid);
-        for pid in below.iter().chain([&pid]) {
-            process::signal(*pid, Signal::SIGKILL);
-        }
+        process::signal(pid, Signal::SIGQUIT);
         wait::until("the started server is gone", || !process::is_alive(pid));
+        below.into_iter().for_each(|pid| process::signal(pid, Signal::SIGKILL));
     }
 }
 
