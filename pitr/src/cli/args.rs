@@ -33,6 +33,7 @@ const RESTORE_EXAMPLES: &str = "Examples:
   pitr restore --to-xid 48213 --exclusive -D /srv/restored --tablespace-mapping 16385=/srv/ts1
   pitr restore --to-time '2026-03-01 14:29:59.8Z' -D /var/lib/postgresql/17/main --as production
   pitr restore --before drop:public.orders -D /srv/restored --start --set port=5433
+  pitr restore --latest --surviving-wal /mnt/old/pg_wal --push-surviving -D /srv/restored
   pitr restore --latest --standby --primary-conninfo 'host=db1 user=replicator' -D /srv/standby
 ";
 
@@ -72,7 +73,7 @@ pub(super) enum Command {
     Plan(PlanArgs),
     /// Restore a data directory that PostgreSQL recovers from to exactly the planned transaction
     #[command(after_help = [RESTORE_EXAMPLES, STATUSES].join("\n"))]
-    Restore(RestoreArgs),
+    Restore(Box<RestoreArgs>),
     /// Show what happened in the archived WAL, each event with the target that leads to just before it
     #[command(after_help = [LOG_EXAMPLES, STATUSES].join("\n"))]
     Log(LogArgs),
@@ -213,6 +214,14 @@ pub(super) struct RestoreArgs {
     /// The replication slot of the primary that the standby streams through; it must exist
     #[arg(long, value_name = "NAME", requires = "primary_conninfo")]
     pub(super) primary_slot: Option<String>,
+    /// With --latest: first look into the pg_wal (or data directory) that is left of the lost server for WAL that was not
+    /// archived any more, down to the last record of the open segment. Finds it, says how to push it, and stops there;
+    /// the server must be stopped, or gone
+    #[arg(long, value_name = "DIR")]
+    pub(super) surviving_wal: Option<PathBuf>,
+    /// Push what --surviving-wal finds into every repository, then restore up to its end
+    #[arg(long, requires = "surviving_wal")]
+    pub(super) push_surviving: bool,
     /// Put a tablespace elsewhere, by its path or oid; may be repeated
     #[arg(long, value_name = "OLD=NEW")]
     pub(super) tablespace_mapping: Vec<String>,

@@ -13,6 +13,7 @@ mod restore;
 mod role;
 mod source;
 mod start;
+mod surviving;
 
 use std::process::ExitCode;
 

@@ -18,11 +18,12 @@ use super::before::Asked;
 use super::output::{self, Style, Way};
 use super::plan::refused;
 use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
+use super::surviving::{self, Then};
 use super::{DONE, role, start, status_of};
 use crate::execute::restore::check;
 use crate::execute::start::{StartOptions, Started, would_start};
 use crate::execute::{Planned, Progress, Proof, RestoreOptions, RestoreReport, make_plan, restore};
-use crate::plan::{PlanOptions, RestorePlan};
+use crate::plan::{PlanOptions, Refusal, RestorePlan};
 use crate::recovery_settings::{Recovery, RestoreAs, SettingsOptions, TargetAction, restore_command};
 use crate::target::TargetKind;
 
@@ -35,20 +36,24 @@ pub(super) const LINE_EVERY: Duration = Duration::from_secs(10);
 pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     let (restore_as, recovery) = role::of(args)?;
     start::refuse_root(&args.starting)?;
-    let asked = Asked::of(&args.target)?;
+    surviving::check_words(args)?;
     let program = restore_cmd(args.restore_cmd.as_deref())?;
-    let source = Source::open(&args.source).await?;
-    let target = match asked.target(&source).await? {
-        Ok(target) => target,
+    let (mut source, mut plan) = match open_and_plan(args).await? {
+        Ok(planned) => planned,
         Err(refusal) => return refused(&refusal, args.source.json),
     };
+    let surviving = match surviving::look(args, &source, &plan).await? {
+        Then::GoOn { note } => note,
+        Then::PlanAgain { note } => {
+            (source, plan) = match open_and_plan(args).await? {
+                Ok(planned) => planned,
+                Err(refusal) => return refused(&refusal, args.source.json),
+            };
+            Some(note)
+        }
+    };
+    plan.warnings.extend(surviving);
     let mut options = options(args, &program, &source.repository, restore_as, recovery)?;
-    let plan_options = PlanOptions { backup: args.target.backup.clone() };
-    let mut plan =
-        match make_plan(&source.repository, &source.catalog, &target, &plan_options, Proof::Whole).await? {
-            Planned::Plan(plan) => plan,
-            Planned::Refused(refusal) => return refused(&refusal, args.source.json),
-        };
     let planned = tail_arguments(&plan);
     if !planned.is_empty() {
         let mut arguments = restore_cmd_arguments(&args.source.overrides, &source.repository)?;
@@ -93,6 +98,22 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Some(starting) => Some(start::carry_out(&plan, &report, starting, restored_in).await),
     };
     finish(&restored, ended, args.source.json, style)
+}
+
+/// Returns what the repository holds, and the plan, or why there is none.
+async fn open_and_plan(args: &RestoreArgs) -> Result<Result<(Source, Box<RestorePlan>), Box<Refusal>>> {
+    let asked = Asked::of(&args.target)?;
+    let source = Source::open(&args.source).await?;
+    let target = match asked.target(&source).await? {
+        Ok(target) => target,
+        Err(refusal) => return Ok(Err(refusal)),
+    };
+    let options = PlanOptions { backup: args.target.backup.clone() };
+    let planned = make_plan(&source.repository, &source.catalog, &target, &options, Proof::Whole).await?;
+    Ok(match planned {
+        Planned::Plan(plan) => Ok((source, plan)),
+        Planned::Refused(refusal) => Err(refusal),
+    })
 }
 
 /// What was restored, or would be.

@@ -12,6 +12,7 @@ mod prove;
 mod read_log;
 pub mod restore;
 pub mod start;
+pub mod surviving;
 mod unpack;
 
 pub use load::{Planned, make_plan};

@@ -32,6 +32,7 @@ mod standby;
 mod start;
 mod storage;
 mod storage_folder;
+mod surviving;
 mod tablespaces;
 mod texts;
 mod thin;
