@@ -117,15 +117,22 @@ pub async fn survey(folder: &Path, repository: &LineageRepository, plan: &Restor
                 .with_safe("nothing was pushed")
                 .with_next("Look for it elsewhere. Without --surviving-wal the restore goes on without what lies behind."));
             }
+            let before = found.whole.last().or(found.common.last()).copied();
+            let torn = !is_stored(name) && begins_torn(&folder, before, name, size)?;
             match scan.verdict {
                 Verdict::Whole if is_stored(name) => found.common.push(name),
+                Verdict::Whole if torn => {
+                    return Err(Error::corrupt(format!(
+                        "{name} in {} is damaged: the record that reaches into it from the one before has a wrong checksum",
+                        folder.display()
+                    ))
+                    .with_safe("nothing was pushed")
+                    .with_next("Look for another copy of it. Without --surviving-wal the restore goes on without it."));
+                }
                 Verdict::Whole => found.whole.push(name),
                 Verdict::Incomplete { valid_to, reason } if !is_stored(name) => {
                     let new = valid_to > name.start(size) && shipped_to.is_none_or(|to| valid_to > to);
-                    let before = found.whole.last().or(found.common.last()).copied();
-                    if new && !begins_torn(&folder, before, name, size)? {
-                        found.open = Some((name, valid_to));
-                    }
+                    found.open = (new && !torn).then_some((name, valid_to));
                     ended = Some(reason);
                     continue;
                 }
@@ -229,8 +236,8 @@ async fn prove(surviving: &Surviving, repository: &LineageRepository, plan: &Res
     }
 }
 
-/// Returns whether the record that reaches into the open segment was not written to its end: by itself that segment
-/// cannot tell, for the record's checksum stands in the one before.
+/// Returns whether the record that reaches into a segment is not whole there: by itself that segment cannot tell, for
+/// the record's checksum stands in the one before.
 fn begins_torn(
     folder: &Path,
     before: Option<SegmentName>,

@@ -87,12 +87,30 @@ fn what_survives_is_offered_and_pushed_to_its_last_record() {
         // Without it the archive ends where it ends.
         assert_eq!(rows(&stage, &path("without"), &[]), "1,2");
 
+        // A bit of a record that begins in the segment before is wrong.
+        let damaged = path("damaged");
+        copy_tree(&data_dir.join("pg_wal"), &damaged);
+        let last = before[0].as_str().unwrap();
+        let next = format!("{:024X}", u128::from_str_radix(last, 16).unwrap() + 1);
+        let mut bytes = fs::read(damaged.join(&next)).unwrap();
+        bytes[100] ^= 1;
+        fs::write(damaged.join(&next), bytes).unwrap();
+        let from_damaged = |status| {
+            let mut restore = stage.pitr(&["restore", "--latest", "--push-surviving", "-D"]);
+            stage.fails(restore.arg(path("new")).arg("--surviving-wal").arg(&damaged), status)
+        };
+        let said = from_damaged(4);
+        assert!(said.contains(&next) && said.contains("wrong checksum"), "{said}");
+        fs::remove_file(damaged.join(last)).unwrap();
+        let said = from_damaged(1);
+        assert!(said.contains("does not continue the WAL that is stored"), "{said}");
+        assert_eq!(stored(&stage), before);
+
         // Only pg_wal is left, and not even the segment that is stored as well: the record that lies in both
         // tells.
         let left = path("left");
         copy_tree(&data_dir.join("pg_wal"), &left);
-        let last = before[0].as_str().unwrap();
-        let _ = fs::remove_file(left.join(last));
+        fs::remove_file(left.join(last)).unwrap();
         let words = ["--surviving-wal", left.to_str().unwrap(), "--push-surviving"];
         assert_eq!(rows(&stage, &path("with"), &words), "1,2,3,4,5");
         assert_ne!(stored(&stage), before);
