@@ -14,7 +14,13 @@ use crate::plan::RestorePlan;
 use crate::target::{StopSide, TargetKind, shell_word};
 
 /// The file that makes PostgreSQL recover from the archive once; `standby.signal` must not be there.
-pub const SIGNAL_FILE: &str = "recovery.signal";
+const RECOVERY_SIGNAL: &str = "recovery.signal";
+
+/// The file that makes PostgreSQL a standby.
+const STANDBY_SIGNAL: &str = "standby.signal";
+
+/// Every signal file: one that a backup brings along must not decide.
+pub const SIGNAL_FILES: [&str; 2] = [RECOVERY_SIGNAL, STANDBY_SIGNAL];
 
 /// What the restored server is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -49,13 +55,41 @@ impl TargetAction {
     }
 }
 
+/// How the restored server recovers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recovery {
+    /// Up to the plan's stop, on the plan's timeline; then it does this.
+    ToTarget(TargetAction),
+    /// Without end, until it is promoted: from the archive, and from a primary where one is named.
+    Standby(Standby),
+}
+
+impl Recovery {
+    /// Returns the name of the file that tells PostgreSQL so.
+    pub fn signal_file(&self) -> &'static str {
+        match self {
+            Self::ToTarget(_) => RECOVERY_SIGNAL,
+            Self::Standby(_) => STANDBY_SIGNAL,
+        }
+    }
+}
+
+/// What a standby follows beside the archive.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Standby {
+    /// The value of `primary_conninfo`; `None` follows the archive alone.
+    pub primary_conninfo: Option<String>,
+    /// The value of `primary_slot_name`.
+    pub primary_slot: Option<String>,
+}
+
 /// Everything about the settings that the plan does not decide.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SettingsOptions {
     /// What the restored server is to be.
     pub restore_as: RestoreAs,
-    /// What it does at the target.
-    pub action: TargetAction,
+    /// How it recovers.
+    pub recovery: Recovery,
     /// The whole value of `restore_command`; see [`restore_command`].
     pub restore_command: String,
 }
@@ -86,9 +120,11 @@ pub fn auto_conf(plan: &RestorePlan, options: &SettingsOptions, inherited: &Inhe
     if !text.is_empty() && !text.ends_with(b"\n") {
         text.push(b'\n');
     }
-    text.extend_from_slice(
-        format!("# written by pitr restore: {}\n", comment(&plan.target_options)).as_bytes(),
-    );
+    let target = match &options.recovery {
+        Recovery::ToTarget(_) => comment(&plan.target_options),
+        Recovery::Standby(_) => "--latest --standby".to_owned(),
+    };
+    text.extend_from_slice(format!("# written by pitr restore: {target}\n").as_bytes());
     for (name, value) in &settings {
         text.extend_from_slice(format!("{name} = {}\n", quoted(value)).as_bytes());
     }
@@ -128,10 +164,17 @@ pub fn settings(
     }
     let inclusive = if plan.target.stop == StopSide::Inclusive { "on" } else { "off" };
     settings.push(("recovery_target_inclusive", inclusive.to_owned()));
-    settings.push(("recovery_target_timeline", plan.timeline.to_string()));
-    settings.push(("recovery_target_action", options.action.word().to_owned()));
-    if options.action == TargetAction::Pause {
-        // Without it PostgreSQL cannot be asked anything while paused, and shuts down instead.
+    let (timeline, action, standby) = match &options.recovery {
+        Recovery::ToTarget(action) => (plan.timeline.to_string(), *action, Standby::default()),
+        // A number would hold it on a timeline that its primary leaves with the next failover. The action never
+        // counts without a target: PostgreSQL's default stands in for whatever was inherited.
+        Recovery::Standby(standby) => ("latest".to_owned(), TargetAction::Pause, standby.clone()),
+    };
+    settings.push(("recovery_target_timeline", timeline));
+    settings.push(("recovery_target_action", action.word().to_owned()));
+    if action == TargetAction::Pause {
+        // Without it PostgreSQL cannot be asked anything while paused, and shuts down instead; and nobody could
+        // read from a standby.
         settings.push(("hot_standby", "on".to_owned()));
     }
     settings.push(("restore_command", options.restore_command.clone()));
@@ -141,14 +184,14 @@ pub fn settings(
         settings.push(("recovery_prefetch", "off".to_owned()));
     }
     settings.push(("recovery_min_apply_delay", "0".to_owned()));
-    for name in [
-        "archive_cleanup_command",
-        "recovery_end_command",
-        "primary_conninfo",
-        "primary_slot_name",
-        "synchronous_standby_names",
+    for (name, value) in [
+        ("archive_cleanup_command", None),
+        ("recovery_end_command", None),
+        ("primary_conninfo", standby.primary_conninfo),
+        ("primary_slot_name", standby.primary_slot),
+        ("synchronous_standby_names", None),
     ] {
-        settings.push((name, String::new()));
+        settings.push((name, value.unwrap_or_default()));
     }
     if plan.backup.server_version < 160_000 {
         // A file that lies there already would end recovery before the target.
@@ -247,7 +290,7 @@ mod tests {
     fn options(restore_as: RestoreAs) -> SettingsOptions {
         SettingsOptions {
             restore_as,
-            action: TargetAction::Promote,
+            recovery: Recovery::ToTarget(TargetAction::Promote),
             restore_command: restore_command(
                 "/usr/bin/restore-cmd",
                 &["--config".into(), "/etc/walship/walship.toml".into()],
@@ -283,6 +326,23 @@ mod tests {
         let text = render(&xid_target(), &options(RestoreAs::Production), "archive_mode = 'on'\n");
         assert!(text.starts_with("archive_mode = 'on'\n"), "{text}");
         assert!(!text.contains("archive_library") && !text.contains("logical"), "{text}");
+    }
+
+    #[test]
+    fn a_standby_follows_the_newest_timeline_and_what_it_is_told() {
+        let mut options = options(RestoreAs::Production);
+        options.recovery = Recovery::Standby(Standby {
+            primary_conninfo: Some("host=db1 user='it''s'".into()),
+            primary_slot: Some("standby1".into()),
+        });
+        let existing = "hot_standby = 'off'\nprimary_conninfo = 'host=old'\narchive_mode = 'on'\n";
+        insta::assert_snapshot!(render(&RecoveryTarget::new(TargetKind::Latest), &options, existing));
+        options.recovery = Recovery::Standby(Standby::default());
+        let alone = render(&RecoveryTarget::new(TargetKind::Latest), &options, existing);
+        for line in ["primary_conninfo = ''", "primary_slot_name = ''", "recovery_target_timeline = 'latest'"]
+        {
+            assert!(alone.lines().any(|found| found == line), "{alone}");
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use chrono::Utc;
 use pitr::execute::restore::{Existing, INCOMPLETE_MARKER};
 use pitr::execute::{Progress, RestoreOptions, restore};
 use pitr::plan::{RestorePlan, Stop, StopKind};
-use pitr::recovery_settings::{RestoreAs, SettingsOptions, TargetAction};
+use pitr::recovery_settings::{Recovery, RestoreAs, SettingsOptions, TargetAction};
 use pitr::target::{RecoveryTarget, TargetKind};
 use sha2::{Digest as _, Sha256};
 use walship::Error;
@@ -172,7 +172,7 @@ impl Scene {
             settings_dir: None,
             settings: SettingsOptions {
                 restore_as: RestoreAs::Copy,
-                action: TargetAction::Promote,
+                recovery: Recovery::ToTarget(TargetAction::Promote),
                 restore_command: "restore-cmd %f %p".into(),
             },
         };

@@ -120,15 +120,14 @@ impl PgBinaries {
         let path = self.server_bin.join(name);
         let path = if path.is_file() { path } else { self.tools_bin.join(name) };
         assert!(path.is_file(), "{} is not there", path.display());
-        let mut command = if nix::unistd::geteuid().is_root() {
-            let mut command = Command::new("unshare");
-            command.args(["-U", "--map-user=1000", "--map-group=1000", "--"]).arg(path);
-            command
-        } else {
-            Command::new(path)
-        };
+        let mut command = process::unprivileged(path);
         clean_environment(&mut command);
         command
+    }
+
+    /// The folder of the server's programs.
+    pub fn server_bin(&self) -> &Path {
+        &self.server_bin
     }
 }
 
@@ -437,14 +436,8 @@ impl PgServer {
         // change of user namespace.
         let path = self.binaries.server_bin.join("postgres");
         let inner = process::guarded(path);
-        let mut command = if nix::unistd::geteuid().is_root() {
-            let mut command = Command::new("unshare");
-            command.args(["-U", "--map-user=1000", "--map-group=1000", "--"]);
-            command.arg(inner.get_program()).args(inner.get_args());
-            command
-        } else {
-            inner
-        };
+        let mut command = process::unprivileged(inner.get_program());
+        command.args(inner.get_args());
         clean_environment(&mut command);
         command.arg("-D").arg(&self.data_dir).args(["-c", "listen_addresses=127.0.0.1"]);
         command.arg("-p").arg(self.port.to_string());

@@ -20,6 +20,17 @@ pub fn guarded(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
+/// Returns a command for a program that refuses root: as root it runs in a user namespace in which it sees itself
+/// as an ordinary user, and root's files as its own.
+pub fn unprivileged(program: impl AsRef<OsStr>) -> Command {
+    if !nix::unistd::geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("unshare");
+    command.args(["-U", "--map-user=1000", "--map-group=1000", "--"]).arg(program);
+    command
+}
+
 /// Starts `command` from a thread that lives as long as this process: the kernel's "parent died"
 /// signal of [`guarded`] is tied to the thread that started the child, and test threads end early.
 pub fn spawn(command: Command) -> io::Result<Child> {

@@ -121,7 +121,10 @@ impl Stage {
 
     /// Returns a command that finds the configuration.
     pub fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new(program);
+        self.prepared(Command::new(program))
+    }
+
+    fn prepared(&self, mut command: Command) -> Command {
         for (name, _) in std::env::vars_os() {
             let ours = |name: &str| ["PG", "AWS_", "WALSHIP_"].iter().any(|prefix| name.starts_with(prefix));
             if name.to_str().is_some_and(ours) {
@@ -151,6 +154,13 @@ impl Stage {
     pub fn pitr(&self, args: &[&str]) -> Command {
         let mut command = self.command(&bins::pitr());
         command.args(args);
+        command
+    }
+
+    /// Returns `pitr` with these arguments as a user that may start PostgreSQL, whose superuser is `postgres`.
+    pub fn pitr_as_user(&self, args: &[&str]) -> Command {
+        let mut command = self.prepared(process::unprivileged(bins::pitr()));
+        command.args(args).env("PGUSER", "postgres");
         command
     }
 

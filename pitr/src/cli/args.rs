@@ -32,6 +32,9 @@ const RESTORE_EXAMPLES: &str = "Examples:
   pitr restore --to-time '2026-03-01 14:29:59.8+01' -D /srv/restored
   pitr restore --to-xid 48213 --exclusive -D /srv/restored --tablespace-mapping 16385=/srv/ts1
   pitr restore --to-time '2026-03-01 14:29:59.8Z' -D /var/lib/postgresql/17/main --as production
+  pitr restore --before drop:public.orders -D /srv/restored --start --set port=5433
+  pitr restore --latest --surviving-wal /mnt/old/pg_wal --push-surviving -D /srv/restored
+  pitr restore --latest --standby --primary-conninfo 'host=db1 user=replicator' -D /srv/standby
 ";
 
 const INFO_EXAMPLES: &str = "Examples:
@@ -70,7 +73,7 @@ pub(super) enum Command {
     Plan(PlanArgs),
     /// Restore a data directory that PostgreSQL recovers from to exactly the planned transaction
     #[command(after_help = [RESTORE_EXAMPLES, STATUSES].join("\n"))]
-    Restore(RestoreArgs),
+    Restore(Box<RestoreArgs>),
     /// Show what happened in the archived WAL, each event with the target that leads to just before it
     #[command(after_help = [LOG_EXAMPLES, STATUSES].join("\n"))]
     Log(LogArgs),
@@ -201,13 +204,34 @@ pub(super) struct RestoreArgs {
     pub(super) yes: bool,
     #[command(flatten)]
     pub(super) target: TargetArgs,
-    /// What the restored server is to be: a copy archives nothing and subscribes to nothing
-    #[arg(long = "as", value_enum, default_value_t = AsWord::Copy, value_name = "WHAT")]
-    pub(super) restore_as: AsWord,
+    /// What the restored server is to be: a copy archives nothing and subscribes to nothing; production does as the
+    /// original did [default: copy; with --standby production: a standby that takes over has to archive, and
+    /// archive_mode cannot be turned on without a restart]
+    #[arg(long = "as", value_enum, value_name = "WHAT")]
+    pub(super) restore_as: Option<AsWord>,
     /// What PostgreSQL does at the target [default: promote for a copy, pause for production; at --latest it
     /// always promotes]
     #[arg(long, value_enum, value_name = "ACTION")]
     pub(super) target_action: Option<ActionWord>,
+    /// With --latest: set up a standby. It replays what is archived now and later, follows the newest timeline, and
+    /// answers queries, until it is promoted (pg_ctl promote)
+    #[arg(long)]
+    pub(super) standby: bool,
+    /// The standby also streams from this primary: a connection string or URI, without a password, which belongs into
+    /// the .pgpass of the server's user [default: none, the standby follows the archive alone]
+    #[arg(long, value_name = "CONNINFO", requires = "standby")]
+    pub(super) primary_conninfo: Option<String>,
+    /// The replication slot of the primary that the standby streams through; it must exist
+    #[arg(long, value_name = "NAME", requires = "primary_conninfo")]
+    pub(super) primary_slot: Option<String>,
+    /// With --latest: first look into the pg_wal (or data directory) that is left of the lost server for WAL that was not
+    /// archived any more, down to the last record of the open segment. Finds it, says how to push it, and stops there;
+    /// the server must be stopped, or gone
+    #[arg(long, value_name = "DIR")]
+    pub(super) surviving_wal: Option<PathBuf>,
+    /// Push what --surviving-wal finds into every repository, then restore up to its end
+    #[arg(long, requires = "surviving_wal")]
+    pub(super) push_surviving: bool,
     /// Put a tablespace elsewhere, by its path or oid; may be repeated
     #[arg(long, value_name = "OLD=NEW")]
     pub(super) tablespace_mapping: Vec<String>,
@@ -225,6 +249,33 @@ pub(super) struct RestoreArgs {
     pub(super) dry_run: bool,
     #[command(flatten)]
     pub(super) source: SourceArgs,
+    #[command(flatten)]
+    pub(super) starting: StartArgs,
+}
+
+/// What comes after the restore.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Start")]
+pub(super) struct StartArgs {
+    /// Then start PostgreSQL on it, show how far replay is, and wait until it is open for writing, or paused or stopped at
+    /// its target (--target-action); a standby, until it takes connections. Says which transaction is the last one in
+    /// it, and fails where that is not as planned. PostgreSQL runs as the user of this command, which cannot be root, goes
+    /// on when this command ends or is interrupted, and writes to log/pitr-start.log in the data directory. Where
+    /// pg_hba.conf asks for a password it is taken from ~/.pgpass or PGPASSWORD, the user from PGUSER
+    #[arg(long)]
+    pub(super) start: bool,
+    /// The folder of pg_ctl and PostgreSQL's other programs, of the backup's major version [default: pg_ctl on the PATH
+    /// when it is of that version, else /usr/lib/postgresql/VERSION/bin, /usr/pgsql-VERSION/bin]
+    #[arg(long, value_name = "DIR", requires = "start")]
+    pub(super) pg_bin: Option<PathBuf>,
+    /// A setting for this start, on the server's command line, as a copy beside the original needs --set port=5433; may
+    /// be repeated
+    #[arg(long, value_name = "NAME=VALUE", requires = "start")]
+    pub(super) set: Vec<String>,
+    /// Give up when replay makes no progress for so long; the server is left running
+    #[arg(long, value_name = "SECONDS", requires = "start", default_value_t = 600,
+        value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(super) start_timeout: u64,
 }
 
 /// What every command has.
@@ -285,6 +336,16 @@ impl TargetArgs {
     pub(super) fn before(&self) -> Result<Option<(Before, TimelineChoice)>> {
         let Some(text) = &self.before else { return Ok(None) };
         Ok(Some((Before::parse(text)?, timeline(self.timeline.as_deref())?)))
+    }
+
+    /// Returns whether everything that is archived is asked for.
+    pub(super) fn is_latest(&self) -> bool {
+        self.latest
+    }
+
+    /// Returns whether one timeline is asked for by its number.
+    pub(super) fn names_timeline(&self) -> bool {
+        self.timeline.as_deref().is_some_and(|timeline| timeline != "latest")
     }
 
     /// Returns the target, unless [`TargetArgs::before`] gives it.

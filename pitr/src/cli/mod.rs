@@ -11,7 +11,10 @@ mod offers_tests;
 mod output;
 mod plan;
 mod restore;
+mod role;
 mod source;
+mod start;
+mod surviving;
 
 use std::process::ExitCode;
 

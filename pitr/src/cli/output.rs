@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use walship::{Error, Result};
 
 use crate::plan::{Refusal, RestorePlan, StopKind, TransactionEnd};
+use crate::recovery_settings::Recovery;
 use crate::target::{TargetKind, Zone};
 
 /// How much is emphasised.
@@ -45,6 +46,24 @@ impl Style {
     }
 }
 
+/// Whether a recovery along a plan comes to an end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// It ends where the plan says.
+    ToItsEnd,
+    /// A standby goes on behind that.
+    Onward,
+}
+
+impl Way {
+    pub(super) fn of(recovery: &Recovery) -> Self {
+        match recovery {
+            Recovery::ToTarget(_) => Self::ToItsEnd,
+            Recovery::Standby(_) => Self::Onward,
+        }
+    }
+}
+
 /// Returns text that cannot command a terminal: control characters but line feeds become `?`.
 pub(super) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect()
@@ -67,7 +86,7 @@ pub(super) fn bytes(count: u64) -> String {
 }
 
 /// Returns the plan for people. `next` is the command to paste.
-pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) -> String {
+pub(super) fn plan_text(plan: &RestorePlan, way: Way, next: Option<&str>, style: Style) -> String {
     let zone = match plan.target.kind {
         TargetKind::Time { zone, .. } => zone,
         _ => Zone::Utc,
@@ -100,6 +119,7 @@ pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) ->
             line("Will NOT be", disguised(style.yellow(&not)));
             line("", detail(end, zone));
         }
+        None if way == Way::Onward => line("Will NOT be", not_on_the_way(plan)),
         None => line("Will NOT be", not_there(plan)),
     }
     if !plan.timelines_left_out.is_empty() && plan.first_excluded.is_some() {
@@ -109,13 +129,19 @@ pub(super) fn plan_text(plan: &RestorePlan, next: Option<&str>, style: Style) ->
     line(
         "Recovery",
         format!(
-            "ends at {} on timeline {}{}",
+            "{} {} on timeline {}{}{}",
+            if way == Way::Onward { "goes through" } else { "ends at" },
             plan.stop.final_lsn,
             plan.timeline_path.last().map_or(plan.timeline, |part| part.timeline),
             if timelines.len() > 1 {
                 format!(" (by way of {})", timelines.join(" > "))
             } else {
                 String::new()
+            },
+            if way == Way::Onward {
+                "; then, as a standby, on with what is archived later, along the newest timeline"
+            } else {
+                ""
             }
         ),
     );
@@ -189,6 +215,14 @@ fn not_there(plan: &RestorePlan) -> String {
     match &*plan.timelines_left_out {
         [] => own,
         _ => format!("{own}; {}", left_out(plan)),
+    }
+}
+
+/// Returns what a standby leaves out.
+fn not_on_the_way(plan: &RestorePlan) -> String {
+    match &*plan.timelines_left_out {
+        [] => "nothing that is archived: a standby replays all of it".to_owned(),
+        _ => left_out(plan),
     }
 }
 
@@ -307,10 +341,10 @@ mod tests {
         };
         let plan = plain_plan(&target);
         let next = "pitr restore --to-time '2026-03-01 12:00:20Z' --exclusive -D DIR";
-        insta::assert_snapshot!(plan_text(&plan, Some(next), Style::Plain));
+        insta::assert_snapshot!(plan_text(&plan, Way::ToItsEnd, Some(next), Style::Plain));
         let json = serde_json::to_string_pretty(&plan_json(&plan)).unwrap();
         insta::assert_snapshot!("plan_json", json);
-        assert!(plan_text(&plan, None, Style::Colour).contains("\x1b[32m"));
+        assert!(plan_text(&plan, Way::ToItsEnd, None, Style::Colour).contains("\x1b[32m"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use walship::config::Overrides;
 
 use super::args::PlanArgs;
 use super::before::Asked;
-use super::output::{self, Style};
+use super::output::{self, Style, Way};
 use super::source::{Source, say_notes};
 use super::{DONE, NO_PLAN};
 use crate::execute::{Planned, Proof, make_plan};
@@ -27,7 +27,7 @@ pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
                 output::print_json(&output::plan_json(&plan))?;
             } else {
                 let next = restore_command_line(&plan, &args.source.overrides);
-                output::print(&output::plan_text(&plan, Some(&next), Style::of_stdout()))?;
+                output::print(&output::plan_text(&plan, Way::ToItsEnd, Some(&next), Style::of_stdout()))?;
             }
             Ok(DONE)
         }

@@ -14,52 +14,62 @@ use walship::catalog::TailFlaw;
 use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
-use super::DONE;
 use super::args::RestoreArgs;
 use super::before::Asked;
 use super::confirm::confirm;
-use super::output::{self, Style};
+use super::output::{self, Style, Way};
 use super::plan::refused;
 use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
+use super::surviving::{self, Then};
+use super::{DONE, role, start, status_of};
 use crate::execute::restore::{Existing, check};
+use crate::execute::start::{StartOptions, Started, would_start};
 use crate::execute::{Planned, Progress, Proof, RestoreOptions, RestoreReport, make_plan, restore};
-use crate::plan::{PlanOptions, RestorePlan};
-use crate::recovery_settings::{RestoreAs, SettingsOptions, TargetAction, restore_command};
+use crate::plan::{PlanOptions, Refusal, RestorePlan};
+use crate::recovery_settings::{Recovery, RestoreAs, SettingsOptions, TargetAction, restore_command};
 use crate::target::TargetKind;
 
 /// How often progress is shown on a terminal.
-const REDRAW: Duration = Duration::from_millis(200);
+pub(super) const REDRAW: Duration = Duration::from_millis(200);
 
 /// How often a line of progress is printed elsewhere.
-const LINE_EVERY: Duration = Duration::from_secs(10);
+pub(super) const LINE_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
-    let asked = Asked::of(&args.target)?;
+    let (restore_as, recovery) = role::of(args)?;
+    start::refuse_root(&args.starting)?;
+    surviving::check_words(args)?;
     let program = restore_cmd(args.restore_cmd.as_deref())?;
-    let source = Source::open(&args.source).await?;
-    let target = match asked.target(&source).await? {
-        Ok(target) => target,
+    let (mut source, mut plan) = match open_and_plan(args).await? {
+        Ok(planned) => planned,
         Err(refusal) => return refused(&refusal, args.source.json),
     };
-    let mut options = options(args, &program, &source.repository, target.kind == TargetKind::Latest)?;
-    let plan_options = PlanOptions { backup: args.target.backup.clone() };
-    let mut plan =
-        match make_plan(&source.repository, &source.catalog, &target, &plan_options, Proof::Whole).await? {
-            Planned::Plan(plan) => plan,
-            Planned::Refused(refusal) => return refused(&refusal, args.source.json),
-        };
+    let surviving = match surviving::look(args, &source, &plan).await? {
+        Then::GoOn { note } => note,
+        Then::PlanAgain { note } => {
+            (source, plan) = match open_and_plan(args).await? {
+                Ok(planned) => planned,
+                Err(refusal) => return refused(&refusal, args.source.json),
+            };
+            Some(note)
+        }
+    };
+    plan.warnings.extend(surviving);
+    let mut options = options(args, &program, &source.repository, restore_as, recovery)?;
     let planned = tail_arguments(&plan);
     if !planned.is_empty() {
         let mut arguments = restore_cmd_arguments(&args.source.overrides, &source.repository)?;
         arguments.extend(planned);
         options.settings.restore_command = restore_command(&program, &arguments);
     }
+    let starting = start::options(&args.starting, &plan, &options.settings.recovery).await?;
     let before = source.repository.notes();
     plan.warnings.extend(before.iter().cloned());
     let style = Style::of_stdout();
     if !args.source.json {
-        output::print(&output::plan_text(&plan, None, style))?;
+        output::print(&output::plan_text(&plan, Way::of(&options.settings.recovery), None, style))?;
     }
+    let begun = Instant::now();
     let mut report = if args.dry_run {
         let report = check(&plan, &options)?;
         source.repository.check_backup_objects(&plan.backup).await?;
@@ -77,6 +87,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
             () = show(&shown, plan.backup.data_bytes) => unreachable_end()?,
         }
     };
+    let restored_in = begun.elapsed();
     report.notes.extend(source.repository.notes().into_iter().filter(|note| !before.contains(note)));
     for url in source.repository.unreadable() {
         report.notes.push(format!(
@@ -84,17 +95,64 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         ));
     }
     report.notes.extend(credentials_note(&args.source.overrides)?);
-    if args.source.json {
-        let value = json!({
-            "outcome": if args.dry_run { "would_restore" } else { "restored" },
-            "report": report,
-            "plan": plan,
-        });
-        output::print_json(&value)?;
-    } else {
-        output::print(&report_text(&report, &plan, &options, args.dry_run, style))?;
+    let restored = Restored { plan: &plan, report: &report, options: &options, dry_run: args.dry_run };
+    if !args.source.json {
+        output::print(&report_text(&restored, starting.as_ref(), style))?;
     }
-    Ok(DONE)
+    let ended = match &starting {
+        None => None,
+        Some(starting) if args.dry_run => Some(Ok(would_start(&report, starting))),
+        Some(starting) => Some(start::carry_out(&plan, &report, starting, restored_in).await),
+    };
+    finish(&restored, ended, args.source.json, style)
+}
+
+/// Returns what the repository holds, and the plan, or why there is none.
+async fn open_and_plan(args: &RestoreArgs) -> Result<Result<(Source, Box<RestorePlan>), Box<Refusal>>> {
+    let asked = Asked::of(&args.target)?;
+    let source = Source::open(&args.source).await?;
+    let target = match asked.target(&source).await? {
+        Ok(target) => target,
+        Err(refusal) => return Ok(Err(refusal)),
+    };
+    let options = PlanOptions { backup: args.target.backup.clone() };
+    let planned = make_plan(&source.repository, &source.catalog, &target, &options, Proof::Whole).await?;
+    Ok(match planned {
+        Planned::Plan(plan) => Ok((source, plan)),
+        Planned::Refused(refusal) => Err(refusal),
+    })
+}
+
+/// What was restored, or would be.
+struct Restored<'a> {
+    plan: &'a RestorePlan,
+    report: &'a RestoreReport,
+    options: &'a RestoreOptions,
+    dry_run: bool,
+}
+
+/// Reports how it ended, and returns the exit status.
+fn finish(restored: &Restored<'_>, ended: Option<Result<Started>>, json: bool, style: Style) -> Result<u8> {
+    let Restored { plan, report, dry_run, .. } = *restored;
+    let (started, failed) = match ended {
+        None => (None, None),
+        Some(Ok(started)) => {
+            let unplanned = start::unplanned(plan, report, &started);
+            (Some(started), unplanned)
+        }
+        Some(Err(error)) => (None, Some(error)),
+    };
+    if json {
+        let mut value = start::outcome(dry_run, started.as_ref(), failed.as_ref());
+        value["report"] = json!(report);
+        value["plan"] = json!(plan);
+        output::print_json(&value)?;
+    } else if let Some(started) = &started {
+        output::print(&start::text(plan, started, style))?;
+    }
+    let Some(error) = failed else { return Ok(DONE) };
+    eprintln!("{}", output::clean(&error.report()));
+    Ok(status_of(&error))
 }
 
 /// Says what a restore changes that is there already; `None` when nothing is.
@@ -139,10 +197,9 @@ fn options(
     args: &RestoreArgs,
     program: &str,
     repository: &LineageRepository,
-    latest: bool,
+    restore_as: RestoreAs,
+    recovery: Recovery,
 ) -> Result<RestoreOptions> {
-    let restore_as = RestoreAs::from(args.restore_as);
-    let action = action(restore_as, latest, args.target_action.map(TargetAction::from))?;
     let command = restore_command(program, &restore_cmd_arguments(&args.source.overrides, repository)?);
     Ok(RestoreOptions {
         data_dir: args.data_dir.clone(),
@@ -154,29 +211,8 @@ fn options(
         tablespaces: mappings(&args.tablespace_mapping)?,
         accept_tablespace_paths: args.accept_tablespace_paths,
         settings_dir: args.settings_dir.clone(),
-        settings: SettingsOptions { restore_as, action, restore_command: command },
+        settings: SettingsOptions { restore_as, recovery, restore_command: command },
     })
-}
-
-/// Returns what PostgreSQL does at the target.
-///
-/// # Errors
-/// [`Error::Invalid`] for what it would not do: without a recovery target it ends recovery at the end of
-/// the WAL and opens, whatever `recovery_target_action` says.
-fn action(restore_as: RestoreAs, latest: bool, asked: Option<TargetAction>) -> Result<TargetAction> {
-    match (asked, restore_as) {
-        (Some(TargetAction::Promote), _) | (None, RestoreAs::Copy) => Ok(TargetAction::Promote),
-        (None, RestoreAs::Production) if latest => Ok(TargetAction::Promote),
-        (None, RestoreAs::Production) => Ok(TargetAction::Pause),
-        (Some(action), _) if latest => Err(Error::invalid(format!(
-            "--target-action {} does not go with --latest: without a target PostgreSQL opens for writing at \
-             the end of the WAL",
-            action.word()
-        ))
-        .with_safe("nothing was written")
-        .with_next("Leave it out, or give the last transaction as a target: `pitr plan --latest` names it.")),
-        (Some(action), _) => Ok(action),
-    }
 }
 
 fn mappings(words: &[String]) -> Result<BTreeMap<String, PathBuf>> {
@@ -229,8 +265,8 @@ async fn show(progress: &Progress, total: u64) {
     }
 }
 
-/// Clears the bar when the restore ends, however it ends.
-struct Finish(ProgressBar);
+/// Clears the bar when the work ends, however it ends.
+pub(super) struct Finish(pub(super) ProgressBar);
 
 impl Drop for Finish {
     fn drop(&mut self) {
@@ -238,13 +274,8 @@ impl Drop for Finish {
     }
 }
 
-fn report_text(
-    report: &RestoreReport,
-    plan: &RestorePlan,
-    options: &RestoreOptions,
-    dry_run: bool,
-    style: Style,
-) -> String {
+fn report_text(restored: &Restored<'_>, starting: Option<&StartOptions>, style: Style) -> String {
+    let Restored { plan, report, options, dry_run } = *restored;
     let mut lines = Vec::new();
     lines.push(String::new());
     let done = if dry_run { "Would restore" } else { "Restored" };
@@ -267,19 +298,15 @@ fn report_text(
     for note in &report.notes {
         lines.push(format!("  - {}", output::clean(note)));
     }
-    lines.push(format!("  - start it: {}", output::clean(&report.start_command)));
-    lines.push(match options.settings.action {
-        _ if plan.target.kind == TargetKind::Latest => {
-            "  - it opens for writing at the end of the archived WAL, on a new timeline".to_owned()
+    match starting {
+        None => lines.push(format!("  - start it: {}", output::clean(&report.start_command))),
+        Some(_) if dry_run => {}
+        Some(starting) => {
+            let command = would_start(report, starting).command;
+            lines.push(format!("  - it is started now: {}", output::clean(&command)));
         }
-        TargetAction::Pause => {
-            "  - it pauses read-only at the target, unless hot_standby is turned off at its start: look, then \
-             SELECT pg_wal_replay_resume() to open it"
-                .to_owned()
-        }
-        TargetAction::Promote => "  - it opens for writing at the target, on a new timeline".to_owned(),
-        TargetAction::Shutdown => "  - it stops at the target".to_owned(),
-    });
+    }
+    lines.push(format!("  - {}", afterwards(plan, &options.settings.recovery)));
     lines.push(String::new());
     lines.join("\n")
 }
@@ -315,24 +342,21 @@ fn existing_text(report: &RestoreReport, dry_run: bool) -> Vec<String> {
     lines
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn latest_promotes_and_is_not_promised_to_do_otherwise() {
-        use RestoreAs::{Copy, Production};
-        use TargetAction::{Pause, Promote, Shutdown};
-        for (restore_as, latest, asked, expected) in [
-            (Copy, false, None, Some(Promote)),
-            (Production, false, None, Some(Pause)),
-            (Production, true, None, Some(Promote)),
-            (Production, true, Some(Promote), Some(Promote)),
-            (Copy, false, Some(Shutdown), Some(Shutdown)),
-            (Copy, true, Some(Shutdown), None),
-            (Production, true, Some(Pause), None),
-        ] {
-            assert_eq!(action(restore_as, latest, asked).ok(), expected, "{restore_as:?} {latest} {asked:?}");
+/// Returns what the server does once it has replayed what is archived, or reached the target.
+fn afterwards(plan: &RestorePlan, recovery: &Recovery) -> &'static str {
+    match recovery {
+        Recovery::Standby(_) => {
+            "it stays a standby, and follows the newest timeline (recovery_target_timeline = latest); promote it \
+             with pg_ctl promote"
         }
+        Recovery::ToTarget(_) if plan.target.kind == TargetKind::Latest => {
+            "it opens for writing at the end of the archived WAL, on a new timeline"
+        }
+        Recovery::ToTarget(TargetAction::Pause) => {
+            "it pauses read-only at the target, unless hot_standby is turned off at its start: look, then SELECT \
+             pg_wal_replay_resume() to open it"
+        }
+        Recovery::ToTarget(TargetAction::Promote) => "it opens for writing at the target, on a new timeline",
+        Recovery::ToTarget(TargetAction::Shutdown) => "it stops at the target",
     }
 }

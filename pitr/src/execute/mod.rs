@@ -13,6 +13,8 @@ mod parent_segments;
 mod prove;
 mod read_log;
 pub mod restore;
+pub mod start;
+pub mod surviving;
 mod unpack;
 
 pub use load::{Planned, make_plan};

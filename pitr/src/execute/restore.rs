@@ -30,7 +30,9 @@ use super::outside_settings;
 use super::parent_segments;
 use super::unpack::{Arriving, CONTROL_FILE, Destination, create, unpack};
 use crate::plan::RestorePlan;
-use crate::recovery_settings::{RestoreAs, SIGNAL_FILE, SettingsOptions, auto_conf, overruled};
+use crate::recovery_settings::{
+    Recovery, RestoreAs, SIGNAL_FILES, SettingsOptions, Standby, auto_conf, overruled,
+};
 use crate::target::shell_word;
 
 /// The file that marks a folder whose restore is not complete.
@@ -113,6 +115,8 @@ pub struct RestoreReport {
     pub delta: Option<Delta>,
     /// Folders that get another name, and that name.
     pub set_aside: Vec<(PathBuf, PathBuf)>,
+    /// Whether it is a standby.
+    pub standby: bool,
     /// What to know or do before PostgreSQL is started.
     pub notes: Vec<String>,
     /// The command that starts PostgreSQL on it.
@@ -178,10 +182,7 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
             folders.join(" ")
         ));
     }
-    if options.settings.restore_as == RestoreAs::Production {
-        notes
-            .push("take a new base backup once the server is up, and re-create its replication slots".into());
-    }
+    notes.extend(role_notes(&options.settings));
     let start_command = start_command(&data_dir, false);
     Ok(RestoreReport {
         data_dir,
@@ -190,6 +191,7 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
         data_bytes: plan.backup.data_bytes,
         delta,
         set_aside,
+        standby: matches!(options.settings.recovery, Recovery::Standby(_)),
         notes,
         start_command,
     })
@@ -210,15 +212,46 @@ fn check_indexes(plan: &RestorePlan) -> Result<()> {
     }
 }
 
-/// Returns the command that starts PostgreSQL. On the command line `data_directory` outranks what the
-/// configuration says.
-fn start_command(data_dir: &Path, pinned: bool) -> String {
-    let path = data_dir.to_string_lossy();
-    let option = match pinned {
-        true => format!(" -o {}", shell_word(&format!("-c data_directory={}", shell_word(&path)))),
+/// Returns what to know of a server that takes the original's place, or follows it.
+fn role_notes(settings: &SettingsOptions) -> Vec<String> {
+    let mut notes = Vec::new();
+    match (&settings.recovery, settings.restore_as) {
+        (Recovery::ToTarget(_), RestoreAs::Copy) => {}
+        (Recovery::ToTarget(_), RestoreAs::Production) => notes
+            .push("take a new base backup once the server is up, and re-create its replication slots".into()),
+        (Recovery::Standby(_), RestoreAs::Copy) => notes.push(
+            "archiving is off in it (--as copy), also once it is promoted: what it writes then is in no archive"
+                .into(),
+        ),
+        (Recovery::Standby(_), RestoreAs::Production) => notes.push(
+            "once it is promoted it archives as the original did: take a new base backup then, and make the \
+             replication slots that others need of it"
+                .into(),
+        ),
+    }
+    if matches!(settings.recovery, Recovery::Standby(Standby { primary_conninfo: None, .. })) {
+        notes.push(
+            "it follows the archive alone, and is as far behind its primary as the archive is; --primary-conninfo \
+             makes it stream as well"
+                .into(),
+        );
+    }
+    notes
+}
+
+/// Returns the command that starts PostgreSQL.
+fn start_command(data_dir: &Path, is_moved: bool) -> String {
+    let option = match is_moved {
+        true => format!(" -o {}", shell_word(&pinned(data_dir))),
         false => String::new(),
     };
-    format!("pg_ctl -D {} -w start{option}", shell_word(&path))
+    format!("pg_ctl -D {} -w start{option}", shell_word(&data_dir.to_string_lossy()))
+}
+
+/// Returns the option that makes a folder the data directory, for pg_ctl's `-o`: on the command line
+/// `data_directory` outranks what the configuration says.
+pub(super) fn pinned(data_dir: &Path) -> String {
+    format!("-c data_directory={}", shell_word(&data_dir.to_string_lossy()))
 }
 
 /// Restores the plan's backup and writes the settings that make PostgreSQL recover to its target. That the
@@ -347,10 +380,12 @@ async fn carry_out(
     };
     report.notes.extend(inherited.notes(&overruled(&plan, &settings, &inherited), &data_dir));
     report.start_command = start_command(&data_dir, inherited.moves_data_directory(&data_dir));
+    let signal_file = settings.recovery.signal_file();
     let files = SmallFiles {
         auto_conf: auto_conf(&plan, &settings, &inherited),
         manifest: manifest_bytes,
         control_file,
+        signal_file,
     };
     parent_segments::put(repository, &parents, &data_dir).await?;
     blocking(move || complete(&data_dir, &folders, &files)).await?;
@@ -681,6 +716,7 @@ struct SmallFiles {
     auto_conf: Vec<u8>,
     manifest: Vec<u8>,
     control_file: Vec<u8>,
+    signal_file: &'static str,
 }
 
 /// Writes settings and signal file, syncs all, and only then lets PostgreSQL start.
@@ -692,7 +728,7 @@ fn complete(data_dir: &Path, tablespaces: &[PathBuf], files: &SmallFiles) -> Res
         }
     }
     write(&data_dir.join("backup_manifest"), &files.manifest)?;
-    for name in ["postgresql.auto.conf", "standby.signal"] {
+    for name in ["postgresql.auto.conf"].into_iter().chain(SIGNAL_FILES) {
         match fs::remove_file(data_dir.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(Error::from_io(format!("removing the backup's {name}"), error));
@@ -701,10 +737,7 @@ fn complete(data_dir: &Path, tablespaces: &[PathBuf], files: &SmallFiles) -> Res
         }
     }
     write(&data_dir.join("postgresql.auto.conf"), &files.auto_conf)?;
-    let signal = data_dir.join(SIGNAL_FILE);
-    if !signal.exists() {
-        write(&signal, b"")?;
-    }
+    write(&data_dir.join(files.signal_file), b"")?;
     let global = data_dir.join("global");
     let temporary = global.join("pg_control.walship");
     write(&temporary, &files.control_file)?;

@@ -221,9 +221,9 @@ fn reasons(
     let others = question.catalog.timelines().len() > 1;
     let asked = question.history.timeline;
     match question.target.timeline {
-        TimelineChoice::Latest if others => {
-            reasons.push(format!("timeline {asked} is the latest that is stored; it is pinned by number"))
-        }
+        TimelineChoice::Latest if others => reasons.push(format!(
+            "timeline {asked} is the latest that is stored; a recovery that ends is pinned to it by number"
+        )),
         TimelineChoice::Latest => reasons.push(format!("timeline {asked} is the only one")),
         TimelineChoice::Number(_) => reasons.push(format!("timeline {asked} was asked for")),
     }

@@ -9,6 +9,8 @@ use serde_json::Value;
 use walship_tests::postgres::{PgServer, primary_major};
 use walship_tests::stage::Stage;
 
+use crate::start::Place;
+
 /// The keys of one section of the page, and those of them that are there sometimes.
 fn documented(section: &str) -> (BTreeSet<String>, BTreeSet<String>) {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/json.md");
@@ -103,13 +105,22 @@ fn the_page_about_json_says_what_is_printed() {
         let mut restore = stage.pitr(&["restore", "--json", "-D", data_dir.to_str().unwrap()]);
         serde_json::from_slice(&stage.run(restore.args(words)).stdout).unwrap()
     };
+    let place = Place::new(&stage, "started", primary_major());
+    let start = |words: &[&str]| -> Value {
+        let mut start = place.restore(&stage, &["--to-name", "here", "--json"]);
+        serde_json::from_slice(&stage.run(start.args(words)).stdout).unwrap()
+    };
+    let other = Place::new(&stage, "other", primary_major());
+    let mut failing = other.restore(&stage, &["--to-name", "here", "--json", "--set", "no_such_setting=1"]);
     let answers = [
         restore(&["--latest"]),
         restore(&["--to-name", "here", "--dry-run"]),
         restore(&["--to-name", "here"]),
+        start(&[]),
+        serde_json::from_slice(&stage.run(&mut failing).stdout).unwrap(),
     ];
     let outcomes: Vec<_> = answers.iter().map(|answer| answer["outcome"].as_str().unwrap()).collect();
-    assert_eq!(outcomes, ["refused", "would_restore", "restored"]);
+    assert_eq!(outcomes, ["refused", "would_restore", "restored", "started", "start_failed"]);
     compare("pitr restore", &answers, &["plan", "refusal", "report.tablespaces"]);
 
     let log: Value = serde_json::from_str(&stage.ok(&mut stage.pitr(&["log", "--json"]))).unwrap();

@@ -39,7 +39,7 @@ pub use options::{ConnectOptions, Host, Origin};
 pub use position::{Archiver, ServerPosition, Slot, server_position};
 pub use server_error::ServerError;
 pub use slot::{
-    SlotLifetime, SlotState, SystemIdentity, create_slot, drop_slot, identify_system, read_slot,
-    segment_size, show, show_bytes, timeline_history,
+    SlotLifetime, SlotState, SystemIdentity, check_slot_name, create_slot, drop_slot, identify_system,
+    read_slot, segment_size, show, show_bytes, timeline_history,
 };
 pub use synchronous::StandbyRole;

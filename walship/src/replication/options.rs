@@ -298,6 +298,22 @@ const HARMLESS: &[&str] = &[
 const UNSUPPORTED: &[&str] =
     &["sslcrl", "sslcrldir", "requirepeer", "require_auth", "ssl_max_protocol_version"];
 
+/// Returns what a connection string on the command line sets.
+///
+/// # Errors
+/// [`Error::Invalid`] when the text makes no sense or holds a password.
+pub fn argument_settings(conninfo: &str) -> Result<Settings> {
+    let settings = conninfo::parse(conninfo)?;
+    if ["password", "sslpassword"].iter().any(|key| settings.get(*key).is_some_and(|p| !p.is_empty())) {
+        return Err(Error::invalid("the connection string on the command line holds a password")
+            .with_safe("it was not used; but other users of this machine could read it in the process list")
+            .with_next(
+                "Put the password into ~/.pgpass (mode 0600) or PGPASSWORD, and change it if it was exposed.",
+            ));
+    }
+    Ok(settings)
+}
+
 impl ConnectOptions {
     /// Returns the options of a command line argument, completed from the environment.
     ///
@@ -328,14 +344,10 @@ impl ConnectOptions {
         variable: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Self> {
         let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
-        let mut settings = conninfo::parse(conninfo)?;
-        if origin == Origin::Argument
-            && ["password", "sslpassword"].iter().any(|key| settings.get(*key).is_some_and(|p| !p.is_empty()))
-        {
-            return Err(Error::invalid("the connection string on the command line holds a password")
-                .with_safe("it was not used; but other users of this machine could read it in the process list")
-                .with_next("Put the password into ~/.pgpass (mode 0600) or PGPASSWORD, and change it if it was exposed."));
-        }
+        let mut settings = match origin {
+            Origin::Argument => argument_settings(conninfo)?,
+            Origin::Private => conninfo::parse(conninfo)?,
+        };
         if let Some(service) = settings.get("service").cloned().or_else(|| variable("PGSERVICE")) {
             let named = settings.get("servicefile").cloned();
             for (keyword, value) in service_settings(&service, named, &variable)? {

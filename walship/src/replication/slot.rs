@@ -138,7 +138,10 @@ pub async fn drop_slot(connection: &mut Connection, name: &str) -> Result<()> {
 }
 
 /// Fails for a name that no slot can have.
-pub(super) fn check_slot_name(name: &str) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Invalid`], with PostgreSQL's rule.
+pub fn check_slot_name(name: &str) -> Result<()> {
     let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
     if name.is_empty() || name.len() > 63 || !name.bytes().all(legal) {
         return Err(Error::invalid(format!("{name:?} is not the name of a replication slot"))

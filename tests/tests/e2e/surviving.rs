@@ -1,0 +1,167 @@
+//! WAL that was not archived when the server was lost, found in what is left of its `pg_wal`.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+use walship_tests::postgres::{PgServer, StopMode, majors, primary_major};
+use walship_tests::process::copy_tree;
+use walship_tests::stage::Stage;
+
+fn production(stage: &Stage, major: u32) -> PgServer {
+    let builder = stage.archiving(PgServer::builder(major).wal_segment_size_mb(1));
+    let server = builder.setting("autovacuum", "off").start();
+    stage.init(&server);
+    server.psql("create table t (id int); insert into t values (1)");
+    stage.backup(&server);
+    server.psql("insert into t values (2)");
+    server.archive_now();
+    server
+}
+
+/// Fills some segments, the last record of each reaching into the next, and waits until the whole ones are archived.
+fn fill(server: &PgServer) {
+    server.psql(
+        "select pg_logical_emit_message(false, 'fill', repeat('x', 400000)) from generate_series(1, 8)",
+    );
+    let open = server.psql("select pg_walfile_name(pg_current_wal_lsn())");
+    let whole = format!("{:024X}", u128::from_str_radix(&open, 16).unwrap() - 1);
+    server.wait_until_archived(&whole);
+}
+
+/// From now on nothing is archived; two rows go into whole segments, one into the open one, and the server is lost.
+fn lose(server: &mut PgServer) {
+    server.psql("alter system set archive_command = 'false'; select pg_reload_conf()");
+    server.wait_for("show archive_command", "false");
+    for id in [3, 4] {
+        server.psql(&format!("insert into t values ({id})"));
+        server.switch_wal();
+    }
+    server.psql("insert into t values (5)");
+    server.kill9();
+}
+
+/// What a server that is restored with these words holds.
+fn rows(stage: &Stage, dir: &Path, words: &[&str]) -> String {
+    stage.ok(stage.pitr(&["restore", "--latest", "-D"]).arg(dir).args(words));
+    let restored = stage.recovering(dir).start();
+    restored.wait_for("select pg_is_in_recovery()", "f");
+    restored.psql("select string_agg(id::text, ',' order by id) from t")
+}
+
+fn stored(stage: &Stage) -> Value {
+    let info: Value = serde_json::from_str(&stage.ok(&mut stage.pitr(&["info", "--json"]))).unwrap();
+    let timeline = &info["timelines"][0];
+    assert_eq!(timeline["gaps"].as_array().unwrap().len(), 0, "{info:#}");
+    serde_json::json!([timeline["last_segment"], timeline["tail"]["until_lsn"]])
+}
+
+#[test]
+fn what_survives_is_offered_and_pushed_to_its_last_record() {
+    for major in majors() {
+        let stage = Stage::folder("main");
+        let mut server = production(&stage, major);
+        let data_dir = server.data_dir().to_owned();
+        let path = |name: &str| stage.path().join(name);
+        let restore = |words: &[&str]| {
+            let mut restore = stage.pitr(&["restore", "-D"]);
+            restore.arg(path("new")).arg("--surviving-wal").arg(&data_dir).args(words);
+            restore
+        };
+        let running = stage.fails(&mut restore(&["--latest", "--push-surviving"]), 2);
+        assert!(running.contains("a server runs on") && running.contains("nothing was pushed"), "{running}");
+        fill(&server);
+        lose(&mut server);
+
+        let before = stored(&stage);
+        let wrong = stage.fails(&mut restore(&["--immediate"]), 2);
+        assert!(wrong.contains("--latest only"), "{wrong}");
+        let offered = stage.fails(&mut restore(&["--latest"]), 1);
+        for words in ["(2 segments) and the open segment", "--push-surviving", "nothing was written"] {
+            assert!(offered.contains(words), "{words}: {offered}");
+        }
+        let would = stage.ok(&mut restore(&["--latest", "--push-surviving", "--dry-run"]));
+        assert!(would.contains("would be pushed"), "{would}");
+        assert_eq!(stored(&stage), before, "nothing is pushed yet");
+        assert!(!path("new").exists());
+        // Without it the archive ends where it ends.
+        assert_eq!(rows(&stage, &path("without"), &[]), "1,2");
+
+        // A bit of a record that begins in the segment before is wrong.
+        let damaged = path("damaged");
+        copy_tree(&data_dir.join("pg_wal"), &damaged);
+        let last = before[0].as_str().unwrap();
+        let next = format!("{:024X}", u128::from_str_radix(last, 16).unwrap() + 1);
+        let mut bytes = fs::read(damaged.join(&next)).unwrap();
+        bytes[100] ^= 1;
+        fs::write(damaged.join(&next), bytes).unwrap();
+        let from_damaged = |status| {
+            let mut restore = stage.pitr(&["restore", "--latest", "--push-surviving", "-D"]);
+            stage.fails(restore.arg(path("new")).arg("--surviving-wal").arg(&damaged), status)
+        };
+        let said = from_damaged(4);
+        assert!(said.contains(&next) && said.contains("wrong checksum"), "{said}");
+        fs::remove_file(damaged.join(last)).unwrap();
+        let said = from_damaged(1);
+        assert!(said.contains("does not continue the WAL that is stored"), "{said}");
+        assert_eq!(stored(&stage), before);
+
+        // Only pg_wal is left, and not even the segment that is stored as well: the record that lies in both
+        // tells.
+        let left = path("left");
+        copy_tree(&data_dir.join("pg_wal"), &left);
+        fs::remove_file(left.join(last)).unwrap();
+        let words = ["--surviving-wal", left.to_str().unwrap(), "--push-surviving"];
+        assert_eq!(rows(&stage, &path("with"), &words), "1,2,3,4,5");
+        assert_ne!(stored(&stage), before);
+        // All of it is stored now, for everybody, and there is nothing more to find.
+        let said = stage.ok(&mut restore(&["--latest", "--push-surviving", "--dry-run"]));
+        assert!(said.contains("holds no WAL of timeline 1 that is not stored"), "{said}");
+        assert_eq!(rows(&stage, &path("later"), &[]), "1,2,3,4,5");
+
+        // Of a segment that is stored in parts, more turns up.
+        server.start();
+        server.psql("insert into t values (6)");
+        server.kill9();
+        let words = ["--surviving-wal", data_dir.to_str().unwrap(), "--push-surviving", "--timeline", "1"];
+        assert_eq!(rows(&stage, &path("more"), &words), "1,2,3,4,5,6");
+    }
+}
+
+#[test]
+fn the_wal_of_another_history_is_not_pushed() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    // A copy that went on by itself, on the same timeline.
+    server.stop(StopMode::Fast);
+    let (copy, bare) = (stage.path().join("copy"), stage.path().join("bare"));
+    copy_tree(server.data_dir(), &copy);
+    server.start();
+    server.psql("insert into t values (3)");
+    let last = server.archive_now();
+    server.stop(StopMode::Fast);
+    {
+        let mut other = PgServer::from_data_dir(&copy).setting("archive_command", "false").start();
+        lose(&mut other);
+    }
+    copy_tree(&copy.join("pg_wal"), &bare);
+    fs::remove_file(bare.join(&last)).unwrap();
+
+    let before = stored(&stage);
+    let push = |from: &Path, status: i32| {
+        let mut restore = stage.pitr(&["restore", "--latest", "--push-surviving", "-D"]);
+        restore.arg(stage.path().join("new")).arg("--surviving-wal").arg(from);
+        stage.fails(&mut restore, status)
+    };
+    let conflict = push(&copy, 4);
+    assert!(conflict.contains("other content"), "{conflict}");
+    let unproven = push(&bare, 2);
+    assert!(unproven.contains("nothing shows that"), "{unproven}");
+    let foreign = PgServer::builder(primary_major()).wal_segment_size_mb(1).start();
+    let (foreign_dir, mut foreign) = (foreign.data_dir().to_owned(), foreign);
+    foreign.stop(StopMode::Fast);
+    let mismatch = push(&foreign_dir, 1);
+    assert!(mismatch.contains("system identifier"), "{mismatch}");
+    assert_eq!(stored(&stage), before);
+    assert!(!stage.path().join("new").exists());
+}
