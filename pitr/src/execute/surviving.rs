@@ -65,90 +65,125 @@ impl Surviving {
 /// # Errors
 /// [`Error::Invalid`] when there is no such folder, when its server runs, when it holds a timeline that the
 /// repository does not know, or WAL behind some that is missing; [`Error::Mismatch`] for WAL of another cluster;
-/// [`Error::Corrupt`] for a damaged segment with WAL behind it.
+/// [`Error::Corrupt`] for a segment that is damaged.
 pub async fn survey(folder: &Path, repository: &LineageRepository, plan: &RestorePlan) -> Result<Surviving> {
     let lineage = repository.lineage();
     let (size, identifier) = (lineage.segment_size, lineage.system_identifier);
     let folder = wal_folder(folder, identifier)?;
-    let (timeline, end) = (plan.timeline, plan.stop.final_lsn);
+    let timeline = plan.timeline;
     let last_whole = plan.chain.iter().rfind(|part| !part.open).map(|part| part.last);
+    let last_stored = last_whole.filter(|last| last.timeline == timeline);
     // A whole segment's last record may end in the next one, and the plan then before it.
-    let is_stored =
-        move |name: SegmentName| last_whole.is_some_and(|last| last.timeline == timeline && name <= last);
-    let shipped_to = plan.tail.as_ref().map(|tail| tail.end_lsn);
+    let first = SegmentName::containing(timeline, plan.stop.final_lsn, size);
+    let first = last_stored.map_or(first, |last| last.min(first));
+    let mut search = Search {
+        found: Surviving { folder, common: Vec::new(), whole: Vec::new(), open: None },
+        size,
+        identifier,
+        last_stored,
+        shipped_to: plan.tail.as_ref().map(|tail| tail.end_lsn),
+        wanted: first,
+        ended: None,
+    };
     blocking(move || {
-        let names = segments(&folder, timeline)?;
-        let mut found =
-            Surviving { folder: folder.clone(), common: Vec::new(), whole: Vec::new(), open: None };
-        let first = SegmentName::containing(timeline, end, size);
-        let last_stored = last_whole.filter(|last| last.timeline == timeline);
-        let mut wanted = last_stored.map_or(first, |last| last.min(first));
-        let mut ended = None;
-        let from = wanted;
-        for name in names.into_iter().filter(|name| *name >= from) {
-            let scan = scan(&folder.join(name.to_string()), name, size)?;
-            if let Verdict::Mismatch { .. } = scan.verdict {
-                // Recycled: it has the name of a segment to come and holds an older one.
-                continue;
-            }
-            if scan.summary.system_identifier != identifier {
-                return Err(Error::mismatch(format!(
-                    "{name} in {} belongs to the cluster with system identifier {}, not to {identifier}",
-                    folder.display(),
-                    scan.summary.system_identifier
-                )));
-            }
-            if let Some(reason) = ended {
-                return Err(Error::corrupt(format!(
-                    "{} holds WAL behind {wanted}, which does not reach its end ({reason})",
-                    folder.display()
-                ))
-                .with_safe("nothing was pushed")
-                .with_next("Look at it with pg_waldump. Without --surviving-wal the restore goes on without it."));
-            }
-            while wanted < name && is_stored(wanted) {
-                wanted = next(wanted, size)?;
-            }
-            if name != wanted {
-                return Err(Error::invalid(format!(
-                    "{} holds {name}, and not {wanted} before it, which is not archived either",
-                    folder.display()
-                ))
-                .with_safe("nothing was pushed")
-                .with_next("Look for it elsewhere. Without --surviving-wal the restore goes on without what lies behind."));
-            }
-            let before = found.whole.last().or(found.common.last()).copied();
-            let torn = !is_stored(name) && begins_torn(&folder, before, name, size)?;
-            match scan.verdict {
-                Verdict::Whole if is_stored(name) => found.common.push(name),
-                Verdict::Whole if torn => {
-                    return Err(Error::corrupt(format!(
-                        "{name} in {} is damaged: the record that reaches into it from the one before has a wrong checksum",
-                        folder.display()
-                    ))
-                    .with_safe("nothing was pushed")
-                    .with_next("Look for another copy of it. Without --surviving-wal the restore goes on without it."));
-                }
-                Verdict::Whole => found.whole.push(name),
-                Verdict::Incomplete { valid_to, reason } if !is_stored(name) => {
-                    let new = valid_to > name.start(size) && shipped_to.is_none_or(|to| valid_to > to);
-                    found.open = (new && !torn).then_some((name, valid_to));
-                    ended = Some(reason);
-                    continue;
-                }
-                Verdict::Incomplete { reason, .. } | Verdict::Undecoded { reason } => {
-                    return Err(Error::mismatch(format!(
-                        "{name} in {} cannot be read: {reason}",
-                        folder.display()
-                    )));
-                }
-                Verdict::Mismatch { .. } => {}
-            }
-            wanted = next(wanted, size)?;
+        for name in segments(&search.found.folder, timeline)?.into_iter().filter(|name| *name >= first) {
+            search.take(name)?;
         }
-        Ok(found)
+        Ok(search.found)
     })
     .await
+}
+
+/// A look through segments, in order.
+struct Search {
+    found: Surviving,
+    size: SegmentSize,
+    identifier: u64,
+    /// The last segment of the timeline that is stored whole.
+    last_stored: Option<SegmentName>,
+    /// Up to where parts of the one behind it are stored.
+    shipped_to: Option<Lsn>,
+    /// The segment that has to come next.
+    wanted: SegmentName,
+    /// Why WAL ended in the segment before that.
+    ended: Option<String>,
+}
+
+impl Search {
+    fn is_stored(&self, name: SegmentName) -> bool {
+        self.last_stored.is_some_and(|last| name <= last)
+    }
+
+    fn take(&mut self, name: SegmentName) -> Result<()> {
+        let size = self.size;
+        let scan = scan(&self.found.folder.join(name.to_string()), name, size)?;
+        if let Verdict::Mismatch { .. } = scan.verdict {
+            // Recycled: it has the name of a segment to come and holds an older one.
+            return Ok(());
+        }
+        self.check_place(name, scan.summary.system_identifier)?;
+        let before = self.found.whole.last().or(self.found.common.last()).copied();
+        let torn = !self.is_stored(name) && begins_torn(&self.found.folder, before, name, size)?;
+        match scan.verdict {
+            Verdict::Whole if self.is_stored(name) => self.found.common.push(name),
+            Verdict::Whole if torn => {
+                return Err(self.unusable(name, "the record that reaches into it has a wrong checksum"));
+            }
+            Verdict::Whole => self.found.whole.push(name),
+            Verdict::Incomplete { valid_to, reason } if !self.is_stored(name) => {
+                let new = valid_to > name.start(size) && self.shipped_to.is_none_or(|to| valid_to > to);
+                self.found.open = (new && !torn).then_some((name, valid_to));
+                self.ended = Some(reason);
+            }
+            Verdict::Incomplete { reason, .. } | Verdict::Undecoded { reason } => {
+                return Err(self.unusable(name, &reason));
+            }
+            Verdict::Mismatch { .. } => {}
+        }
+        self.wanted = next(name, size)?;
+        Ok(())
+    }
+
+    /// Fails when a segment is not the cluster's, or does not come next.
+    fn check_place(&mut self, name: SegmentName, identifier: u64) -> Result<()> {
+        let folder = self.found.folder.display();
+        if identifier != self.identifier {
+            return Err(foreign(&self.found.folder.join(name.to_string()), identifier, self.identifier));
+        }
+        if let Some(reason) = &self.ended {
+            return Err(self.unusable(name, &format!("WAL ends in the segment before it ({reason})")));
+        }
+        while self.wanted < name && self.is_stored(self.wanted) {
+            self.wanted = next(self.wanted, self.size)?;
+        }
+        if name == self.wanted {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{folder} holds {name}, and not {} before it, which is not archived either",
+            self.wanted
+        ))
+        .with_safe("nothing was pushed")
+        .with_next(
+            "Look for it elsewhere. Without --surviving-wal the restore goes on without what lies behind.",
+        ))
+    }
+
+    fn unusable(&self, name: SegmentName, why: &str) -> Error {
+        Error::corrupt(format!("{name} in {} cannot be used: {why}", self.found.folder.display()))
+            .with_safe("nothing was pushed")
+            .with_next(
+                "Look at it with pg_waldump, and for another copy. Without --surviving-wal the restore goes on without it.",
+            )
+    }
+}
+
+fn foreign(path: &Path, identifier: u64, own: u64) -> Error {
+    Error::mismatch(format!(
+        "{} belongs to the cluster with system identifier {identifier}, not to {own}",
+        path.display()
+    ))
+    .with_safe("nothing was pushed")
 }
 
 /// Stores what [`survey`] found in every repository.
@@ -332,11 +367,7 @@ fn wal_folder(given: &Path, identifier: u64) -> Result<PathBuf> {
     if let Some(control) = control.and_then(|bytes| ControlData::parse(&bytes).ok())
         && control.system_identifier != identifier
     {
-        return Err(Error::mismatch(format!(
-            "{} belongs to the cluster with system identifier {}, not to {identifier}",
-            folder.display(),
-            control.system_identifier
-        )));
+        return Err(foreign(&folder, control.system_identifier, identifier));
     }
     if let Some(dir) = data_dir.filter(|dir| super::start::is_running(dir)) {
         return Err(Error::invalid(format!("a server runs on {}", dir.display()))
@@ -382,6 +413,14 @@ fn next(name: SegmentName, size: SegmentSize) -> Result<SegmentName> {
 fn scan(path: &Path, name: SegmentName, size: SegmentSize) -> Result<SegmentScan> {
     let failed = |error| Error::from_io(format!("reading {}", path.display()), error);
     let mut file = File::open(path).map_err(failed)?;
+    let bytes = file.metadata().map_err(failed)?.len();
+    if bytes != size.bytes() {
+        return Err(Error::corrupt(format!("{} has {bytes} bytes, a segment has {size}", path.display()))
+            .with_safe("nothing was pushed")
+            .with_next(
+                "Copy it again from where it comes. Without --surviving-wal the restore goes on without it.",
+            ));
+    }
     let mut scanner = SegmentScanner::new(name, size);
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {
