@@ -229,9 +229,13 @@ pub(super) struct RestoreArgs {
     /// the server must be stopped, or gone
     #[arg(long, value_name = "DIR")]
     pub(super) surviving_wal: Option<PathBuf>,
-    /// Push what --surviving-wal finds into every repository, then restore up to its end
-    #[arg(long, requires = "surviving_wal")]
+    /// Push the WAL that --surviving-wal finds, or that the data directory holds which --delta or --set-aside with --latest
+    /// goes over, into every repository, then restore up to its end
+    #[arg(long)]
     pub(super) push_surviving: bool,
+    /// Restore with --latest over a data directory although its pg_wal holds transactions that are not archived
+    #[arg(long, conflicts_with = "push_surviving")]
+    pub(super) leave_surviving: bool,
     /// Put a tablespace elsewhere, by its path or oid; may be repeated
     #[arg(long, value_name = "OLD=NEW")]
     pub(super) tablespace_mapping: Vec<String>,

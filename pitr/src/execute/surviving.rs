@@ -37,6 +37,8 @@ pub struct Surviving {
     pub whole: Vec<SegmentName>,
     /// The segment behind them, and where the last whole record in it ends.
     pub open: Option<(SegmentName, Lsn)>,
+    /// Whether a transaction ends in any of them: else they hold nothing but the server's own notes, as those of its shutdown.
+    pub ends_transactions: bool,
 }
 
 impl Surviving {
@@ -77,7 +79,13 @@ pub async fn survey(folder: &Path, repository: &LineageRepository, plan: &Restor
     let first = SegmentName::containing(timeline, plan.stop.final_lsn, size);
     let first = last_stored.map_or(first, |last| last.min(first));
     let mut search = Search {
-        found: Surviving { folder, common: Vec::new(), whole: Vec::new(), open: None },
+        found: Surviving {
+            folder,
+            common: Vec::new(),
+            whole: Vec::new(),
+            open: None,
+            ends_transactions: false,
+        },
         size,
         identifier,
         last_stored,
@@ -123,6 +131,7 @@ impl Search {
         }
         self.check_place(name, scan.summary.system_identifier)?;
         let before = self.found.whole.last().or(self.found.common.last()).copied();
+        self.found.ends_transactions |= !self.is_stored(name) && scan.summary.max_time.is_some();
         let torn = !self.is_stored(name) && begins_torn(&self.found.folder, before, name, size)?;
         match scan.verdict {
             Verdict::Whole if self.is_stored(name) => self.found.common.push(name),

@@ -217,7 +217,13 @@ fn what_was_there_is_set_aside() {
     server.psql("INSERT INTO there VALUES (-1)");
     server.stop(StopMode::Immediate);
     let dir = server.data_dir().to_owned();
-    let mut command = stage.pitr(&["restore", "--latest", "--json", "--set-aside", "--yes", "-D"]);
+    // That row is in no archive: nothing is restored over it unasked.
+    let words = ["restore", "--latest", "--json", "--set-aside", "--yes", "-D", dir.to_str().unwrap()];
+    let said = stage.fails(&mut stage.pitr(&words), 1);
+    assert!(said.contains("the archive lacks WAL") && said.contains("--leave-surviving"), "{said}");
+    assert!(dir.join("global/pg_control").exists());
+    let mut command =
+        stage.pitr(&["restore", "--latest", "--json", "--leave-surviving", "--set-aside", "--yes", "-D"]);
     let report: Value = serde_json::from_str(&stage.ok(command.arg(&dir))).unwrap();
     let moved = report["report"]["set_aside"].as_array().unwrap();
     assert_eq!(moved.len(), 2, "{report}");
@@ -236,6 +242,23 @@ fn what_was_there_is_set_aside() {
     assert_eq!(old_server.psql("SELECT count(*) FROM there"), "1001");
     drop((old_server, restored));
     fs::remove_dir_all(&old).unwrap();
+}
+
+#[test]
+fn the_last_transactions_of_a_lost_server_come_along() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    stage.backup(&server);
+    server.archive_now();
+    server.psql("INSERT INTO t VALUES (-1); SELECT pg_switch_wal(); INSERT INTO t VALUES (-2)");
+    server.kill9();
+    let dir = server.data_dir().to_owned();
+    fs::write(dir.join("base/1/112"), "damage").unwrap();
+    let mut command = stage.pitr(&["restore", "--latest", "--delta", "--yes", "--push-surviving", "-D"]);
+    stage.ok(command.arg(&dir));
+    let restored = stage.recovering(&dir).start();
+    restored.wait_for("SELECT pg_is_in_recovery()", "f");
+    assert_eq!(restored.psql("SELECT count(*) FROM t WHERE g < 0"), "2");
 }
 
 #[test]
