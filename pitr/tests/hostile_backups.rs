@@ -154,6 +154,7 @@ impl Scene {
             wal_segments_checked: 0,
             wal_fetch_bytes: 0,
             wal_replay_bytes: 0,
+            forecast: None,
             limits: INITDB_LIMITS,
             tablespace_paths: vec![],
             open_prepared: None,

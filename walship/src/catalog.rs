@@ -4,6 +4,7 @@
 
 mod gaps;
 mod names;
+mod restores;
 mod segments;
 mod tail;
 
@@ -19,6 +20,7 @@ use crate::wal::rollup::Rollup;
 
 pub use gaps::{GapCause, GapKind, GapRecord};
 pub use names::{DatabaseNames, Names, RelationName, SavedNames};
+pub use restores::{Phase, RestoreRecord};
 pub use segments::StoredSegments;
 pub use tail::{StoredTail, TailFlaw};
 

@@ -3,6 +3,7 @@
 mod args;
 mod before;
 mod confirm;
+mod forecast;
 mod index;
 mod info;
 mod log;

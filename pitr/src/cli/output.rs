@@ -175,6 +175,9 @@ pub(super) fn plan_text(plan: &RestorePlan, way: Way, next: Option<&str>, style:
             bytes(plan.wal_replay_bytes)
         ),
     );
+    if let Some(forecast) = &plan.forecast {
+        line("Forecast", super::forecast::text(plan, forecast));
+    }
     let mut list = |title: &str, items: &[String]| {
         if items.is_empty() {
             return;

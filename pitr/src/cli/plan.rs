@@ -7,7 +7,7 @@ use super::args::PlanArgs;
 use super::before::Asked;
 use super::output::{self, Style, Way};
 use super::source::{Source, say_notes};
-use super::{DONE, NO_PLAN};
+use super::{DONE, NO_PLAN, forecast};
 use crate::execute::{Planned, Proof, make_plan};
 use crate::plan::{PlanOptions, Refusal, RestorePlan};
 use crate::target::shell_word;
@@ -22,6 +22,7 @@ pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
     let options = PlanOptions { backup: args.target.backup.clone() };
     match make_plan(&source.repository, &source.catalog, &target, &options, Proof::Bounded).await? {
         Planned::Plan(mut plan) => {
+            forecast::add(&source.repository, &mut plan).await;
             plan.warnings.extend(source.repository.notes());
             if args.source.json {
                 output::print_json(&output::plan_json(&plan))?;

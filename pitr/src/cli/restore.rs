@@ -21,7 +21,7 @@ use super::output::{self, Style, Way};
 use super::plan::refused;
 use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
 use super::surviving::{self, Then};
-use super::{DONE, role, start, status_of};
+use super::{DONE, forecast, role, start, status_of};
 use crate::execute::restore::{Existing, check};
 use crate::execute::start::{StartOptions, Started, would_start};
 use crate::execute::{Planned, Progress, Proof, RestoreOptions, RestoreReport, make_plan, restore};
@@ -62,6 +62,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         arguments.extend(planned);
         options.settings.restore_command = restore_command(&program, &arguments);
     }
+    forecast::add(&source.repository, &mut plan).await;
     let starting = start::options(&args.starting, &plan, &options.settings.recovery).await?;
     let before = source.repository.notes();
     plan.warnings.extend(before.iter().cloned());
@@ -69,7 +70,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     if !args.source.json {
         output::print(&output::plan_text(&plan, Way::of(&options.settings.recovery), None, style))?;
     }
-    let begun = Instant::now();
+    let (begun_at, begun) = (Utc::now(), Instant::now());
     let mut report = if args.dry_run {
         let report = check(&plan, &options)?;
         source.repository.check_backup_objects(&plan.backup).await?;
@@ -104,6 +105,10 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Some(starting) if args.dry_run => Some(Ok(would_start(&report, starting))),
         Some(starting) => Some(start::carry_out(&plan, &report, starting, restored_in).await),
     };
+    if !args.dry_run {
+        let started = ended.as_ref().and_then(|ended| ended.as_ref().ok());
+        forecast::record(&source.repository, &plan, &report, (begun_at, restored_in), started).await;
+    }
     finish(&restored, ended, args.source.json, style)
 }
 

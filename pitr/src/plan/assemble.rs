@@ -80,6 +80,7 @@ pub(crate) fn assemble(
         wal_segments_checked: 0,
         wal_fetch_bytes: parts.iter().map(|part| part.stored_bytes).sum(),
         wal_replay_bytes: walk.wal_bytes(last, stop.final_lsn)?,
+        forecast: None,
         chain: parts,
         tail,
         // No transaction can be prepared where the setting is 0.

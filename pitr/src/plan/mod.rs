@@ -9,6 +9,7 @@
 mod assemble;
 mod chain;
 mod extras;
+mod forecast;
 mod gap;
 mod half_done;
 mod offers;
@@ -36,6 +37,7 @@ use walship::wal::summary::SegmentSummary;
 pub(crate) use chain::chains_of;
 pub use chain::{Chain, ChainEnding, ChainStep, ParentSegment, build_chain, gaps_of};
 pub(crate) use extras::WAL_LEVEL_MINIMAL;
+pub use forecast::{Forecast, forecast};
 pub use gap::{Gap, KnownBy};
 pub use half_done::{HalfDone, Removed};
 pub use reach::{Stop, StopKind};
@@ -224,6 +226,8 @@ pub struct RestorePlan {
     pub wal_fetch_bytes: u64,
     /// Bytes of WAL that PostgreSQL will replay.
     pub wal_replay_bytes: u64,
+    /// How long it will take, by what is on record; the planner itself knows none.
+    pub forecast: Option<Forecast>,
     /// The largest value of each setting that a recovering server must not undercut.
     pub limits: ServerLimits,
     /// Tablespaces that replay will create, at the original server's paths.

@@ -365,6 +365,17 @@ impl LineageLayout {
         self.key(format_args!("backups/catalog/{}-{:016X}-{:016X}-{id}.json", tli.hex(), start.0, stop.0))
     }
 
+    /// What the keys of the records of all restores start with.
+    pub(super) fn restore_records_prefix(&self) -> String {
+        format!("{}/history/restores/", self.base)
+    }
+
+    /// The key of the record of a restore.
+    pub(super) fn restore_record(&self, id: &str) -> Result<ObjectKey> {
+        check_id(id, "a restore")?;
+        self.key(format_args!("history/restores/{id}.json"))
+    }
+
     /// The key of one of a backup's own objects: `started.json`, `manifest.json.zst`, `data/000001.tar`.
     pub(super) fn backup_object(&self, id: &str, object: &str) -> Result<ObjectKey> {
         check_backup_id(id)?;

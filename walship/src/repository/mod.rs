@@ -32,6 +32,7 @@ mod load_segments;
 mod load_tails;
 mod others;
 pub mod probe;
+mod restores;
 mod segments;
 mod stored;
 mod tails;

@@ -1,0 +1,119 @@
+//! How long restores took goes into the repository's history; how long one will take is judged by that.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use walship::Result;
+use walship::catalog::{Phase, RestoreRecord};
+use walship::repository::{LineageRepository, new_backup_id};
+
+use super::output;
+use crate::execute::RestoreReport;
+use crate::execute::start::{Started, State};
+use crate::plan::{Forecast, RestorePlan, forecast};
+
+/// So many of the last restores are looked at.
+const RECORDS_MAX: usize = 5;
+
+/// Adds a forecast to a plan, where any restore is on record. A history that cannot be read is as good as none.
+pub(super) async fn add(repository: &LineageRepository, plan: &mut RestorePlan) {
+    match repository.recent_restores(RECORDS_MAX).await {
+        Ok(records) => plan.forecast = forecast(plan, &records),
+        Err(error) => tracing::debug!(%error, "the history of restores cannot be read"),
+    }
+}
+
+/// Returns a forecast for people.
+pub(super) fn text(plan: &RestorePlan, forecast: &Forecast) -> String {
+    let replay = match forecast.replay_bytes_per_second {
+        Some(rate) => {
+            format!(", then {} of WAL at {}/s", output::bytes(plan.wal_replay_bytes), output::bytes(rate))
+        }
+        None => "; how long replay takes is not on record: --start watches it".to_owned(),
+    };
+    format!(
+        "about {}: {} at {}/s{replay} (as in {} restores before)",
+        duration(Duration::from_millis(forecast.total_ms())),
+        output::bytes(plan.backup.data_bytes),
+        output::bytes(forecast.restore_bytes_per_second),
+        forecast.restores
+    )
+}
+
+fn duration(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, 0..10) => format!("{:.1} s", time.as_secs_f64()),
+        (0, 0, seconds) => format!("{seconds} s"),
+        (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
+        (hours, minutes, _) => format!("{hours} h {minutes} min"),
+    }
+}
+
+/// Puts a restore into every repository's history; where that cannot be, a line on standard error says so.
+pub(super) async fn record(
+    repository: &LineageRepository,
+    plan: &RestorePlan,
+    report: &RestoreReport,
+    begun: (DateTime<Utc>, Duration),
+    started: Option<&Started>,
+) {
+    let record = record_of(plan, report, begun, started, rand::random());
+    for one in repository.each() {
+        if let Err(error) = put(&one, &record).await {
+            eprintln!(
+                "note: the restore is not in the history of {}, and no forecast can be judged by it: {error}",
+                one.location()
+            );
+        }
+    }
+}
+
+async fn put(repository: &LineageRepository, record: &RestoreRecord) -> Result<()> {
+    repository.put_restore_record(record).await
+}
+
+fn record_of(
+    plan: &RestorePlan,
+    report: &RestoreReport,
+    (begun, took): (DateTime<Utc>, Duration),
+    started: Option<&Started>,
+    random: u64,
+) -> RestoreRecord {
+    let millis = |seconds: f64| (seconds * 1000.0) as u64;
+    // A standby's replay has no end, and one that was broken off has no target.
+    let ended = |started: &&Started| matches!(started.state, State::Open | State::Paused | State::Stopped);
+    let replay = started.filter(ended).and_then(|started| {
+        Some(Phase { bytes: started.replay_bytes?, millis: millis(started.replay_seconds?) })
+    });
+    RestoreRecord {
+        format: 1,
+        id: new_backup_id(begun, random),
+        started: begun,
+        host: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
+        user: nix::unistd::User::from_uid(nix::unistd::geteuid())
+            .ok()
+            .flatten()
+            .map(|user| user.name)
+            .unwrap_or_default(),
+        backup: plan.backup.id.clone(),
+        target: plan.target_options.clone(),
+        restore: Phase { bytes: report.data_bytes, millis: took.as_millis() as u64 },
+        kept_bytes: report.delta.as_ref().map_or(0, |delta| delta.kept_bytes),
+        replay,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_as_long_as_they_need() {
+        for (millis, text) in
+            [(1234, "1.2 s"), (59_000, "59 s"), (250_000, "4 min 10 s"), (3_720_000, "1 h 2 min")]
+        {
+            assert_eq!(duration(Duration::from_millis(millis)), text);
+        }
+    }
+}
