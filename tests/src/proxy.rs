@@ -27,6 +27,8 @@ pub enum Mode {
     ResetUploadAfter(u64),
     /// Both directions together carry at most this many bytes a second.
     Throttle(u64),
+    /// What the server sends comes at this many bytes a second at most, all connections together.
+    Rate(u64),
     /// Everything is swallowed, nothing comes back, connections stay open.
     BlackHole,
     /// New connections are closed at once and open ones reset.
@@ -58,6 +60,7 @@ impl Proxy {
         let ahead = Arc::clone(&target);
         let requests = Arc::<Mutex<Requests>>::default();
         let counted = Arc::clone(&requests);
+        let link = Arc::<Link>::default();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -66,7 +69,7 @@ impl Proxy {
             runtime.block_on(async move {
                 let listener = TcpListener::from_std(listener).expect("the listener can be used");
                 tokio::select! {
-                    () = accept(listener, ahead, seen, counted) => {}
+                    () = accept(listener, ahead, seen, counted, link) => {}
                     _ = stopped => {}
                 }
             });
@@ -116,11 +119,32 @@ async fn accept(
     target: Arc<Mutex<SocketAddr>>,
     mode: watch::Receiver<Mode>,
     requests: Arc<Mutex<Requests>>,
+    link: Arc<Link>,
 ) {
     loop {
         let Ok((client, _)) = listener.accept().await else { continue };
         let target = *target.lock().unwrap_or_else(PoisonError::into_inner);
-        tokio::spawn(connection(client, target, mode.clone(), requests.clone()));
+        tokio::spawn(connection(client, target, mode.clone(), requests.clone(), link.clone()));
+    }
+}
+
+/// The one link that all connections share under [`Mode::Rate`]: when it has carried all that it was given.
+#[derive(Debug, Default)]
+struct Link(Mutex<Option<Instant>>);
+
+/// An idle link carries so much of a burst at once. Timers wake milliseconds late: without it each of them would
+/// be time lost.
+const BURST: Duration = Duration::from_millis(10);
+
+impl Link {
+    /// Gives it `bytes` now, and returns when it has carried them.
+    fn passed(&self, now: Instant, bytes: usize, bytes_a_second: u64) -> Instant {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = now.checked_sub(BURST).unwrap_or(now);
+        let begins = free.map_or(since, |free| free.max(since));
+        let passed = begins + Duration::from_secs_f64(bytes as f64 / bytes_a_second.max(1) as f64);
+        *free = Some(passed);
+        passed
     }
 }
 
@@ -136,6 +160,7 @@ async fn connection(
     target: SocketAddr,
     mode: watch::Receiver<Mode>,
     requests: Arc<Mutex<Requests>>,
+    link: Arc<Link>,
 ) {
     if *mode.borrow() == Mode::Refuse {
         return reset(&client);
@@ -149,8 +174,8 @@ async fn connection(
         reader.pass(bytes, &mut requests.lock().unwrap_or_else(PoisonError::into_inner));
     };
     let ended = tokio::select! {
-        ended = pump(&mut from_client, &mut to_server, Way::Up, mode.clone(), count) => ended,
-        ended = pump(&mut from_server, &mut to_client, Way::Down, mode.clone(), |_| ()) => ended,
+        ended = pump(&mut from_client, &mut to_server, Way::Up, mode.clone(), &link, count) => ended,
+        ended = pump(&mut from_server, &mut to_client, Way::Down, mode.clone(), &link, |_| ()) => ended,
         () = refused(mode.clone()) => Ended::Reset,
     };
     if ended == Ended::Reset
@@ -196,6 +221,7 @@ async fn pump(
     to: &mut (impl tokio::io::AsyncWrite + Unpin),
     way: Way,
     mode: watch::Receiver<Mode>,
+    link: &Link,
     mut passing: impl FnMut(&[u8]),
 ) -> Ended {
     let (line_in, mut line) = mpsc::channel::<Piece>(PIECES);
@@ -215,7 +241,7 @@ async fn pump(
     tokio::pin!(arriving);
     tokio::select! {
         ended = &mut arriving => ended,
-        () = departing(from, way, mode, line_in) => arriving.await,
+        () = departing(from, way, mode, link, line_in) => arriving.await,
     }
 }
 
@@ -224,6 +250,7 @@ async fn departing(
     from: &mut (impl tokio::io::AsyncRead + Unpin),
     way: Way,
     mut mode: watch::Receiver<Mode>,
+    link: &Link,
     line: mpsc::Sender<Piece>,
 ) {
     let mut buffer = vec![0; PIECE_BYTES];
@@ -239,6 +266,9 @@ async fn departing(
         let mut end = None;
         match (current, way) {
             (Mode::Latency(time), Way::Down) => due += time,
+            (Mode::Rate(a_second), Way::Down) => {
+                tokio::time::sleep_until(link.passed(due, bytes, a_second)).await;
+            }
             (Mode::Throttle(a_second), _) => {
                 tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / a_second.max(1) as f64)).await;
             }
@@ -266,5 +296,27 @@ async fn departing(
         if line.send(piece).await.is_err() || last {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_carries_its_rate_and_no_more() {
+        let (link, begin) = (Link::default(), Instant::now());
+        let after = |millis| begin + Duration::from_millis(millis);
+        let close = |passed: Instant, millis: u64| {
+            let expected = after(millis);
+            assert!(passed.max(expected) - passed.min(expected) < Duration::from_micros(10), "{millis}");
+        };
+        // Half a second of bytes, twice at once, of which a burst of 10 ms is free.
+        close(link.passed(begin, 500_000, 1_000_000), 490);
+        close(link.passed(begin, 500_000, 1_000_000), 990);
+        // Who wakes late loses nothing.
+        close(link.passed(after(995), 5_000, 1_000_000), 995);
+        // An idle second is not saved up.
+        close(link.passed(after(2000), 500_000, 1_000_000), 2490);
     }
 }

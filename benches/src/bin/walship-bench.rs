@@ -6,7 +6,7 @@ use walship_benches::{measure, peers, scale, streaming};
 /// A table's title and what makes it.
 type Table = (&'static str, fn(Effort) -> String);
 
-const TABLES: [Table; 16] = [
+const TABLES: [Table; 18] = [
     ("Record decoding", tables::decoding),
     ("Codecs", tables::codecs),
     ("Segment objects", tables::encoding),
@@ -23,6 +23,8 @@ const TABLES: [Table; 16] = [
     ("Peers: a server at work", peers::load),
     ("Peers: replay", peers::replays),
     ("Peers: one segment from cold", peers::first),
+    ("Peers: base backup", peers::base_backups),
+    ("Peers: restore", peers::restores),
 ];
 
 fn main() {

@@ -3,15 +3,18 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use walship_tests::{process, wait};
+
+use super::Run;
 
 /// How often memory is looked at. What is shorter than that is not seen.
 const LOOK: Duration = Duration::from_millis(50);
@@ -20,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(50);
 ///
 /// Helpers become children of this program, which the kernel is asked for; those that end stay to be read.
 pub(super) struct Meter {
-    caller: u32,
+    caller: Option<u32>,
     daemon: Option<u32>,
     before: Duration,
     old_children: BTreeSet<u32>,
@@ -45,13 +48,22 @@ impl Meter {
     /// Starts to count what `caller`, which calls the tool, waits for, and the helpers; the memory of `daemon`,
     /// which was there before, as well.
     pub(super) fn start(caller: u32, daemon: Option<u32>) -> Self {
-        Self::start_late(caller, cpu_of(caller), daemon, children_now())
+        Self::start_with(Some(caller), cpu_of(caller), daemon, children_now())
     }
 
     /// The same where `caller` may have called already: `before` is its processor time when it had not, and
     /// `old_children` are those that are no helpers.
     pub(super) fn start_late(
         caller: u32,
+        before: Duration,
+        daemon: Option<u32>,
+        old_children: BTreeSet<u32>,
+    ) -> Self {
+        Self::start_with(Some(caller), before, daemon, old_children)
+    }
+
+    fn start_with(
+        caller: Option<u32>,
         before: Duration,
         daemon: Option<u32>,
         old_children: BTreeSet<u32>,
@@ -76,7 +88,7 @@ impl Meter {
 
     /// Returns the processor time and the most memory of all processes at once, and ends the helpers.
     pub(super) fn finish(mut self) -> (Duration, u64) {
-        let mut cpu = cpu_of(self.caller).saturating_sub(self.before);
+        let mut cpu = self.caller.map_or(Duration::ZERO, cpu_of).saturating_sub(self.before);
         self.peak_bytes.fetch_max(memory(self.caller, self.daemon, &self.old_children), Ordering::Relaxed);
         self.stop_looking();
         let helpers: Vec<Stat> = children().filter(|stat| !self.old_children.contains(&stat.pid)).collect();
@@ -114,14 +126,33 @@ impl Drop for Meter {
     }
 }
 
+/// Runs a command to its end and returns what it and everything that it started cost, and whether it succeeded.
+pub(super) fn run(command: Command) -> (Run, bool) {
+    let old_children = children_now();
+    let started = Instant::now();
+    let child = process::spawn(command).expect("the tool can be started");
+    let meter = Meter::start_with(None, Duration::ZERO, None, old_children);
+    let pid = Pid::from_raw(child.id().cast_signed());
+    // It stays to be read, and is waited for when its time is known.
+    let status = waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).expect("it is our child");
+    let wall = started.elapsed();
+    let (cpu, peak_bytes) = meter.finish();
+    (Run { wall, cpu, peak_bytes }, matches!(status, WaitStatus::Exited(_, 0)))
+}
+
+/// Returns the processor time so far of a process and of everything below it, whether it still runs or not.
+pub(super) fn cpu_of_tree(pid: u32) -> Duration {
+    cpu_of(pid) + process::descendants(pid).into_iter().map(cpu_of).sum::<Duration>()
+}
+
 /// Returns the memory of everything that `caller` has started, and of this program's new children.
-fn memory(caller: u32, daemon: Option<u32>, old_children: &BTreeSet<u32>) -> u64 {
+fn memory(caller: Option<u32>, daemon: Option<u32>, old_children: &BTreeSet<u32>) -> u64 {
     let all: Vec<Stat> = all().collect();
     let own = std::process::id();
     let new = |stat: &&Stat| stat.parent == own && !old_children.contains(&stat.pid);
     let mut tool: BTreeSet<u32> = all.iter().filter(new).map(|stat| stat.pid).chain(daemon).collect();
     loop {
-        let below = |stat: &&Stat| stat.parent == caller || tool.contains(&stat.parent);
+        let below = |stat: &&Stat| caller == Some(stat.parent) || tool.contains(&stat.parent);
         let found: Vec<u32> =
             all.iter().filter(below).map(|stat| stat.pid).filter(|pid| !tool.contains(pid)).collect();
         if found.is_empty() {

@@ -2,17 +2,23 @@
 //!
 //! `benches/peers/install` fetches the peers. One that is not there has a line that says "absent".
 
+mod backup;
+mod bases;
 mod calls;
 mod cost;
+mod database;
 mod load;
 mod replay;
+mod restored;
 mod tools;
 mod waiting;
 mod world;
 
+pub use backup::base_backups;
 pub use calls::calls;
 pub use load::load;
 pub use replay::replays;
+pub use restored::restores;
 pub use waiting::{first, waiting};
 
 use std::time::Duration;

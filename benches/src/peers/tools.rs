@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
+use walship::storage::list_all;
 use walship_tests::postgres::PgServer;
 use walship_tests::proxy::{Mode, Proxy};
 use walship_tests::s3_inprocess::{ACCESS_KEY, BUCKET, SECRET_KEY};
@@ -66,22 +67,18 @@ impl Tool {
 
     /// Its version and the settings that matter; the error says that it is absent, and why.
     pub(super) fn look(self, store: Store) -> Result<String, String> {
-        let peer = |path: &str| {
-            let program = cache::dir().join("peers").join(path);
-            if program.is_file() { Ok(program) } else { Err("absent: not fetched".to_owned()) }
-        };
         match (self, store) {
             (Self::Copy, Store::Folder) => Ok(String::new()),
             (Self::Copy, _) => Err("absent: it has no S3".to_owned()),
             (Self::Walship | Self::WalshipAgent, _) => Ok("compression lz4".to_owned()),
             (Self::PgBackRest, Store::S3(_)) => Err("absent: it insists on https".to_owned()),
             (Self::PgBackRest, _) => {
-                let version = said(&peer(PGBACKREST)?, &["version"]);
+                let version = said(&fetched(PGBACKREST)?, &["version"]);
                 Ok(format!("{version}; archive-async, process-max {}, compress-type lz4 (level 1)", cores()))
             }
             (Self::WalRus, Store::S3Tls) => Err("absent: it trusts public authorities only".to_owned()),
             (Self::WalRus, _) => {
-                let version = said(&peer(WALRUS)?, &["--version"]);
+                let version = said(&fetched(WALRUS)?, &["--version"]);
                 Ok(format!("{version}; lz4, upload and download concurrency 4 (its defaults)"))
             }
             (Self::Barman, Store::Folder) => {
@@ -89,24 +86,31 @@ impl Tool {
             }
             (Self::Barman, Store::S3Tls) => Err("absent: measured over http".to_owned()),
             (Self::Barman, _) => {
-                let version = said(&peer(BARMAN_ARCHIVE)?, &["--version"]);
+                let version = said(&fetched(BARMAN_ARCHIVE)?, &["--version"]);
                 Ok(format!("{version}; --lz4; where many wait, the first 32 of them, once"))
             }
         }
     }
 }
 
-const PGBACKREST: &str = "pgbackrest/usr/bin/pgbackrest";
-const WALRUS: &str = "wal-rus/bin/walrus";
+pub(super) const PGBACKREST: &str = "pgbackrest/usr/bin/pgbackrest";
+pub(super) const WALRUS: &str = "wal-rus/bin/walrus";
 const BARMAN_ARCHIVE: &str = "barman/bin/barman-cloud-wal-archive";
 const BARMAN_RESTORE: &str = "barman/bin/barman-cloud-wal-restore";
 
-fn said(program: &Path, arguments: &[&str]) -> String {
+/// Returns a peer's program, or says that it is absent.
+pub(super) fn fetched(path: &str) -> Result<PathBuf, String> {
+    let program = peer(path);
+    if program.is_file() { Ok(program) } else { Err("absent: not fetched".to_owned()) }
+}
+
+/// Returns the first line of what a program prints.
+pub(super) fn said(program: &Path, arguments: &[&str]) -> String {
     let text = process::run_ok(Command::new(program).args(arguments));
     text.lines().next().unwrap_or_default().trim().to_owned()
 }
 
-fn cores() -> usize {
+pub(super) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
@@ -182,14 +186,19 @@ impl Place {
             let socket = self.path("walrus.sock");
             let mut command = process::guarded(peer(WALRUS));
             command.arg("daemon").arg(&socket).env("PGDATA", data).env("WALG_COMPRESSION_METHOD", "lz4");
-            match self.store {
-                Store::Folder => command.env("WALG_FILE_PREFIX", self.path("store")),
-                _ => command.env("WALG_S3_PREFIX", format!("s3://{BUCKET}/walrus")),
-            };
+            command.envs(self.walrus_prefix());
             command.envs(self.environment()).stdin(Stdio::null()).stdout(Stdio::null());
             command.stderr(fs::File::create(self.path("walrus.log")).expect("the scratch folder has room"));
             self.daemon = Some(process::spawn(command).expect("wal-rus can be started"));
             wait::until("wal-rus listens", || socket.exists());
+        }
+    }
+
+    /// The same for the server itself, which the tool is to back up as well.
+    pub(super) fn serve_beside(&mut self, server: &PgServer) {
+        self.serve(server.data_dir());
+        if self.tool == Tool::PgBackRest {
+            self.write_pgbackrest(server.data_dir(), server.socket_dir(), server.port());
         }
     }
 
@@ -214,6 +223,14 @@ impl Place {
             variables.extend(walship_tests::s3_inprocess::env_for(&self.endpoint()));
         }
         variables
+    }
+
+    /// Where wal-rus stores, for its environment.
+    pub(super) fn walrus_prefix(&self) -> [(&'static str, String); 1] {
+        [match self.store {
+            Store::Folder => ("WALG_FILE_PREFIX", self.path("store").display().to_string()),
+            _ => ("WALG_S3_PREFIX", format!("s3://{BUCKET}/walrus")),
+        }]
     }
 
     /// walship's configuration file.
@@ -269,6 +286,34 @@ impl Place {
         }
     }
 
+    /// Lets the S3 server send at most this many bytes a second; `None` for as much as it can.
+    pub(super) fn limit(&mut self, bytes_a_second: Option<u64>) {
+        self.proxy = bytes_a_second.map(|rate| {
+            let weed = self.weed.as_ref().expect("a folder is as fast as it is");
+            let endpoint = weed.endpoint();
+            let address = endpoint.rsplit('/').next().unwrap_or_default();
+            let proxy = Proxy::start(address.parse().expect("the server is named by its address"));
+            proxy.set(Mode::Rate(rate));
+            proxy
+        });
+        match self.tool {
+            Tool::Walship | Tool::WalshipAgent => self.write_walship(),
+            // Who restores asks no server.
+            Tool::PgBackRest => self.write_pgbackrest(self.home.path(), self.home.path(), 1),
+            Tool::Copy | Tool::WalRus | Tool::Barman => {}
+        }
+    }
+
+    /// Returns how many bytes are stored.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let Some(weed) = &self.weed else { return bytes_below(&self.path("store")) };
+        let config = weed.config("");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let storage = walship::storage::open(&config).expect("the configuration is right");
+        let objects = runtime.block_on(list_all(storage.as_ref(), "", 1_000_000));
+        objects.expect("the store answers").iter().map(|object| object.bytes).sum()
+    }
+
     fn env_words(&self) -> String {
         let words = self.environment().into_iter().map(|(name, value)| format!("{name}={value}"));
         format!("env {}", words.collect::<Vec<_>>().join(" "))
@@ -284,15 +329,18 @@ impl Place {
         format!("{} daemon-client --socket {} {what}", peer(WALRUS).display(), socket.display())
     }
 
-    fn endpoint(&self) -> String {
+    /// The URL of the S3 server.
+    pub(super) fn endpoint(&self) -> String {
         match (&self.proxy, &self.weed) {
+            (Some(proxy), _) if self.store == Store::S3Tls => format!("https://{}", proxy.address()),
             (Some(proxy), _) => proxy.endpoint(),
             (None, Some(weed)) => weed.endpoint(),
             (None, None) => String::new(),
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    /// A file or folder beside the store.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.home.path().join(name)
     }
 
@@ -368,8 +416,19 @@ impl Drop for Place {
     }
 }
 
-fn peer(path: &str) -> PathBuf {
+/// Where a peer's program is to be.
+pub(super) fn peer(path: &str) -> PathBuf {
     cache::dir().join("peers").join(path)
+}
+
+/// Returns the bytes of all files in a folder and below.
+pub(super) fn bytes_below(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).expect("the folder is ours").flatten();
+    let bytes = entries.map(|entry| match entry.file_type() {
+        Ok(kind) if kind.is_dir() => bytes_below(&entry.path()),
+        _ => entry.metadata().map_or(0, |metadata| metadata.len()),
+    });
+    bytes.sum()
 }
 
 /// Makes an authority, and a certificate for 127.0.0.1 with its key; by name as well, for who asks for one.
