@@ -130,13 +130,14 @@ impl Drop for Meter {
 pub(super) fn run(command: Command) -> (Run, bool) {
     let old_children = children_now();
     let started = Instant::now();
-    let child = process::spawn(command).expect("the tool can be started");
+    let mut child = process::spawn(command).expect("the tool can be started");
     let meter = Meter::start_with(None, Duration::ZERO, None, old_children);
     let pid = Pid::from_raw(child.id().cast_signed());
     // It stays to be read, and is waited for when its time is known.
     let status = waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).expect("it is our child");
     let wall = started.elapsed();
     let (cpu, peak_bytes) = meter.finish();
+    let _ = child.wait();
     (Run { wall, cpu, peak_bytes }, matches!(status, WaitStatus::Exited(_, 0)))
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, symlink};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, Utc};
@@ -243,7 +244,7 @@ pub(super) fn check_stopped(data_dir: &Path) -> Result<()> {
     }
 }
 
-/// Returns the process id of a server that runs on a data directory.
+/// Returns the process id, in its own container, of a server that runs on a data directory.
 fn running(data_dir: &Path) -> Result<Option<i32>> {
     let path = data_dir.join("postmaster.pid");
     let text = match fs::read_to_string(&path) {
@@ -251,11 +252,16 @@ fn running(data_dir: &Path) -> Result<Option<i32>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::from_io(format!("reading {}", path.display()), error)),
     };
+    // In another container its process cannot be seen, but perhaps its socket.
+    let line = |number| text.lines().nth(number).unwrap_or_default().trim();
+    let socket = Path::new(line(4)).join(format!(".s.PGSQL.{}", line(3)));
+    let answers = socket.is_absolute() && UnixStream::connect(&socket).is_ok();
     let pid = text.lines().next().and_then(|line| line.trim().parse::<i32>().ok());
     // A server without a postmaster (postgres --single) writes its id with a minus.
     let pid = pid.map(i32::saturating_abs);
     // What another user's process is cannot be told, and it is there.
-    Ok(pid.filter(|pid| *pid > 0 && kill(Pid::from_raw(*pid), None) != Err(Errno::ESRCH)))
+    let is_there = |pid: &i32| *pid > 0 && (answers || kill(Pid::from_raw(*pid), None) != Err(Errno::ESRCH));
+    Ok(pid.filter(is_there))
 }
 
 /// Returns whether a tablespace's folder is the one that the data directory's own link leads to.
@@ -468,7 +474,12 @@ mod tests {
         assert!(check(&data, 7).unwrap_err().to_string().contains("a server runs"));
         fs::write(data.join("postmaster.pid"), format!("-{}\n", std::process::id())).unwrap();
         assert!(check(&data, 7).is_err(), "a server without a postmaster");
-        fs::write(data.join("postmaster.pid"), "999999999\n").unwrap();
+        let socket = home.path().join(".s.PGSQL.5432");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let file = format!("999999999\n{}\n0\n5432\n{}\n", data.display(), home.path().display());
+        fs::write(data.join("postmaster.pid"), file).unwrap();
+        assert!(check(&data, 7).is_err(), "a server in another container");
+        drop(listener);
         assert!(check(&data, 7).unwrap());
     }
 }
