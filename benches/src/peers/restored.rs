@@ -106,7 +106,7 @@ fn lines(server: &PgServer, store: Store, link: Option<u64>, rounds: usize) -> V
         for turn in 0..TAKERS.len() {
             let index = (round + turn) % TAKERS.len();
             let Some(contender) = &mut contenders[index] else { continue };
-            let new = contender.into_new_folder(server, round);
+            let new = contender.restore_anew(server, round);
             let mut ran = vec![(index, new)];
             if let Some(at) = over.iter().position(|own| *own == index) {
                 ran.push((TAKERS.len() + at, contender.over(server, round)));
@@ -124,7 +124,7 @@ fn lines(server: &PgServer, store: Store, link: Option<u64>, rounds: usize) -> V
 }
 
 impl Contender {
-    fn into_new_folder(&self, server: &PgServer, round: usize) -> Run {
+    fn restore_anew(&self, server: &PgServer, round: usize) -> Run {
         nix::unistd::sync();
         let run = self.taker.restore(&self.place, &self.data, false);
         self.check(server, round);
