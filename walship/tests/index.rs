@@ -368,6 +368,16 @@ async fn the_first_segment_of_a_new_timeline_rolls_up_the_end_of_the_one_that_wa
 #[tokio::test]
 async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
     let (lineage, storage) = lineage().await;
+    let object = walship::catalog::BackupObject {
+        name: "data/000001.tar".into(),
+        tablespace: None,
+        stored_bytes: 1,
+        tar_bytes: 1,
+        digest: "0".repeat(64),
+        index: Some(walship::catalog::ObjectIndex { bytes: 1, digest: "0".repeat(64) }),
+    };
+    // One of them is of some terabytes.
+    let objects_of = |number: u32| if number == 39 { 20_000 } else { 1 };
     for number in 0..40u32 {
         let lsn = |offset: u64| walship::pg::Lsn(u64::from(number) * 0x100_0000 + offset);
         let started = time(u64::from(number));
@@ -387,14 +397,7 @@ async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
             stored_bytes: 1,
             files: 1,
             tablespaces: vec![],
-            objects: vec![walship::catalog::BackupObject {
-                name: "data/000001.tar".into(),
-                tablespace: None,
-                stored_bytes: 1,
-                tar_bytes: 1,
-                digest: "0".repeat(64),
-                index: None,
-            }],
+            objects: vec![object.clone(); objects_of(number)],
             limits: walship::wal::testing::INITDB_LIMITS,
             data_checksums: true,
             manifest_digest: String::new(),
@@ -413,7 +416,8 @@ async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
     assert_eq!(catalog.backups.iter().filter(|record| record.objects.is_empty()).count(), 32);
     for record in &catalog.backups {
         let whole = lineage.whole_record(record).await.unwrap();
-        assert_eq!((whole.objects.len(), &whole.id), (1, &record.id));
+        let number = u32::try_from(record.start_lsn.0 >> 24).unwrap();
+        assert_eq!((whole.objects.len(), &whole.id), (objects_of(number), &record.id));
     }
     // A damaged list: the one before it; none: every record.
     for left in [16, 0] {

@@ -13,7 +13,7 @@ use crate::codec::Digest;
 use crate::error::{Error, Result};
 use crate::storage::{PutOutcome, Upload};
 
-use super::document::{self, BackupSettings, BackupStarted, DOCUMENT_VERSION, SavedFile};
+use super::document::{self, BackupSettings, BackupStarted, DOCUMENT_VERSION, RECORD_BYTES_MAX, SavedFile};
 use super::{LineageRepository, layout};
 
 /// The longest stored manifest that is read: room for some ten million files.
@@ -291,7 +291,7 @@ impl LineageRepository {
         }
         let key =
             self.layout.backup_record(&record.id, record.timeline, record.start_lsn, record.stop_lsn)?;
-        document::put_same(&*self.storage, &key, record).await
+        document::put_same_within(&*self.storage, &key, record, RECORD_BYTES_MAX).await
     }
 
     fn data_key(&self, id: &str, name: &str) -> Result<crate::storage::ObjectKey> {

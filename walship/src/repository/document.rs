@@ -17,6 +17,9 @@ pub(super) const DOCUMENT_VERSION: u32 = 1;
 /// The longest document that is read.
 pub(super) const DOCUMENT_BYTES_MAX: u64 = 1 << 20;
 
+/// The longest record of a backup that is read: it lists every data object, of which there are four for each GiB.
+pub(super) const RECORD_BYTES_MAX: u64 = 64 << 20;
+
 /// `walship.json`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct RepositoryDocument {
@@ -80,7 +83,16 @@ pub(super) struct SavedFile {
 /// # Errors
 /// [`Error::Corrupt`] when it cannot be read, [`Error::Mismatch`] when its format is newer.
 pub(super) async fn read<T: DeserializeOwned>(storage: &dyn Storage, key: &ObjectKey) -> Result<Option<T>> {
-    let Some(bytes) = storage.get(key, DOCUMENT_BYTES_MAX).await? else { return Ok(None) };
+    read_within(storage, key, DOCUMENT_BYTES_MAX).await
+}
+
+/// Reads a document of at most `bytes_max` bytes, as [`read`].
+pub(super) async fn read_within<T: DeserializeOwned>(
+    storage: &dyn Storage,
+    key: &ObjectKey,
+    bytes_max: u64,
+) -> Result<Option<T>> {
+    let Some(bytes) = storage.get(key, bytes_max).await? else { return Ok(None) };
     parse(&bytes).map(Some).map_err(|error| error.context(format!("{}/{key}", storage.location())))
 }
 
@@ -107,9 +119,21 @@ pub(super) async fn put<T: Serialize>(
     key: &ObjectKey,
     document: &T,
 ) -> Result<PutOutcome> {
+    put_within(storage, key, document, DOCUMENT_BYTES_MAX).await
+}
+
+async fn put_within<T: Serialize>(
+    storage: &dyn Storage,
+    key: &ObjectKey,
+    document: &T,
+    bytes_max: u64,
+) -> Result<PutOutcome> {
     let mut bytes = serde_json::to_vec_pretty(document)
         .map_err(|error| Error::invalid(format!("{key} cannot be written as JSON: {error}")))?;
     bytes.push(b'\n');
+    if bytes.len() as u64 > bytes_max {
+        return Err(Error::invalid(format!("{key} would have {} bytes, more than are read", bytes.len())));
+    }
     storage.put_if_absent(key, bytes.into()).await
 }
 
@@ -118,11 +142,27 @@ pub(super) async fn put_same<T>(storage: &dyn Storage, key: &ObjectKey, document
 where
     T: Serialize + DeserializeOwned + PartialEq,
 {
-    match put(storage, key, document).await? {
+    put_same_within(storage, key, document, DOCUMENT_BYTES_MAX).await
+}
+
+/// Writes a document of at most `bytes_max` bytes, as [`put_same`].
+///
+/// # Errors
+/// [`Error::Invalid`] for a longer one: nobody could read it.
+pub(super) async fn put_same_within<T>(
+    storage: &dyn Storage,
+    key: &ObjectKey,
+    document: &T,
+    bytes_max: u64,
+) -> Result<()>
+where
+    T: Serialize + DeserializeOwned + PartialEq,
+{
+    match put_within(storage, key, document, bytes_max).await? {
         PutOutcome::Stored => Ok(()),
         PutOutcome::Exists => {
             storage.confirm(key).await?;
-            match read::<T>(storage, key).await? {
+            match read_within::<T>(storage, key, bytes_max).await? {
                 Some(stored) if stored == *document => Ok(()),
                 Some(_) => Err(Error::conflict(format!(
                     "{}/{key} is already stored with other content",

@@ -11,7 +11,7 @@ use crate::pg::{SegmentName, TimelineHistory, TimelineId};
 use crate::storage::{ObjectKey, ObjectMeta, list_all};
 use crate::wal::rollup::{Rollup, Run};
 
-use super::document;
+use super::document::{self, RECORD_BYTES_MAX};
 use super::layout::check_backup_id;
 use super::load_segments::{Found, Using, load_segments};
 use super::{BackupStarted, Leftover, LineageRepository};
@@ -276,7 +276,9 @@ pub(super) async fn read_records(
     known: &BTreeMap<ObjectKey, BackupRecord>,
 ) -> Result<Vec<(ObjectMeta, BackupRecord)>> {
     let wanted: Vec<&ObjectMeta> = listed.iter().filter(|meta| !known.contains_key(&meta.key)).collect();
-    let reads = wanted.iter().map(|meta| document::read::<BackupRecord>(&*repository.storage, &meta.key));
+    let reads = wanted
+        .iter()
+        .map(|meta| document::read_within::<BackupRecord>(&*repository.storage, &meta.key, RECORD_BYTES_MAX));
     let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).collect().await;
     let mut records = Vec::with_capacity(read.len());
     for (meta, record) in wanted.into_iter().zip(read) {
@@ -346,7 +348,7 @@ impl LineageRepository {
     async fn whole_record_here(&self, record: &BackupRecord) -> Result<BackupRecord> {
         let key =
             self.layout.backup_record(&record.id, record.timeline, record.start_lsn, record.stop_lsn)?;
-        let whole = document::read::<BackupRecord>(&*self.storage, &key).await?;
+        let whole = document::read_within::<BackupRecord>(&*self.storage, &key, RECORD_BYTES_MAX).await?;
         let whole = whole
             .ok_or_else(|| Error::missing(format!("{}, a backup's record, is gone", self.shown(&key))))?;
         if (BackupRecord { objects: Vec::new(), ..whole.clone() }) != *record {
