@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use walship::Result;
 use walship::catalog::{Phase, RestoreRecord};
-use walship::repository::{LineageRepository, new_backup_id};
+use walship::repository::{LineageRepository, RecordedBy, new_backup_id};
 
 use super::output;
 use crate::execute::RestoreReport;
@@ -60,17 +59,13 @@ pub(super) async fn record(
 ) {
     let record = record_of(plan, report, begun, started, rand::random());
     for one in repository.each() {
-        if let Err(error) = put(&one, &record).await {
+        if let Err(error) = one.put_restore_record(&record).await {
             eprintln!(
                 "note: the restore is not in the history of {}, and no forecast can be judged by it: {error}",
                 one.location()
             );
         }
     }
-}
-
-async fn put(repository: &LineageRepository, record: &RestoreRecord) -> Result<()> {
-    repository.put_restore_record(record).await
 }
 
 fn record_of(
@@ -86,16 +81,13 @@ fn record_of(
     let replay = started.filter(ended).and_then(|started| {
         Some(Phase { bytes: started.replay_bytes?, millis: millis(started.replay_seconds?) })
     });
+    let RecordedBy { host, user } = RecordedBy::now();
     RestoreRecord {
         format: 1,
         id: new_backup_id(begun, random),
         started: begun,
-        host: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
-        user: nix::unistd::User::from_uid(nix::unistd::geteuid())
-            .ok()
-            .flatten()
-            .map(|user| user.name)
-            .unwrap_or_default(),
+        host,
+        user,
         backup: plan.backup.id.clone(),
         target: plan.target_options.clone(),
         restore: Phase { bytes: report.data_bytes, millis: took.as_millis() as u64 },

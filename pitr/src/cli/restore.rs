@@ -77,6 +77,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         report
     } else {
         if !args.yes
+            && options.existing != Existing::Refuse
             && let Some(what) = changes(&check(&plan, &options)?)
         {
             confirm(&what, &plan.cluster)?;

@@ -22,9 +22,7 @@ use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
 use super::restore::blocking;
-use super::unpack::{
-    Destination, NEVER_FILLED, Place, create, damaged, is_tablespace_link, make_dir, place_of,
-};
+use super::unpack::{Destination, Place, create, damaged, is_tablespace_link, make_dir, place_of};
 
 /// The longest range that one request fetches.
 const RANGE_BYTES: u64 = 4 << 20;
@@ -117,7 +115,7 @@ pub(super) async fn check_indexes(
                 let index = read_index(&one, id, object, place).await?;
                 index.files().try_for_each(|(file, _)| {
                     let place = place_of(destination, object.tablespace, &file.path)?;
-                    destination.check_listed(&place, file.bytes)
+                    destination.check_listed(&place, file.bytes).map(|_| ())
                 })
             };
             match read.await {
@@ -176,11 +174,7 @@ fn compare(
     let mut buffer = Vec::new();
     for (file, digests) in index.files() {
         let place = place_of(destination, object.tablespace, &file.path)?;
-        if NEVER_FILLED.iter().any(|folder| place.listed.starts_with(folder)) {
-            return Err(damaged(format!("a backup holds no such file as {:?}", place.listed)));
-        }
-        destination.check_listed(&place, file.bytes)?;
-        destination.claim(&object.name, &place)?;
+        destination.claim(&object.name, &place, file.bytes)?;
         let is_held = Destination::is_held(&place.listed, file.bytes)?;
         let target = targets.len();
         let mut want = |block| wanted.push(WantedBlock { target, block });

@@ -245,7 +245,7 @@ pub(super) fn check_stopped(data_dir: &Path) -> Result<()> {
 }
 
 /// Returns the process id, in its own container, of a server that runs on a data directory.
-fn running(data_dir: &Path) -> Result<Option<i32>> {
+pub(super) fn running(data_dir: &Path) -> Result<Option<i32>> {
     let path = data_dir.join("postmaster.pid");
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,

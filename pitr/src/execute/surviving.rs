@@ -16,6 +16,7 @@ use walship::wal::reader::Reader;
 use walship::wal::scan::{SegmentScan, SegmentScanner, Verdict};
 use walship::{Error, Result};
 
+use super::existing;
 use super::restore::blocking;
 use crate::plan::RestorePlan;
 use crate::target::shell_word;
@@ -378,7 +379,9 @@ fn wal_folder(given: &Path, identifier: u64) -> Result<PathBuf> {
     {
         return Err(foreign(&folder, control.system_identifier, identifier));
     }
-    if let Some(dir) = data_dir.filter(|dir| super::start::is_running(dir)) {
+    if let Some(dir) = data_dir
+        && existing::running(&dir)?.is_some()
+    {
         return Err(Error::invalid(format!("a server runs on {}", dir.display()))
             .with_safe("nothing was pushed")
             .with_next(format!(

@@ -6,7 +6,6 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write as _};
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -16,6 +15,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use walship::catalog::BackupObject;
 use walship::pg::Oid;
+use walship::pg::backup_label::tablespace_map_line;
 use walship::pg::backup_manifest::{BackupManifest, ManifestFile, check_path};
 use walship::{Error, Result};
 
@@ -35,7 +35,7 @@ const TABLESPACE_MAP: &str = "tablespace_map";
 const TABLESPACE_MAP_BYTES_MAX: u64 = 4 << 20;
 
 /// Folders that come empty: WAL is fetched from the archive, and slots are not restored.
-pub(super) const NEVER_FILLED: &[&str] = &["pg_wal", "pg_replslot"];
+const NEVER_FILLED: &[&str] = &["pg_wal", "pg_replslot"];
 
 /// How much is read from the tar stream at once.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -80,31 +80,28 @@ impl Destination {
 
     /// Removes every file that was written from an object, and lets its names be taken again.
     pub(super) fn give_back(&self, object: &str) -> Result<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        for (listed, local) in state.claimed.remove(object).unwrap_or_default() {
+        for local in self.take_back(object) {
             match fs::remove_file(&local) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::from_io(format!("removing {}", local.display()), error));
                 }
                 _ => {}
             }
-            if listed == Path::new(CONTROL_FILE) {
-                state.control_file = None;
-            }
-            state.written.remove(&listed);
         }
         Ok(())
     }
 
-    /// Lets the names of an object's files be taken again; the files stay.
-    pub(super) fn take_back(&self, object: &str) {
+    /// Lets the names of an object's files be taken again; the files stay. Returns where they are.
+    pub(super) fn take_back(&self, object: &str) -> Vec<PathBuf> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        for (listed, _) in state.claimed.remove(object).unwrap_or_default() {
+        let claimed = state.claimed.remove(object).unwrap_or_default();
+        for (listed, _) in &claimed {
             if listed == Path::new(CONTROL_FILE) {
                 state.control_file = None;
             }
-            state.written.remove(&listed);
+            state.written.remove(listed);
         }
+        claimed.into_iter().map(|(_, local)| local).collect()
     }
 
     /// Returns whether the manifest lists a file of this name.
@@ -112,16 +109,20 @@ impl Destination {
         self.expected.contains_key(listed)
     }
 
+    /// Returns what the manifest says of a file.
+    ///
     /// # Errors
-    /// [`Error::Corrupt`] when the manifest does not list a file of this length there.
-    pub(super) fn check_listed(&self, place: &Place, bytes: u64) -> Result<()> {
-        match self.expected.get(&place.listed) {
-            Some(file) if file.bytes == bytes => Ok(()),
-            Some(file) => Err(damaged(format!(
-                "{:?} has {bytes} bytes, the manifest says {}",
-                place.listed, file.bytes
-            ))),
-            None => Err(damaged(format!("it holds {:?}, which the manifest does not list", place.listed))),
+    /// [`Error::Corrupt`] when the manifest does not list a file of this length there, or a backup never has one.
+    pub(super) fn check_listed(&self, Place { listed, .. }: &Place, bytes: u64) -> Result<&ManifestFile> {
+        if NEVER_FILLED.iter().any(|folder| listed.starts_with(folder)) {
+            return Err(damaged(format!("a backup holds no such file as {listed:?}")));
+        }
+        match self.expected.get(listed) {
+            Some(file) if file.bytes == bytes => Ok(file),
+            Some(file) => {
+                Err(damaged(format!("{listed:?} has {bytes} bytes, the manifest says {}", file.bytes)))
+            }
+            None => Err(damaged(format!("the backup holds {listed:?}, which its manifest does not list"))),
         }
     }
 
@@ -163,13 +164,13 @@ impl Destination {
             .map_err(|error| Error::from_io(format!("writing {}", place.local.display()), error))
     }
 
-    /// Takes a name once, for an object.
-    pub(super) fn claim(&self, object: &str, place: &Place) -> Result<&ManifestFile> {
+    /// Takes a name once, for an object, for a file of that length.
+    ///
+    /// # Errors
+    /// As [`Destination::check_listed`]; [`Error::Corrupt`] for a name that was taken.
+    pub(super) fn claim(&self, object: &str, place: &Place, bytes: u64) -> Result<&ManifestFile> {
+        let file = self.check_listed(place, bytes)?;
         let name = &place.listed;
-        let file = self
-            .expected
-            .get(name)
-            .ok_or_else(|| damaged(format!("the backup holds {name:?}, which its manifest does not list")))?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if !state.written.insert(name.to_owned()) {
             return Err(damaged(format!("the backup holds {name:?} twice")));
@@ -242,9 +243,6 @@ fn unpack_stream(destination: &Destination, object: &BackupObject, arriving: Arr
         let place = place_of(destination, object.tablespace, &name)?;
         match kind {
             tar::EntryType::Directory => make_dir(&place.local, mode)?,
-            tar::EntryType::Regular if NEVER_FILLED.iter().any(|folder| place.listed.starts_with(folder)) => {
-                return Err(damaged(format!("a backup holds no such file as {name:?}")));
-            }
             tar::EntryType::Regular => write_file(destination, &object.name, &place, mode, &mut entry)?,
             // The links of tablespaces are made from the plan, never from the archive.
             tar::EntryType::Symlink if is_tablespace_link(destination, object.tablespace, &name) => {}
@@ -348,15 +346,7 @@ fn write_file(
     mode: u32,
     entry: &mut tar::Entry<'_, impl Read>,
 ) -> Result<()> {
-    let file = destination.claim(object, place)?;
-    if entry.size() != file.bytes {
-        return Err(damaged(format!(
-            "{:?} has {} bytes, the manifest says {}",
-            place.listed,
-            entry.size(),
-            file.bytes
-        )));
-    }
+    let file = destination.claim(object, place, entry.size())?;
     if let Some(parent) = place.local.parent()
         && !parent.exists()
     {
@@ -420,14 +410,7 @@ fn mapped_anew(map: &[u8], tablespaces: &HashMap<Oid, PathBuf>) -> Result<Vec<u8
         let (oid, path) = oid.and_then(|oid| Some((oid, tablespaces.get(&oid)?))).ok_or_else(|| {
             damaged(format!("its {TABLESPACE_MAP} names a tablespace that it does not list"))
         })?;
-        anew.extend_from_slice(format!("{oid} ").as_bytes());
-        for byte in path.as_os_str().as_bytes() {
-            if matches!(byte, b'\n' | b'\r' | b'\\') {
-                anew.push(b'\\');
-            }
-            anew.push(*byte);
-        }
-        anew.push(b'\n');
+        anew.extend(tablespace_map_line(oid, path));
     }
     Ok(anew)
 }

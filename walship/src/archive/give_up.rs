@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::catalog::{GapCause, GapKind, GapRecord};
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, SegmentName, TimelineId, WalFileName};
-use crate::repository::{ClusterRepository, LineageRepository, new_gap_id};
+use crate::repository::{ClusterRepository, LineageRepository, RecordedBy, new_gap_id};
 
 use super::DataDirectory;
 use super::fetch::OpenClusters;
@@ -168,8 +168,7 @@ impl Survey {
 pub fn new_record(stretch: &Stretch, now: DateTime<Utc>) -> GapRecord {
     // Stored times have microseconds at most; what is written and what is read back must be equal.
     let recorded = DateTime::from_timestamp_micros(now.timestamp_micros()).unwrap_or(now);
-    let user = nix::unistd::geteuid();
-    let known = nix::unistd::User::from_uid(user).ok().flatten();
+    let RecordedBy { host, user } = RecordedBy::now();
     GapRecord {
         format: 1,
         id: new_gap_id(now, rand::random()),
@@ -179,8 +178,8 @@ pub fn new_record(stretch: &Stretch, now: DateTime<Utc>) -> GapRecord {
         cause: stretch.cause.clone(),
         segment_digest: stretch.segment_digest.clone(),
         recorded,
-        host: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
-        user: known.map_or_else(|| user.to_string(), |user| user.name),
+        host,
+        user,
     }
 }
 

@@ -8,8 +8,8 @@ use crate::codec::backup_index::{BLOCK_BYTES, BlockDigest, IndexedFile, block_di
 
 use super::members::{BLOCK, Member, MemberKind};
 
-/// A frame holds at most so many bytes of tar. Small, so that a changed page is fetched with few others; LZ77 finds little
-/// more in longer ones.
+/// A frame holds at most so many bytes of tar. Small, so that a changed page is fetched with few others; longer ones would
+/// compress better (ADR 0020).
 const FRAME_BYTES_MAX: usize = 128 << 10;
 
 /// A member that ends in a frame at least this full ends the frame.

@@ -44,7 +44,7 @@ use crate::replication::{
     BackupPart, BaseBackup, BaseBackupOptions, Checkpoint, ConnectOptions, Connection, ManifestChecksums,
     ServerError, SessionKind, SlotLifetime, SystemIdentity, create_slot, identify_system, segment_size, show,
 };
-use crate::repository::{BackupStarted, LineageRepository, index, new_backup_id};
+use crate::repository::{BackupStarted, LineageRepository, RecordedBy, index, new_backup_id};
 use crate::wal::event::{EventKind, ServerLimits};
 use crate::wal::layout::Layout;
 use crate::wal::xact::parse_prepare;
@@ -249,7 +249,7 @@ impl Taking<'_> {
                 label: self.options.label.clone(),
                 timeline: start.timeline,
                 start_lsn: start.lsn,
-                host: hostname(),
+                host: RecordedBy::now().host,
                 started: self.started,
             };
             repository.put_backup_started(&document).await?;
@@ -594,10 +594,6 @@ async fn switch_on_primary(
              pg_switch_wal() there ({error})"
         )));
     }
-}
-
-fn hostname() -> String {
-    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default()
 }
 
 /// Reads `5min`, `30s`, `1h`, `1d`, `100ms`.

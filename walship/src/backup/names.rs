@@ -4,7 +4,6 @@
 //! names a backup is as good as any; what is missing is said.
 
 use std::collections::HashMap;
-use std::os::unix::ffi::OsStrExt as _;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
@@ -60,10 +59,9 @@ pub struct NamesRead {
 
 /// Returns whose file this is, as `database.schema.name`; `None` for a relation that has no saved name.
 pub(super) fn name_of(names: &Names, file: RelationFile) -> Option<String> {
-    let database = names.databases.iter().find(|database| database.oid == file.database)?;
-    let mut relations = database.relations.iter();
-    let relation =
-        relations.find(|one| one.filenode == file.filenode && one.tablespace == file.tablespace)?;
+    let storage = storage_of(file)?;
+    let database = names.databases.iter().find(|database| database.oid == storage.database)?;
+    let relation = database.relations.iter().find(|one| one.storage(database.oid) == storage)?;
     Some(format!("{}.{}.{}", database.name, relation.schema, relation.name))
 }
 
@@ -156,7 +154,7 @@ fn not_understood() -> Error {
 pub(super) fn add_sizes(names: &mut Names, manifest: &BackupManifest) {
     let mut bytes: HashMap<RelFileLocator, u64> = HashMap::new();
     for file in &manifest.files {
-        if let Some(storage) = storage_of(file.path.as_os_str().as_bytes()) {
+        if let Some(storage) = RelationFile::of(&file.path).and_then(storage_of) {
             let sum = bytes.entry(storage).or_default();
             *sum = sum.saturating_add(file.bytes);
         }
@@ -168,25 +166,10 @@ pub(super) fn add_sizes(names: &mut Names, manifest: &BackupManifest) {
     }
 }
 
-/// Returns whose file lies at a path below the data directory: `base/5/16384`, `base/5/16384_fsm.1`,
-/// `pg_tblspc/16500/PG_17_202406281/5/16384`.
-///
-/// Source: `src/common/relpath.c`, GetRelationPath.
-fn storage_of(path: &[u8]) -> Option<RelFileLocator> {
-    const DEFAULT_TABLESPACE: Oid = 1663;
-    let mut parts = std::str::from_utf8(path).ok()?.split('/');
-    let tablespace = match parts.next()? {
-        "base" => DEFAULT_TABLESPACE,
-        "pg_tblspc" => {
-            let oid = parts.next()?.parse().ok()?;
-            parts.next()?.starts_with("PG_").then_some(oid)?
-        }
-        _ => return None,
-    };
-    let (database, file) = (parts.next()?.parse().ok()?, parts.next()?);
-    let number = file.split(['_', '.']).next()?;
-    let storage = RelFileLocator { tablespace, database, relation: number.parse().ok()? };
-    parts.next().is_none().then_some(storage)
+/// Returns whose file it is; `None` for what all databases share: that has no names here.
+fn storage_of(file: RelationFile) -> Option<RelFileLocator> {
+    let RelationFile { tablespace, database, filenode, .. } = file;
+    (database != 0).then_some(RelFileLocator { tablespace, database, relation: filenode })
 }
 
 #[cfg(test)]
@@ -211,7 +194,7 @@ mod tests {
             ("global/1262", None),
             ("pg_xact/0000", None),
         ] {
-            assert_eq!(storage_of(path.as_bytes()), expected, "{path}");
+            assert_eq!(RelationFile::of(path.as_ref()).and_then(storage_of), expected, "{path}");
         }
     }
 }

@@ -1,6 +1,9 @@
 //! `backup_label`: the small file that tells a restored server where to start.
 
-use super::{Lsn, ParseError, SegmentName, TimelineId};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use super::{Lsn, Oid, ParseError, SegmentName, TimelineId};
 
 /// What a `backup_label` file says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +72,21 @@ impl BackupLabel {
             incremental_from: field("INCREMENTAL FROM LSN").map(str::parse).transpose()?,
         })
     }
+}
+
+/// Returns the line of `tablespace_map` for a tablespace at `location`: newlines and backslashes stand behind a backslash.
+///
+/// Source: `src/backend/access/transam/xlog.c`, do_pg_backup_start.
+pub fn tablespace_map_line(oid: Oid, location: &Path) -> Vec<u8> {
+    let mut line = format!("{oid} ").into_bytes();
+    for byte in location.as_os_str().as_bytes() {
+        if matches!(byte, b'\n' | b'\r' | b'\\') {
+            line.push(b'\\');
+        }
+        line.push(*byte);
+    }
+    line.push(b'\n');
+    line
 }
 
 #[cfg(test)]

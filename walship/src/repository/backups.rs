@@ -36,6 +36,28 @@ pub fn new_backup_id(now: DateTime<Utc>, random: u64) -> String {
     format!("{}-{random:016x}", now.format("%Y%m%dT%H%M%SZ"))
 }
 
+/// On which machine, and by which user of it, something is recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordedBy {
+    /// The machine's name; empty where it has none in UTF-8.
+    pub host: String,
+    /// The user's name, or number where it has none.
+    pub user: String,
+}
+
+impl RecordedBy {
+    /// Returns this machine and the user of this process.
+    pub fn now() -> Self {
+        let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+        let user = nix::unistd::geteuid();
+        let known = nix::unistd::User::from_uid(user).ok().flatten();
+        Self {
+            host: host.unwrap_or_default(),
+            user: known.map_or_else(|| user.to_string(), |user| user.name),
+        }
+    }
+}
+
 impl LineageRepository {
     /// Says that a backup was begun: WAL from its start on is needed from now on.
     pub async fn put_backup_started(&self, started: &BackupStarted) -> Result<()> {

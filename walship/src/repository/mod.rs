@@ -49,7 +49,7 @@ use crate::error::{Error, Result};
 use crate::pg::SegmentSize;
 use crate::storage::{PutOutcome, Storage, list_all};
 
-pub use backups::new_backup_id;
+pub use backups::{RecordedBy, new_backup_id};
 pub use document::BackupStarted;
 pub use gaps::{CAUSE_BYTES_MAX, ListedGap, new_gap_id};
 pub use layout::ClusterName;

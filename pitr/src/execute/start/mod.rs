@@ -26,7 +26,6 @@ use run::Run;
 use watch::{Look, Watcher};
 
 pub use pg_ctl::find as find_pg_ctl;
-pub(super) use watch::is_running;
 
 /// The server's output, below the data directory.
 const LOG_FILE: &str = "log/pitr-start.log";

@@ -295,11 +295,6 @@ async fn connect(server: &PidFile, data_dir: &Path) -> Result<Connection> {
     Err(failure.unwrap_or_else(|| Error::denied("nobody was let in")))
 }
 
-/// Returns whether a server runs on a data directory of this machine.
-pub(crate) fn is_running(data_dir: &Path) -> bool {
-    Watcher::of(data_dir).running().is_some()
-}
-
 /// Returns whether a process runs; one that has ended and that nobody waited for does not.
 fn is_alive(pid: u32) -> bool {
     let Ok(number) = i32::try_from(pid) else { return false };

@@ -11,7 +11,6 @@ mod walk;
 
 use std::collections::VecDeque;
 use std::fs;
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,6 +22,7 @@ use tokio::runtime::Handle;
 
 use crate::catalog::{BackupObject, DamagedPage, DamagedPages, Tablespace};
 use crate::error::{Error, Result};
+use crate::pg::backup_label::tablespace_map_line;
 use crate::pg::backup_manifest::{BackupManifest, ManifestWriter};
 use crate::pg::control::ControlData;
 use crate::pg::page::PAGE_BYTES;
@@ -175,7 +175,9 @@ pub(super) async fn take(
     let mut packer = Packer::new(Arc::clone(&settings));
     let mut small = vec![("backup_label", stopped.label.into_bytes())];
     if long_links {
-        small.push(("tablespace_map", tablespace_map(&walked.tablespaces)));
+        // The server's own map may name one that was dropped since.
+        let lines = walked.tablespaces.iter().flat_map(|(oid, place)| tablespace_map_line(*oid, place));
+        small.push(("tablespace_map", lines.collect()));
     }
     small.push((CONTROL_FILE, control_file.clone()));
     for (path, content) in small {
@@ -369,10 +371,10 @@ fn put_file(
     packer.begin_archive(entry.tablespace);
     let member = Member { path: entry.path.clone(), kind: MemberKind::File, bytes: opened.bytes };
     packer.header(&header(&member, opened.mode, opened.modified, None)?, member);
-    if listed.parent() == Some(Path::new("pg_twophase")) && two_phase.len() <= TWO_PHASE_MAX {
+    let is_two_phase = listed.parent() == Some(Path::new("pg_twophase"));
+    if is_two_phase && two_phase.len() <= TWO_PHASE_MAX {
         two_phase.push(Vec::new());
     }
-    let is_two_phase = listed.parent() == Some(Path::new("pg_twophase"));
     let mut take = |bytes: &[u8]| {
         if shared.stopped.load(Ordering::Relaxed) {
             return Err(Error::unavailable("the backup was given up"));
@@ -515,25 +517,6 @@ fn tablespaces(found: &[(Oid, PathBuf)], files: &[ReadFile]) -> Vec<Tablespace> 
         Tablespace { oid: *oid, path: place.to_string_lossy().into_owned(), bytes }
     };
     found.iter().map(one).collect()
-}
-
-/// Returns a `tablespace_map` of the tablespaces that are in the backup: the server's own may name one that was
-/// dropped since.
-///
-/// Source: `src/backend/access/transam/xlog.c`, do_pg_backup_start.
-fn tablespace_map(found: &[(Oid, PathBuf)]) -> Vec<u8> {
-    let mut map = Vec::new();
-    for (oid, place) in found {
-        map.extend(format!("{oid} ").bytes());
-        for byte in place.as_os_str().as_bytes() {
-            if matches!(byte, b'\n' | b'\r' | b'\\') {
-                map.push(b'\\');
-            }
-            map.push(*byte);
-        }
-        map.push(b'\n');
-    }
-    map
 }
 
 /// Keeps several threads below a number of bytes a second.
