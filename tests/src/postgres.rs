@@ -280,9 +280,15 @@ impl PgServerBuilder {
         initdb.args(&self.initdb_args).arg("-D").arg(data_dir);
         process::run_ok(&mut initdb);
         let mut settings = String::from("\n# Scratch server of walship's tests.\n");
-        // The tests kill processes, never the machine: what was written survives without fsync.
-        let defaults =
-            [("fsync", "off"), ("timezone", "UTC"), ("log_timezone", "UTC"), ("log_line_prefix", "%m [%p] ")];
+        // The tests kill processes, never the machine: what was written survives without fsync, and
+        // memory that a killed server shared lies in its own folder, which goes with it.
+        let defaults = [
+            ("fsync", "off"),
+            ("dynamic_shared_memory_type", "mmap"),
+            ("timezone", "UTC"),
+            ("log_timezone", "UTC"),
+            ("log_line_prefix", "%m [%p] "),
+        ];
         let own = self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         for (name, value) in defaults.into_iter().chain(own) {
             let _ = writeln!(settings, "{name} = '{}'", value.replace('\\', "\\\\").replace('\'', "''"));
