@@ -117,6 +117,7 @@ impl Scene {
             names: None,
             prepared: Some(Vec::new()),
             damaged_pages: None,
+            parent: None,
         };
         Self { home: tempfile::tempdir().unwrap(), repository, record }
     }
@@ -136,6 +137,7 @@ impl Scene {
             timeline: TimelineId::FIRST,
             timeline_path: vec![],
             backup: self.record.clone(),
+            parents: vec![],
             chain: vec![],
             tail: None,
             stop: Stop {

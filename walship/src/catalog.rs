@@ -24,6 +24,17 @@ pub use restores::{Phase, RestoreRecord};
 pub use segments::StoredSegments;
 pub use tail::{StoredTail, TailFlaw};
 
+/// An incremental backup that cannot be restored: another is gone that it builds on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct OrphanedBackup {
+    /// Its id.
+    pub id: String,
+    /// When it was complete.
+    pub finished: DateTime<Utc>,
+    /// The id of the one that is gone.
+    pub missing: String,
+}
+
 /// One lineage of one cluster: everything under one system identifier and segment size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Catalog {
@@ -55,8 +66,10 @@ pub struct Catalog {
     /// The open gaps of the ledger, by timeline and start. A segment that is stored with another content than
     /// the one that such a gap misses is not among `segments`.
     pub gaps: Vec<GapRecord>,
-    /// Complete base backups, oldest start first.
+    /// Complete base backups, oldest start first; of an incremental one, all that it builds on are among them.
     pub backups: Vec<BackupRecord>,
+    /// Incremental backups without one that they build on. Never restored from.
+    pub orphaned_backups: Vec<OrphanedBackup>,
     /// Backups that were started and not finished: id and start time. Never restored from.
     pub unfinished_backups: Vec<(String, DateTime<Utc>)>,
 }
@@ -133,6 +146,22 @@ pub struct BackupRecord {
     /// Data pages whose checksum was wrong when the backup read them. They are in it as they were.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damaged_pages: Option<DamagedPages>,
+    /// The backup that an incremental one builds on; `None` for a full one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<ParentBackup>,
+}
+
+/// The backup without which an incremental one cannot be restored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParentBackup {
+    /// Its id.
+    pub id: String,
+    /// The timeline that it started on.
+    pub timeline: TimelineId,
+    /// Where it started.
+    pub start_lsn: Lsn,
+    /// How many backups the incremental one builds on in all: 1 where this one is full.
+    pub depth: u32,
 }
 
 /// Data pages that are not what PostgreSQL wrote.
@@ -252,6 +281,36 @@ pub struct SegmentRun {
 }
 
 impl Catalog {
+    /// Returns the backups that one builds on, the one right below it first; none for a full one.
+    ///
+    /// # Errors
+    /// The id of the first that is not there, or is another than the one that was built on.
+    pub fn parents_of<'a>(&'a self, backup: &'a BackupRecord) -> Result<Vec<&'a BackupRecord>, &'a str> {
+        let mut parents = Vec::new();
+        let mut above = backup;
+        while let Some(parent) = &above.parent {
+            let is_it = |known: &&BackupRecord| {
+                known.id == parent.id
+                    && (known.timeline, known.start_lsn) == (parent.timeline, parent.start_lsn)
+                    && known.parent.as_ref().map_or(0, |next| next.depth) + 1 == parent.depth
+            };
+            above = self.backups.iter().find(is_it).ok_or(&*parent.id)?;
+            parents.push(above);
+        }
+        Ok(parents)
+    }
+
+    /// Sets the incremental backups aside that lack one of those that they build on.
+    pub fn set_orphans_aside(&mut self) {
+        let orphan = |backup: &BackupRecord| {
+            let missing = self.parents_of(backup).err()?.to_owned();
+            Some(OrphanedBackup { id: backup.id.clone(), finished: backup.finished, missing })
+        };
+        self.orphaned_backups = self.backups.iter().filter_map(orphan).collect();
+        let Self { backups, orphaned_backups, .. } = self;
+        backups.retain(|backup| !orphaned_backups.iter().any(|orphan| orphan.id == backup.id));
+    }
+
     /// Returns every timeline of which anything is stored, in ascending order.
     pub fn timelines(&self) -> Vec<TimelineId> {
         let mut timelines = self.segments.timelines();

@@ -405,6 +405,7 @@ async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
             names: None,
             prepared: Some(Vec::new()),
             damaged_pages: None,
+            parent: None,
         };
         lineage.put_backup_record(&record).await.unwrap();
         walship::repository::index::backups::extend_list(&lineage).await.unwrap();

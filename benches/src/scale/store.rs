@@ -401,6 +401,7 @@ fn record(
         names: None,
         prepared: None,
         damaged_pages: None,
+        parent: None,
     }
 }
 

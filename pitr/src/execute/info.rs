@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use futures_util::StreamExt as _;
 use serde::Serialize;
-use walship::catalog::{BackupRecord, Catalog, GapRecord, Lineage, StoredTail};
+use walship::catalog::{BackupRecord, Catalog, GapRecord, Lineage, OrphanedBackup, StoredTail};
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use walship::replication::{Archiver, ServerPosition, Slot};
 use walship::repository::LineageRepository;
@@ -47,6 +47,8 @@ pub struct Info {
     /// Complete base backups, oldest start first; in the JSON without their data objects.
     #[serde(serialize_with = "without_objects")]
     pub backups: Vec<BackupRecord>,
+    /// Incremental backups without one that they build on.
+    pub orphaned_backups: Vec<OrphanedBackup>,
     /// Backups that were started and not finished.
     pub unfinished_backups: Vec<UnfinishedBackup>,
     /// `.partial` files.
@@ -291,6 +293,7 @@ pub async fn read_info(
         lineage: catalog.lineage.number,
         timelines,
         backups: catalog.backups,
+        orphaned_backups: catalog.orphaned_backups,
         unfinished_backups: unfinished.map(|(id, started)| UnfinishedBackup { id, started }).collect(),
         partial_segments: catalog.partials,
         incomplete_segments: catalog.incomplete,

@@ -67,6 +67,9 @@ pub async fn make_plan(
         let gone = prove(repository, &mut plan, index, evidence, &catalog.in_parts, proof).await?;
         if gone.is_empty() {
             plan.backup = repository.whole_record(&plan.backup).await?;
+            for parent in &mut plan.parents {
+                *parent = repository.whole_record(parent).await?;
+            }
             return Ok(Planned::Plan(plan));
         }
         for name in &gone {

@@ -71,11 +71,13 @@ pub(crate) fn assemble(
         timeline,
         timeline_path: path_between(history, candidate, &stop),
         backup: backup.clone(),
+        // Those without their parents are not among the catalog's.
+        parents: catalog.parents_of(backup).unwrap_or_default().into_iter().cloned().collect(),
         last_included,
         first_excluded: behind.first,
         first_excluded_unknown: behind.unknown,
         timelines_left_out: refusal::elsewhere(question),
-        backup_fetch_bytes: backup.stored_bytes,
+        backup_fetch_bytes: 0,
         wal_segments: parts.iter().map(|part| part.segments).sum(),
         wal_segments_checked: 0,
         wal_fetch_bytes: parts.iter().map(|part| part.stored_bytes).sum(),
@@ -98,6 +100,7 @@ pub(crate) fn assemble(
         warnings: Vec::new(),
         stop,
     };
+    plan.backup_fetch_bytes = plan.backups().map(|backup| backup.stored_bytes).sum();
     plan.reasons = reasons(question, candidate, &plan, passed_over);
     if not_tried > 0 {
         plan.reasons.push(format!("{not_tried} newer backup(s) were started long after the target"));
@@ -246,6 +249,17 @@ fn reasons(
             backup.id, backup.stop_lsn
         ),
     });
+    if let [.., full] = &plan.parents[..] {
+        let between = plan.parents.len() - 1;
+        reasons.push(format!(
+            "it is incremental: what it does not hold comes from backup {}{}",
+            full.id,
+            match between {
+                0 => String::new(),
+                count => format!(" and the {count} between"),
+            }
+        ));
+    }
     for (other, reach) in passed_over.iter().take(3) {
         reasons.push(match reach {
             Reach::BeforeConsistency { lsn } => format!(
@@ -325,10 +339,12 @@ fn warnings(
             tablespace.oid, tablespace.path
         ));
     }
-    if let Some(damaged) = &plan.backup.damaged_pages {
+    for backup in plan.backups() {
+        let Some(damaged) = &backup.damaged_pages else { continue };
         warnings.push(format!(
-            "the backup holds {} damaged pages ({}): what is on them is lost unless the WAL writes them anew; an older \
+            "backup {} holds {} damaged pages ({}): what is on them is lost unless the WAL writes them anew; an older \
              backup (--backup) may have them whole",
+            backup.id,
             damaged.total,
             damaged_where(damaged)
         ));

@@ -197,6 +197,9 @@ pub struct RestorePlan {
     pub timeline_path: Vec<TimelinePart>,
     /// The base backup.
     pub backup: BackupRecord,
+    /// The backups that it builds on, the one right below it first; none below a full one. In the JSON their ids.
+    #[serde(serialize_with = "ids")]
+    pub parents: Vec<BackupRecord>,
     /// The WAL segments to fetch, in order, as unbroken runs.
     pub chain: Vec<ChainPart>,
     /// WAL of the chain that must lie in `pg_wal` under the names of older timelines, so that PostgreSQL finds
@@ -215,7 +218,7 @@ pub struct RestorePlan {
     pub first_excluded_unknown: Option<String>,
     /// Timelines with stored WAL that is not on this way; commits in it are left out too.
     pub timelines_left_out: Vec<TimelineId>,
-    /// Bytes of the backup to fetch.
+    /// Bytes of the backup to fetch, at most: of those that it builds on not all is needed.
     pub backup_fetch_bytes: u64,
     /// How many segments to fetch.
     pub wal_segments: u64,
@@ -246,6 +249,17 @@ pub struct RestorePlan {
     pub reasons: Vec<String>,
     /// What to know before restoring.
     pub warnings: Vec<String>,
+}
+
+fn ids<S: serde::Serializer>(backups: &[BackupRecord], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(backups.iter().map(|backup| &backup.id))
+}
+
+impl RestorePlan {
+    /// Returns the backup and all that it builds on, from the top.
+    pub fn backups(&self) -> impl Iterator<Item = &BackupRecord> {
+        std::iter::once(&self.backup).chain(&self.parents)
+    }
 }
 
 /// One timeline on the way to the target.
@@ -580,10 +594,14 @@ fn usable_backups<'a>(question: &Question<'a>, options: &PlanOptions) -> Result<
     if let Some(id) = &options.backup {
         backups.retain(|backup| &backup.id == id);
         let Some(backup) = backups.first() else {
-            return Err(Refusal::halt(
-                RefusalKind::UnknownBackup,
-                format!("the repository holds no complete base backup {id:?}"),
-            ));
+            let orphan = question.catalog.orphaned_backups.iter().find(|orphan| &orphan.id == id);
+            let why = match orphan {
+                Some(orphan) => {
+                    format!("backup {id} builds on backup {}, which is not there", orphan.missing)
+                }
+                None => format!("the repository holds no complete base backup {id:?}"),
+            };
+            return Err(Refusal::halt(RefusalKind::UnknownBackup, why));
         };
         if !gap::is_on_path(history, backup) {
             return Err(Refusal::halt(

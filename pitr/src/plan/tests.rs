@@ -3,7 +3,8 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Duration, TimeZone as _, Utc};
 use proptest::prelude::*;
 use walship::catalog::{
-    BackupRecord, Catalog, GapCause, GapKind, GapRecord, Lineage, StoredSegments, StoredTail, TailFlaw,
+    BackupRecord, Catalog, GapCause, GapKind, GapRecord, Lineage, ParentBackup, StoredSegments, StoredTail,
+    TailFlaw,
 };
 use walship::pg::{HistoryEntry, Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId, Xid};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
@@ -102,6 +103,7 @@ impl World {
             partials: vec![],
             incomplete: vec![],
             backups: vec![],
+            orphaned_backups: vec![],
             unfinished_backups: vec![],
             gaps: vec![],
         };
@@ -182,6 +184,7 @@ impl World {
             names: None,
             prepared: Some(Vec::new()),
             damaged_pages: None,
+            parent: None,
         });
         self.catalog.backups.sort_by_key(|backup| backup.start_lsn);
     }
@@ -600,6 +603,53 @@ fn a_target_before_consistency_takes_an_older_backup_or_is_refused() {
     let pinned = PlanOptions { backup: Some("b2".into()) };
     let refusal = world.plan_with(&time(10_000_000), &pinned).unwrap_err();
     assert_eq!(refusal.kind, RefusalKind::BeforeFirst);
+}
+
+#[test]
+fn an_incremental_backup_is_planned_with_all_that_it_builds_on_and_never_without() {
+    let mut world = World::plain();
+    let place = |world: &World, at: usize| world.records[&tli(1)][at].lsn;
+    for (id, first) in [("b2", 41), ("b3", 50), ("b4", 60)] {
+        let (start, stop) = (place(&world, first), place(&world, first + 5));
+        world.backup(id, tli(1), start, stop);
+    }
+    let build_on = |world: &mut World, child: &str, parent: &str, depth: u32| {
+        let backups = &mut world.catalog.backups;
+        let below = backups.iter().find(|backup| backup.id == parent).unwrap();
+        let parent = ParentBackup {
+            id: below.id.clone(),
+            timeline: below.timeline,
+            start_lsn: below.start_lsn,
+            depth,
+        };
+        backups.iter_mut().find(|backup| backup.id == child).unwrap().parent = Some(parent);
+    };
+    build_on(&mut world, "b2", "b1", 1);
+    build_on(&mut world, "b3", "b2", 2);
+    world.catalog.set_orphans_aside();
+    assert!(world.catalog.orphaned_backups.is_empty());
+    let target = RecoveryTarget::new(TargetKind::Latest);
+    let of = |id: &str| PlanOptions { backup: Some(id.into()) };
+    let plan = world.plan_with(&target, &of("b3")).unwrap();
+    assert_eq!(plan.backups().map(|backup| &*backup.id).collect::<Vec<_>>(), ["b3", "b2", "b1"]);
+    assert_eq!(plan.backup_fetch_bytes, 3 * 400);
+    assert!(plan.reasons.iter().any(|why| why.contains("comes from backup b1 and the 1 between")));
+
+    // Depths that do not fit, and rings, are as bad as a missing one.
+    for (child, parent, depth) in [("b2", "b1", 2), ("b1", "b3", 1)] {
+        let mut odd = world.clone();
+        build_on(&mut odd, child, parent, depth);
+        odd.catalog.set_orphans_aside();
+        assert!(odd.catalog.orphaned_backups.iter().any(|orphan| orphan.id == "b3"), "{child} on {parent}");
+    }
+    world.catalog.backups.retain(|backup| backup.id != "b1");
+    world.catalog.set_orphans_aside();
+    let orphans = world.catalog.orphaned_backups.iter().map(|orphan| (&*orphan.id, &*orphan.missing));
+    assert_eq!(orphans.collect::<Vec<_>>(), [("b2", "b1"), ("b3", "b1")]);
+    assert_eq!(world.plan(&target).unwrap().backup.id, "b4");
+    let refusal = world.plan_with(&target, &of("b3")).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::UnknownBackup);
+    assert!(refusal.reason.contains("builds on backup b1"), "{}", refusal.reason);
 }
 
 /// A backup whose checkpoint began in second 10, with two commits before it when `before` says so, and the

@@ -416,6 +416,7 @@ fn record(id: &str, timeline: TimelineId, start: Lsn, stop: Lsn, began: DateTime
         names: None,
         prepared: Some(Vec::new()),
         damaged_pages: None,
+        parent: None,
     }
 }
 

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use crate::codec::backup_index::{BLOCK_BYTES, BlockDigest, IndexedFile, block_digests};
+use crate::codec::backup_index::{BLOCK_BYTES, BlockDigest, IndexedFile, Partial, block_digests};
 
 use super::members::{BLOCK, Member, MemberKind};
 
@@ -85,8 +85,14 @@ impl Cutter {
         self.before + self.batch.tar_bytes()
     }
 
-    /// Takes a member's header.
-    pub(crate) fn header(&mut self, block: &[u8; BLOCK], member: Member, full: &mut impl FnMut(Batch)) {
+    /// Takes a member's header, and what the member lacks where it is some blocks of a file only.
+    pub(crate) fn header(
+        &mut self,
+        block: &[u8; BLOCK],
+        member: Member,
+        partial: Option<Partial>,
+        full: &mut impl FnMut(Batch),
+    ) {
         self.make_room(BLOCK, full);
         self.member_bytes = 0;
         self.batch.tar.extend_from_slice(block);
@@ -94,7 +100,7 @@ impl Cutter {
         match kind {
             MemberKind::File => {
                 let tar_at = self.tar_bytes();
-                self.batch.files.push(IndexedFile { path, tar_at, bytes });
+                self.batch.files.push(IndexedFile { path, tar_at, bytes, partial });
             }
             MemberKind::Folder => self.batch.folders.push(path),
             MemberKind::Link => {}
@@ -175,7 +181,7 @@ mod tests {
             let header = [number as u8; BLOCK];
             let member =
                 Member { path: number.to_string().into(), kind: MemberKind::File, bytes: *length as u64 };
-            cutter.header(&header, member, &mut |full| batches.push(full));
+            cutter.header(&header, member, None, &mut |full| batches.push(full));
             whole.extend(header);
             for bytes in content.chunks(piece) {
                 cutter.data(bytes, &mut |full| batches.push(full));

@@ -174,7 +174,7 @@ impl Inner {
     fn step(&mut self, step: Step<'_>) -> Result<()> {
         match step {
             Step::Header(block, member) => {
-                self.packer.header(block, member.clone());
+                self.packer.header(block, member.clone(), None);
                 if member.kind == MemberKind::File {
                     let path = match self.tablespace {
                         Some(oid) => Path::new("pg_tblspc").join(oid.to_string()).join(&member.path),

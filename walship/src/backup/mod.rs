@@ -212,6 +212,7 @@ pub async fn take_backup(
         names,
         prepared: prepared(&received.two_phase, about.server_version),
         damaged_pages: (received.damaged.total > 0).then_some(received.damaged),
+        parent: None,
     };
     put_records(repositories, &record).await?;
     Ok(record)

@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::catalog::{BackupObject, ObjectIndex};
-use crate::codec::backup_index::BackupIndex;
+use crate::codec::backup_index::{BackupIndex, Partial};
 use crate::error::{Error, Result};
 use crate::pg::Oid;
 use crate::repository::LineageRepository;
@@ -108,14 +108,14 @@ impl Packer {
         }
     }
 
-    /// Takes a member's header.
-    pub(crate) fn header(&mut self, block: &[u8; BLOCK], member: Member) {
+    /// Takes a member's header, and what the member lacks where it is some blocks of a file only.
+    pub(crate) fn header(&mut self, block: &[u8; BLOCK], member: Member, partial: Option<Partial>) {
         let Self { cutter, work, tablespace, .. } = self;
         let cutter = cutter.get_or_insert_with(|| {
             work.push_back(Work::Begin(*tablespace));
             Cutter::default()
         });
-        cutter.header(block, member, &mut |batch| work.push_back(Work::Batch(batch)));
+        cutter.header(block, member, partial, &mut |batch| work.push_back(Work::Batch(batch)));
     }
 
     /// Takes the next bytes of the open member.

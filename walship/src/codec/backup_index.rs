@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::pg::backup_manifest::check_path;
+use crate::pg::incremental::{PartialFile, whole_path};
 
 /// The size in bytes of the blocks whose digests are kept: PostgreSQL's default page.
 pub const BLOCK_BYTES: usize = 8192;
@@ -70,9 +71,42 @@ pub struct IndexedFile {
     pub tar_at: u64,
     /// Its length.
     pub bytes: u64,
+    /// What it lacks, where it holds some blocks of a file only.
+    pub partial: Option<Partial>,
+}
+
+/// Some blocks of a file, in the form of [`PartialFile`]; the others are in the backup before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Partial {
+    /// Which blocks, and how long the whole file is.
+    pub file: PartialFile,
+    /// The place, among the data objects of the backup before, of the one that has the file.
+    pub parent_object: u32,
 }
 
 impl IndexedFile {
+    /// Returns the path of the whole file.
+    pub fn whole_path(&self) -> PathBuf {
+        let whole = self.partial.as_ref().and_then(|_| whole_path(&self.path));
+        whole.unwrap_or_else(|| self.path.clone())
+    }
+
+    /// Returns the length of the whole file.
+    pub fn whole_bytes(&self) -> u64 {
+        self.partial.as_ref().map_or(self.bytes, |partial| partial.file.whole_bytes())
+    }
+
+    /// Returns the place of a block of the whole file among the blocks that are stored here; `None` for one that is not.
+    pub fn place_of(&self, block: u32) -> Option<usize> {
+        match &self.partial {
+            None => (u64::from(block) < self.blocks()).then_some(block as usize),
+            Some(Partial { file, .. }) => {
+                let header = PartialFile::header_bytes(file.blocks.len() as u64) / BLOCK_BYTES as u64;
+                file.blocks.binary_search(&block).ok().map(|place| header as usize + place)
+            }
+        }
+    }
+
     fn blocks(&self) -> u64 {
         self.bytes.div_ceil(BLOCK_BYTES as u64)
     }
@@ -103,6 +137,43 @@ struct DocumentFile {
     path: DocumentPath,
     offset: u64,
     bytes: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    partial: Option<DocumentPartial>,
+}
+
+/// What a file of some blocks lacks. The blocks are given as runs: the first, and how many.
+#[derive(Serialize, Deserialize)]
+struct DocumentPartial {
+    length_blocks: u32,
+    blocks: Vec<(u32, u32)>,
+    parent_object: u32,
+}
+
+impl DocumentPartial {
+    fn of(Partial { file, parent_object }: &Partial) -> Self {
+        let runs = file.blocks.chunk_by(|a, b| a + 1 == *b);
+        let blocks = runs.filter_map(|run| Some((*run.first()?, run.len() as u32))).collect();
+        Self { length_blocks: file.length_blocks, blocks, parent_object: *parent_object }
+    }
+
+    /// Returns what it says of a file of `stored_bytes`.
+    fn read(&self, stored_bytes: u64) -> Result<Partial> {
+        let contradicts = || damaged("lists other blocks of a file than the file has");
+        let count = self.blocks.iter().map(|(_, count)| u64::from(*count)).sum::<u64>();
+        if PartialFile::header_bytes(count) + count * BLOCK_BYTES as u64 != stored_bytes {
+            return Err(contradicts());
+        }
+        let mut blocks: Vec<u32> = Vec::with_capacity(count as usize);
+        for (first, count) in &self.blocks {
+            let end = first.checked_add(*count).ok_or_else(contradicts)?;
+            if blocks.last().is_some_and(|last| last >= first) {
+                return Err(contradicts());
+            }
+            blocks.extend(*first..end);
+        }
+        let file = PartialFile { blocks, length_blocks: self.length_blocks };
+        Ok(Partial { file, parent_object: self.parent_object })
+    }
 }
 
 /// A path, in hex where it is no UTF-8.
@@ -199,6 +270,7 @@ impl BackupIndex {
             path: DocumentPath::of(&file.path),
             offset: file.tar_at,
             bytes: file.bytes,
+            partial: file.partial.as_ref().map(DocumentPartial::of),
         });
         let document = Document {
             format: 1,
@@ -273,10 +345,15 @@ impl BackupIndex {
         let mut tar_at = 0;
         let mut blocks = 0u64;
         for file in document.files {
-            let file = IndexedFile { path: file.path.read()?, tar_at: file.offset, bytes: file.bytes };
-            let end = file.tar_at.checked_add(file.bytes).filter(|end| *end <= tar_bytes);
+            let end = file.offset.checked_add(file.bytes).filter(|end| *end <= tar_bytes);
             let end =
-                end.filter(|_| file.tar_at >= tar_at).ok_or_else(|| damaged("lists files out of order"))?;
+                end.filter(|_| file.offset >= tar_at).ok_or_else(|| damaged("lists files out of order"))?;
+            let path = file.path.read()?;
+            let partial = file.partial.map(|partial| partial.read(file.bytes)).transpose()?;
+            if partial.is_some() && whole_path(&path).is_none() {
+                return Err(damaged("lists some blocks of a file under the name of a whole one"));
+            }
+            let file = IndexedFile { path, tar_at: file.offset, bytes: file.bytes, partial };
             tar_at = end;
             blocks += file.blocks();
             index.add_file(file);
@@ -335,10 +412,11 @@ mod tests {
     fn sample() -> (BackupIndex, u64, u64) {
         let mut index = BackupIndex::default();
         index.add_folder("base/5".into());
-        index.add_file(IndexedFile { path: "base/5/1".into(), tar_at: 512, bytes: 20_000 });
-        index.add_file(IndexedFile { path: "empty".into(), tar_at: 21_504, bytes: 0 });
+        let file = |path, tar_at, bytes| IndexedFile { path, tar_at, bytes, partial: None };
+        index.add_file(file("base/5/1".into(), 512, 20_000));
+        index.add_file(file("empty".into(), 21_504, 0));
         let odd = OsString::from_vec(b"b\xFF".to_vec());
-        index.add_file(IndexedFile { path: odd.into(), tar_at: 22_016, bytes: 5 });
+        index.add_file(file(odd.into(), 22_016, 5));
         index.add_digests(&block_digests(&[7; 20_000]).collect::<Vec<_>>());
         index.add_digests(&block_digests(b"12345").collect::<Vec<_>>());
         index.add_frame(100, 8704);
@@ -376,6 +454,29 @@ mod tests {
         assert_eq!(plain.len(), 170_005);
         assert_eq!((plain[99_999], plain[100_000], plain[100_005]), (1, 2, 3));
         assert_eq!(&object[object.len() - 9..object.len() - 5], 3u32.to_le_bytes());
+    }
+
+    #[test]
+    fn some_blocks_of_a_file_are_found_by_their_numbers() {
+        let file = PartialFile { blocks: vec![3, 4, 9], length_blocks: 8 };
+        let bytes = file.stored_bytes();
+        let partial = Some(Partial { file, parent_object: 7 });
+        let file = IndexedFile { path: "base/5/INCREMENTAL.1".into(), tar_at: 512, bytes, partial };
+        assert_eq!((file.whole_path().as_path(), file.whole_bytes()), (Path::new("base/5/1"), 10 * 8192));
+        let places = [2, 3, 4, 9, 10].map(|block| file.place_of(block));
+        assert_eq!(places, [None, Some(1), Some(2), Some(3), None]);
+        let mut index = BackupIndex::default();
+        index.add_file(file.clone());
+        index.add_digests(&block_digests(&[0; 4 * 8192]).collect::<Vec<_>>());
+        index.add_frame(100, 34_816);
+        let bytes = index.encode().unwrap().unwrap();
+        let stored = 100 + bytes.len() as u64;
+        assert_eq!(BackupIndex::decode(&bytes, stored, 34_816).unwrap(), index);
+        let document = DocumentPartial::of(file.partial.as_ref().unwrap());
+        assert_eq!(document.blocks, [(3, 2), (9, 1)]);
+        for blocks in [vec![(3, 2)], vec![(3, 2), (4, 1)], vec![(u32::MAX, 3)], vec![(9, 1), (3, 2)]] {
+            assert!(DocumentPartial { blocks, ..document }.read(file.bytes).is_err());
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ pub mod backup_label;
 #[cfg(feature = "store")]
 pub mod backup_manifest;
 pub mod control;
+pub mod incremental;
 pub mod lsn;
 pub mod page;
 pub mod segment;

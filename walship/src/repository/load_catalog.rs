@@ -44,6 +44,12 @@ pub async fn load_catalog_from_listings(repository: &LineageRepository) -> Resul
 
 /// Loads what the lineage holds in each repository, and puts it together.
 async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
+    let mut catalog = load_all(repository, using).await?;
+    catalog.set_orphans_aside();
+    Ok(catalog)
+}
+
+async fn load_all(repository: &LineageRepository, using: Using) -> Result<Catalog> {
     if !repository.has_others() {
         return load_one(repository, using).await;
     }
@@ -208,6 +214,7 @@ async fn load_one(repository: &LineageRepository, using: Using) -> Result<Catalo
         incomplete: Vec::new(),
         gaps: Vec::new(),
         backups,
+        orphaned_backups: Vec::new(),
         unfinished_backups,
     };
     for (timeline, found) in timelines.iter().zip(found) {

@@ -220,16 +220,23 @@ fn backups_text(text: &mut String, info: &Info, style: Style) {
             format!("{} to {}", backup.start_lsn, backup.stop_lsn),
             format!("{} ({} stored)", output::bytes(backup.data_bytes), output::bytes(backup.stored_bytes)),
             output::short_time(backup.finished),
+            backup.parent.as_ref().map_or(String::new(), |parent| {
+                format!("incremental on {} ({} below it)", parent.id, parent.depth)
+            }),
         ]
     });
     let cells: Vec<_> = cells.collect();
     let widths: Vec<usize> =
-        (0..5).map(|column| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
+        (0..6).map(|column| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
     let rows = cells.iter().map(|row| {
         let padded = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
         format!("  {}", padded.collect::<Vec<_>>().join("  ").trim_end())
     });
     lines(text, &rows.collect::<Vec<_>>());
+    let orphaned = info.orphaned_backups.iter().map(|backup| {
+        format!("  {}  never restored from: it builds on {}, which is not there", backup.id, backup.missing)
+    });
+    lines(text, &orphaned.collect::<Vec<_>>());
     let unfinished = info.unfinished_backups.iter().map(|backup| {
         let started = output::short_time(backup.started);
         format!("  {}  not complete (started {started}), never restored from", backup.id)

@@ -260,7 +260,7 @@ async fn put_folders(
         };
         packer.begin_archive(place.tablespace);
         let member = Member { path: place.path, kind, bytes: 0 };
-        packer.header(&header(&member, mode, DateTime::UNIX_EPOCH, link)?, member);
+        packer.header(&header(&member, mode, DateTime::UNIX_EPOCH, link)?, member, None);
         packer.end_member();
         packer.pump().await?;
     }
@@ -370,7 +370,7 @@ fn put_file(
     let listed = entry.listed();
     packer.begin_archive(entry.tablespace);
     let member = Member { path: entry.path.clone(), kind: MemberKind::File, bytes: opened.bytes };
-    packer.header(&header(&member, opened.mode, opened.modified, None)?, member);
+    packer.header(&header(&member, opened.mode, opened.modified, None)?, member, None);
     let is_two_phase = listed.parent() == Some(Path::new("pg_twophase"));
     if is_two_phase && two_phase.len() <= TWO_PHASE_MAX {
         two_phase.push(Vec::new());
@@ -400,7 +400,7 @@ fn put_file(
 async fn put_small(packer: &mut Packer, path: &str, content: &[u8], now: DateTime<Utc>) -> Result<ReadFile> {
     let (path, bytes) = (PathBuf::from(path), content.len() as u64);
     let member = Member { path: path.clone(), kind: MemberKind::File, bytes };
-    packer.header(&header(&member, 0o600, now, None)?, member);
+    packer.header(&header(&member, 0o600, now, None)?, member, None);
     packer.data(content);
     packer.padding(&padding(bytes));
     packer.end_member();
