@@ -9,7 +9,7 @@ mod segments;
 mod tail;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -260,6 +260,21 @@ pub struct BackupObject {
     pub index: Option<ObjectIndex>,
 }
 
+impl BackupObject {
+    /// Returns the path below the data directory of what stands in its tar stream as `path`: as manifests name it.
+    pub fn listed(&self, path: &Path) -> PathBuf {
+        listed(self.tablespace, path)
+    }
+}
+
+/// Returns the path below the data directory of what lies in a tablespace, or in the data directory itself.
+pub fn listed(tablespace: Option<Oid>, path: &Path) -> PathBuf {
+    match tablespace {
+        Some(oid) => Path::new("pg_tblspc").join(oid.to_string()).join(path),
+        None => path.to_owned(),
+    }
+}
+
 /// The end of a data object: which files it holds, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectIndex {
@@ -280,24 +295,35 @@ pub struct SegmentRun {
     pub stored_bytes: u64,
 }
 
+/// Returns those of `backups` that one builds on, the one right below it first; none for a full one.
+///
+/// # Errors
+/// The id of the first that is not there, or is another than the one that was built on.
+pub fn parents_of<'a>(
+    backups: &'a [BackupRecord],
+    backup: &'a BackupRecord,
+) -> Result<Vec<&'a BackupRecord>, &'a str> {
+    let mut parents = Vec::new();
+    let mut above = backup;
+    while let Some(parent) = &above.parent {
+        let is_it = |known: &&BackupRecord| {
+            known.id == parent.id
+                && (known.timeline, known.start_lsn) == (parent.timeline, parent.start_lsn)
+                && known.parent.as_ref().map_or(0, |next| next.depth) + 1 == parent.depth
+        };
+        above = backups.iter().find(is_it).ok_or(&*parent.id)?;
+        parents.push(above);
+    }
+    Ok(parents)
+}
+
 impl Catalog {
     /// Returns the backups that one builds on, the one right below it first; none for a full one.
     ///
     /// # Errors
     /// The id of the first that is not there, or is another than the one that was built on.
     pub fn parents_of<'a>(&'a self, backup: &'a BackupRecord) -> Result<Vec<&'a BackupRecord>, &'a str> {
-        let mut parents = Vec::new();
-        let mut above = backup;
-        while let Some(parent) = &above.parent {
-            let is_it = |known: &&BackupRecord| {
-                known.id == parent.id
-                    && (known.timeline, known.start_lsn) == (parent.timeline, parent.start_lsn)
-                    && known.parent.as_ref().map_or(0, |next| next.depth) + 1 == parent.depth
-            };
-            above = self.backups.iter().find(is_it).ok_or(&*parent.id)?;
-            parents.push(above);
-        }
-        Ok(parents)
+        parents_of(&self.backups, backup)
     }
 
     /// Sets the incremental backups aside that lack one of those that they build on.

@@ -349,6 +349,7 @@ async fn fill(rest: &MemoryStorage, shape: Shape) -> Result<()> {
                 start_lsn,
                 host: "db".into(),
                 started,
+                parent: None,
             })
             .await?;
         let stop_lsn = Lsn(start_lsn.0 + 2 * shape.size.bytes());

@@ -1,12 +1,13 @@
 //! Restores over a data directory that is there already: what is in it and matches the backup stays, block by block, and
 //! only the rest is fetched.
 //!
-//! Which blocks match is known from the digests in the backup's indexes. Until all is in place the folder is marked, and has no
+//! An incremental backup is restored in the same way, also where nothing is there yet: each block is fetched from the backup that
+//! has it. Which blocks match is known from the digests in the backups' indexes. Until all is in place the folder is marked, and has no
 //! `pg_control`: a restore that was broken off is resumed in the same way.
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,11 +15,9 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use walship::catalog::{BackupObject, ObjectIndex};
-use walship::codec::backup_index::{
-    BLOCK_BYTES, BackupIndex, BlockDigest, Frame, INDEX_BYTES_MAX, block_digests,
-};
-use walship::repository::LineageRepository;
+use walship::catalog::BackupObject;
+use walship::codec::backup_index::{BLOCK_BYTES, BackupIndex, Frame, IndexedFile, block_digests};
+use walship::repository::{BackupBlocks, BlockPlace, FileBlocks};
 use walship::{Error, Result};
 
 use super::restore::blocking;
@@ -39,18 +38,23 @@ const INDEXES_MAX: usize = 4;
 /// How much of a file is compared at once: whole blocks.
 const COMPARE_BYTES: usize = 1 << 20;
 
+/// So many bytes of files are compared, fetched and written together; one file more, however long.
+const TOGETHER_BYTES: u64 = 256 << 20;
+
 /// A file of the backup, and where it goes.
 struct Target {
     place: Place,
-    tar_at: u64,
-    bytes: u64,
-    digests: Vec<BlockDigest>,
+    blocks: FileBlocks,
     /// Kept in memory instead of written, as some small files are.
     is_held: bool,
+    /// Made from several backups.
+    is_put_together: bool,
 }
 
-/// Some consecutive frames that are fetched together, and the blocks that are wanted of each.
+/// Some consecutive frames of an object that are fetched together, and the blocks that are wanted of each.
 struct Range {
+    level: u32,
+    object: u32,
     stored_at: u64,
     stored_bytes: u64,
     frames: Vec<(Frame, Vec<WantedBlock>)>,
@@ -60,62 +64,126 @@ struct Range {
 struct WantedBlock {
     target: usize,
     block: usize,
+    place: BlockPlace,
 }
 
-/// Brings every file of an object to what the backup says.
+/// Brings every file of an object of the backup at the top to what the backup says.
 ///
 /// # Errors
 /// What fetching fails with; [`Error::Corrupt`] for an index, a frame or a block that is not what it should be;
 /// [`Error::LocalIo`] for files.
 pub(super) async fn match_object(
-    repository: &LineageRepository,
-    id: &str,
-    object: &BackupObject,
-    place: &ObjectIndex,
+    backup: &BackupBlocks,
+    number: u32,
     destination: Arc<Destination>,
 ) -> Result<()> {
+    let (_, object) = backup.object(0, number)?;
     let named = |error: Error| error.context(format!("backup object {}", object.name));
-    let index = read_index(repository, id, object, place).await.map_err(named)?;
-    let compared = {
-        let (destination, object) = (Arc::clone(&destination), object.clone());
-        blocking(move || compare(&destination, &object, &index)).await.map_err(named)?
+    let files = backup.files_of(0, number).await?;
+    {
+        let (destination, object, files) = (destination.clone(), object.clone(), files.clone());
+        blocking(move || make_folders(&destination, &object, &files.index)).await.map_err(named)?;
+    }
+    let mut listed = files.index.files().map(|(file, _)| file).peekable();
+    while listed.peek().is_some() {
+        let (mut together, mut bytes) = (Vec::new(), 0);
+        while let Some(file) =
+            listed.next_if(|file| bytes == 0 || bytes + file.whole_bytes() <= TOGETHER_BYTES)
+        {
+            bytes += file.whole_bytes().max(1);
+            let blocks = backup.file(0, number, &file.whole_path()).await.map_err(named)?;
+            together.push((file.clone(), blocks));
+        }
+        match_files(backup, object, together, &destination).await.map_err(named)?;
+    }
+    Ok(())
+}
+
+/// Brings some files to what the backup says.
+async fn match_files(
+    backup: &BackupBlocks,
+    object: &BackupObject,
+    files: Vec<(IndexedFile, FileBlocks)>,
+    destination: &Arc<Destination>,
+) -> Result<()> {
+    let (targets, wanted) = {
+        let (destination, object) = (destination.clone(), object.clone());
+        blocking(move || compare(&destination, &object, files)).await?
     };
-    let (targets, ranges) = compared;
     let targets = Arc::new(targets);
+    let ranges = ranges(backup, &targets, wanted).await?;
     let fetched = ranges.into_iter().map(|range| {
-        let (targets, destination) = (Arc::clone(&targets), Arc::clone(&destination));
+        let (targets, destination) = (targets.clone(), destination.clone());
         async move {
-            let stored = repository
+            let (id, object) = backup.object(range.level, range.object)?;
+            let stored = backup
+                .repository()
                 .read_backup_object_range(id, &object.name, range.stored_at, range.stored_bytes)
                 .await?;
             destination.progress.fetched_bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
-            blocking(move || put_blocks(&range, &stored, &targets, &destination)).await
+            let from = format!("{} of backup {id}", object.name);
+            let put = blocking(move || put_blocks(&range, &stored, &targets, &destination)).await;
+            put.map_err(|error| error.context(from))
         }
     });
     let held: Vec<Held> =
-        futures_util::stream::iter(fetched).buffer_unordered(RANGES_MAX).try_concat().await.map_err(named)?;
-    blocking(move || put_held(&targets, held, &destination)).await.map_err(named)
+        futures_util::stream::iter(fetched).buffer_unordered(RANGES_MAX).try_concat().await?;
+    let destination = destination.clone();
+    blocking(move || {
+        put_held(&targets, held, &destination)?;
+        targets
+            .iter()
+            .filter(|target| target.is_put_together)
+            .try_for_each(|target| prove(target, &destination))
+    })
+    .await
+}
+
+/// Compares a file that was made from several backups with the manifest, where that has a checksum of it.
+fn prove(target: &Target, destination: &Destination) -> Result<()> {
+    let path = &target.place.local;
+    let failed = |error| Error::from_io(format!("reading {}", path.display()), error);
+    let file = destination.check_listed(&target.place, target.blocks.bytes)?;
+    if file.checksum.is_none() {
+        return Ok(());
+    }
+    let mut reader = open(path)?;
+    let (mut buffer, mut crc) = (vec![0; COMPARE_BYTES], 0);
+    loop {
+        match reader.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => crc = crc32c::crc32c_append(crc, &buffer[..length]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    match file.matches_crc32c(crc) {
+        Some(false) => Err(damaged(format!(
+            "{:?}, put together from several backups, does not match the checksum in the manifest",
+            target.place.listed
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Reads every object's index and compares it with the manifest: before anything that is there is changed.
 ///
 /// # Errors
 /// What fetching fails with; [`Error::Corrupt`] for an index that is not what it should be.
-pub(super) async fn check_indexes(
-    repository: &LineageRepository,
-    id: &str,
-    objects: &[BackupObject],
-    destination: &Destination,
-) -> Result<()> {
-    let checked = objects.iter().map(|object| async move {
-        let Some(place) = &object.index else { return Ok(()) };
+pub(super) async fn check_indexes(sources: &[BackupBlocks], destination: &Destination) -> Result<()> {
+    let objects =
+        sources.first().and_then(|source| source.record(0)).map_or(&[][..], |record| &record.objects);
+    let checked = objects.iter().enumerate().map(|(number, object)| async move {
+        if object.index.is_none() {
+            return Ok(());
+        }
         let mut failure: Option<Error> = None;
-        for one in repository.each() {
+        for source in sources {
             let read = async {
-                let index = read_index(&one, id, object, place).await?;
-                index.files().try_for_each(|(file, _)| {
-                    let place = place_of(destination, object.tablespace, &file.path)?;
-                    destination.check_listed(&place, file.bytes).map(|_| ())
+                let files = source.files_of(0, number as u32).await?;
+                files.index.files().try_for_each(|(file, _)| {
+                    let place = place_of(destination, object.tablespace, &file.whole_path())?;
+                    destination.check_listed(&place, file.whole_bytes()).map(|_| ())
                 })
             };
             match read.await {
@@ -130,70 +198,48 @@ pub(super) async fn check_indexes(
     futures_util::stream::iter(checked).buffer_unordered(INDEXES_MAX).try_collect::<()>().await
 }
 
-async fn read_index(
-    repository: &LineageRepository,
-    id: &str,
-    object: &BackupObject,
-    place: &ObjectIndex,
-) -> Result<BackupIndex> {
-    let at = object
-        .stored_bytes
-        .checked_sub(place.bytes)
-        .ok_or_else(|| damaged("its index is longer than itself"))?;
-    if place.bytes > INDEX_BYTES_MAX {
-        return Err(damaged(format!("its index has {} bytes, more than are read", place.bytes)));
-    }
-    let bytes = repository.read_backup_object_range(id, &object.name, at, place.bytes).await?;
-    let (digest, stored_bytes, tar_bytes) = (place.digest.clone(), object.stored_bytes, object.tar_bytes);
-    blocking(move || {
-        let found = blake3::hash(&bytes).to_string();
-        if found != digest {
-            return Err(damaged(format!(
-                "its index has the digest {found}, the backup's record says {digest}"
-            )));
-        }
-        BackupIndex::decode(&bytes, stored_bytes, tar_bytes)
-    })
-    .await
-}
-
-/// Compares the object's files with what is there, and says what is to be fetched. Blocking.
-fn compare(
-    destination: &Destination,
-    object: &BackupObject,
-    index: &BackupIndex,
-) -> Result<(Vec<Target>, Vec<Range>)> {
-    let mut known_folders = HashSet::new();
+fn make_folders(destination: &Destination, object: &BackupObject, index: &BackupIndex) -> Result<()> {
+    let mut known = HashSet::new();
     for folder in index.folders() {
         let place = place_of(destination, object.tablespace, folder)?;
         if !is_tablespace_link(destination, object.tablespace, folder) {
-            sound_folder(destination, &place.local, &mut known_folders)?;
+            sound_folder(destination, &place.local, &mut known)?;
         }
     }
-    let (mut targets, mut wanted) = (Vec::new(), Vec::new());
-    let mut buffer = Vec::new();
-    for (file, digests) in index.files() {
-        let place = place_of(destination, object.tablespace, &file.path)?;
-        destination.claim(&object.name, &place, file.bytes)?;
-        let is_held = Destination::is_held(&place.listed, file.bytes)?;
+    Ok(())
+}
+
+/// Compares files with what is there, and says what is to be fetched. Blocking.
+fn compare(
+    destination: &Destination,
+    object: &BackupObject,
+    files: Vec<(IndexedFile, FileBlocks)>,
+) -> Result<(Vec<Target>, Vec<WantedBlock>)> {
+    let (mut targets, mut wanted) = (Vec::with_capacity(files.len()), Vec::new());
+    let (mut buffer, mut known_folders) = (Vec::new(), HashSet::new());
+    for (file, blocks) in files {
+        let place = place_of(destination, object.tablespace, &file.whole_path())?;
+        destination.claim(&object.name, &place, blocks.bytes)?;
+        let is_held = destination.is_held(&place.listed, blocks.bytes)?;
         let target = targets.len();
-        let mut want = |block| wanted.push(WantedBlock { target, block });
+        let mut want = |block: usize| {
+            let place = blocks.blocks.get(block).copied().flatten();
+            wanted.extend(place.map(|place| WantedBlock { target, block, place }));
+        };
         if is_held {
-            (0..digests.len()).for_each(&mut want);
+            (0..blocks.blocks.len()).for_each(&mut want);
         } else {
             if let Some(parent) = place.local.parent() {
                 sound_folder(destination, parent, &mut known_folders)?;
             }
-            let kept = compare_file(&place.local, file.bytes, digests, &mut buffer, &mut want)?;
+            let kept = compare_file(&place.local, &blocks, &mut buffer, &mut want)?;
             destination.progress.kept_bytes.fetch_add(kept, Ordering::Relaxed);
             destination.progress.written_bytes.fetch_add(kept, Ordering::Relaxed);
         }
         destination.progress.files.fetch_add(1, Ordering::Relaxed);
-        let digests = digests.to_vec();
-        targets.push(Target { place, tar_at: file.tar_at, bytes: file.bytes, digests, is_held });
+        targets.push(Target { place, blocks, is_held, is_put_together: file.partial.is_some() });
     }
-    let ranges = ranges(index, &targets, &wanted)?;
-    Ok((targets, ranges))
+    Ok((targets, wanted))
 }
 
 /// Makes sure that a folder is there, and that nothing on the way to it from the data directory or the tablespace is a link.
@@ -221,11 +267,11 @@ fn sound_folder(destination: &Destination, path: &Path, known: &mut HashSet<Path
 /// Gives a file its length and says which of its blocks are wrong; returns how many bytes are right.
 fn compare_file(
     path: &Path,
-    bytes: u64,
-    digests: &[BlockDigest],
+    blocks: &FileBlocks,
     buffer: &mut Vec<u8>,
     want: &mut impl FnMut(usize),
 ) -> Result<u64> {
+    let bytes = blocks.bytes;
     let failed = |error| Error::from_io(format!("comparing {}", path.display()), error);
     let there = match fs::symlink_metadata(path) {
         // A file with another name elsewhere is not ours to change.
@@ -244,7 +290,7 @@ fn compare_file(
     };
     if !there {
         create(path, 0o600)?.set_len(bytes).map_err(failed)?;
-        (0..digests.len()).for_each(want);
+        (0..blocks.blocks.len()).for_each(want);
         return Ok(0);
     }
     let file = open(path)?;
@@ -256,9 +302,15 @@ fn compare_file(
         buffer.resize((bytes - at).min(COMPARE_BYTES as u64) as usize, 0);
         file.read_exact_at(buffer, at).map_err(failed)?;
         for (piece, found) in buffer.chunks(BLOCK_BYTES).zip(block_digests(buffer)) {
-            match digests.get(block) {
-                Some(digest) if *digest == found => kept += piece.len() as u64,
-                _ => want(block),
+            match blocks.blocks.get(block).copied().flatten() {
+                Some(place) if place.digest == found => kept += piece.len() as u64,
+                Some(_) => want(block),
+                // Zeros are stored nowhere.
+                None if piece.iter().all(|byte| *byte == 0) => kept += piece.len() as u64,
+                None => {
+                    let zeros = vec![0; piece.len()];
+                    file.write_all_at(&zeros, (block * BLOCK_BYTES) as u64).map_err(failed)?;
+                }
             }
             block += 1;
         }
@@ -276,40 +328,59 @@ fn open(path: &Path) -> Result<File> {
         .map_err(|error| Error::from_io(format!("opening {}", path.display()), error))
 }
 
-/// Returns what is to be fetched for these blocks, which are in the order of the tar stream.
-fn ranges(index: &BackupIndex, targets: &[Target], wanted: &[WantedBlock]) -> Result<Vec<Range>> {
+/// Returns what is to be fetched for these blocks.
+async fn ranges(
+    backup: &BackupBlocks,
+    targets: &[Target],
+    mut wanted: Vec<WantedBlock>,
+) -> Result<Vec<Range>> {
+    wanted.sort_by_key(|WantedBlock { place, .. }| (place.level, place.object, place.tar_at));
     let mut ranges: Vec<Range> = Vec::new();
-    for block in wanted {
-        let target = &targets[block.target];
-        let at = target.tar_at + (block.block * BLOCK_BYTES) as u64;
-        let [frame] = index.frames_of(at..at + target.block_bytes(block.block) as u64) else {
-            return Err(damaged(format!("a block of {:?} does not lie in one frame", target.place.listed)));
+    let of_objects =
+        wanted.chunk_by(|a, b| (a.place.level, a.place.object) == (b.place.level, b.place.object));
+    for wanted in of_objects {
+        let Some(BlockPlace { level, object, .. }) = wanted.first().map(|first| first.place) else {
+            continue;
         };
-        let end = frame.stored_at + u64::from(frame.stored_bytes);
-        match ranges.last_mut() {
-            Some(last) if last.frames.last().is_some_and(|(known, _)| known == frame) => {
-                last.frames.last_mut().into_iter().for_each(|(_, blocks)| blocks.push(*block));
-            }
-            Some(last)
-                if frame.stored_at.saturating_sub(last.stored_at + last.stored_bytes) <= GAP_BYTES
-                    && end - last.stored_at <= RANGE_BYTES =>
-            {
-                last.stored_bytes = end - last.stored_at;
-                last.frames.push((*frame, vec![*block]));
-            }
-            _ => ranges.push(Range {
-                stored_at: frame.stored_at,
-                stored_bytes: u64::from(frame.stored_bytes),
-                frames: vec![(*frame, vec![*block])],
-            }),
+        let files = backup.files_of(level, object).await?;
+        let first = ranges.len();
+        for block in wanted {
+            let target = &targets[block.target];
+            let at = block.place.tar_at;
+            let [frame] = files.index.frames_of(at..at + target.blocks.block_bytes(block.block) as u64)
+            else {
+                return Err(damaged(format!(
+                    "a block of {:?} does not lie in one frame",
+                    target.place.listed
+                )));
+            };
+            add_to_ranges(&mut ranges, first, *frame, *block);
         }
     }
     Ok(ranges)
 }
 
-impl Target {
-    fn block_bytes(&self, block: usize) -> usize {
-        (self.bytes - (block * BLOCK_BYTES) as u64).min(BLOCK_BYTES as u64) as usize
+/// Adds a block of a frame to the last of the ranges, or to a new one; those before `first` are of other objects.
+fn add_to_ranges(ranges: &mut Vec<Range>, first: usize, frame: Frame, block: WantedBlock) {
+    let end = frame.stored_at + u64::from(frame.stored_bytes);
+    match ranges.get_mut(first..).and_then(<[Range]>::last_mut) {
+        Some(last) if last.frames.last().is_some_and(|(known, _)| *known == frame) => {
+            last.frames.last_mut().into_iter().for_each(|(_, blocks)| blocks.push(block));
+        }
+        Some(last)
+            if frame.stored_at.saturating_sub(last.stored_at + last.stored_bytes) <= GAP_BYTES
+                && end - last.stored_at <= RANGE_BYTES =>
+        {
+            last.stored_bytes = end - last.stored_at;
+            last.frames.push((frame, vec![block]));
+        }
+        _ => ranges.push(Range {
+            level: block.place.level,
+            object: block.place.object,
+            stored_at: frame.stored_at,
+            stored_bytes: u64::from(frame.stored_bytes),
+            frames: vec![(frame, vec![block])],
+        }),
     }
 }
 
@@ -341,9 +412,9 @@ fn put_blocks(
         for wanted in blocks {
             let target = &targets[wanted.target];
             let offset = (wanted.block * BLOCK_BYTES) as u64;
-            let from = (target.tar_at + offset - frame.tar_at) as usize;
-            let content = tar.get(from..from + target.block_bytes(wanted.block)).unwrap_or_default();
-            if block_digests(content).next().as_ref() != target.digests.get(wanted.block) {
+            let from = (wanted.place.tar_at - frame.tar_at) as usize;
+            let content = tar.get(from..from + target.blocks.block_bytes(wanted.block)).unwrap_or_default();
+            if block_digests(content).next() != Some(wanted.place.digest) {
                 return Err(damaged(format!(
                     "block {} of {:?} is not what its index says",
                     wanted.block, target.place.listed

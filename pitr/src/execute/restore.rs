@@ -16,11 +16,11 @@ use chrono::{DateTime, Utc};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use tokio::sync::mpsc;
-use walship::catalog::BackupObject;
+use walship::catalog::{BackupObject, BackupRecord};
 use walship::pg::Oid;
 use walship::pg::backup_manifest::BackupManifest;
 use walship::pg::control::ControlData;
-use walship::repository::LineageRepository;
+use walship::repository::{BackupBlocks, LineageRepository};
 use walship::{Error, Result};
 
 use super::configuration;
@@ -293,7 +293,9 @@ async fn carry_out(
     progress: Arc<Progress>,
 ) -> Result<RestoreReport> {
     let mut report = check(plan, options)?;
-    repository.check_backup_objects(&plan.backup).await?;
+    for backup in plan.backups() {
+        repository.check_backup_objects(backup).await?;
+    }
     let stored = repository.get_backup_manifest(&plan.backup).await?;
     let (manifest_bytes, manifest) = blocking(move || read_manifest(&stored)).await?;
     if manifest.system_identifier.is_some_and(|id| id != repository.lineage().system_identifier) {
@@ -310,7 +312,16 @@ async fn carry_out(
     let data_dir = report.data_dir.clone();
     let tablespaces: HashMap<Oid, PathBuf> =
         report.tablespaces.iter().map(|(oid, path)| (*oid, path.clone())).collect();
-    let destination = Arc::new(Destination::new(data_dir.clone(), tablespaces, manifest, progress.clone()));
+    let destination = Arc::new(Destination::new(
+        data_dir.clone(),
+        tablespaces,
+        manifest,
+        plan.backup.parent.is_some(),
+        progress.clone(),
+    ));
+    let records: Arc<[BackupRecord]> = plan.backups().cloned().collect();
+    let sources: Vec<BackupBlocks> =
+        repository.each().into_iter().map(|one| BackupBlocks::new(one, records.clone())).collect();
     // Until the end nobody else restores to this place.
     let lock;
     match &mut report.delta {
@@ -326,7 +337,7 @@ async fn carry_out(
             prepare(&data_dir, &report.tablespaces)?;
         }
         Some(delta) => {
-            delta::check_indexes(repository, &plan.backup.id, &plan.backup.objects, &destination).await?;
+            delta::check_indexes(&sources, &destination).await?;
             make_private(&data_dir)?;
             lock = existing::lock(&data_dir)?;
             // Since it was looked at, somebody may have started it.
@@ -338,10 +349,14 @@ async fn carry_out(
             delta.set_aside = cleared.set_aside;
         }
     }
-    let way = if report.delta.is_some() { Way::OnlyWhatDiffers } else { Way::Everything };
-    let objects = plan.backup.objects.iter().map(|object| {
+    // An incremental backup is brought together block by block, wherever it goes.
+    let way = match report.delta.is_some() || plan.backup.parent.is_some() {
+        true => Way::OnlyWhatDiffers,
+        false => Way::Everything,
+    };
+    let objects = (0..plan.backup.objects.len()).map(|number| {
         let (destination, progress) = (destination.clone(), progress.clone());
-        fetch_object(repository, &plan.backup.id, object, way, destination, progress)
+        fetch_object(repository, &sources, number as u32, way, destination, progress)
     });
     futures_util::stream::iter(objects).buffer_unordered(OBJECTS_MAX).try_collect::<()>().await?;
     if let Some(delta) = &mut report.delta {
@@ -426,14 +441,16 @@ enum Way {
 /// removed and it is taken from another.
 async fn fetch_object(
     repository: &LineageRepository,
-    id: &str,
-    object: &BackupObject,
+    sources: &[BackupBlocks],
+    number: u32,
     way: Way,
     destination: Arc<Destination>,
     progress: Arc<Progress>,
 ) -> Result<()> {
     let mut failure: Option<(String, Error)> = None;
-    for one in repository.each() {
+    for source in sources {
+        let (id, object) = source.object(0, number)?;
+        let one = source.repository();
         if failure.is_some() {
             let (destination, name) = (destination.clone(), object.name.clone());
             blocking(move || match way {
@@ -446,10 +463,8 @@ async fn fetch_object(
             .await?;
         }
         let fetched = match (way, &object.index) {
-            (Way::OnlyWhatDiffers, Some(index)) => {
-                delta::match_object(&one, id, object, index, destination.clone()).await
-            }
-            _ => fetch_object_from(&one, id, object, destination.clone(), progress.clone()).await,
+            (Way::OnlyWhatDiffers, Some(_)) => delta::match_object(source, number, destination.clone()).await,
+            _ => fetch_object_from(one, id, object, destination.clone(), progress.clone()).await,
         };
         match fetched {
             Ok(()) => {

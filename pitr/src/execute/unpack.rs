@@ -14,8 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use walship::catalog::BackupObject;
+use walship::pg::BackupLabel;
 use walship::pg::Oid;
-use walship::pg::backup_label::tablespace_map_line;
+use walship::pg::backup_label::{tablespace_map_line, without_incremental_lines};
 use walship::pg::backup_manifest::{BackupManifest, ManifestFile, check_path};
 use walship::{Error, Result};
 
@@ -23,6 +24,9 @@ use super::restore::Progress;
 
 /// The file without which PostgreSQL does not start; kept in memory and written last.
 pub(super) const CONTROL_FILE: &str = "global/pg_control";
+
+/// Where recovery starts.
+const BACKUP_LABEL: &str = "backup_label";
 
 /// The longest `pg_control` that is kept in memory; PostgreSQL's has 8192 bytes.
 const CONTROL_FILE_BYTES_MAX: u64 = 1 << 16;
@@ -46,6 +50,8 @@ pub(super) struct Destination {
     data_dir: PathBuf,
     tablespaces: HashMap<Oid, PathBuf>,
     expected: HashMap<PathBuf, ManifestFile>,
+    /// Whether it comes from several backups: then the label that is stored is not the one that is restored.
+    is_incremental: bool,
     state: Mutex<State>,
     pub(super) progress: Arc<Progress>,
 }
@@ -63,10 +69,11 @@ impl Destination {
         data_dir: PathBuf,
         tablespaces: HashMap<Oid, PathBuf>,
         manifest: BackupManifest,
+        is_incremental: bool,
         progress: Arc<Progress>,
     ) -> Self {
         let expected = manifest.files.into_iter().map(|file| (file.path.clone(), file)).collect();
-        Self { data_dir, tablespaces, expected, state: Mutex::default(), progress }
+        Self { data_dir, tablespaces, expected, is_incremental, state: Mutex::default(), progress }
     }
 
     /// Returns the bytes of `pg_control`, once every file of the manifest was written.
@@ -119,6 +126,7 @@ impl Destination {
         }
         match self.expected.get(listed) {
             Some(file) if file.bytes == bytes => Ok(file),
+            Some(file) if self.is_stored_label(listed) => Ok(file),
             Some(file) => {
                 Err(damaged(format!("{listed:?} has {bytes} bytes, the manifest says {}", file.bytes)))
             }
@@ -140,8 +148,9 @@ impl Destination {
     ///
     /// # Errors
     /// [`Error::Corrupt`] for one that is too long for that.
-    pub(super) fn is_held(listed: &Path, bytes: u64) -> Result<bool> {
+    pub(super) fn is_held(&self, listed: &Path, bytes: u64) -> Result<bool> {
         let bytes_max = match listed {
+            path if self.is_stored_label(path) => BackupLabel::MAX_BYTES as u64,
             path if path == Path::new(CONTROL_FILE) => CONTROL_FILE_BYTES_MAX,
             path if path == Path::new(TABLESPACE_MAP) => TABLESPACE_MAP_BYTES_MAX,
             _ => return Ok(false),
@@ -159,9 +168,28 @@ impl Destination {
             self.state.lock().unwrap_or_else(PoisonError::into_inner).control_file = Some(content);
             return Ok(());
         }
+        let written = match self.is_stored_label(&place.listed) {
+            true => self.label_of_all(place, &content)?,
+            false => mapped_anew(&content, &self.tablespaces)?,
+        };
         create(&place.local, mode)?
-            .write_all(&mapped_anew(&content, &self.tablespaces)?)
+            .write_all(&written)
             .map_err(|error| Error::from_io(format!("writing {}", place.local.display()), error))
+    }
+
+    /// Returns whether this is the label of an incremental backup, as stored.
+    fn is_stored_label(&self, listed: &Path) -> bool {
+        self.is_incremental && listed == Path::new(BACKUP_LABEL)
+    }
+
+    /// Returns the label of what is put together from several backups, by that of the incremental one.
+    fn label_of_all(&self, place: &Place, stored: &[u8]) -> Result<Vec<u8>> {
+        let label = without_incremental_lines(stored);
+        let file = self.check_listed(place, label.len() as u64)?;
+        if file.bytes != label.len() as u64 || file.matches_crc32c(crc32c::crc32c(&label)) != Some(true) {
+            return Err(damaged(format!("{BACKUP_LABEL} is not what the manifest says")));
+        }
+        Ok(label)
     }
 
     /// Takes a name once, for an object, for a file of that length.
@@ -352,7 +380,7 @@ fn write_file(
     {
         make_dir(parent, 0o700)?;
     }
-    let is_held = Destination::is_held(&place.listed, file.bytes)?;
+    let is_held = destination.is_held(&place.listed, file.bytes)?;
     let mut kept = Vec::new();
     let mut output = match is_held {
         true => None,

@@ -13,6 +13,7 @@ mod forecast;
 mod gaps;
 mod half_done;
 mod harness;
+mod incremental;
 mod index;
 mod json_docs;
 mod kill;

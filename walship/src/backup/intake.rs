@@ -3,17 +3,23 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::catalog::{BackupObject, DamagedPages, Tablespace};
+use crate::catalog::{BackupObject, DamagedPages, Tablespace, listed};
+use crate::codec::backup_index::{BLOCK_BYTES, PARTIAL_BLOCKS_MAX, Partial};
 use crate::error::{Error, Result};
-use crate::pg::backup_manifest::{BackupManifest, ManifestFile};
+use crate::pg::backup_label::without_incremental_lines;
+use crate::pg::backup_manifest::{BackupManifest, ManifestFile, ManifestWriter};
+use crate::pg::incremental::{PartialFile, whole_path};
+use crate::pg::page::RelationFile;
 use crate::pg::{BackupLabel, Oid, ParseError};
 use crate::replication::base_backup::AnnouncedTablespace;
 
-use super::members::{MemberKind, Splitter, Step};
+use super::members::{BLOCK, Member, MemberKind, Splitter, Step};
 use super::pack::Packer;
+use super::parent::Parent;
 
 /// More files than any cluster has; what is remembered of each takes memory.
 const FILES_MAX: usize = 20_000_000;
@@ -53,6 +59,18 @@ struct Inner {
     label: Vec<u8>,
     two_phase: Vec<Vec<u8>>,
     data_bytes: u64,
+    parent: Option<Arc<Parent>>,
+    /// The beginning of a file of some blocks, until it says which.
+    beginning: Option<Beginning>,
+    /// Of each such file, by its path in the server's manifest: that of the whole file, and its length.
+    partials: HashMap<PathBuf, (PathBuf, u64)>,
+}
+
+struct Beginning {
+    header: [u8; BLOCK],
+    member: Member,
+    parent_object: u32,
+    bytes: Vec<u8>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -89,7 +107,12 @@ impl Kept {
 }
 
 impl Intake {
-    pub(crate) fn new(packer: Packer, announced: &[AnnouncedTablespace]) -> Self {
+    /// With a `parent`, what the server sends is what has changed since.
+    pub(super) fn new(
+        packer: Packer,
+        announced: &[AnnouncedTablespace],
+        parent: Option<Arc<Parent>>,
+    ) -> Self {
         let tablespaces = announced
             .iter()
             .filter_map(|space| space.outside.clone())
@@ -104,6 +127,9 @@ impl Intake {
             label: Vec::new(),
             two_phase: Vec::new(),
             data_bytes: 0,
+            parent,
+            beginning: None,
+            partials: HashMap::new(),
         };
         Self { splitter: Splitter::new(), manifest: Vec::new(), inner }
     }
@@ -152,16 +178,23 @@ impl Intake {
             Ok((manifest, label))
         });
         match checked {
-            Ok((manifest, label)) => Ok(Received {
-                objects: inner.packer.finish().await?,
-                manifest,
-                manifest_bytes,
-                label,
-                two_phase: (inner.two_phase.len() <= TWO_PHASE_MAX).then_some(inner.two_phase),
-                tablespaces: inner.tablespaces,
-                data_bytes: inner.data_bytes,
-                damaged: DamagedPages::default(),
-            }),
+            Ok((manifest, label)) => {
+                let mut received = Received {
+                    objects: inner.packer.finish().await?,
+                    manifest,
+                    manifest_bytes,
+                    label,
+                    two_phase: (inner.two_phase.len() <= TWO_PHASE_MAX).then_some(inner.two_phase),
+                    tablespaces: inner.tablespaces,
+                    data_bytes: inner.data_bytes,
+                    damaged: DamagedPages::default(),
+                };
+                if inner.parent.is_some() {
+                    let without = without_incremental_lines(&inner.label);
+                    make_whole(&mut received, &inner.partials, &without)?;
+                }
+                Ok(received)
+            }
             Err(error) => {
                 inner.packer.abandon().await;
                 Err(error)
@@ -171,15 +204,56 @@ impl Intake {
 }
 
 impl Inner {
+    /// Takes a member's header; that of a file of some blocks when it is known which.
+    fn begin(&mut self, header: &[u8; BLOCK], member: Member) -> Result<()> {
+        let whole =
+            whole_path(&member.path).filter(|_| self.parent.is_some() && member.kind == MemberKind::File);
+        let whole = whole.map(|path| listed(self.tablespace, &path));
+        let Some(whole) = whole.filter(|path| RelationFile::of(path).is_some()) else {
+            self.packer.header(header, member, None);
+            return Ok(());
+        };
+        let parent_object = self.parent.as_ref().and_then(|parent| parent.object_of(&whole));
+        let parent_object = parent_object.ok_or_else(|| {
+            ParseError::new(format!("some blocks of {whole:?} come, which the backup before does not hold"))
+        })?;
+        self.beginning = Some(Beginning { header: *header, member, parent_object, bytes: Vec::new() });
+        Ok(())
+    }
+
+    fn content(&mut self, data: &[u8]) -> Result<()> {
+        let Some(mut beginning) = self.beginning.take() else {
+            self.packer.data(data);
+            return Ok(());
+        };
+        beginning.bytes.extend_from_slice(data);
+        let Some(file) = PartialFile::read(&beginning.bytes, beginning.member.bytes)? else {
+            self.beginning = Some(beginning);
+            return Ok(());
+        };
+        if file.whole_bytes() > u64::from(PARTIAL_BLOCKS_MAX) * BLOCK_BYTES as u64 {
+            return Err(Error::invalid(format!(
+                "{:?} is too long a file to store some of its blocks",
+                beginning.member.path
+            ))
+            .with_next("Take a full backup: without --incremental."));
+        }
+        let Beginning { header, member, parent_object, bytes } = beginning;
+        let stored = listed(self.tablespace, &member.path);
+        if let Some(whole) = whole_path(&stored) {
+            self.partials.insert(stored, (whole, file.whole_bytes()));
+        }
+        self.packer.header(&header, member, Some(Partial { file, parent_object }));
+        self.packer.data(&bytes);
+        Ok(())
+    }
+
     fn step(&mut self, step: Step<'_>) -> Result<()> {
         match step {
             Step::Header(block, member) => {
-                self.packer.header(block, member.clone(), None);
+                self.begin(block, member.clone())?;
                 if member.kind == MemberKind::File {
-                    let path = match self.tablespace {
-                        Some(oid) => Path::new("pg_tblspc").join(oid.to_string()).join(&member.path),
-                        None => member.path,
-                    };
+                    let path = listed(self.tablespace, &member.path);
                     let kept = Kept::of(&path);
                     if kept == Kept::TwoPhase && self.two_phase.len() <= TWO_PHASE_MAX {
                         self.two_phase.push(Vec::new());
@@ -188,7 +262,7 @@ impl Inner {
                 }
             }
             Step::Data(data) => {
-                self.packer.data(data);
+                self.content(data)?;
                 self.data_bytes += data.len() as u64;
                 if let Some(space) =
                     self.tablespaces.iter_mut().find(|space| Some(space.oid) == self.tablespace)
@@ -221,6 +295,37 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// Makes of the manifest of what the server sent that of the directory that is put together: whole files, whose checksums
+/// nobody knows, and a label without the lines of an incremental backup.
+fn make_whole(
+    received: &mut Received,
+    partials: &HashMap<PathBuf, (PathBuf, u64)>,
+    label: &[u8],
+) -> Result<()> {
+    let sent = &received.manifest;
+    let mut writer = ManifestWriter::new(sent.system_identifier);
+    for file in &sent.files {
+        let modified = file.modified.unwrap_or_default();
+        match partials.get(&file.path) {
+            Some((path, bytes)) => writer.add(path, *bytes, modified, None),
+            None if file.path == Path::new("backup_label") => {
+                writer.add(&file.path, label.len() as u64, modified, Some(crc32c::crc32c(label)));
+            }
+            None => writer.add(&file.path, file.bytes, modified, file.crc32c()),
+        }
+    }
+    received.manifest_bytes = writer.finish(&sent.wal_ranges);
+    received.manifest = parse_manifest(&received.manifest_bytes)?;
+    let files = &received.manifest.files;
+    received.data_bytes = files.iter().map(|file| file.bytes).sum();
+    for tablespace in &mut received.tablespaces {
+        let folder = listed(Some(tablespace.oid), Path::new(""));
+        let inside = files.iter().filter(|file| file.path.starts_with(&folder));
+        tablespace.bytes = inside.map(|file| file.bytes).sum();
+    }
+    Ok(())
 }
 
 fn parse_manifest(bytes: &[u8]) -> Result<BackupManifest> {
@@ -283,6 +388,7 @@ mod tests {
         let file = |path: &str, content: &[u8]| ManifestFile {
             path: path.into(),
             bytes: content.len() as u64,
+            modified: None,
             checksum: Some((ChecksumAlgorithm::Crc32c, crc32c::crc32c(content).to_le_bytes().to_vec())),
         };
         let manifest = BackupManifest {

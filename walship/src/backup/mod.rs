@@ -25,10 +25,12 @@ mod members;
 pub mod names;
 mod needed_wal;
 mod pack;
+mod parent;
 mod progress;
 mod server_damage;
 mod settings;
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,12 +39,14 @@ use chrono::{DateTime, Utc};
 
 use crate::catalog::{BackupRecord, PreparedTransaction, SavedNames};
 use crate::error::{Error, Result};
+use crate::pg::backup_manifest::BackupManifest;
 use crate::pg::page::RelationFile;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::replication::base_backup::{AnnouncedTablespace, BackupStart};
 use crate::replication::{
     BackupPart, BaseBackup, BaseBackupOptions, Checkpoint, ConnectOptions, Connection, ManifestChecksums,
     ServerError, SessionKind, SlotLifetime, SystemIdentity, create_slot, identify_system, segment_size, show,
+    upload_manifest,
 };
 use crate::repository::{BackupStarted, LineageRepository, RecordedBy, index, new_backup_id};
 use crate::wal::event::{EventKind, ServerLimits};
@@ -53,8 +57,10 @@ use intake::{Intake, Received};
 use local::{LocalServer, ReadOptions};
 use needed_wal::{needed_segments, wait_until_stored};
 use pack::{PackSettings, Packer};
+use parent::Parent;
 use progress::Meter;
 
+pub use parent::Incremental;
 pub use progress::{BackupEvent, Transfer};
 
 /// How a backup is to be taken.
@@ -74,6 +80,8 @@ pub struct BackupOptions {
     pub level: i32,
     /// From where the files are read.
     pub source: BackupSource,
+    /// Whether it builds on another backup; `None` for a full one.
+    pub incremental: Option<Incremental>,
 }
 
 /// From where a backup reads the cluster's files.
@@ -100,6 +108,7 @@ impl Default for BackupOptions {
             object_bytes: 256 << 20,
             level: 1,
             source: BackupSource::Stream,
+            incremental: None,
         }
     }
 }
@@ -156,9 +165,25 @@ pub async fn take_backup(
             "the cluster has no data checksums: whether its pages are sound cannot be told".into(),
         ));
     }
-    let taking = Taking { repositories, server, options, about: &about, id: &id, started, progress };
+    let parent = match &options.incremental {
+        None => None,
+        Some(wanted) => {
+            parent::find(repositories, &about, &options.source, wanted, progress).await?.map(Arc::new)
+        }
+    };
+    let mut taking =
+        Taking { repositories, server, options, about: &about, id: &id, started, parent, progress };
     let (mut received, start, stop_lsn, stop_timeline) = match &options.source {
-        BackupSource::Stream => taking.stream(&mut session).await?,
+        BackupSource::Stream => match taking.stream(&mut session).await {
+            Err(NotTaken::NotIncremental(why)) => {
+                progress(BackupEvent::Note(format!("a full backup is taken: {why}")));
+                taking.parent = None;
+                session = Connection::connect(server, SessionKind::Replication).await?;
+                hold_wal_back(&mut session, rand::random(), progress).await?;
+                taking.stream(&mut session).await?
+            }
+            taken => taken?,
+        },
         BackupSource::Local { data_directory, workers } => {
             taking.local(data_directory.as_deref(), *workers).await?
         }
@@ -189,7 +214,7 @@ pub async fn take_backup(
     session.close().await;
     let record = BackupRecord {
         format: 1,
-        id,
+        id: id.clone(),
         label: options.label.clone(),
         timeline: start.timeline,
         start_lsn: start.lsn,
@@ -212,7 +237,7 @@ pub async fn take_backup(
         names,
         prepared: prepared(&received.two_phase, about.server_version),
         damaged_pages: (received.damaged.total > 0).then_some(received.damaged),
-        parent: None,
+        parent: taking.parent.as_ref().map(|parent| parent.link.clone()),
     };
     put_records(repositories, &record).await?;
     Ok(record)
@@ -226,7 +251,30 @@ struct Taking<'a> {
     about: &'a About,
     id: &'a str,
     started: DateTime<Utc>,
+    /// What it builds on.
+    parent: Option<Arc<Parent>>,
     progress: &'a (dyn Fn(BackupEvent) + Send + Sync),
+}
+
+/// Why the server's stream did not become a backup.
+enum NotTaken {
+    /// The server does not send an incremental one, and says why; nothing was begun.
+    NotIncremental(Error),
+    Failed(Error),
+}
+
+impl From<Error> for NotTaken {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<NotTaken> for Error {
+    fn from(not_taken: NotTaken) -> Self {
+        match not_taken {
+            NotTaken::NotIncremental(error) | NotTaken::Failed(error) => error,
+        }
+    }
 }
 
 /// What was stored, where it starts, where it ends and on which timeline.
@@ -252,6 +300,7 @@ impl Taking<'_> {
                 start_lsn: start.lsn,
                 host: RecordedBy::now().host,
                 started: self.started,
+                parent: self.parent.as_ref().map(|parent| parent.link.id.clone()),
             };
             repository.put_backup_started(&document).await?;
         }
@@ -259,7 +308,7 @@ impl Taking<'_> {
     }
 
     /// Has the server send everything.
-    async fn stream(&self, session: &mut Connection) -> Result<Taken> {
+    async fn stream(&self, session: &mut Connection) -> Result<Taken, NotTaken> {
         let Self { server, options, progress, .. } = self;
         progress(BackupEvent::Checkpoint);
         let mut command = BaseBackupOptions {
@@ -271,8 +320,17 @@ impl Taking<'_> {
             tablespace_map: false,
             manifest_checksums: ManifestChecksums::Crc32c,
             verify_checksums: true,
+            incremental: self.parent.is_some(),
         };
-        let (mut start, mut stream) = BaseBackup::start(session, &command, self.patience(), PATIENCE).await?;
+        let manifest = self.parent_manifest().await?;
+        let (mut start, mut stream) = self.begin(session, &command, &manifest).await.map_err(|error| {
+            match ServerError::of(&error) {
+                Some(said) if command.incremental && said.severity == "ERROR" => {
+                    NotTaken::NotIncremental(error)
+                }
+                _ => NotTaken::Failed(error),
+            }
+        })?;
         let mut another;
         if start.tablespaces.iter().any(has_long_location) {
             // The server would fail at that link, after having sent everything before it. It says where the
@@ -281,11 +339,44 @@ impl Taking<'_> {
             another = Connection::connect(server, SessionKind::Replication).await?;
             hold_wal_back(&mut another, rand::random(), *progress).await?;
             command.tablespace_map = true;
-            (start, stream) = BaseBackup::start(&mut another, &command, self.patience(), PATIENCE).await?;
+            (start, stream) = self.begin(&mut another, &command, &manifest).await?;
         }
         self.put_started(&start).await?;
-        let (received, stop_lsn, stop_timeline) = receive(stream, &start, self.settings(), *progress).await?;
+        let (received, stop_lsn, stop_timeline) =
+            receive(stream, &start, self.settings(), self.parent.clone(), *progress).await?;
         Ok((received, start, stop_lsn, stop_timeline))
+    }
+
+    /// Returns the manifest of what the backup builds on; an empty one for a full backup.
+    async fn parent_manifest(&self) -> Result<Vec<u8>> {
+        let Some(record) = self.parent.as_ref().and_then(|parent| parent.record()) else {
+            return Ok(Vec::new());
+        };
+        let first = self.repositories.first().ok_or_else(|| Error::invalid("no repository is given"))?;
+        let stored = first.get_backup_manifest(record).await?;
+        crate::storage::blocking(move || {
+            let mut manifest = Vec::new();
+            zstd::stream::read::Decoder::new(&*stored)
+                .and_then(|decoder| decoder.take(BackupManifest::MAX_BYTES as u64).read_to_end(&mut manifest))
+                .map_err(|error| {
+                    Error::corrupt(format!("the manifest of the backup before cannot be unpacked: {error}"))
+                })?;
+            Ok(manifest)
+        })
+        .await
+    }
+
+    /// Has the server begin, with the manifest of what the backup builds on.
+    async fn begin<'a>(
+        &self,
+        session: &'a mut Connection,
+        command: &BaseBackupOptions,
+        manifest: &[u8],
+    ) -> Result<(BackupStart, BaseBackup<'a>)> {
+        if command.incremental {
+            upload_manifest(session, manifest, self.patience()).await?;
+        }
+        BaseBackup::start(session, command, self.patience(), PATIENCE).await
     }
 
     /// Reads everything from the data directory.
@@ -301,7 +392,7 @@ impl Taking<'_> {
             bytes_per_second: options.max_rate_kb.map(|kilobytes| u64::from(kilobytes) * 1024),
         };
         let (received, stop_lsn, stop_timeline) =
-            local::take(&mut local, &start, self.settings(), &read, *progress).await?;
+            local::take(&mut local, &start, self.settings(), &read, self.parent.clone(), *progress).await?;
         // What a standby said of its timeline at the start may have been a moment younger.
         start.timeline = received.label.timeline;
         Ok((received, start, stop_lsn, stop_timeline))
@@ -414,6 +505,7 @@ struct About {
     server_version: u32,
     segment_size: SegmentSize,
     limits: ServerLimits,
+    block_size: u32,
     data_checksums: bool,
     from_standby: bool,
     archive_mode: String,
@@ -460,6 +552,7 @@ async fn examine(session: &mut Connection, repositories: &[LineageRepository]) -
         server_version,
         segment_size,
         limits,
+        block_size: number(session, "block_size").await?.unsigned_abs(),
         data_checksums: show(session, "data_checksums").await? == "on",
         from_standby: session.is_standby(),
         archive_mode: show(session, "archive_mode").await?,
@@ -494,6 +587,7 @@ async fn receive(
     mut stream: BaseBackup<'_>,
     start: &BackupStart,
     settings: Arc<PackSettings>,
+    parent: Option<Arc<Parent>>,
     progress: &(dyn Fn(BackupEvent) + Send + Sync),
 ) -> Result<(Received, Lsn, TimelineId)> {
     let total_bytes = start.tablespaces.iter().map(|space| space.estimated_bytes).sum();
@@ -504,7 +598,7 @@ async fn receive(
         total_bytes,
     });
     let mut meter = Meter::new(total_bytes, Instant::now());
-    let mut intake = Intake::new(Packer::new(settings), &start.tablespaces);
+    let mut intake = Intake::new(Packer::new(settings), &start.tablespaces, parent);
     let (lsn, timeline, damage) = loop {
         let taken = match stream.next().await {
             Ok(BackupPart::Archive(tablespace)) => intake.begin_archive(tablespace),

@@ -31,6 +31,8 @@ pub enum BackupEvent {
     },
     /// Something the operator should know; the backup goes on.
     Warning(String),
+    /// What was chosen where there was a choice.
+    Note(String),
 }
 
 /// How far the data is.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
-use walship::backup::{BackupEvent, BackupOptions, BackupSource, server_identity, take_backup};
+use walship::backup::{BackupEvent, BackupOptions, BackupSource, Incremental, server_identity, take_backup};
 use walship::catalog::{BackupRecord, DamagedPages};
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
@@ -25,6 +25,7 @@ Examples:
   walship backup 'host=db1 user=replicator'
   walship backup --label nightly --max-rate 50M postgresql://replicator@db1,db2/?target_session_attrs=prefer-standby
   sudo -u postgres walship backup --source local 'host=/var/run/postgresql'
+  sudo -u postgres walship backup --source local --incremental 'host=/var/run/postgresql'
 
 The user needs the REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The password comes
 from ~/.pgpass or PGPASSWORD, never from the command line. The backup is complete, and counts, when its WAL is in
@@ -32,6 +33,10 @@ the repository too: archive_command must be at work.
 
 --source local reads the data directory itself, with several threads: faster, on the server's own machine only, as
 the user that PostgreSQL runs as. Every page is checked against its checksum, as the server does with the stream.
+
+--incremental stores the blocks that differ from the backup before, each compared by its digest, so all files are read
+with --source local, for every version of PostgreSQL. Without it the server sends what its WAL summaries say has changed:
+from PostgreSQL 17 on, with summarize_wal = on. A restore needs the whole chain, and puts it together by itself.
 
 Exit status: 0 complete, 1 failed, 2 usage, 4 complete, but damaged pages were found: they are listed, and in the
 backup as they are.")]
@@ -55,6 +60,15 @@ pub(super) struct Args {
     /// zstd level
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=19))]
     level: i32,
+    /// Store only what has changed since the newest backup; a full one where there is none to build on
+    #[arg(long)]
+    incremental: bool,
+    /// With --incremental: the backup to build on, by its id [default: the newest]
+    #[arg(long, value_name = "ID", requires = "incremental")]
+    parent: Option<String>,
+    /// With --incremental: take a full backup when so many incremental ones build on the last
+    #[arg(long, value_name = "N", default_value_t = 14, value_parser = clap::value_parser!(u32).range(1..=100))]
+    chain_max: u32,
     /// Have the server send the files, or read them where they lie
     #[arg(long, value_enum, default_value_t = SourceArg::Stream)]
     source: SourceArg,
@@ -138,6 +152,9 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         wal_timeout: Duration::from_secs(args.wal_timeout),
         level: args.level,
         source,
+        incremental: args
+            .incremental
+            .then(|| Incremental { parent: args.parent.clone(), chain_max: args.chain_max }),
         ..BackupOptions::default()
     };
     let view = View::new();
@@ -168,6 +185,12 @@ fn text(record: &BackupRecord) -> String {
         HumanBytes(record.stored_bytes),
         took.as_secs_f64(),
     );
+    if let Some(parent) = &record.parent {
+        text += &format!(
+            "\n  incremental: it builds on {}, {} backup(s) below it in all",
+            parent.id, parent.depth
+        );
+    }
     if let Some(damaged) = &record.damaged_pages {
         text += &format!("\n{}", damage_text(damaged));
     }
@@ -240,11 +263,14 @@ impl View {
                 Some(first) => format!("waiting for WAL in the repository: {first} ({segments} missing)"),
                 None => "waiting for the timeline's history file in the repository".to_owned(),
             }),
-            BackupEvent::Warning(warning) => {
-                let line = format!("warning: {warning}");
-                if self.is_terminal { self.bar.println(line) } else { super::say(&line) }
-            }
+            BackupEvent::Warning(warning) => self.line(&format!("warning: {warning}")),
+            BackupEvent::Note(note) => self.line(note),
         }
+    }
+
+    /// Says something that stays.
+    fn line(&self, line: &str) {
+        if self.is_terminal { self.bar.println(line) } else { super::say(line) }
     }
 
     fn say(&self, text: String) {

@@ -22,6 +22,9 @@ pub const INDEX_BYTES_MAX: u64 = 128 << 20;
 /// The longest frame that is read, stored or unpacked.
 pub const FRAME_BYTES_MAX: u32 = 8 << 20;
 
+/// Some blocks are kept of files of at most so many: 32 GiB, as with [`INDEX_BYTES_MAX`].
+pub const PARTIAL_BLOCKS_MAX: u32 = 1 << 22;
+
 /// More folders than any object's index names.
 const FOLDERS_MAX: usize = 1_000_000;
 
@@ -172,6 +175,9 @@ impl DocumentPartial {
             blocks.extend(*first..end);
         }
         let file = PartialFile { blocks, length_blocks: self.length_blocks };
+        if file.whole_bytes() > u64::from(PARTIAL_BLOCKS_MAX) * BLOCK_BYTES as u64 {
+            return Err(damaged("lists some blocks of a file that is longer than any"));
+        }
         Ok(Partial { file, parent_object: self.parent_object })
     }
 }
@@ -243,9 +249,13 @@ impl BackupIndex {
 
     /// Returns the files with the digests of their blocks.
     pub fn files(&self) -> impl Iterator<Item = (&IndexedFile, &[BlockDigest])> {
-        self.files.iter().zip(&self.first_digests).map(|(file, first)| {
-            (file, self.digests.get(*first..*first + file.blocks() as usize).unwrap_or_default())
-        })
+        (0..self.files.len()).filter_map(|place| self.file(place))
+    }
+
+    /// Returns the file at a place, counted from 0, with the digests of its blocks.
+    pub fn file(&self, place: usize) -> Option<(&IndexedFile, &[BlockDigest])> {
+        let (file, first) = self.files.get(place).zip(self.first_digests.get(place))?;
+        Some((file, self.digests.get(*first..*first + file.blocks() as usize).unwrap_or_default()))
     }
 
     /// Returns the frames that hold a range of the tar stream, in order.
@@ -476,6 +486,10 @@ mod tests {
         assert_eq!(document.blocks, [(3, 2), (9, 1)]);
         for blocks in [vec![(3, 2)], vec![(3, 2), (4, 1)], vec![(u32::MAX, 3)], vec![(9, 1), (3, 2)]] {
             assert!(DocumentPartial { blocks, ..document }.read(file.bytes).is_err());
+        }
+        for (length_blocks, first) in [(PARTIAL_BLOCKS_MAX + 1, 3), (8, PARTIAL_BLOCKS_MAX)] {
+            let long = DocumentPartial { length_blocks, blocks: vec![(first, 3)], ..document };
+            assert!(long.read(file.bytes).is_err());
         }
     }
 

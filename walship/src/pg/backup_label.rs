@@ -74,6 +74,26 @@ impl BackupLabel {
     }
 }
 
+/// What the lines begin with that make a label that of an incremental backup.
+const INCREMENTAL_LINES: [&str; 2] = ["INCREMENTAL FROM LSN: ", "INCREMENTAL FROM TLI: "];
+
+/// Returns the lines that make a label that of an incremental backup, by where the backup before it started.
+///
+/// Source: `src/backend/access/transam/xlogbackup.c`, build_backup_content.
+pub fn incremental_lines(start_lsn: Lsn, timeline: TimelineId) -> String {
+    let [lsn, tli] = INCREMENTAL_LINES;
+    format!("{lsn}{start_lsn}\n{tli}{timeline}\n")
+}
+
+/// Returns a label without those lines: that of the directory that was put together. With them PostgreSQL does not
+/// start (from 17 on), or takes some blocks of files for the files.
+///
+/// Source: `src/bin/pg_combinebackup/backup_label.c`, write_backup_label.
+pub fn without_incremental_lines(label: &[u8]) -> Vec<u8> {
+    let is_one = |line: &&[u8]| INCREMENTAL_LINES.iter().any(|begin| line.starts_with(begin.as_bytes()));
+    label.split_inclusive(|byte| *byte == b'\n').filter(|line| !is_one(line)).flatten().copied().collect()
+}
+
 /// Returns the line of `tablespace_map` for a tablespace at `location`: newlines and backslashes stand behind a backslash.
 ///
 /// Source: `src/backend/access/transam/xlog.c`, do_pg_backup_start.
@@ -101,6 +121,16 @@ mod tests {
         START TIME: 2026-11-20 10:11:12 UTC\n\
         LABEL: nightly: one\n\
         START TIMELINE: 1\n";
+
+    #[test]
+    fn the_lines_of_an_incremental_backup_come_and_go() {
+        let timeline = TimelineId::new(3).unwrap();
+        let text = TEXT.to_owned() + &incremental_lines(Lsn(0x100_0028), timeline);
+        assert!(text.ends_with("INCREMENTAL FROM LSN: 0/1000028\nINCREMENTAL FROM TLI: 3\n"));
+        assert_eq!(BackupLabel::parse(&text).unwrap().incremental_from, Some(Lsn(0x100_0028)));
+        assert_eq!(without_incremental_lines(text.as_bytes()), TEXT.as_bytes());
+        assert_eq!(without_incremental_lines(TEXT.as_bytes()), TEXT.as_bytes());
+    }
 
     #[test]
     fn a_label_is_read_and_its_lines_must_agree() {

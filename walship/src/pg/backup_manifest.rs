@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Component, Path, PathBuf};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, NaiveDateTime, Utc};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
@@ -33,11 +33,21 @@ pub struct ManifestFile {
     pub path: PathBuf,
     /// Its size in bytes.
     pub bytes: u64,
+    /// When it was changed last; `None` where the manifest does not say that as PostgreSQL does.
+    pub modified: Option<DateTime<Utc>>,
     /// Its checksum, if the manifest has any.
     pub checksum: Option<(ChecksumAlgorithm, Vec<u8>)>,
 }
 
 impl ManifestFile {
+    /// Returns its CRC-32C; `None` when it has a checksum of another kind or none.
+    pub fn crc32c(&self) -> Option<u32> {
+        match &self.checksum {
+            Some((ChecksumAlgorithm::Crc32c, bytes)) => bytes[..].try_into().ok().map(u32::from_le_bytes),
+            _ => None,
+        }
+    }
+
     /// Returns whether `crc` is the file's CRC-32C; `None` when it has a checksum of another kind or none.
     pub fn matches_crc32c(&self, crc: u32) -> Option<bool> {
         match &self.checksum {
@@ -94,6 +104,8 @@ struct RawFile {
     encoded_path: Option<String>,
     #[serde(rename = "Size")]
     size: u64,
+    #[serde(rename = "Last-Modified")]
+    modified: Option<String>,
     #[serde(rename = "Checksum-Algorithm")]
     algorithm: Option<String>,
     #[serde(rename = "Checksum")]
@@ -167,18 +179,20 @@ impl ManifestWriter {
         Self { text: text.into_bytes(), files: 0 }
     }
 
-    /// Adds a file with its CRC-32C.
-    pub fn add(&mut self, path: &Path, bytes: u64, modified: DateTime<Utc>, crc32c: u32) {
+    /// Adds a file with its CRC-32C, if that is known.
+    pub fn add(&mut self, path: &Path, bytes: u64, modified: DateTime<Utc>, crc32c: Option<u32>) {
         let path = match path.to_str() {
             Some(path) => format!("\"Path\": {}", serde_json::Value::from(path)),
             None => format!("\"Encoded-Path\": \"{}\"", hex::encode(path.as_os_str().as_bytes())),
         };
+        let checksum = crc32c.map_or(String::new(), |crc| {
+            let digits = hex::encode(crc.to_le_bytes());
+            format!(", \"Checksum-Algorithm\": \"CRC32C\", \"Checksum\": \"{digits}\"")
+        });
         let line = format!(
-            "{}\n{{ {path}, \"Size\": {bytes}, \"Last-Modified\": \"{} GMT\", \"Checksum-Algorithm\": \"CRC32C\", \
-             \"Checksum\": \"{}\" }}",
+            "{}\n{{ {path}, \"Size\": {bytes}, \"Last-Modified\": \"{}\"{checksum} }}",
             if self.files > 0 { "," } else { "" },
-            modified.format("%Y-%m-%d %H:%M:%S"),
-            hex::encode(crc32c.to_le_bytes()),
+            modified.format(MODIFIED_FORMAT),
         );
         self.text.extend(line.bytes());
         self.files += 1;
@@ -201,6 +215,9 @@ impl ManifestWriter {
         self.text
     }
 }
+
+/// How a manifest gives times: in UTC, which it calls GMT.
+const MODIFIED_FORMAT: &str = "%Y-%m-%d %H:%M:%S GMT";
 
 /// The last line holds the SHA-256 of everything before it.
 fn verify_own_checksum(bytes: &[u8]) -> Result<(), ParseError> {
@@ -250,7 +267,9 @@ fn file(raw: RawFile) -> Result<ManifestFile, ParseError> {
         }
         _ => return Err(bad()),
     };
-    Ok(ManifestFile { path, bytes: raw.size, checksum })
+    let modified = raw.modified.and_then(|text| NaiveDateTime::parse_from_str(&text, MODIFIED_FORMAT).ok());
+    let modified = modified.map(|time| time.and_utc());
+    Ok(ManifestFile { path, bytes: raw.size, modified, checksum })
 }
 
 fn range(raw: &RawRange) -> Result<WalRange, ParseError> {
@@ -319,15 +338,18 @@ mod tests {
         for id in [None, Some(7_123_456_789_012_345_678)] {
             let mut writer = ManifestWriter::new(id);
             let odd = OsString::from_vec(b"b\xFF".to_vec());
+            writer.add(Path::new("unknown"), 5, DateTime::UNIX_EPOCH, None);
             for path in [Path::new("base/5/\"odd\\"), Path::new(&odd)] {
-                writer.add(path, 5, DateTime::UNIX_EPOCH, 0x0d0c_0b0a);
+                writer.add(path, 5, DateTime::UNIX_EPOCH, Some(0x0d0c_0b0a));
             }
             let range = WalRange { timeline: TimelineId::FIRST, start: Lsn(0x28), end: Lsn(0x100) };
             let read = BackupManifest::parse(&writer.finish(&[range])).unwrap();
             assert_eq!((read.version, read.system_identifier), (if id.is_some() { 2 } else { 1 }, id));
-            assert_eq!(read.files[0].path, Path::new("base/5/\"odd\\"));
-            assert_eq!(read.files[1].path.as_os_str().as_bytes(), b"b\xff");
-            assert_eq!(read.files[0].matches_crc32c(0x0d0c_0b0a), Some(true));
+            assert_eq!((read.files[0].crc32c(), read.files[0].modified), (None, Some(DateTime::UNIX_EPOCH)));
+            assert_eq!(read.files[1].path, Path::new("base/5/\"odd\\"));
+            assert_eq!(read.files[2].path.as_os_str().as_bytes(), b"b\xff");
+            assert_eq!(read.files[1].matches_crc32c(0x0d0c_0b0a), Some(true));
+            assert_eq!(read.files[1].crc32c(), Some(0x0d0c_0b0a));
             assert_eq!(read.wal_ranges, [range]);
         }
     }

@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use bytes::{Buf as _, Bytes};
+use bytes::{Buf as _, Bytes, BytesMut};
+use postgres_protocol::message::frontend;
 
 use super::connection::Connection;
 use super::message::BackendMessage;
@@ -48,6 +49,9 @@ pub struct BaseBackupOptions {
     pub manifest_checksums: ManifestChecksums,
     /// Whether the server verifies page checksums while it reads.
     pub verify_checksums: bool,
+    /// Whether it sends only what has changed since the backup whose manifest it was given ([`upload_manifest`]); from
+    /// PostgreSQL 17 on.
+    pub incremental: bool,
 }
 
 impl BaseBackupOptions {
@@ -82,6 +86,9 @@ impl BaseBackupOptions {
             if let Some(rate) = self.max_rate_kb {
                 let _ = write!(command, ", MAX_RATE {rate}");
             }
+            if self.incremental {
+                command.push_str(", INCREMENTAL");
+            }
             command.push(')');
         } else {
             let _ = write!(command, "BASE_BACKUP LABEL '{label}' PROGRESS");
@@ -101,6 +108,44 @@ impl BaseBackupOptions {
             let _ = write!(command, " MANIFEST 'yes' MANIFEST_CHECKSUMS '{checksums}'");
         }
         Ok(command)
+    }
+}
+
+/// So much of a manifest is sent in one message.
+const UPLOAD_BYTES: usize = 64 << 10;
+
+/// Gives the server the manifest of the backup that the next one of this session is to build on.
+///
+/// # Errors
+/// What the server says: that it is no manifest that it can build on, for one; [`Error::Unavailable`] when the connection
+/// breaks.
+///
+/// Source: `src/backend/replication/walsender.c`, UploadManifest.
+pub async fn upload_manifest(connection: &mut Connection, manifest: &[u8], patience: Duration) -> Result<()> {
+    connection.send_query("UPLOAD_MANIFEST").await?;
+    let mut failure = None;
+    loop {
+        match connection.next_message(patience).await? {
+            BackendMessage::CopyIn => {
+                let mut bytes = BytesMut::new();
+                for part in manifest.chunks(UPLOAD_BYTES) {
+                    frontend::CopyData::new(part)
+                        .map_err(|error| Error::invalid(format!("the manifest cannot be sent: {error}")))?
+                        .write(&mut bytes);
+                    connection.send(&bytes).await?;
+                    bytes.clear();
+                }
+                frontend::copy_done(&mut bytes);
+                connection.send(&bytes).await?;
+            }
+            BackendMessage::Error(error) => {
+                let error = error.into_error(&format!("UPLOAD_MANIFEST on {}", connection.host()));
+                failure.get_or_insert(error);
+            }
+            BackendMessage::ReadyForQuery => return failure.map_or(Ok(()), Err),
+            BackendMessage::CommandComplete(_) | BackendMessage::Other => {}
+            _ => return Err(out_of_order("a message comes where a manifest is taken")),
+        }
     }
 }
 
@@ -373,6 +418,7 @@ mod tests {
             tablespace_map: false,
             manifest_checksums: ManifestChecksums::Crc32c,
             verify_checksums: true,
+            incremental: false,
         };
         assert_eq!(
             options.command(14).unwrap(),
@@ -383,6 +429,8 @@ mod tests {
             "BASE_BACKUP (LABEL 'it''s', PROGRESS, CHECKPOINT 'fast', WAL false, WAIT false, TABLESPACE_MAP false, \
              VERIFY_CHECKSUMS true, MANIFEST 'yes', MANIFEST_CHECKSUMS 'CRC32C', MAX_RATE 1024)"
         );
+        options.incremental = true;
+        assert!(options.command(17).unwrap().ends_with(", MAX_RATE 1024, INCREMENTAL)"));
         options.max_rate_kb = Some(31);
         assert!(options.command(15).is_err());
         options.max_rate_kb = None;

@@ -238,7 +238,7 @@ impl Connection {
                         Some(error) => Err(error),
                     };
                 }
-                BackendMessage::CopyBoth | BackendMessage::CopyOut => {
+                BackendMessage::CopyBoth | BackendMessage::CopyOut | BackendMessage::CopyIn => {
                     return Err(Error::invalid(format!("{:?} is no plain query", shorten(sql))));
                 }
                 _ => {}

@@ -41,6 +41,8 @@ pub enum BackendMessage {
     DataRow(Vec<Option<String>>),
     /// A command is done; its tag.
     CommandComplete(String),
+    /// The server waits for a COPY to it.
+    CopyIn,
     /// A COPY from the server begins.
     CopyOut,
     /// A COPY in both directions begins.
@@ -131,6 +133,7 @@ fn translate(message: Message) -> std::io::Result<BackendMessage> {
         }
         Message::DataRow(body) => BackendMessage::DataRow(data_row(&body)?),
         Message::CommandComplete(body) => BackendMessage::CommandComplete(body.tag()?.to_owned()),
+        Message::CopyInResponse(_) => BackendMessage::CopyIn,
         Message::CopyOutResponse(_) => BackendMessage::CopyOut,
         Message::CopyData(body) => BackendMessage::CopyData(body.into_bytes()),
         Message::CopyDone => BackendMessage::CopyDone,

@@ -32,7 +32,7 @@ mod synchronous;
 mod tls;
 
 pub use base_backup::{
-    BackupPart, BackupStart, BaseBackup, BaseBackupOptions, Checkpoint, ManifestChecksums,
+    BackupPart, BackupStart, BaseBackup, BaseBackupOptions, Checkpoint, ManifestChecksums, upload_manifest,
 };
 pub use connection::{Connection, Rows, SUPPORTED_MAJORS, SessionKind};
 pub use options::{ConnectOptions, Host, Origin};

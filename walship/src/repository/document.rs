@@ -61,6 +61,9 @@ pub struct BackupStarted {
     pub host: String,
     /// When, by that machine's clock.
     pub started: DateTime<Utc>,
+    /// The id of the backup that it builds on; `None` for a full one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
 }
 
 /// The settings files that lay outside a backed-up data directory.

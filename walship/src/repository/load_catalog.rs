@@ -339,6 +339,15 @@ async fn started_ids(repository: &LineageRepository) -> Result<Vec<String>> {
 }
 
 impl LineageRepository {
+    /// Returns the records of the complete backups in this repository, oldest start first, without their data objects
+    /// where the index tells of them.
+    ///
+    /// # Errors
+    /// As [`load_catalog`].
+    pub async fn complete_backups(&self) -> Result<Vec<BackupRecord>> {
+        load_backups(self).await.map(|(records, _)| records)
+    }
+
     /// Returns a complete backup's record with its data objects, which the catalog may have left out.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 //! read last, because on a standby it says up to where recovery must go. If the session breaks, the server ends the backup, and nothing is
 //! recorded.
 
+mod changes;
 mod read;
 mod server;
 mod walk;
@@ -21,10 +22,12 @@ use chrono::{DateTime, Utc};
 use tokio::runtime::Handle;
 
 use crate::catalog::{BackupObject, DamagedPage, DamagedPages, Tablespace};
+use crate::codec::backup_index::Partial;
 use crate::error::{Error, Result};
-use crate::pg::backup_label::tablespace_map_line;
+use crate::pg::backup_label::{incremental_lines, tablespace_map_line};
 use crate::pg::backup_manifest::{BackupManifest, ManifestWriter};
 use crate::pg::control::ControlData;
+use crate::pg::incremental::partial_path;
 use crate::pg::page::PAGE_BYTES;
 use crate::pg::{BackupLabel, Lsn, Oid, TimelineHistory, TimelineId, WalRange};
 use crate::replication::base_backup::BackupStart;
@@ -33,8 +36,10 @@ use crate::storage::blocking;
 use super::intake::{Received, TWO_PHASE_BYTES, TWO_PHASE_MAX};
 use super::members::{BLOCK, Member, MemberKind};
 use super::pack::{PackSettings, Packer};
+use super::parent::Parent;
 use super::progress::{BackupEvent, Meter};
 
+use changes::{Changes, find_changes, may_be_partial, read_changes};
 use read::{Opened, PageCheck, READ_BYTES, ReadFile};
 pub(super) use server::LocalServer;
 use walk::{Entry, EntryKind, walk};
@@ -68,10 +73,34 @@ struct Shared {
     settings: Arc<PackSettings>,
     queue: Mutex<VecDeque<Entry>>,
     check: Option<PageCheck>,
+    parent: Option<Arc<Parent>>,
     pace: Option<Pace>,
     read_bytes: AtomicU64,
     /// Set when the backup is being given up.
     stopped: AtomicBool,
+}
+
+impl Shared {
+    /// # Errors
+    /// [`Error::Unavailable`] when the backup is being given up.
+    fn go_on(&self) -> Result<()> {
+        match self.stopped.load(Ordering::Relaxed) {
+            true => Err(Error::unavailable("the backup was given up")),
+            false => Ok(()),
+        }
+    }
+
+    /// Takes note of bytes that were read, and keeps to the rate.
+    ///
+    /// # Errors
+    /// As [`Shared::go_on`].
+    fn has_read(&self, bytes: u64) -> Result<()> {
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(pace) = &self.pace {
+            pace.keep(bytes, &self.stopped);
+        }
+        self.go_on()
+    }
 }
 
 /// What one thread has done.
@@ -104,6 +133,7 @@ pub(super) async fn take(
     start: &BackupStart,
     settings: Arc<PackSettings>,
     options: &ReadOptions,
+    parent: Option<Arc<Parent>>,
     progress: &(dyn Fn(BackupEvent) + Send + Sync),
 ) -> Result<(Received, Lsn, TimelineId)> {
     let data_directory = server.data_directory.clone();
@@ -137,12 +167,17 @@ pub(super) async fn take(
         timeline: start.timeline,
         total_bytes,
     });
-    // Large ones first, so that no thread is left with one at the end.
-    files.sort_by_key(|entry| (entry.tablespace, std::cmp::Reverse(length(entry))));
+    // Large ones first, so that no thread is left with one at the end; with a parent in its order, so that each of its
+    // indexes is read once.
+    files.sort_by_cached_key(|entry| {
+        let object = parent.as_ref().map(|parent| parent.object_of(&entry.listed()).unwrap_or(u32::MAX));
+        (entry.tablespace, object, std::cmp::Reverse(length(entry)))
+    });
     let shared = Arc::new(Shared {
         settings: Arc::clone(&settings),
         queue: Mutex::new(files.into()),
         check,
+        parent: parent.clone(),
         pace: options.bytes_per_second.map(Pace::new),
         read_bytes: AtomicU64::new(0),
         stopped: AtomicBool::new(false),
@@ -173,7 +208,11 @@ pub(super) async fn take(
     let label = BackupLabel::parse(&stopped.label).map_err(Error::from)?;
     let now = Utc::now();
     let mut packer = Packer::new(Arc::clone(&settings));
-    let mut small = vec![("backup_label", stopped.label.into_bytes())];
+    let mut stored_label = stopped.label.clone();
+    if let Some(parent) = &parent {
+        stored_label += &incremental_lines(parent.link.start_lsn, parent.link.timeline);
+    }
+    let mut small = vec![("backup_label", stored_label.into_bytes())];
     if long_links {
         // The server's own map may name one that was dropped since.
         let lines = walked.tablespaces.iter().flat_map(|(oid, place)| tablespace_map_line(*oid, place));
@@ -182,6 +221,10 @@ pub(super) async fn take(
     small.push((CONTROL_FILE, control_file.clone()));
     for (path, content) in small {
         share.files.push(put_small(&mut packer, path, &content, now).await?);
+    }
+    // The manifest is that of the directory that is put together.
+    if let Some(file) = share.files.iter_mut().find(|file| file.listed == Path::new("backup_label")) {
+        (file.bytes, file.crc) = (stopped.label.len() as u64, crc32c::crc32c(stopped.label.as_bytes()));
     }
     share.objects.extend(packer.finish().await?);
     share.objects.sort_by(|a, b| a.name.cmp(&b.name));
@@ -206,7 +249,7 @@ pub(super) async fn take(
     let (manifest_bytes, manifest) = blocking(move || {
         let mut writer = ManifestWriter::new((major >= 17).then_some(system_identifier));
         for file in &files {
-            writer.add(&file.listed, file.bytes, file.modified, file.crc);
+            writer.add(&file.listed, file.bytes, file.modified, Some(file.crc));
         }
         let bytes = writer.finish(&ranges);
         let manifest = BackupManifest::parse(&bytes)?;
@@ -369,6 +412,9 @@ fn put_file(
 ) -> Result<(ReadFile, Vec<DamagedPage>)> {
     let listed = entry.listed();
     packer.begin_archive(entry.tablespace);
+    if let Some(changes) = changes_of(shared, handle, entry, opened, buffer)? {
+        return put_changes(shared, handle, packer, entry, opened, buffer, changes);
+    }
     let member = Member { path: entry.path.clone(), kind: MemberKind::File, bytes: opened.bytes };
     packer.header(&header(&member, opened.mode, opened.modified, None)?, member, None);
     let is_two_phase = listed.parent() == Some(Path::new("pg_twophase"));
@@ -376,22 +422,74 @@ fn put_file(
         two_phase.push(Vec::new());
     }
     let mut take = |bytes: &[u8]| {
-        if shared.stopped.load(Ordering::Relaxed) {
-            return Err(Error::unavailable("the backup was given up"));
-        }
+        shared.go_on()?;
         if let (true, Some(kept)) = (is_two_phase, two_phase.last_mut()) {
             kept.extend_from_slice(&bytes[..bytes.len().min(TWO_PHASE_BYTES - kept.len())]);
         }
         packer.data(bytes);
         handle.block_on(packer.pump())?;
-        shared.read_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        if let Some(pace) = &shared.pace {
-            pace.keep(bytes.len() as u64, &shared.stopped);
-        }
-        Ok(())
+        shared.has_read(bytes.len() as u64)
     };
     let (crc, damaged) = read::read(opened, &entry.source, &listed, shared.check, buffer, &mut take)?;
     packer.padding(&padding(opened.bytes));
+    packer.end_member();
+    handle.block_on(packer.pump())?;
+    Ok((ReadFile { listed, bytes: opened.bytes, crc, modified: opened.modified }, damaged))
+}
+
+/// Compares a file with what the parent has of it; returns what has changed, and in which object the parent has it. `None` when
+/// it is to be stored whole.
+fn changes_of(
+    shared: &Shared,
+    handle: &Handle,
+    entry: &Entry,
+    opened: &Opened,
+    buffer: &mut Vec<u8>,
+) -> Result<Option<(Changes, u32)>> {
+    let listed = entry.listed();
+    let Some(parent) = &shared.parent else { return Ok(None) };
+    let Some(object) = parent.object_of(&listed).filter(|_| may_be_partial(&listed, opened.bytes)) else {
+        return Ok(None);
+    };
+    let before = match handle.block_on(parent.file(object, &entry.path)) {
+        Ok(before) => before,
+        // What cannot be built on is stored anew.
+        Err(error @ (Error::Corrupt(_) | Error::Missing(_))) => {
+            tracing::warn!(%error, "{} is stored whole", listed.display());
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let mut pass = |bytes| shared.has_read(bytes);
+    let found = find_changes(opened, &entry.source, &listed, shared.check, &before, buffer, &mut pass)?;
+    Ok(found.map(|changes| (changes, object)))
+}
+
+/// Stores the blocks of a file that changed.
+fn put_changes(
+    shared: &Shared,
+    handle: &Handle,
+    packer: &mut Packer,
+    entry: &Entry,
+    opened: &Opened,
+    buffer: &mut Vec<u8>,
+    (changes, parent_object): (Changes, u32),
+) -> Result<(ReadFile, Vec<DamagedPage>)> {
+    let listed = entry.listed();
+    let bytes = changes.partial.stored_bytes();
+    let member = Member { path: partial_path(&entry.path), kind: MemberKind::File, bytes };
+    let partial = Partial { file: changes.partial.clone(), parent_object };
+    packer.header(&header(&member, opened.mode, opened.modified, None)?, member, Some(partial));
+    packer.data(&changes.partial.header());
+    let mut take = |bytes: &[u8]| {
+        shared.go_on()?;
+        packer.data(bytes);
+        handle.block_on(packer.pump())
+    };
+    let (crc, mut damaged) =
+        read_changes(opened, &entry.source, &listed, shared.check, &changes, buffer, &mut take)?;
+    damaged.extend(changes.damaged);
+    packer.padding(&padding(bytes));
     packer.end_member();
     handle.block_on(packer.pump())?;
     Ok((ReadFile { listed, bytes: opened.bytes, crc, modified: opened.modified }, damaged))

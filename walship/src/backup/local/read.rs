@@ -48,7 +48,7 @@ pub(super) struct ReadFile {
 /// A file that is open, and its length at that moment, which is what the backup has of it.
 #[derive(Debug)]
 pub(super) struct Opened {
-    file: File,
+    pub(super) file: File,
     pub(super) bytes: u64,
     pub(super) mode: u32,
     pub(super) modified: DateTime<Utc>,
@@ -88,39 +88,56 @@ pub(super) fn read(
     take: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<(u32, Vec<DamagedPage>)> {
     let failed = |error| Error::from_io(format!("reading {}", source.display()), error);
-    let check = check.and_then(|check| Some((check, RelationFile::of(listed)?)));
+    let pages = Pages::of(listed, check);
     let (mut at, mut crc, mut damaged) = (0u64, 0, Vec::new());
     while at < opened.bytes {
         let length = (opened.bytes - at).min(READ_BYTES as u64) as usize;
         buffer.resize(length, 0);
         let there = read_up_to(&opened.file, buffer, at).map_err(failed)?;
         buffer[there..].fill(0);
-        if let Some((check, file)) = check {
-            let first =
-                file.segment.wrapping_mul(check.file_blocks).wrapping_add((at / PAGE_BYTES as u64) as u32);
+        if let Some(pages) = &pages {
             // What the file has lost meanwhile is no page, and neither is an end that is shorter than one.
-            for number in 0..there / PAGE_BYTES {
-                let page = &mut buffer[number * PAGE_BYTES..(number + 1) * PAGE_BYTES];
-                let place = at + (number * PAGE_BYTES) as u64;
-                let block = first.wrapping_add(number as u32);
-                let pause = if damaged.len() < PATIENT_PAGES { PAUSE } else { Duration::ZERO };
-                let found = judge_again(&opened.file, page, place, block, check.start, pause);
-                if let Some((stored, computed)) = found {
-                    damaged.push(DamagedPage {
-                        path: listed.to_owned(),
-                        block,
-                        stored,
-                        computed,
-                        relation: None,
-                    });
-                }
-            }
+            pages.check(&opened.file, &mut buffer[..there], at, &mut damaged);
         }
         crc = crc32c::crc32c_append(crc, buffer);
         take(buffer)?;
         at += length as u64;
     }
     Ok((crc, damaged))
+}
+
+/// A file that is made of pages, and how they are checked.
+pub(super) struct Pages<'a> {
+    listed: &'a Path,
+    start: Lsn,
+    /// The number, in the whole relation, of the file's first page.
+    first: u32,
+}
+
+impl<'a> Pages<'a> {
+    /// `None` for a file that is not made of pages, and where pages are not checked.
+    pub(super) fn of(listed: &'a Path, check: Option<PageCheck>) -> Option<Self> {
+        let (check, file) = check.zip(RelationFile::of(listed))?;
+        Some(Self { listed, start: check.start, first: file.segment.wrapping_mul(check.file_blocks) })
+    }
+
+    /// Returns the number in the file of a page with that number in the relation.
+    pub(super) fn in_file(&self, block: u32) -> u32 {
+        block.wrapping_sub(self.first)
+    }
+
+    /// Judges the whole pages that were read `at` a place of the file; one that is wrong is read again.
+    pub(super) fn check(&self, file: &File, read: &mut [u8], at: u64, damaged: &mut Vec<DamagedPage>) {
+        for (number, page) in read.chunks_exact_mut(PAGE_BYTES).enumerate() {
+            let place = at + (number * PAGE_BYTES) as u64;
+            let block = self.first.wrapping_add((place / PAGE_BYTES as u64) as u32);
+            let pause = if damaged.len() < PATIENT_PAGES { PAUSE } else { Duration::ZERO };
+            if let Some((stored, computed)) = judge_again(file, page, place, block, self.start, pause) {
+                let path = self.listed.to_owned();
+                damaged.push(DamagedPage { path, block, stored, computed, relation: None });
+            }
+        }
+    }
 }
 
 /// Judges a page, and reads it again while it is wrong; returns its checksums when it stays so.
@@ -149,7 +166,7 @@ fn judge_again(
 }
 
 /// Reads until the buffer is full or the file ends.
-fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+pub(super) fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         match file.read_at(&mut buffer[filled..], at + filled as u64) {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
+use crate::catalog::listed;
 use crate::error::{Error, Result};
 use crate::pg::Oid;
 use crate::pg::page::{Fork, RelationFile};
@@ -70,10 +71,7 @@ pub(super) enum EntryKind {
 impl Entry {
     /// Returns its path as the manifest names it.
     pub(super) fn listed(&self) -> PathBuf {
-        match self.tablespace {
-            Some(oid) => Path::new("pg_tblspc").join(oid.to_string()).join(&self.path),
-            None => self.path.clone(),
-        }
+        listed(self.tablespace, &self.path)
     }
 }
 
@@ -187,10 +185,7 @@ impl Walk {
                 found.push((name, entry.path()));
             }
         }
-        let listed_as = |name: &OsStr| match tablespace {
-            Some(oid) => Path::new("pg_tblspc").join(oid.to_string()).join(path).join(name),
-            None => path.join(name),
-        };
+        let listed_as = |name: &OsStr| listed(tablespace, &path.join(name));
         let unlogged: HashSet<Oid> = found
             .iter()
             .filter_map(|(name, _)| RelationFile::of(&listed_as(name)))

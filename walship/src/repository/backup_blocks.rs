@@ -1,0 +1,240 @@
+//! Where the blocks of a backup's files are stored: in the backup itself, or in those that it builds on.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::catalog::{BackupObject, BackupRecord};
+use crate::codec::backup_index::{BLOCK_BYTES, BackupIndex, BlockDigest, INDEX_BYTES_MAX, IndexedFile};
+use crate::error::{Error, Result};
+
+use super::LineageRepository;
+
+/// So many bytes of indexes are held, about; one more, however large, while it is used.
+const HELD_BYTES_MAX: usize = 32 << 20;
+
+/// What a file of an index takes beside its path, about.
+const FILE_BYTES: usize = 200;
+
+/// A backup and all that it builds on, read from one repository.
+#[derive(Debug)]
+pub struct BackupBlocks {
+    repository: LineageRepository,
+    /// The backup, then what it builds on, from the top.
+    records: Arc<[BackupRecord]>,
+    held: Mutex<Held>,
+}
+
+/// The indexes that were read last, the latest in front.
+#[derive(Debug, Default)]
+struct Held {
+    indexes: VecDeque<((u32, u32), Arc<ObjectFiles>)>,
+    bytes: usize,
+}
+
+/// What an object holds.
+#[derive(Debug)]
+pub struct ObjectFiles {
+    /// Its index.
+    pub index: BackupIndex,
+    /// Of each whole file's path the place among the index's files.
+    by_path: HashMap<PathBuf, usize>,
+    held_bytes: usize,
+}
+
+impl ObjectFiles {
+    fn new(index: BackupIndex) -> Self {
+        let by_path: HashMap<PathBuf, usize> =
+            index.files().enumerate().map(|(place, (file, _))| (file.whole_path(), place)).collect();
+        let files = index
+            .files()
+            .map(|(file, digests)| 2 * file.path.as_os_str().len() + FILE_BYTES + size_of_val(digests));
+        let held_bytes = files.sum();
+        Self { index, by_path, held_bytes }
+    }
+
+    fn find(&self, path: &Path) -> Option<(&IndexedFile, &[BlockDigest])> {
+        self.by_path.get(path).and_then(|place| self.index.file(*place))
+    }
+}
+
+/// Where a block is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockPlace {
+    /// In which backup: 0 for the one at the top.
+    pub level: u32,
+    /// In which of its data objects, counted from 0 in the record's order.
+    pub object: u32,
+    /// Where in that object's tar stream.
+    pub tar_at: u64,
+    /// What it is.
+    pub digest: BlockDigest,
+}
+
+/// A file, put together from one or more backups.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileBlocks {
+    /// Its length.
+    pub bytes: u64,
+    /// Its blocks of [`BLOCK_BYTES`] bytes; `None` for one that is zeros and stored nowhere.
+    pub blocks: Vec<Option<BlockPlace>>,
+}
+
+impl FileBlocks {
+    /// Returns the length of a block.
+    pub fn block_bytes(&self, block: usize) -> usize {
+        self.bytes.saturating_sub((block * BLOCK_BYTES) as u64).min(BLOCK_BYTES as u64) as usize
+    }
+}
+
+impl BackupBlocks {
+    /// Returns a view on a backup and all that it builds on, from the top: their whole records.
+    pub fn new(repository: LineageRepository, records: Arc<[BackupRecord]>) -> Self {
+        Self { repository, records, held: Mutex::default() }
+    }
+
+    /// Returns the repository that is read.
+    pub fn repository(&self) -> &LineageRepository {
+        &self.repository
+    }
+
+    /// Returns the record of a level, if there is that level.
+    pub fn record(&self, level: usize) -> Option<&BackupRecord> {
+        self.records.get(level)
+    }
+
+    /// Returns an object of a level and its backup's id.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when there is no such object.
+    pub fn object(&self, level: u32, object: u32) -> Result<(&str, &BackupObject)> {
+        let record = self.records.get(level as usize);
+        record.and_then(|record| Some((&*record.id, record.objects.get(object as usize)?))).ok_or_else(|| {
+            Error::corrupt(format!(
+                "a file's blocks are said to be in object {object} of a backup without one"
+            ))
+        })
+    }
+
+    /// Returns what an object holds.
+    ///
+    /// # Errors
+    /// What reading fails with; [`Error::Corrupt`] for an index that is not what it should be.
+    pub async fn files_of(&self, level: u32, object: u32) -> Result<Arc<ObjectFiles>> {
+        let key = (level, object);
+        if let Some(found) = self.held.lock().unwrap_or_else(PoisonError::into_inner).find(key) {
+            return Ok(found);
+        }
+        let (id, of) = self.object(level, object)?;
+        let index = self.repository.read_object_index(id, of).await;
+        let index = index.map_err(|error| error.context(format!("backup {id}, object {}", of.name)))?;
+        let files = Arc::new(ObjectFiles::new(index));
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).add(key, &files);
+        Ok(files)
+    }
+
+    /// Returns where the blocks of a file are, by its path in an object's tar stream.
+    ///
+    /// # Errors
+    /// As [`BackupBlocks::files_of`]; [`Error::Corrupt`] where a backup does not hold what another builds on.
+    pub async fn file(&self, mut level: u32, mut object: u32, path: &Path) -> Result<FileBlocks> {
+        let top = level;
+        let mut found: Option<FileBlocks> = None;
+        loop {
+            let files = self.files_of(level, object).await?;
+            let Some((file, digests)) = files.find(path) else {
+                let (id, of) = self.object(level, object)?;
+                return Err(Error::corrupt(format!(
+                    "{} of backup {id} does not hold {path:?}, which is to be there",
+                    of.name
+                )));
+            };
+            let whole = found.get_or_insert_with(|| {
+                let bytes = file.whole_bytes();
+                FileBlocks { bytes, blocks: vec![None; bytes.div_ceil(BLOCK_BYTES as u64) as usize] }
+            });
+            for (block, place) in whole.blocks.iter_mut().enumerate().filter(|(_, place)| place.is_none()) {
+                let Some(at) = u32::try_from(block).ok().and_then(|block| file.place_of(block)) else {
+                    continue;
+                };
+                let offset = (at * BLOCK_BYTES) as u64;
+                // A block that was cut off in the middle is not what another backup can have left out.
+                if level > top && file.bytes - offset < BLOCK_BYTES as u64 {
+                    continue;
+                }
+                let digest = digests.get(at).copied();
+                *place =
+                    digest.map(|digest| BlockPlace { level, object, tar_at: file.tar_at + offset, digest });
+            }
+            let Some(partial) = &file.partial else { break };
+            (level, object) = (level + 1, partial.parent_object);
+        }
+        found.ok_or_else(|| Error::corrupt(format!("{path:?} is in no backup")))
+    }
+
+    /// Returns of each file of the backup at the top, as its manifest names it, in which object it is.
+    ///
+    /// # Errors
+    /// As [`BackupBlocks::files_of`].
+    pub async fn objects_of_files(&self) -> Result<HashMap<PathBuf, u32>> {
+        let mut found = HashMap::new();
+        let objects = self.record(0).map_or(&[][..], |record| &record.objects);
+        for (number, object) in objects.iter().enumerate() {
+            let number = number as u32;
+            let files = self.files_of(0, number).await?;
+            let listed = files.by_path.keys().map(|path| (object.listed(path), number));
+            found.extend(listed);
+        }
+        Ok(found)
+    }
+}
+
+impl Held {
+    fn find(&mut self, key: (u32, u32)) -> Option<Arc<ObjectFiles>> {
+        let at = self.indexes.iter().position(|(known, _)| *known == key)?;
+        let found = self.indexes.remove(at)?;
+        self.indexes.push_front(found);
+        self.indexes.front().map(|(_, files)| Arc::clone(files))
+    }
+
+    fn add(&mut self, key: (u32, u32), files: &Arc<ObjectFiles>) {
+        if self.find(key).is_some() {
+            return;
+        }
+        self.bytes += files.held_bytes;
+        self.indexes.push_front((key, Arc::clone(files)));
+        while self.bytes > HELD_BYTES_MAX && self.indexes.len() > 1 {
+            if let Some((_, oldest)) = self.indexes.pop_back() {
+                self.bytes -= oldest.held_bytes;
+            }
+        }
+    }
+}
+
+impl LineageRepository {
+    /// Reads the index at the end of a backup's data object.
+    ///
+    /// # Errors
+    /// What reading fails with; [`Error::Corrupt`] for one that is not what the record says; [`Error::Invalid`] for an
+    /// object that has none, or one of a newer format.
+    pub async fn read_object_index(&self, id: &str, object: &BackupObject) -> Result<BackupIndex> {
+        let place = object.index.as_ref().ok_or_else(|| Error::invalid("the object has no index"))?;
+        let at = object.stored_bytes.checked_sub(place.bytes);
+        let at = at.ok_or_else(|| Error::corrupt("its index is longer than itself"))?;
+        if place.bytes > INDEX_BYTES_MAX {
+            return Err(Error::corrupt(format!("its index has {} bytes, more than are read", place.bytes)));
+        }
+        let bytes = self.read_backup_object_range(id, &object.name, at, place.bytes).await?;
+        let (digest, stored_bytes, tar_bytes) = (place.digest.clone(), object.stored_bytes, object.tar_bytes);
+        crate::storage::blocking(move || {
+            let found = blake3::hash(&bytes).to_string();
+            if found != digest {
+                return Err(Error::corrupt(format!(
+                    "its index has the digest {found}, the backup's record says {digest}"
+                )));
+            }
+            BackupIndex::decode(&bytes, stored_bytes, tar_bytes)
+        })
+        .await
+    }
+}
