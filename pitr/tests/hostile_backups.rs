@@ -87,6 +87,7 @@ impl Scene {
             tar_bytes: tar.len() as u64,
             digest: blake3::hash(&stored).to_hex().to_string(),
             index: None,
+            backup: None,
         };
         let mut upload = repository.start_backup_object(ID, &object.name).await.unwrap();
         upload.write(stored.into()).await.unwrap();

@@ -258,6 +258,18 @@ pub struct BackupObject {
     /// Its index; `None` in backups taken before there were any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index: Option<ObjectIndex>,
+    /// The id of the backup below whose folder it lies, where that is another one: one that did not complete, and that this
+    /// one went on from. Of a file that is in several objects of a backup only the last counts, and of such an object only
+    /// what the manifest lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup: Option<String>,
+}
+
+impl BackupRecord {
+    /// Returns whether some of its objects are those of a backup that did not complete.
+    pub fn went_on(&self) -> bool {
+        self.objects.iter().any(|object| object.backup.is_some())
+    }
 }
 
 impl BackupObject {

@@ -375,6 +375,7 @@ async fn backups_are_read_from_their_list_and_whole_when_they_are_used() {
         tar_bytes: 1,
         digest: "0".repeat(64),
         index: Some(walship::catalog::ObjectIndex { bytes: 1, digest: "0".repeat(64) }),
+        backup: None,
     };
     // One of them is of some terabytes.
     let objects_of = |number: u32| if number == 39 { 20_000 } else { 1 };

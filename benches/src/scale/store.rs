@@ -376,6 +376,7 @@ fn record(
         tar_bytes: 256 << 20,
         digest: made_up(&format!("{id} {at}")),
         index: None,
+        backup: None,
     };
     let objects = (1..=40).map(object).collect();
     BackupRecord {

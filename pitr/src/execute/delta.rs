@@ -84,7 +84,8 @@ pub(super) async fn match_object(
         let (destination, object, files) = (destination.clone(), object.clone(), files.clone());
         blocking(move || make_folders(&destination, &object, &files.index)).await.map_err(named)?;
     }
-    let mut listed = files.index.files().map(|(file, _)| file).peekable();
+    let counts = |file: &&IndexedFile| destination.counts(&object.listed(&file.whole_path()), number);
+    let mut listed = files.index.files().map(|(file, _)| file).filter(counts).peekable();
     while listed.peek().is_some() {
         let (mut together, mut bytes) = (Vec::new(), 0);
         while let Some(file) =
@@ -171,8 +172,7 @@ fn prove(target: &Target, destination: &Destination) -> Result<()> {
 /// # Errors
 /// What fetching fails with; [`Error::Corrupt`] for an index that is not what it should be.
 pub(super) async fn check_indexes(sources: &[BackupBlocks], destination: &Destination) -> Result<()> {
-    let objects =
-        sources.first().and_then(|source| source.record(0)).map_or(&[][..], |record| &record.objects);
+    let objects = sources.first().map_or(&[][..], BackupBlocks::objects);
     let checked = objects.iter().enumerate().map(|(number, object)| async move {
         if object.index.is_none() {
             return Ok(());
@@ -181,7 +181,10 @@ pub(super) async fn check_indexes(sources: &[BackupBlocks], destination: &Destin
         for source in sources {
             let read = async {
                 let files = source.files_of(0, number as u32).await?;
-                files.index.files().try_for_each(|(file, _)| {
+                let counts = |file: &&IndexedFile| {
+                    destination.counts(&object.listed(&file.whole_path()), number as u32)
+                };
+                files.index.files().map(|(file, _)| file).filter(counts).try_for_each(|file| {
                     let place = place_of(destination, object.tablespace, &file.whole_path())?;
                     destination.check_listed(&place, file.whole_bytes()).map(|_| ())
                 })

@@ -16,11 +16,11 @@ use chrono::{DateTime, Utc};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use tokio::sync::mpsc;
-use walship::catalog::{BackupObject, BackupRecord};
+use walship::catalog::BackupObject;
 use walship::pg::Oid;
 use walship::pg::backup_manifest::BackupManifest;
 use walship::pg::control::ControlData;
-use walship::repository::{BackupBlocks, LineageRepository};
+use walship::repository::{BackupBlocks, BackupObjects, LineageRepository};
 use walship::{Error, Result};
 
 use super::configuration;
@@ -319,9 +319,12 @@ async fn carry_out(
         plan.backup.parent.is_some(),
         progress.clone(),
     ));
-    let records: Arc<[BackupRecord]> = plan.backups().cloned().collect();
+    let levels: Arc<[BackupObjects]> = plan.backups().map(BackupObjects::from).collect();
     let sources: Vec<BackupBlocks> =
-        repository.each().into_iter().map(|one| BackupBlocks::new(one, records.clone())).collect();
+        repository.each().into_iter().map(|one| BackupBlocks::new(one, levels.clone())).collect();
+    if plan.backup.went_on() {
+        destination.expect_from(objects_of_files(&sources).await?);
+    }
     // Until the end nobody else restores to this place.
     let lock;
     match &mut report.delta {
@@ -349,8 +352,8 @@ async fn carry_out(
             delta.set_aside = cleared.set_aside;
         }
     }
-    // An incremental backup is brought together block by block, wherever it goes.
-    let way = match report.delta.is_some() || plan.backup.parent.is_some() {
+    // What is stored in several backups is brought together block by block, wherever it goes.
+    let way = match report.delta.is_some() || plan.backup.parent.is_some() || plan.backup.went_on() {
         true => Way::OnlyWhatDiffers,
         false => Way::Everything,
     };
@@ -406,6 +409,18 @@ async fn carry_out(
     blocking(move || complete(&data_dir, &folders, &files)).await?;
     drop(lock);
     Ok(report)
+}
+
+/// Returns in which object each file is, from the first repository that tells.
+async fn objects_of_files(sources: &[BackupBlocks]) -> Result<HashMap<PathBuf, u32>> {
+    let mut failure = None;
+    for source in sources {
+        match source.objects_of_files().await {
+            Ok(objects) => return Ok(objects),
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    Err(failure.unwrap_or_else(|| Error::invalid("no repository is configured")))
 }
 
 pub(super) async fn blocking<T: Send + 'static>(

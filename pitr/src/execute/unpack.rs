@@ -58,6 +58,8 @@ pub(super) struct Destination {
 
 #[derive(Debug, Default)]
 struct State {
+    /// In which object each file is to be found, where more than the manifest's files are in the objects.
+    from: Option<HashMap<PathBuf, u32>>,
     written: HashSet<PathBuf>,
     /// The files of each object: their names in the manifest, and where they are.
     claimed: HashMap<String, Vec<(PathBuf, PathBuf)>>,
@@ -74,6 +76,17 @@ impl Destination {
     ) -> Self {
         let expected = manifest.files.into_iter().map(|file| (file.path.clone(), file)).collect();
         Self { data_dir, tablespaces, expected, is_incremental, state: Mutex::default(), progress }
+    }
+
+    /// Says in which object each file counts; elsewhere, and unless the manifest lists it, it is passed over.
+    pub(super) fn expect_from(&self, objects: HashMap<PathBuf, u32>) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).from = Some(objects);
+    }
+
+    /// Returns whether a file of an object counts.
+    pub(super) fn counts(&self, listed: &Path, object: u32) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.from.as_ref().is_none_or(|from| from.get(listed) == Some(&object) && self.is_expected(listed))
     }
 
     /// Returns the bytes of `pg_control`, once every file of the manifest was written.

@@ -408,6 +408,7 @@ fn record(id: &str, timeline: TimelineId, start: Lsn, stop: Lsn, began: DateTime
             tar_bytes: 1,
             digest: "0".repeat(64),
             index: None,
+            backup: None,
         }],
         limits: INITDB_LIMITS,
         data_checksums: true,

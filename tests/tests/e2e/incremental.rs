@@ -2,15 +2,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
 use walship::catalog::BackupRecord;
 use walship::pg::BackupManifest;
 use walship_tests::postgres::{PgServer, StopMode, majors, newer_major, primary_major};
-use walship_tests::process;
 use walship_tests::stage::Stage;
+use walship_tests::{process, wait};
 
 use crate::backup::unpack;
 
@@ -337,4 +337,120 @@ fn the_page_about_the_format_restores_a_chain_by_hand() {
     shell.env("TAR_OPTIONS", "--no-same-owner").current_dir(stage.repository_dir().join("main/0001"));
     process::run_ok(&mut shell);
     is_whole(&server, &new.join("data"));
+}
+
+/// Takes a backup and kills it when so many of its objects are whole; returns its id.
+fn killed(stage: &Stage, server: &PgServer, objects: usize, words: &[&str]) -> String {
+    let mut command = stage.walship_on(server, &["backup", "--object-mib", "1", "--max-rate", "8M"]);
+    command.args(words).stdout(Stdio::null()).stderr(Stdio::null());
+    let backups = stage.repository_dir().join(stage.cluster()).join("0001/backups");
+    let ids = || -> Vec<String> {
+        let entries = fs::read_dir(&backups).map(|entries| entries.map(|entry| entry.unwrap())).into_iter();
+        entries.flatten().map(|entry| entry.file_name().into_string().unwrap()).collect()
+    };
+    let known = ids();
+    let mut child = process::spawn(command).unwrap();
+    let mut id = String::new();
+    wait::until("some objects are whole", || {
+        id = ids().into_iter().find(|id| id != "catalog" && !known.contains(id)).unwrap_or_default();
+        let data = fs::read_dir(backups.join(&id).join("data")).into_iter().flatten();
+        let notes = data.filter(|entry| entry.as_ref().unwrap().path().extension() == Some("json".as_ref()));
+        !id.is_empty() && notes.count() >= objects
+    });
+    process::kill_tree(&mut child);
+    id
+}
+
+#[test]
+fn a_backup_that_was_killed_is_gone_on_with() {
+    for major in majors() {
+        let stage = Stage::folder("main");
+        let server = started(&stage, major);
+        fill(&server);
+        let space = TempDir::new().unwrap();
+        server.psql(&format!("CREATE TABLESPACE fast LOCATION '{}'", space.path().display()));
+        server.psql(
+            "CREATE TABLE there TABLESPACE fast AS SELECT g FROM generate_series(1, 200000) g; CHECKPOINT",
+        );
+        let mapping = format!("{}={}/restored-space", space.path().display(), stage.path().display());
+        let mapped = ["--tablespace-mapping", &mapping];
+        let first = killed(&stage, &server, 6, LOCAL);
+        let second = killed(&stage, &server, 3, LOCAL);
+        // Files come, go and change meanwhile.
+        change(&server, 1);
+        let output =
+            stage.run(stage.walship_on(&server, &["backup", "--json", "--object-mib", "1"]).args(LOCAL));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() && said.contains("are taken over"), "{said}");
+        let record: BackupRecord = serde_json::from_slice(&output.stdout).unwrap();
+        let from =
+            |id: &str| record.objects.iter().filter(|object| object.backup.as_deref() == Some(id)).count();
+        assert!(from(&first) >= 3, "{said}");
+        assert!(from(&first) + from(&second) < record.objects.len());
+        let data = restored(&stage, &record, "restored", &mapped);
+        is_whole(&server, &data);
+        let expected = server.psql(SUMS);
+        let copy = stage.recovering(&data).start();
+        copy.wait_for("SELECT pg_is_in_recovery()", "f");
+        assert_eq!((copy.psql(SUMS), copy.psql("SELECT count(*) FROM there")), (expected, "200000".into()));
+        drop(copy);
+
+        // One that builds on it is killed and gone on with too, and restored over what is there.
+        change(&server, 2);
+        let incremental = [&["--incremental"], LOCAL].concat();
+        for name in ["much", "more"] {
+            server.psql(&format!(
+                "CREATE TABLE {name} AS SELECT g, repeat(md5(g::text), 10) AS t FROM generate_series(1, 30000) g; CHECKPOINT"
+            ));
+        }
+        // Folders, of the data directory and of the tablespace, are two objects.
+        let third = killed(&stage, &server, 4, &incremental);
+        server.psql("UPDATE large SET t = 'later' WHERE g = 77; CHECKPOINT");
+        let output = stage.run(stage.walship_on(&server, &["backup", "--json"]).args(&incremental));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() && said.contains("are taken over"), "{said}");
+        let next: BackupRecord = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(next.parent.as_ref().map(|parent| &parent.id), Some(&record.id));
+        assert!(next.objects.iter().any(|object| object.backup.as_ref() == Some(&third)));
+        let mut command =
+            stage.pitr(&["restore", "--immediate", "--backup", &next.id, "--delta", "--yes", "-D"]);
+        stage.ok(command.arg(&data).args(mapped));
+        is_whole(&server, &data);
+
+        // A full one has no use for what builds on another; and who wants everything anew gets that.
+        let full = taken(&stage, &server, &[&["--no-resume"], LOCAL].concat());
+        assert!(!full.went_on());
+        let info = stage.ok(&mut stage.pitr(&["info"]));
+        assert_eq!(info.matches("not complete (started").count(), 3, "{info}");
+    }
+}
+
+#[test]
+fn what_a_killed_backup_left_damaged_is_stored_again() {
+    let stage = Stage::folder("main");
+    let server = started(&stage, primary_major());
+    fill(&server);
+    let id = killed(&stage, &server, 7, LOCAL);
+    let data = folder_of(&stage, &id).join("data");
+    let mut notes: Vec<PathBuf> = fs::read_dir(&data).unwrap().map(|entry| entry.unwrap().path()).collect();
+    notes.retain(|path| path.extension() == Some("json".as_ref()));
+    notes.sort();
+    // The first is of folders. A note that is no note, an index that is none, an object that is cut off, and one that is gone.
+    fs::write(&notes[1], "{}").unwrap();
+    let object = |note: &Path| note.with_extension("tar");
+    let mut bytes = fs::read(object(&notes[2])).unwrap();
+    let end = bytes.len() - 20;
+    bytes[end] ^= 1;
+    fs::write(object(&notes[2]), bytes).unwrap();
+    fs::OpenOptions::new().write(true).open(object(&notes[3])).unwrap().set_len(1000).unwrap();
+    fs::remove_file(object(&notes[4])).unwrap();
+    let record = taken(&stage, &server, LOCAL);
+    let reused: Vec<&str> =
+        record.objects.iter().filter(|object| object.backup.is_some()).map(|object| &*object.name).collect();
+    for note in &notes[1..5] {
+        let name = format!("data/{}.tar", note.file_stem().unwrap().to_str().unwrap());
+        assert!(!reused.contains(&&*name), "{name} of {reused:?}");
+    }
+    assert!(!reused.is_empty());
+    is_whole(&server, &restored(&stage, &record, "restored", &[]));
 }

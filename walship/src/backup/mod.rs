@@ -54,7 +54,7 @@ use crate::wal::layout::Layout;
 use crate::wal::xact::parse_prepare;
 
 use intake::{Intake, Received};
-use local::{LocalServer, ReadOptions};
+use local::{Leftovers, LocalServer, ReadOptions};
 use needed_wal::{needed_segments, wait_until_stored};
 use pack::{PackSettings, Packer};
 use parent::Parent;
@@ -82,6 +82,9 @@ pub struct BackupOptions {
     pub source: BackupSource,
     /// Whether it builds on another backup; `None` for a full one.
     pub incremental: Option<Incremental>,
+    /// Whether what a backup that did not complete has stored is taken over where it is still right; only where the files are
+    /// read from the data directory.
+    pub resume: bool,
 }
 
 /// From where a backup reads the cluster's files.
@@ -109,6 +112,7 @@ impl Default for BackupOptions {
             level: 1,
             source: BackupSource::Stream,
             incremental: None,
+            resume: true,
         }
     }
 }
@@ -349,7 +353,7 @@ impl Taking<'_> {
 
     /// Returns the manifest of what the backup builds on; an empty one for a full backup.
     async fn parent_manifest(&self) -> Result<Vec<u8>> {
-        let Some(record) = self.parent.as_ref().and_then(|parent| parent.record()) else {
+        let Some(record) = self.parent.as_ref().map(|parent| &parent.record) else {
             return Ok(Vec::new());
         };
         let first = self.repositories.first().ok_or_else(|| Error::invalid("no repository is given"))?;
@@ -383,6 +387,10 @@ impl Taking<'_> {
     async fn local(&self, data_directory: Option<&Path>, workers: usize) -> Result<Taken> {
         let Self { server, options, about, progress, .. } = self;
         let identity = about.identity.system_identifier;
+        let leftovers = match options.resume {
+            true => Leftovers::find(self.repositories, self.parent.as_deref()).await?,
+            false => None,
+        };
         let mut local = LocalServer::find(server, data_directory, identity, self.patience()).await?;
         progress(BackupEvent::Checkpoint);
         let mut start = local.start(&options.label, options.checkpoint).await?;
@@ -391,8 +399,16 @@ impl Taking<'_> {
             workers,
             bytes_per_second: options.max_rate_kb.map(|kilobytes| u64::from(kilobytes) * 1024),
         };
-        let (received, stop_lsn, stop_timeline) =
-            local::take(&mut local, &start, self.settings(), &read, self.parent.clone(), *progress).await?;
+        let (received, stop_lsn, stop_timeline) = local::take(
+            &mut local,
+            &start,
+            self.settings(),
+            &read,
+            self.parent.clone(),
+            leftovers,
+            *progress,
+        )
+        .await?;
         // What a standby said of its timeline at the start may have been a moment younger.
         start.timeline = received.label.timeline;
         Ok((received, start, stop_lsn, stop_timeline))

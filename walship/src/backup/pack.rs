@@ -328,7 +328,11 @@ async fn store_object(
         return Err(error);
     }
     let digest = digest.to_hex().to_string();
-    Ok(BackupObject { name, tablespace, stored_bytes, tar_bytes, digest, index })
+    let object = BackupObject { name, tablespace, stored_bytes, tar_bytes, digest, index, backup: None };
+    for repository in &settings.repositories {
+        repository.put_object_note(&settings.id, &object).await?;
+    }
+    Ok(object)
 }
 
 struct StoredObject {

@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::catalog::{BackupRecord, ParentBackup, parents_of};
 use crate::error::{Error, Result};
 use crate::pg::page::PAGE_BYTES;
-use crate::repository::{BackupBlocks, FileBlocks, LineageRepository};
+use crate::repository::{BackupBlocks, BackupObjects, FileBlocks, LineageRepository};
 
 use super::progress::BackupEvent;
 use super::{About, BackupSource};
@@ -24,17 +25,16 @@ pub struct Incremental {
 pub(super) struct Parent {
     /// What the incremental one's record says of it.
     pub(super) link: ParentBackup,
+    /// Its whole record.
+    pub(super) record: BackupRecord,
+    /// Its objects and those of what it builds on.
+    pub(super) levels: Arc<[BackupObjects]>,
     blocks: BackupBlocks,
     /// In which of its objects each file is, by the path in the manifest.
     objects: HashMap<PathBuf, u32>,
 }
 
 impl Parent {
-    /// Returns its whole record.
-    pub(super) fn record(&self) -> Option<&BackupRecord> {
-        self.blocks.record(0)
-    }
-
     /// Returns in which of its objects a file is, by the path in the manifest.
     pub(super) fn object_of(&self, listed: &Path) -> Option<u32> {
         self.objects.get(listed).copied()
@@ -136,9 +136,10 @@ async fn choose(
         return Ok(Err(format!("backup {} was taken before backups had an index", old.id)));
     }
     let link = ParentBackup { id: id.clone(), timeline: found.timeline, start_lsn: found.start_lsn, depth };
-    let blocks = BackupBlocks::new(first.clone(), records.into());
+    let levels: Arc<[BackupObjects]> = records.iter().map(BackupObjects::from).collect();
+    let blocks = BackupBlocks::new(first.clone(), levels.clone());
     match blocks.objects_of_files().await {
-        Ok(objects) => Ok(Ok(Parent { link, blocks, objects })),
+        Ok(objects) => Ok(Ok(Parent { link, record: records.swap_remove(0), levels, blocks, objects })),
         Err(error @ (Error::Corrupt(_) | Error::Missing(_))) => {
             Ok(Err(format!("backup {id} is damaged: {error}")))
         }

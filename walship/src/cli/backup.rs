@@ -78,6 +78,12 @@ pub(super) struct Args {
     /// With --source local: how many threads read [default: one for each core, at most 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     workers: Option<u16>,
+    /// With --source local: store everything anew, also what a backup that did not complete has stored
+    #[arg(long)]
+    no_resume: bool,
+    /// Close a data object when it holds so many MiB of files
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    object_mib: u64,
     /// Print the backup's record as JSON
     #[arg(long)]
     json: bool,
@@ -152,10 +158,11 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         wal_timeout: Duration::from_secs(args.wal_timeout),
         level: args.level,
         source,
+        resume: !args.no_resume,
+        object_bytes: args.object_mib << 20,
         incremental: args
             .incremental
             .then(|| Incremental { parent: args.parent.clone(), chain_max: args.chain_max }),
-        ..BackupOptions::default()
     };
     let view = View::new();
     let taken = take_backup(&lineages, &server, &options, &|event| view.show(&event)).await;

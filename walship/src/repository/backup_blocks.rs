@@ -16,12 +16,27 @@ const HELD_BYTES_MAX: usize = 32 << 20;
 /// What a file of an index takes beside its path, about.
 const FILE_BYTES: usize = 200;
 
+/// A backup's data objects.
+#[derive(Debug, Clone)]
+pub struct BackupObjects {
+    /// The backup's id.
+    pub id: String,
+    /// Its objects, in its record's order.
+    pub objects: Vec<BackupObject>,
+}
+
+impl From<&BackupRecord> for BackupObjects {
+    fn from(record: &BackupRecord) -> Self {
+        Self { id: record.id.clone(), objects: record.objects.clone() }
+    }
+}
+
 /// A backup and all that it builds on, read from one repository.
 #[derive(Debug)]
 pub struct BackupBlocks {
     repository: LineageRepository,
     /// The backup, then what it builds on, from the top.
-    records: Arc<[BackupRecord]>,
+    levels: Arc<[BackupObjects]>,
     held: Mutex<Held>,
 }
 
@@ -88,9 +103,9 @@ impl FileBlocks {
 }
 
 impl BackupBlocks {
-    /// Returns a view on a backup and all that it builds on, from the top: their whole records.
-    pub fn new(repository: LineageRepository, records: Arc<[BackupRecord]>) -> Self {
-        Self { repository, records, held: Mutex::default() }
+    /// Returns a view on a backup and all that it builds on, from the top.
+    pub fn new(repository: LineageRepository, levels: Arc<[BackupObjects]>) -> Self {
+        Self { repository, levels, held: Mutex::default() }
     }
 
     /// Returns the repository that is read.
@@ -98,18 +113,21 @@ impl BackupBlocks {
         &self.repository
     }
 
-    /// Returns the record of a level, if there is that level.
-    pub fn record(&self, level: usize) -> Option<&BackupRecord> {
-        self.records.get(level)
+    /// Returns the objects of the backup at the top.
+    pub fn objects(&self) -> &[BackupObject] {
+        self.levels.first().map_or(&[], |level| &level.objects)
     }
 
-    /// Returns an object of a level and its backup's id.
+    /// Returns an object of a level and the id of the backup below whose folder it lies.
     ///
     /// # Errors
     /// [`Error::Corrupt`] when there is no such object.
     pub fn object(&self, level: u32, object: u32) -> Result<(&str, &BackupObject)> {
-        let record = self.records.get(level as usize);
-        record.and_then(|record| Some((&*record.id, record.objects.get(object as usize)?))).ok_or_else(|| {
+        let found = self.levels.get(level as usize).and_then(|level| {
+            let object = level.objects.get(object as usize)?;
+            Some((object.backup.as_deref().unwrap_or(&level.id), object))
+        });
+        found.ok_or_else(|| {
             Error::corrupt(format!(
                 "a file's blocks are said to be in object {object} of a backup without one"
             ))
@@ -172,14 +190,14 @@ impl BackupBlocks {
         found.ok_or_else(|| Error::corrupt(format!("{path:?} is in no backup")))
     }
 
-    /// Returns of each file of the backup at the top, as its manifest names it, in which object it is.
+    /// Returns of each file of the backup at the top, as its manifest names it, in which object it is: the last, where
+    /// several have one of that name.
     ///
     /// # Errors
     /// As [`BackupBlocks::files_of`].
     pub async fn objects_of_files(&self) -> Result<HashMap<PathBuf, u32>> {
         let mut found = HashMap::new();
-        let objects = self.record(0).map_or(&[][..], |record| &record.objects);
-        for (number, object) in objects.iter().enumerate() {
+        for (number, object) in self.objects().iter().enumerate() {
             let number = number as u32;
             let files = self.files_of(0, number).await?;
             let listed = files.by_path.keys().map(|path| (object.listed(path), number));

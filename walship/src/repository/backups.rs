@@ -2,7 +2,7 @@
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read as _;
 
 use bytes::Bytes;
@@ -11,13 +11,18 @@ use chrono::{DateTime, Utc};
 use crate::catalog::{BackupObject, BackupRecord, Names, SettingsFile};
 use crate::codec::Digest;
 use crate::error::{Error, Result};
-use crate::storage::{PutOutcome, Upload};
+use crate::storage::{PutOutcome, Upload, list_all};
 
-use super::document::{self, BackupSettings, BackupStarted, DOCUMENT_VERSION, RECORD_BYTES_MAX, SavedFile};
+use super::document::{
+    self, BackupSettings, BackupStarted, DOCUMENT_VERSION, ObjectNote, RECORD_BYTES_MAX, SavedFile,
+};
 use super::{LineageRepository, layout};
 
 /// The longest stored manifest that is read: room for some ten million files.
 const MANIFEST_BYTES_MAX: u64 = 1 << 30;
+
+/// More than a backup has of data objects and of notes on them.
+const DATA_OBJECTS_MAX: usize = 2_000_000;
 
 /// The stored manifest's name below its backup's folder.
 const MANIFEST: &str = "manifest.json.zst";
@@ -104,8 +109,10 @@ impl LineageRepository {
     pub async fn check_backup_objects(&self, record: &BackupRecord) -> Result<()> {
         let mut failure: Option<Error> = None;
         let mut open: Vec<&BackupObject> = record.objects.iter().collect();
+        let folder = |object: &BackupObject| object.backup.clone().unwrap_or_else(|| record.id.clone());
+        let folders: BTreeSet<String> = record.objects.iter().map(folder).collect();
         for one in self.each() {
-            let stored = match one.backup_object_lengths(&record.id).await {
+            let stored = match one.backup_object_lengths(&folders).await {
                 Ok(stored) => stored,
                 Err(error) => {
                     one.failed(&error);
@@ -115,7 +122,7 @@ impl LineageRepository {
             };
             let mut left = Vec::new();
             for object in open {
-                let key = one.data_key(&record.id, &object.name)?;
+                let key = one.data_key(&folder(object), &object.name)?;
                 let found = stored.get(key.as_str()).copied();
                 if found == Some(object.stored_bytes) {
                     continue;
@@ -140,20 +147,51 @@ impl LineageRepository {
         Err(failure.unwrap_or_else(|| Error::invalid("no repository is configured")))
     }
 
-    /// Returns the lengths of a backup's data objects by their keys.
-    async fn backup_object_lengths(&self, id: &str) -> Result<BTreeMap<String, u64>> {
-        layout::check_backup_id(id)?;
-        let prefix = format!("{}{id}/data/", self.layout.backups_prefix());
+    /// Returns the lengths of the data objects of some backups by their keys.
+    async fn backup_object_lengths(&self, ids: &BTreeSet<String>) -> Result<BTreeMap<String, u64>> {
         let mut lengths = BTreeMap::new();
-        let mut after: Option<String> = None;
-        loop {
-            let page = self.storage.list(&prefix, after.as_deref()).await?;
-            lengths.extend(page.objects.iter().map(|meta| (meta.key.as_str().to_owned(), meta.bytes)));
-            match page.next {
-                Some(next) => after = Some(next),
-                None => return Ok(lengths),
+        for id in ids {
+            let listed = list_all(&*self.storage, &self.data_prefix(id)?, DATA_OBJECTS_MAX).await?;
+            lengths.extend(listed.iter().map(|meta| (meta.key.as_str().to_owned(), meta.bytes)));
+        }
+        Ok(lengths)
+    }
+
+    fn data_prefix(&self, id: &str) -> Result<String> {
+        layout::check_backup_id(id)?;
+        Ok(format!("{}{id}/data/", self.layout.backups_prefix()))
+    }
+
+    /// Notes beside an object that it is whole: what a later backup needs to know where this one does not complete.
+    pub async fn put_object_note(&self, id: &str, object: &BackupObject) -> Result<()> {
+        let key = self.layout.backup_object(id, &object.name.replace(".tar", ".json"))?;
+        let note = ObjectNote { format: DOCUMENT_VERSION, object: object.clone() };
+        document::put_same(&*self.storage, &key, &note).await
+    }
+
+    /// Returns the objects of a backup that are noted to be whole, and stored with that length, in their order.
+    ///
+    /// # Errors
+    /// What the repository answers; a note that cannot be read is none.
+    pub async fn stored_objects(&self, id: &str) -> Result<Vec<BackupObject>> {
+        let listed = list_all(&*self.storage, &self.data_prefix(id)?, DATA_OBJECTS_MAX).await?;
+        let lengths: BTreeMap<&str, u64> =
+            listed.iter().map(|meta| (meta.key.as_str(), meta.bytes)).collect();
+        let mut objects = Vec::new();
+        for meta in listed.iter().filter(|meta| meta.key.as_str().ends_with(".json")) {
+            let object = match document::read::<ObjectNote>(&*self.storage, &meta.key).await {
+                Ok(Some(note)) => note.object,
+                Ok(None) | Err(Error::Corrupt(_) | Error::Mismatch(_)) => continue,
+                Err(error) => return Err(error),
+            };
+            let Ok(key) = self.data_key(id, &object.name) else { continue };
+            if lengths.get(key.as_str()) == Some(&object.stored_bytes)
+                && key.as_str().strip_suffix(".tar") == meta.key.as_str().strip_suffix(".json")
+            {
+                objects.push(object);
             }
         }
+        Ok(objects)
     }
 
     /// Stores a backup's manifest, already compressed (one zstd frame), and returns the digest of the

@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::BackupObject;
 use crate::catalog::Lineage;
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, TimelineId};
@@ -64,6 +65,14 @@ pub struct BackupStarted {
     /// The id of the backup that it builds on; `None` for a full one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
+}
+
+/// That a backup's data object is whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ObjectNote {
+    /// The format of this document; 1.
+    pub(super) format: u32,
+    pub(super) object: BackupObject,
 }
 
 /// The settings files that lay outside a backed-up data directory.

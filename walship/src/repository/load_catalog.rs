@@ -198,7 +198,7 @@ fn unite_gaps<'a>(all: &mut Catalog, catalogs: impl Iterator<Item = &'a Catalog>
 
 async fn load_one(repository: &LineageRepository, using: Using) -> Result<Catalog> {
     // In this order: a backup's WAL is stored before its record, so that none seems to lack it.
-    let (backups, unfinished_backups) = load_backups(repository).await?;
+    let (backups, unfinished) = load_backups(repository).await?;
     let (timelines, found) = load_wal(repository, using).await?;
     let mut catalog = Catalog {
         cluster: repository.cluster.to_string(),
@@ -215,7 +215,7 @@ async fn load_one(repository: &LineageRepository, using: Using) -> Result<Catalo
         gaps: Vec::new(),
         backups,
         orphaned_backups: Vec::new(),
-        unfinished_backups,
+        unfinished_backups: unfinished.into_iter().map(|started| (started.id, started.started)).collect(),
     };
     for (timeline, found) in timelines.iter().zip(found) {
         catalog.lost_ends.extend(found.lost_end.map(|last| (*timeline, last)));
@@ -269,7 +269,7 @@ async fn load_histories(
     Ok(histories)
 }
 
-type Backups = (Vec<BackupRecord>, Vec<(String, chrono::DateTime<chrono::Utc>)>);
+type Backups = (Vec<BackupRecord>, Vec<BackupStarted>);
 
 /// Lists the records of all complete backups.
 pub(super) async fn list_records(repository: &LineageRepository) -> Result<Vec<ObjectMeta>> {
@@ -314,10 +314,7 @@ async fn load_backups(repository: &LineageRepository) -> Result<Backups> {
     let mut unfinished = Vec::new();
     for id in started_ids(repository).await? {
         if !complete.contains(&*id) {
-            let started: Option<BackupStarted> = repository.backup_started(&id).await?;
-            if let Some(started) = started {
-                unfinished.push((id, started.started));
-            }
+            unfinished.extend(repository.backup_started(&id).await?);
         }
     }
     Ok((records, unfinished))
@@ -346,6 +343,11 @@ impl LineageRepository {
     /// As [`load_catalog`].
     pub async fn complete_backups(&self) -> Result<Vec<BackupRecord>> {
         load_backups(self).await.map(|(records, _)| records)
+    }
+
+    /// Returns what was said of the backups that were begun in this repository and are not complete.
+    pub async fn unfinished_backups(&self) -> Result<Vec<BackupStarted>> {
+        load_backups(self).await.map(|(_, unfinished)| unfinished)
     }
 
     /// Returns a complete backup's record with its data objects, which the catalog may have left out.

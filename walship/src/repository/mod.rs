@@ -50,7 +50,7 @@ use crate::error::{Error, Result};
 use crate::pg::SegmentSize;
 use crate::storage::{PutOutcome, Storage, list_all};
 
-pub use backup_blocks::{BackupBlocks, BlockPlace, FileBlocks, ObjectFiles};
+pub use backup_blocks::{BackupBlocks, BackupObjects, BlockPlace, FileBlocks, ObjectFiles};
 pub use backups::{RecordedBy, new_backup_id};
 pub use document::BackupStarted;
 pub use gaps::{CAUSE_BYTES_MAX, ListedGap, new_gap_id};

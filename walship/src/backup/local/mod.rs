@@ -7,10 +7,11 @@
 
 mod changes;
 mod read;
+mod resume;
 mod server;
 mod walk;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -41,6 +42,7 @@ use super::progress::{BackupEvent, Meter};
 
 use changes::{Changes, find_changes, may_be_partial, read_changes};
 use read::{Opened, PageCheck, READ_BYTES, ReadFile};
+pub(super) use resume::Leftovers;
 pub(super) use server::LocalServer;
 use walk::{Entry, EntryKind, walk};
 
@@ -134,6 +136,7 @@ pub(super) async fn take(
     settings: Arc<PackSettings>,
     options: &ReadOptions,
     parent: Option<Arc<Parent>>,
+    leftovers: Option<Leftovers>,
     progress: &(dyn Fn(BackupEvent) + Send + Sync),
 ) -> Result<(Received, Lsn, TimelineId)> {
     let data_directory = server.data_directory.clone();
@@ -175,7 +178,7 @@ pub(super) async fn take(
     });
     let shared = Arc::new(Shared {
         settings: Arc::clone(&settings),
-        queue: Mutex::new(files.into()),
+        queue: Mutex::default(),
         check,
         parent: parent.clone(),
         pace: options.bytes_per_second.map(Pace::new),
@@ -184,9 +187,18 @@ pub(super) async fn take(
     });
     let _stop = StopAtDrop(Arc::clone(&shared));
     let long_links = walked.tablespaces.iter().any(|(_, place)| place.as_os_str().len() > NAME_BYTES_MAX);
-    let mut share = put_folders(&settings, places, long_links).await?;
-    let read = read_all(&shared, options.workers, total_bytes, progress).await?;
-    share.add(read);
+    let mut share = Share::default();
+    if let Some(leftovers) = leftovers {
+        let kept = keep(&shared, leftovers, &files, options.workers, total_bytes, progress).await?;
+        let seen: HashSet<&Path> = kept.files.iter().map(|file| &*file.listed).collect();
+        files.retain(|entry| !seen.contains(&*entry.listed()));
+        share.add(kept);
+    }
+    *shared.queue.lock().unwrap_or_else(PoisonError::into_inner) = files.into();
+    share.add(put_folders(&settings, places, long_links).await?);
+    for read in read_all(&shared, options.workers, total_bytes, progress, work).await? {
+        share.add(read);
+    }
     {
         // A file system that was unmounted meanwhile looks as if every file in it had been dropped.
         let (folder, version, found) =
@@ -227,7 +239,9 @@ pub(super) async fn take(
         (file.bytes, file.crc) = (stopped.label.len() as u64, crc32c::crc32c(stopped.label.as_bytes()));
     }
     share.objects.extend(packer.finish().await?);
-    share.objects.sort_by(|a, b| a.name.cmp(&b.name));
+    // Those that were taken over come first, as they are: of a file that is in several the last one counts.
+    let own = share.objects.iter().take_while(|object| object.backup.is_some()).count();
+    share.objects[own..].sort_by(|a, b| a.name.cmp(&b.name));
 
     let stop_timeline = match label.from_standby {
         // Read anew: the standby may have followed its primary to another timeline since.
@@ -311,16 +325,48 @@ async fn put_folders(
     Ok(Share { objects, ..Share::default() })
 }
 
-/// Has all files read by `workers` threads.
-async fn read_all(
+/// Has the objects of backups that did not complete compared with what is on disk.
+async fn keep(
     shared: &Arc<Shared>,
+    leftovers: Leftovers,
+    files: &[Entry],
     workers: usize,
     total_bytes: u64,
     progress: &(dyn Fn(BackupEvent) + Send + Sync),
 ) -> Result<Share> {
+    // Of what is prepared more is to be known than what is stored.
+    let files = files.iter().filter(|entry| !entry.path.starts_with("pg_twophase"));
+    let entries: HashMap<PathBuf, Entry> = files.map(|entry| (entry.listed(), entry.clone())).collect();
+    let leftovers = Arc::new(leftovers);
+    let compare = {
+        let leftovers = leftovers.clone();
+        move |shared: &Shared, handle: &Handle| leftovers.compare(shared, handle, &entries)
+    };
+    let kept = read_all(shared, workers, total_bytes, progress, compare).await?;
+    let share = leftovers.take_over(kept.into_iter().flatten().collect());
+    if !share.objects.is_empty() {
+        let bytes: u64 = share.objects.iter().map(|object| object.stored_bytes).sum();
+        progress(BackupEvent::Note(format!(
+            "{} data objects ({} MB stored) are taken over from a backup that did not complete",
+            share.objects.len(),
+            bytes / 1_000_000
+        )));
+    }
+    Ok(share)
+}
+
+/// Has `workers` threads do some work, and returns what each has done.
+async fn read_all<T: Send + 'static>(
+    shared: &Arc<Shared>,
+    workers: usize,
+    total_bytes: u64,
+    progress: &(dyn Fn(BackupEvent) + Send + Sync),
+    work: impl Fn(&Shared, &Handle) -> Result<T> + Send + Sync + 'static,
+) -> Result<Vec<T>> {
+    let work = Arc::new(work);
     let mut working = tokio::task::JoinSet::new();
     for _ in 0..workers.max(1) {
-        let shared = Arc::clone(shared);
+        let (shared, work) = (Arc::clone(shared), Arc::clone(&work));
         let handle = Handle::current();
         working.spawn_blocking(move || {
             let done = work(&shared, &handle);
@@ -333,12 +379,12 @@ async fn read_all(
     let mut meter = Meter::new(total_bytes, Instant::now());
     let mut told = 0;
     let mut tick = tokio::time::interval(TICK);
-    let (mut share, mut failure) = (Share::default(), None);
+    let (mut all, mut failure) = (Vec::new(), None);
     loop {
         tokio::select! {
             joined = working.join_next() => match joined {
                 None => break,
-                Some(Ok(Ok(done))) => share.add(done),
+                Some(Ok(Ok(done))) => all.push(done),
                 Some(Ok(Err(error))) => failure = failure.or(Some(error)),
                 Some(Err(error)) => {
                     let error = Error::unavailable(format!("a thread that reads files ended early: {error}"));
@@ -356,7 +402,7 @@ async fn read_all(
     }
     progress(BackupEvent::Data(meter.now()));
     match failure {
-        None => Ok(share),
+        None => Ok(all),
         Some(error) => Err(error),
     }
 }
