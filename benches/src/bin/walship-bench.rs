@@ -6,7 +6,7 @@ use walship_benches::{measure, peers, scale, streaming};
 /// A table's title and what makes it.
 type Table = (&'static str, fn(Effort) -> String);
 
-const TABLES: [Table; 18] = [
+const TABLES: [Table; 19] = [
     ("Record decoding", tables::decoding),
     ("Codecs", tables::codecs),
     ("Segment objects", tables::encoding),
@@ -24,6 +24,7 @@ const TABLES: [Table; 18] = [
     ("Peers: replay", peers::replays),
     ("Peers: one segment from cold", peers::first),
     ("Peers: base backup", peers::base_backups),
+    ("Peers: incremental", peers::incrementals),
     ("Peers: restore", peers::restores),
 ];
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use walship_tests::postgres::PgServer;
 
-use super::bases::Taker;
+use super::bases::{Kind, Taker};
 use super::cost::cpu_of_tree;
 use super::database::{Database, Rows, gigabytes, rest};
 use super::tools::{Place, Store};
@@ -28,11 +28,11 @@ const TAKERS: [Taker; 8] = [
 const STORES: [Store; 3] = [Store::Folder, Store::S3(0), Store::S3Tls];
 
 /// What one backup cost and left.
-struct Taken {
-    run: Run,
+pub(super) struct Taken {
+    pub(super) run: Run,
     /// Of the server with its `archive_command`, meanwhile.
     server_cpu: Duration,
-    stored_bytes: u64,
+    pub(super) stored_bytes: u64,
 }
 
 /// A base backup of more than 2 GB, into a folder and S3.
@@ -68,7 +68,7 @@ fn lines(server: &PgServer, store: Store, rounds: usize) -> Vec<Known> {
             let (line, known) = &mut lines[index];
             let Ok(runs) = &mut line.runs else { continue };
             let mut place = Place::new(TAKERS[index].tool(), store, server);
-            let taken = take(TAKERS[index], &mut place, server);
+            let taken = take(TAKERS[index], Kind::Full, &mut place, server);
             eprintln!("{}, {}: {:?}", line.name, store.title(), taken.run);
             if round > 0 {
                 runs.push(taken.run);
@@ -79,8 +79,8 @@ fn lines(server: &PgServer, store: Store, rounds: usize) -> Vec<Known> {
     lines
 }
 
-/// Takes a backup into an empty store, with the tool's own `archive_command` at work.
-fn take(taker: Taker, place: &mut Place, server: &PgServer) -> Taken {
+/// Takes a backup, with the tool's own `archive_command` at work.
+pub(super) fn take(taker: Taker, kind: Kind, place: &mut Place, server: &PgServer) -> Taken {
     place.serve_beside(server);
     archive_with(server, &taker.archive_command(place));
     // Its checkpoint has nothing left to write, nor has the disk.
@@ -88,7 +88,7 @@ fn take(taker: Taker, place: &mut Place, server: &PgServer) -> Taken {
     nix::unistd::sync();
     let server_before = cpu_of_tree(server.pid());
     let stored_before = taker.stored_bytes(place);
-    let run = taker.take(place, server);
+    let run = taker.take(kind, place, server);
     let server_cpu = cpu_of_tree(server.pid()).saturating_sub(server_before);
     let stored_bytes = taker.stored_bytes(place).saturating_sub(stored_before);
     rest(server);
@@ -99,7 +99,7 @@ fn take(taker: Taker, place: &mut Place, server: &PgServer) -> Taken {
 /// Takes a backup of which only the result is wanted.
 pub(super) fn prepare(taker: Taker, store: Store, server: &PgServer) -> Place {
     let mut place = Place::new(taker.tool(), store, server);
-    take(taker, &mut place, server);
+    take(taker, Kind::Full, &mut place, server);
     place
 }
 

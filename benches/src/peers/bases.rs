@@ -31,6 +31,13 @@ const BARMAN_RESTORE: &str = "barman/bin/barman-cloud-restore";
 /// The name of Barman's backup.
 const NAME: &str = "bench";
 
+/// What kind of backup is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Full,
+    Incremental,
+}
+
 impl Taker {
     /// Its name as a taker of backups.
     pub(super) fn title(self) -> &'static str {
@@ -111,7 +118,7 @@ impl Taker {
     }
 
     /// Takes a backup, and returns what that cost the tool.
-    pub(super) fn take(self, place: &Place, server: &PgServer) -> Run {
+    pub(super) fn take(self, kind: Kind, place: &Place, server: &PgServer) -> Run {
         let mut command = match self {
             Self::WalshipLocal | Self::WalshipStream => {
                 let mut command = process::guarded(bins::walship());
@@ -119,11 +126,15 @@ impl Taker {
                 if self == Self::WalshipLocal {
                     command.args(["--source", "local"]);
                 }
+                if kind == Kind::Incremental {
+                    command.arg("--incremental");
+                }
                 command
             }
             Self::PgBackRest | Self::PgBackRestBundled => {
                 let mut command = pgbackrest(place);
-                command.args(["--type=full", "--start-fast", "--compress-type=zst", "--compress-level=1"]);
+                command.arg(if kind == Kind::Full { "--type=full" } else { "--type=incr" });
+                command.args(["--start-fast", "--compress-type=zst", "--compress-level=1"]);
                 if self == Self::PgBackRestBundled {
                     command.arg("--repo1-bundle");
                 }

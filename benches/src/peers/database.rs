@@ -42,6 +42,18 @@ impl Database {
         Self { data: folder.join("data"), rows }
     }
 
+    /// Returns its data directory.
+    pub(super) fn data(&self) -> &Path {
+        &self.data
+    }
+
+    /// Copies it to a folder, to be changed there.
+    pub(super) fn copy_to(&self, folder: &Path) -> Self {
+        let data = folder.join("data");
+        process::run_ok(Command::new("cp").arg("-a").arg(&self.data).arg(&data));
+        Self { data, rows: self.rows }
+    }
+
     /// Starts the server. It archives what it writes to nowhere until it is told otherwise.
     pub(super) fn server(&self) -> PgServer {
         fs::write(self.data.join("postgresql.auto.conf"), "archive_command = 'true'\n")

@@ -7,6 +7,7 @@ mod bases;
 mod calls;
 mod cost;
 mod database;
+mod incremental;
 mod load;
 mod replay;
 mod restored;
@@ -16,6 +17,7 @@ mod world;
 
 pub use backup::base_backups;
 pub use calls::calls;
+pub use incremental::incrementals;
 pub use load::load;
 pub use replay::replays;
 pub use restored::restores;

@@ -31,7 +31,7 @@ const LINK_BYTES: u64 = 100_000_000;
 /// One page in so many is another one before a restore over it.
 const CHANGED: usize = 100;
 
-const PAGE_BYTES: usize = 8192;
+pub(super) const PAGE_BYTES: usize = 8192;
 
 /// A store, the way to it, and a database that is restored from it.
 const TABLES: [(Rows, Store, Option<u64>); 6] = [
@@ -207,7 +207,7 @@ fn page_count(data: &Path) -> u64 {
 }
 
 /// Returns the files of all relations of all databases, forks included, in order.
-fn relation_files(data: &Path) -> Vec<PathBuf> {
+pub(super) fn relation_files(data: &Path) -> Vec<PathBuf> {
     let below = |folder: &Path| {
         let entries = fs::read_dir(folder).expect("the folder is ours").flatten();
         entries.map(|entry| entry.path()).collect::<Vec<_>>()
