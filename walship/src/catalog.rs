@@ -321,7 +321,7 @@ pub fn parents_of<'a>(
         let is_it = |known: &&BackupRecord| {
             known.id == parent.id
                 && (known.timeline, known.start_lsn) == (parent.timeline, parent.start_lsn)
-                && known.parent.as_ref().map_or(0, |next| next.depth) + 1 == parent.depth
+                && known.parent.as_ref().map_or(0, |next| next.depth).checked_add(1) == Some(parent.depth)
         };
         above = backups.iter().find(is_it).ok_or(&*parent.id)?;
         parents.push(above);

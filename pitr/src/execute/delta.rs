@@ -20,7 +20,7 @@ use walship::codec::backup_index::{BLOCK_BYTES, BackupIndex, Frame, IndexedFile,
 use walship::repository::{BackupBlocks, BlockPlace, FileBlocks};
 use walship::{Error, Result};
 
-use super::restore::blocking;
+use super::restore::{blocking, taken_from};
 use super::unpack::{Destination, Place, create, damaged, is_tablespace_link, make_dir, place_of};
 
 /// The longest range that one request fetches.
@@ -92,7 +92,7 @@ pub(super) async fn match_object(
             listed.next_if(|file| bytes == 0 || bytes + file.whole_bytes() <= TOGETHER_BYTES)
         {
             bytes += file.whole_bytes().max(1);
-            let blocks = backup.file(0, number, &file.whole_path()).await.map_err(named)?;
+            let blocks = backup.file_in(number, &files, &file.whole_path()).await.map_err(named)?;
             together.push((file.clone(), blocks));
         }
         match_files(backup, object, together, &destination).await.map_err(named)?;
@@ -113,20 +113,7 @@ async fn match_files(
     };
     let targets = Arc::new(targets);
     let ranges = ranges(backup, &targets, wanted).await?;
-    let fetched = ranges.into_iter().map(|range| {
-        let (targets, destination) = (targets.clone(), destination.clone());
-        async move {
-            let (id, object) = backup.object(range.level, range.object)?;
-            let stored = backup
-                .repository()
-                .read_backup_object_range(id, &object.name, range.stored_at, range.stored_bytes)
-                .await?;
-            destination.progress.fetched_bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
-            let from = format!("{} of backup {id}", object.name);
-            let put = blocking(move || put_blocks(&range, &stored, &targets, &destination)).await;
-            put.map_err(|error| error.context(from))
-        }
-    });
+    let fetched = ranges.into_iter().map(|range| fetch(backup, Arc::new(range), &targets, destination));
     let held: Vec<Held> =
         futures_util::stream::iter(fetched).buffer_unordered(RANGES_MAX).try_concat().await?;
     let destination = destination.clone();
@@ -138,6 +125,43 @@ async fn match_files(
             .try_for_each(|target| prove(target, &destination))
     })
     .await
+}
+
+/// Fetches a range and writes the blocks that are wanted of it; where it is missing or damaged in one repository, from
+/// another.
+async fn fetch(
+    backup: &BackupBlocks,
+    range: Arc<Range>,
+    targets: &Arc<Vec<Target>>,
+    destination: &Arc<Destination>,
+) -> Result<Vec<Held>> {
+    let (id, object) = backup.object(range.level, range.object)?;
+    let mut failure: Option<(String, Error)> = None;
+    for one in backup.repository().each() {
+        let fetched = async {
+            let stored =
+                one.read_backup_object_range(id, &object.name, range.stored_at, range.stored_bytes).await?;
+            destination.progress.fetched_bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
+            let (range, targets, destination) = (range.clone(), targets.clone(), destination.clone());
+            blocking(move || put_blocks(&range, &stored, &targets, &destination)).await
+        };
+        match fetched.await {
+            Ok(held) => {
+                if let Some((location, error)) = failure {
+                    taken_from(backup, id, object, &one, &location, &error);
+                }
+                return Ok(held);
+            }
+            // What is wrong with the files here no other repository mends.
+            Err(error @ Error::LocalIo(_)) => return Err(error),
+            Err(error) => {
+                one.failed(&error);
+                failure.get_or_insert((one.location(), error));
+            }
+        }
+    }
+    let failure = failure.map_or_else(|| Error::invalid("no repository is configured"), |(_, error)| error);
+    Err(failure.context(format!("{} of backup {id}", object.name)))
 }
 
 /// Compares a file that was made from several backups with the manifest, where that has a checksum of it.
@@ -171,32 +195,18 @@ fn prove(target: &Target, destination: &Destination) -> Result<()> {
 ///
 /// # Errors
 /// What fetching fails with; [`Error::Corrupt`] for an index that is not what it should be.
-pub(super) async fn check_indexes(sources: &[BackupBlocks], destination: &Destination) -> Result<()> {
-    let objects = sources.first().map_or(&[][..], BackupBlocks::objects);
-    let checked = objects.iter().enumerate().map(|(number, object)| async move {
+pub(super) async fn check_indexes(backup: &BackupBlocks, destination: &Destination) -> Result<()> {
+    let checked = backup.objects().iter().enumerate().map(|(number, object)| async move {
         if object.index.is_none() {
             return Ok(());
         }
-        let mut failure: Option<Error> = None;
-        for source in sources {
-            let read = async {
-                let files = source.files_of(0, number as u32).await?;
-                let counts = |file: &&IndexedFile| {
-                    destination.counts(&object.listed(&file.whole_path()), number as u32)
-                };
-                files.index.files().map(|(file, _)| file).filter(counts).try_for_each(|file| {
-                    let place = place_of(destination, object.tablespace, &file.whole_path())?;
-                    destination.check_listed(&place, file.whole_bytes()).map(|_| ())
-                })
-            };
-            match read.await {
-                Ok(()) => return Ok(()),
-                Err(error) => {
-                    failure = failure.or(Some(error.context(format!("backup object {}", object.name))))
-                }
-            }
-        }
-        failure.map_or(Ok(()), Err)
+        let number = number as u32;
+        let files = backup.files_of(0, number).await?;
+        let counts = |file: &&IndexedFile| destination.counts(&object.listed(&file.whole_path()), number);
+        files.index.files().map(|(file, _)| file).filter(counts).try_for_each(|file| {
+            let place = place_of(destination, object.tablespace, &file.whole_path())?;
+            destination.check_listed(&place, file.whole_bytes()).map(|_| ())
+        })
     });
     futures_util::stream::iter(checked).buffer_unordered(INDEXES_MAX).try_collect::<()>().await
 }
@@ -223,6 +233,7 @@ fn compare(
     for (file, blocks) in files {
         let place = place_of(destination, object.tablespace, &file.whole_path())?;
         destination.claim(&object.name, &place, blocks.bytes)?;
+        destination.note_group(file.group_reads);
         let is_held = destination.is_held(&place.listed, blocks.bytes)?;
         let target = targets.len();
         let mut want = |block: usize| {
@@ -235,7 +246,8 @@ fn compare(
             if let Some(parent) = place.local.parent() {
                 sound_folder(destination, parent, &mut known_folders)?;
             }
-            let kept = compare_file(&place.local, &blocks, &mut buffer, &mut want)?;
+            let mode = if file.group_reads { 0o640 } else { 0o600 };
+            let kept = compare_file(&place.local, mode, &blocks, &mut buffer, &mut want)?;
             destination.progress.kept_bytes.fetch_add(kept, Ordering::Relaxed);
             destination.progress.written_bytes.fetch_add(kept, Ordering::Relaxed);
         }
@@ -270,6 +282,7 @@ fn sound_folder(destination: &Destination, path: &Path, known: &mut HashSet<Path
 /// Gives a file its length and says which of its blocks are wrong; returns how many bytes are right.
 fn compare_file(
     path: &Path,
+    mode: u32,
     blocks: &FileBlocks,
     buffer: &mut Vec<u8>,
     want: &mut impl FnMut(usize),
@@ -292,7 +305,7 @@ fn compare_file(
         Err(error) => return Err(failed(error)),
     };
     if !there {
-        create(path, 0o600)?.set_len(bytes).map_err(failed)?;
+        create(path, mode)?.set_len(bytes).map_err(failed)?;
         (0..blocks.blocks.len()).for_each(want);
         return Ok(0);
     }

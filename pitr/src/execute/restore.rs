@@ -320,10 +320,9 @@ async fn carry_out(
         progress.clone(),
     ));
     let levels: Arc<[BackupObjects]> = plan.backups().map(BackupObjects::from).collect();
-    let sources: Vec<BackupBlocks> =
-        repository.each().into_iter().map(|one| BackupBlocks::new(one, levels.clone())).collect();
+    let blocks = BackupBlocks::new(repository.clone(), levels);
     if plan.backup.went_on() {
-        destination.expect_from(objects_of_files(&sources).await?);
+        destination.expect_from(blocks.objects_of_files().await?);
     }
     // Until the end nobody else restores to this place.
     let lock;
@@ -340,7 +339,7 @@ async fn carry_out(
             prepare(&data_dir, &report.tablespaces)?;
         }
         Some(delta) => {
-            delta::check_indexes(&sources, &destination).await?;
+            delta::check_indexes(&blocks, &destination).await?;
             make_private(&data_dir)?;
             lock = existing::lock(&data_dir)?;
             // Since it was looked at, somebody may have started it.
@@ -359,7 +358,7 @@ async fn carry_out(
     };
     let objects = (0..plan.backup.objects.len()).map(|number| {
         let (destination, progress) = (destination.clone(), progress.clone());
-        fetch_object(repository, &sources, number as u32, way, destination, progress)
+        fetch_object(&blocks, number as u32, way, destination, progress)
     });
     futures_util::stream::iter(objects).buffer_unordered(OBJECTS_MAX).try_collect::<()>().await?;
     if let Some(delta) = &mut report.delta {
@@ -399,7 +398,9 @@ async fn carry_out(
     report.notes.extend(inherited.notes(&overruled(&plan, &settings, &inherited), &data_dir));
     report.start_command = start_command(&data_dir, inherited.moves_data_directory(&data_dir));
     let signal_file = settings.recovery.signal_file();
+    let group_reads = destination.group_reads();
     let files = SmallFiles {
+        group_reads,
         auto_conf: auto_conf(&plan, &settings, &inherited),
         manifest: manifest_bytes,
         control_file,
@@ -409,18 +410,6 @@ async fn carry_out(
     blocking(move || complete(&data_dir, &folders, &files)).await?;
     drop(lock);
     Ok(report)
-}
-
-/// Returns in which object each file is, from the first repository that tells.
-async fn objects_of_files(sources: &[BackupBlocks]) -> Result<HashMap<PathBuf, u32>> {
-    let mut failure = None;
-    for source in sources {
-        match source.objects_of_files().await {
-            Ok(objects) => return Ok(objects),
-            Err(error) => failure = failure.or(Some(error)),
-        }
-    }
-    Err(failure.unwrap_or_else(|| Error::invalid("no repository is configured")))
 }
 
 pub(super) async fn blocking<T: Send + 'static>(
@@ -455,40 +444,26 @@ enum Way {
 /// Fetches one object and unpacks it; where it is missing or damaged in one repository, what came of it is
 /// removed and it is taken from another.
 async fn fetch_object(
-    repository: &LineageRepository,
-    sources: &[BackupBlocks],
+    blocks: &BackupBlocks,
     number: u32,
     way: Way,
     destination: Arc<Destination>,
     progress: Arc<Progress>,
 ) -> Result<()> {
+    let (id, object) = blocks.object(0, number)?;
+    if way == Way::OnlyWhatDiffers && object.index.is_some() {
+        return delta::match_object(blocks, number, destination).await;
+    }
     let mut failure: Option<(String, Error)> = None;
-    for source in sources {
-        let (id, object) = source.object(0, number)?;
-        let one = source.repository();
+    for one in blocks.repository().each() {
         if failure.is_some() {
             let (destination, name) = (destination.clone(), object.name.clone());
-            blocking(move || match way {
-                Way::Everything => destination.give_back(&name),
-                Way::OnlyWhatDiffers => {
-                    destination.take_back(&name);
-                    Ok(())
-                }
-            })
-            .await?;
+            blocking(move || destination.give_back(&name)).await?;
         }
-        let fetched = match (way, &object.index) {
-            (Way::OnlyWhatDiffers, Some(_)) => delta::match_object(source, number, destination.clone()).await,
-            _ => fetch_object_from(one, id, object, destination.clone(), progress.clone()).await,
-        };
-        match fetched {
+        match fetch_object_from(&one, id, object, destination.clone(), progress.clone()).await {
             Ok(()) => {
                 if let Some((location, error)) = failure {
-                    let from = one.location();
-                    repository.note(format!(
-                        "{} of backup {id} was taken from {from}, not from {location}: {error}",
-                        object.name
-                    ));
+                    taken_from(blocks, id, object, &one, &location, &error);
                 }
                 return Ok(());
             }
@@ -499,6 +474,21 @@ async fn fetch_object(
         }
     }
     Err(failure.map_or_else(|| Error::invalid("no repository is configured"), |(_, error)| error))
+}
+
+/// Notes that an object, or a part of one, was not taken from where it was looked for first.
+pub(super) fn taken_from(
+    blocks: &BackupBlocks,
+    id: &str,
+    object: &BackupObject,
+    one: &LineageRepository,
+    location: &str,
+    error: &Error,
+) {
+    let from = one.location();
+    blocks
+        .repository()
+        .note(format!("{} of backup {id} was taken from {from}, not from {location}: {error}", object.name));
 }
 
 /// Fetches one object range by range while a thread unpacks what has come.
@@ -743,6 +733,7 @@ pub(super) fn make_private(path: &Path) -> Result<()> {
 
 /// What is written last.
 struct SmallFiles {
+    group_reads: bool,
     auto_conf: Vec<u8>,
     manifest: Vec<u8>,
     control_file: Vec<u8>,
@@ -771,6 +762,12 @@ fn complete(data_dir: &Path, tablespaces: &[PathBuf], files: &SmallFiles) -> Res
     let global = data_dir.join("global");
     let temporary = global.join("pg_control.walship");
     write(&temporary, &files.control_file)?;
+    if files.group_reads {
+        let small = ["backup_manifest", "postgresql.auto.conf", files.signal_file, "backup_label"];
+        let small = small.iter().map(|name| data_dir.join(name)).chain([temporary.clone()]);
+        small.filter(|path| path.exists()).try_for_each(|path| set_mode(&path, 0o640))?;
+        std::iter::once(data_dir).chain(tablespaces.iter().map(|path| &**path)).try_for_each(let_group_in)?;
+    }
     sync_file_system(data_dir)?;
     // It may be a link to another file system.
     sync_file_system(&data_dir.join("pg_wal"))?;
@@ -783,6 +780,24 @@ fn complete(data_dir: &Path, tablespaces: &[PathBuf], files: &SmallFiles) -> Res
         .and_then(|()| fs::remove_file(&marker))
         .and_then(|()| File::open(data_dir)?.sync_all())
         .map_err(|error| Error::from_io("completing the restore", error))
+}
+
+/// Lets the group into a folder and all folders below; links are not followed.
+fn let_group_in(folder: &Path) -> Result<()> {
+    let failed = |error| Error::from_io(format!("reading {}", folder.display()), error);
+    set_mode(folder, 0o750)?;
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_type().map_err(failed)?.is_dir() {
+            let_group_in(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .map_err(|error| Error::from_io(format!("giving {} the mode {mode:o}", path.display()), error))
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<()> {

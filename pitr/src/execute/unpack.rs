@@ -59,11 +59,13 @@ pub(super) struct Destination {
 #[derive(Debug, Default)]
 struct State {
     /// In which object each file is to be found, where more than the manifest's files are in the objects.
-    from: Option<HashMap<PathBuf, u32>>,
+    from: Option<HashMap<PathBuf, (u32, u32)>>,
     written: HashSet<PathBuf>,
     /// The files of each object: their names in the manifest, and where they are.
     claimed: HashMap<String, Vec<(PathBuf, PathBuf)>>,
     control_file: Option<Vec<u8>>,
+    /// Whether the group may read the cluster's files.
+    group_reads: bool,
 }
 
 impl Destination {
@@ -79,14 +81,15 @@ impl Destination {
     }
 
     /// Says in which object each file counts; elsewhere, and unless the manifest lists it, it is passed over.
-    pub(super) fn expect_from(&self, objects: HashMap<PathBuf, u32>) {
+    pub(super) fn expect_from(&self, objects: HashMap<PathBuf, (u32, u32)>) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).from = Some(objects);
     }
 
     /// Returns whether a file of an object counts.
     pub(super) fn counts(&self, listed: &Path, object: u32) -> bool {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.from.as_ref().is_none_or(|from| from.get(listed) == Some(&object) && self.is_expected(listed))
+        let Some(from) = &state.from else { return true };
+        from.get(listed).is_some_and(|(last, _)| *last == object) && self.is_expected(listed)
     }
 
     /// Returns the bytes of `pg_control`, once every file of the manifest was written.
@@ -100,7 +103,12 @@ impl Destination {
 
     /// Removes every file that was written from an object, and lets its names be taken again.
     pub(super) fn give_back(&self, object: &str) -> Result<()> {
-        for local in self.take_back(object) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for (listed, local) in state.claimed.remove(object).unwrap_or_default() {
+            if listed == Path::new(CONTROL_FILE) {
+                state.control_file = None;
+            }
+            state.written.remove(&listed);
             match fs::remove_file(&local) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::from_io(format!("removing {}", local.display()), error));
@@ -109,19 +117,6 @@ impl Destination {
             }
         }
         Ok(())
-    }
-
-    /// Lets the names of an object's files be taken again; the files stay. Returns where they are.
-    pub(super) fn take_back(&self, object: &str) -> Vec<PathBuf> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let claimed = state.claimed.remove(object).unwrap_or_default();
-        for (listed, _) in &claimed {
-            if listed == Path::new(CONTROL_FILE) {
-                state.control_file = None;
-            }
-            state.written.remove(listed);
-        }
-        claimed.into_iter().map(|(_, local)| local).collect()
     }
 
     /// Returns whether the manifest lists a file of this name.
@@ -203,6 +198,16 @@ impl Destination {
             return Err(damaged(format!("{BACKUP_LABEL} is not what the manifest says")));
         }
         Ok(label)
+    }
+
+    /// Takes note of whether the group may read a file.
+    pub(super) fn note_group(&self, reads: bool) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).group_reads |= reads;
+    }
+
+    /// Returns whether the group may read the cluster's files: `initdb --allow-group-access`.
+    pub(super) fn group_reads(&self) -> bool {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).group_reads
     }
 
     /// Takes a name once, for an object, for a file of that length.
@@ -393,6 +398,7 @@ fn write_file(
     {
         make_dir(parent, 0o700)?;
     }
+    destination.note_group(mode & 0o040 != 0);
     let is_held = destination.is_held(&place.listed, file.bytes)?;
     let mut kept = Vec::new();
     let mut output = match is_held {

@@ -1,6 +1,7 @@
 //! Incremental backups: only what changed is stored, and chains are put together as PostgreSQL's own tool does it.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -308,7 +309,7 @@ fn damage_below_is_found_before_anything_is_started() {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let record: BackupRecord = serde_json::from_slice(&output.stdout).unwrap();
     assert!(record.parent.is_some(), "{said}");
-    assert!(record.stored_bytes > full.stored_bytes / 2, "what it would build on is stored anew");
+    assert!(said.contains("files are stored whole, because a backup below cannot be read"), "{said}");
     is_whole(&server, &restored(&stage, &record, "again", &[]));
 }
 
@@ -453,4 +454,139 @@ fn what_a_killed_backup_left_damaged_is_stored_again() {
     }
     assert!(!reused.is_empty());
     is_whole(&server, &restored(&stage, &record, "restored", &[]));
+}
+
+#[test]
+fn rows_behind_a_cut_do_not_come_back() {
+    let newer = newer_major();
+    assert!(newer >= 17, "only these versions send incremental backups");
+    let stage = Stage::folder("main");
+    let server = started(&stage, newer);
+    for table in ["c1", "c2"] {
+        server.psql(&format!(
+            "CREATE TABLE {table} AS SELECT g AS id, repeat('x', 1000) AS t FROM generate_series(1, 15000) g;
+             ALTER TABLE {table} SET (autovacuum_enabled = off)"
+        ));
+    }
+    server.psql("VACUUM FREEZE");
+    taken(&stage, &server, &[]);
+    let cut = |table: &str| {
+        server.psql(&format!("DELETE FROM {table} WHERE id > 7000"));
+        server.psql(&format!("VACUUM {table}"));
+        let blocks = server.psql(&format!("SELECT pg_relation_size('{table}') / 8192"));
+        assert_eq!(blocks, "1000", "VACUUM has cut {table} off");
+    };
+    // One is cut off before a backup between, one within the last interval.
+    cut("c2");
+    taken(&stage, &server, &["--incremental"]);
+    cut("c1");
+    // Those who add rows at the same time add pages that stay empty, and are in no WAL.
+    let rows = stage.path().join("rows");
+    let lines: Vec<String> =
+        (0..100).map(|number| format!("{}\t{}\n", 20_000 + number, "y".repeat(1000))).collect();
+    fs::write(&rows, lines.concat()).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..12 {
+            let (server, rows) = (&server, &rows);
+            scope.spawn(move || {
+                for table in ["c1", "c2"] {
+                    let copy = format!("\\copy {table} from '{}'", rows.display());
+                    let mut psql = server.tool("psql");
+                    psql.args(["-X", "-q", "-c", &copy, "postgres"]);
+                    process::run_ok(&mut psql);
+                }
+            });
+        }
+    });
+    server.psql("CHECKPOINT");
+    let record = taken(&stage, &server, &["--incremental"]);
+    assert_eq!(record.parent.as_ref().map(|parent| parent.depth), Some(2));
+    let data = restored(&stage, &record, "restored", &[]);
+    is_whole(&server, &data);
+    let copy = stage.recovering(&data).start();
+    copy.wait_for("SELECT pg_is_in_recovery()", "f");
+    for table in ["c1", "c2"] {
+        let count = format!("SELECT count(*), count(DISTINCT ctid), max(id) FROM {table}");
+        assert_eq!(copy.psql(&count), server.psql(&count), "{table}");
+    }
+}
+
+#[test]
+fn checksums_that_were_turned_on_make_the_next_backup_a_full_one() {
+    let stage = Stage::folder("main");
+    let builder = PgServer::builder(newer_major()).setting("summarize_wal", "on").checksums(false);
+    let mut server = stage.archiving(builder).start();
+    stage.init(&server);
+    fill(&server);
+    taken(&stage, &server, &[]);
+    server.stop(StopMode::Fast);
+    let enabled = server.run_tool("pg_checksums", &["-e", "-D", server.data_dir().to_str().unwrap()]);
+    assert!(enabled.status.success(), "{}", String::from_utf8_lossy(&enabled.stderr));
+    server.start();
+    let streamed = taken(&stage, &server, &["--incremental"]);
+    assert!(streamed.parent.is_none() && streamed.data_checksums);
+    is_whole(&server, &restored(&stage, &streamed, "restored", &[]));
+}
+
+#[test]
+fn who_names_a_parent_gets_no_other_backup_and_a_broken_chain_is_not_built_on() {
+    let stage = Stage::folder("main");
+    let server = stage.archiving(PgServer::builder(newer_major())).start();
+    stage.init(&server);
+    let full = taken(&stage, &server, &[]);
+    // The server has no summaries.
+    let words = ["backup", "--incremental", "--parent", &full.id];
+    let said = stage.fails(&mut stage.walship_on(&server, &words), 1);
+    assert!(
+        said.contains("\nsafe:  no backup was recorded") && said.contains("Leave --parent out"),
+        "{said}"
+    );
+    fs::remove_file(folder_of(&stage, &full.id).join(&full.objects[0].name)).unwrap();
+    let output = stage.run(stage.walship_on(&server, &["backup", "--json", "--incremental"]).args(LOCAL));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let record: BackupRecord = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(record.parent.is_none() && said.contains("is damaged"), "{said}");
+}
+
+#[test]
+fn a_chain_is_put_together_from_what_any_repository_has() {
+    let stage = Stage::folder("main");
+    let second = stage.path().join("second");
+    fs::create_dir(&second).unwrap();
+    let urls = format!("[\"{}\", \"file://{}\"]", stage.url(), second.display());
+    let config = fs::read_to_string(stage.config()).unwrap();
+    let config = config.replace(&format!("[\"{}\"]", stage.url()), &urls);
+    assert!(config.contains(&urls), "{config}");
+    fs::write(stage.config(), config).unwrap();
+    let server =
+        stage.archiving(PgServer::builder(primary_major()).initdb_arg("--allow-group-access")).start();
+    stage.init(&server);
+    fill(&server);
+    let full = taken(&stage, &server, &[&["--object-mib", "4"], LOCAL].concat());
+    change(&server, 1);
+    let record = taken(&stage, &server, &[&["--incremental", "--object-mib", "1"], LOCAL].concat());
+    let first = stage.repository_dir().join("main/0001/backups");
+    let second = second.join("main/0001/backups");
+    // Each repository lacks something that the other has: one object of the full, one of the incremental backup, and a byte.
+    let object = |below: &Path, record: &BackupRecord, number: usize| {
+        below.join(&record.id).join(&record.objects[number].name)
+    };
+    let large = |record: &BackupRecord| {
+        let objects = record.objects.iter().enumerate();
+        objects.max_by_key(|(_, object)| object.stored_bytes).map(|(number, _)| number).unwrap()
+    };
+    fs::remove_file(object(&first, &full, large(&full))).unwrap();
+    fs::remove_file(object(&second, &record, large(&record))).unwrap();
+    let other = (0..full.objects.len()).filter(|number| *number != large(&full));
+    let other = other.max_by_key(|number| full.objects[*number].stored_bytes).unwrap();
+    let path = object(&second, &full, other);
+    let mut bytes = fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let data = restored(&stage, &record, "restored", &[]);
+    is_whole(&server, &data);
+    let mode = |path: &str| fs::metadata(data.join(path)).unwrap().permissions().mode() & 0o777;
+    let modes = ["", "base", "pg_wal", "PG_VERSION", "global/pg_control", "backup_label"].map(mode);
+    assert_eq!(modes, [0o750, 0o750, 0o750, 0o640, 0o640, 0o640]);
 }

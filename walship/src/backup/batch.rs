@@ -69,6 +69,13 @@ impl Batch {
     }
 }
 
+/// Returns the mode in a member's header: octal digits; 0 where there are none.
+fn mode_of(header: &[u8; BLOCK]) -> u32 {
+    let digits = header[100..108].iter().copied().skip_while(|byte| *byte == b' ');
+    let digits = digits.take_while(|byte| (b'0'..=b'7').contains(byte));
+    digits.fold(0, |mode, digit| mode << 3 | u32::from(digit - b'0'))
+}
+
 /// Collects the tar stream of one object into batches.
 #[derive(Debug, Default)]
 pub(crate) struct Cutter {
@@ -100,7 +107,8 @@ impl Cutter {
         match kind {
             MemberKind::File => {
                 let tar_at = self.tar_bytes();
-                self.batch.files.push(IndexedFile { path, tar_at, bytes, partial });
+                let group_reads = mode_of(block) & 0o040 != 0;
+                self.batch.files.push(IndexedFile { path, tar_at, bytes, group_reads, partial });
             }
             MemberKind::Folder => self.batch.folders.push(path),
             MemberKind::Link => {}
@@ -196,6 +204,16 @@ mod tests {
         batches.push(cutter.finish());
         whole.extend([0; 2 * BLOCK]);
         (batches, whole)
+    }
+
+    #[test]
+    fn a_header_says_who_may_read() {
+        let mut header = [0; BLOCK];
+        assert_eq!(mode_of(&header), 0);
+        header[100..108].copy_from_slice(b"0000640\0");
+        assert_eq!(mode_of(&header), 0o640);
+        header[100..108].copy_from_slice(b"   750 \0");
+        assert_eq!(mode_of(&header), 0o750);
     }
 
     proptest! {

@@ -13,10 +13,11 @@ use crate::error::{Error, Result};
 use crate::pg::backup_label::without_incremental_lines;
 use crate::pg::backup_manifest::{BackupManifest, ManifestFile, ManifestWriter};
 use crate::pg::incremental::{PartialFile, whole_path};
-use crate::pg::page::RelationFile;
+use crate::pg::page::{PAGE_BYTES, RelationFile};
 use crate::pg::{BackupLabel, Oid, ParseError};
 use crate::replication::base_backup::AnnouncedTablespace;
 
+use super::cut_off::CutOff;
 use super::members::{BLOCK, Member, MemberKind, Splitter, Step};
 use super::pack::Packer;
 use super::parent::Parent;
@@ -26,6 +27,9 @@ const FILES_MAX: usize = 20_000_000;
 
 /// Of so many prepared transactions the names are kept.
 pub(super) const TWO_PHASE_MAX: usize = 1000;
+
+/// What stands before the blocks of the longest file of which some are stored.
+const HEADER_BYTES_MAX: usize = 8 * PARTIAL_BLOCKS_MAX as usize;
 
 /// So much of a two-phase state file holds its header and the transaction's name (at most 200 bytes).
 pub(super) const TWO_PHASE_BYTES: usize = 512;
@@ -59,16 +63,44 @@ struct Inner {
     label: Vec<u8>,
     two_phase: Vec<Vec<u8>>,
     data_bytes: u64,
-    parent: Option<Arc<Parent>>,
+    base: Option<Base>,
     /// The beginning of a file of some blocks, until it says which.
     beginning: Option<Beginning>,
     /// Of each such file, by its path in the server's manifest: that of the whole file, and its length.
     partials: HashMap<PathBuf, (PathBuf, u64)>,
 }
 
+/// What an incremental backup that the server sends builds on.
+pub(super) struct Base {
+    parent: Arc<Parent>,
+    cut_off: CutOff,
+    /// The lengths of the parent's files.
+    lengths: HashMap<PathBuf, u64>,
+}
+
+impl Base {
+    /// # Errors
+    /// [`Error::Corrupt`] when the parent's manifest is none.
+    pub(super) fn new(parent: Arc<Parent>, cut_off: CutOff, manifest: Vec<u8>) -> Result<Self> {
+        let manifest = parse_manifest(&manifest)?;
+        let lengths = manifest.files.into_iter().map(|file| (file.path, file.bytes)).collect();
+        Ok(Self { parent, cut_off, lengths })
+    }
+
+    /// Returns how many blocks of a file can be as the parent has them.
+    fn unchanged_blocks(&self, whole: &Path, said: u32) -> u32 {
+        let before = self.lengths.get(whole).map_or(0, |bytes| bytes / PAGE_BYTES as u64);
+        let before = u32::try_from(before).unwrap_or(u32::MAX);
+        let said = said.min(before);
+        RelationFile::of(whole).map_or(said, |file| self.cut_off.unchanged_blocks(&file, said))
+    }
+}
+
 struct Beginning {
     header: [u8; BLOCK],
     member: Member,
+    /// The whole file's path in the manifest.
+    whole: PathBuf,
     parent_object: u32,
     bytes: Vec<u8>,
 }
@@ -107,12 +139,8 @@ impl Kept {
 }
 
 impl Intake {
-    /// With a `parent`, what the server sends is what has changed since.
-    pub(super) fn new(
-        packer: Packer,
-        announced: &[AnnouncedTablespace],
-        parent: Option<Arc<Parent>>,
-    ) -> Self {
+    /// With a `base`, what the server sends is what has changed since.
+    pub(super) fn new(packer: Packer, announced: &[AnnouncedTablespace], base: Option<Base>) -> Self {
         let tablespaces = announced
             .iter()
             .filter_map(|space| space.outside.clone())
@@ -127,7 +155,7 @@ impl Intake {
             label: Vec::new(),
             two_phase: Vec::new(),
             data_bytes: 0,
-            parent,
+            base,
             beginning: None,
             partials: HashMap::new(),
         };
@@ -189,7 +217,7 @@ impl Intake {
                     data_bytes: inner.data_bytes,
                     damaged: DamagedPages::default(),
                 };
-                if inner.parent.is_some() {
+                if inner.base.is_some() {
                     let without = without_incremental_lines(&inner.label);
                     make_whole(&mut received, &inner.partials, &without)?;
                 }
@@ -206,43 +234,47 @@ impl Intake {
 impl Inner {
     /// Takes a member's header; that of a file of some blocks when it is known which.
     fn begin(&mut self, header: &[u8; BLOCK], member: Member) -> Result<()> {
-        let whole =
-            whole_path(&member.path).filter(|_| self.parent.is_some() && member.kind == MemberKind::File);
-        let whole = whole.map(|path| listed(self.tablespace, &path));
-        let Some(whole) = whole.filter(|path| RelationFile::of(path).is_some()) else {
+        let partial = self.base.as_ref().filter(|_| member.kind == MemberKind::File && member.bytes > 0);
+        let whole = partial.and_then(|base| {
+            let whole = listed(self.tablespace, &whole_path(&member.path)?);
+            RelationFile::of(&whole)?;
+            Some((base.parent.object_of(&whole), whole))
+        });
+        let Some((parent_object, whole)) = whole else {
             self.packer.header(header, member, None);
             return Ok(());
         };
-        let parent_object = self.parent.as_ref().and_then(|parent| parent.object_of(&whole));
         let parent_object = parent_object.ok_or_else(|| {
-            ParseError::new(format!("some blocks of {whole:?} come, which the backup before does not hold"))
+            Error::mismatch(format!(
+                "the server sends some blocks of {whole:?}, which the backup before does not hold"
+            ))
+            .with_safe("no backup was recorded; older backups are untouched")
+            .with_next("Take a full backup: without --incremental.")
         })?;
-        self.beginning = Some(Beginning { header: *header, member, parent_object, bytes: Vec::new() });
+        self.beginning = Some(Beginning { header: *header, member, whole, parent_object, bytes: Vec::new() });
         Ok(())
     }
 
     fn content(&mut self, data: &[u8]) -> Result<()> {
-        let Some(mut beginning) = self.beginning.take() else {
+        let (Some(mut beginning), Some(base)) = (self.beginning.take(), &self.base) else {
             self.packer.data(data);
             return Ok(());
         };
         beginning.bytes.extend_from_slice(data);
-        let Some(file) = PartialFile::read(&beginning.bytes, beginning.member.bytes)? else {
+        let Some(mut file) = PartialFile::read(&beginning.bytes, beginning.member.bytes)? else {
+            if beginning.bytes.len() > HEADER_BYTES_MAX {
+                return Err(too_long(&beginning.whole));
+            }
             self.beginning = Some(beginning);
             return Ok(());
         };
+        let Beginning { header, member, whole, parent_object, mut bytes } = beginning;
+        let unchanged = base.unchanged_blocks(&whole, file.length_blocks);
+        file.shorten(unchanged, &mut bytes);
         if file.whole_bytes() > u64::from(PARTIAL_BLOCKS_MAX) * BLOCK_BYTES as u64 {
-            return Err(Error::invalid(format!(
-                "{:?} is too long a file to store some of its blocks",
-                beginning.member.path
-            ))
-            .with_next("Take a full backup: without --incremental."));
+            return Err(too_long(&whole));
         }
-        let Beginning { header, member, parent_object, bytes } = beginning;
-        let stored = listed(self.tablespace, &member.path);
-        if let Some(whole) = whole_path(&stored) {
-            self.partials.insert(stored, (whole, file.whole_bytes()));
-        }
+        self.partials.insert(listed(self.tablespace, &member.path), (whole, file.whole_bytes()));
         self.packer.header(&header, member, Some(Partial { file, parent_object }));
         self.packer.data(&bytes);
         Ok(())
@@ -295,6 +327,12 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+fn too_long(path: &Path) -> Error {
+    Error::mismatch(format!("{path:?} is too long a file to store some of its blocks"))
+        .with_safe("no backup was recorded; older backups are untouched")
+        .with_next("Take a full backup: without --incremental.")
 }
 
 /// Makes of the manifest of what the server sent that of the directory that is put together: whole files, whose checksums

@@ -19,6 +19,7 @@
 //! ```
 
 mod batch;
+mod cut_off;
 mod intake;
 mod local;
 mod members;
@@ -53,7 +54,8 @@ use crate::wal::event::{EventKind, ServerLimits};
 use crate::wal::layout::Layout;
 use crate::wal::xact::parse_prepare;
 
-use intake::{Intake, Received};
+use cut_off::CutOff;
+use intake::{Base, Intake, Received};
 use local::{Leftovers, LocalServer, ReadOptions};
 use needed_wal::{needed_segments, wait_until_stored};
 use pack::{PackSettings, Packer};
@@ -180,6 +182,13 @@ pub async fn take_backup(
     let (mut received, start, stop_lsn, stop_timeline) = match &options.source {
         BackupSource::Stream => match taking.stream(&mut session).await {
             Err(NotTaken::NotIncremental(why)) => {
+                if options.incremental.as_ref().is_some_and(|wanted| wanted.parent.is_some()) {
+                    return Err(why
+                        .with_safe("no backup was recorded; older backups are untouched")
+                        .with_next(
+                            "Leave --parent out: a full backup is taken then. Or add --source local.",
+                        ));
+                }
                 progress(BackupEvent::Note(format!("a full backup is taken: {why}")));
                 taking.parent = None;
                 session = Connection::connect(server, SessionKind::Replication).await?;
@@ -327,6 +336,7 @@ impl Taking<'_> {
             incremental: self.parent.is_some(),
         };
         let manifest = self.parent_manifest().await?;
+        let host = session.host().clone();
         let (mut start, mut stream) = self.begin(session, &command, &manifest).await.map_err(|error| {
             match ServerError::of(&error) {
                 Some(said) if command.incremental && said.severity == "ERROR" => {
@@ -345,9 +355,19 @@ impl Taking<'_> {
             command.tablespace_map = true;
             (start, stream) = self.begin(&mut another, &command, &manifest).await?;
         }
+        let base = match &self.parent {
+            None => None,
+            Some(parent) => {
+                let cut_off = CutOff::read(server, &host, &parent.link, start.lsn).await;
+                let cut_off = cut_off.map_err(|error| {
+                    NotTaken::NotIncremental(error.context("asking the server's WAL summaries"))
+                })?;
+                Some(Base::new(parent.clone(), cut_off, manifest)?)
+            }
+        };
         self.put_started(&start).await?;
         let (received, stop_lsn, stop_timeline) =
-            receive(stream, &start, self.settings(), self.parent.clone(), *progress).await?;
+            receive(stream, &start, self.settings(), base, *progress).await?;
         Ok((received, start, stop_lsn, stop_timeline))
     }
 
@@ -603,7 +623,7 @@ async fn receive(
     mut stream: BaseBackup<'_>,
     start: &BackupStart,
     settings: Arc<PackSettings>,
-    parent: Option<Arc<Parent>>,
+    base: Option<Base>,
     progress: &(dyn Fn(BackupEvent) + Send + Sync),
 ) -> Result<(Received, Lsn, TimelineId)> {
     let total_bytes = start.tablespaces.iter().map(|space| space.estimated_bytes).sum();
@@ -614,7 +634,7 @@ async fn receive(
         total_bytes,
     });
     let mut meter = Meter::new(total_bytes, Instant::now());
-    let mut intake = Intake::new(Packer::new(settings), &start.tablespaces, parent);
+    let mut intake = Intake::new(Packer::new(settings), &start.tablespaces, base);
     let (lsn, timeline, damage) = loop {
         let taken = match stream.next().await {
             Ok(BackupPart::Archive(tablespace)) => intake.begin_archive(tablespace),

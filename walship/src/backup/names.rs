@@ -142,7 +142,11 @@ async fn relations(
     Ok((relations, rows.rows.len() > room))
 }
 
-fn field<T: std::str::FromStr>(rows: &Rows, row: usize, column: usize) -> Result<T> {
+/// Returns a column of a row as what it stands for.
+///
+/// # Errors
+/// [`Error::Mismatch`] when it does not.
+pub(super) fn field<T: std::str::FromStr>(rows: &Rows, row: usize, column: usize) -> Result<T> {
     rows.get(row, column).and_then(|text| text.parse().ok()).ok_or_else(not_understood)
 }
 

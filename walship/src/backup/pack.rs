@@ -300,6 +300,10 @@ async fn store_object(
             let place = ObjectIndex { bytes: bytes.len() as u64, digest: blake3::hash(&bytes).to_string() };
             object.write(bytes.into()).await.map(|()| Some(place))
         }
+        Ok(None) if index.has_partial() => {
+            Err(Error::invalid(format!("{name} holds files that are too long to store some of their blocks"))
+                .with_next("Take a full backup: without --incremental."))
+        }
         Ok(None) => Ok(None),
         Err(error) => Err(error),
     };

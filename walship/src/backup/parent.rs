@@ -30,13 +30,18 @@ pub(super) struct Parent {
     /// Its objects and those of what it builds on.
     pub(super) levels: Arc<[BackupObjects]>,
     blocks: BackupBlocks,
-    /// In which of its objects each file is, by the path in the manifest.
-    objects: HashMap<PathBuf, u32>,
+    /// In which of its objects each file is, and where among that one's files, by the path in the manifest.
+    objects: HashMap<PathBuf, (u32, u32)>,
 }
 
 impl Parent {
     /// Returns in which of its objects a file is, by the path in the manifest.
     pub(super) fn object_of(&self, listed: &Path) -> Option<u32> {
+        self.place_of(listed).map(|(object, _)| object)
+    }
+
+    /// Returns in which of its objects a file is, and where among that one's files.
+    pub(super) fn place_of(&self, listed: &Path) -> Option<(u32, u32)> {
         self.objects.get(listed).copied()
     }
 
@@ -45,7 +50,7 @@ impl Parent {
     /// # Errors
     /// As [`BackupBlocks::file`].
     pub(super) async fn file(&self, object: u32, path: &Path) -> Result<FileBlocks> {
-        self.blocks.file(0, object, path).await
+        self.blocks.file(object, path).await
     }
 }
 
@@ -126,6 +131,10 @@ async fn choose(
             "{count} incremental backups, up to {id}, build on the last full one (--chain-max)"
         )));
     }
+    // What pg_checksums has changed is in no summary.
+    if matches!(source, BackupSource::Stream) && found.data_checksums != about.data_checksums {
+        return Ok(Err(format!("data checksums were turned on or off since backup {id}")));
+    }
     let mut records = Vec::with_capacity(parents.len() + 1);
     for record in std::iter::once(found).chain(parents) {
         records.push(first.whole_record(record).await?);
@@ -134,6 +143,17 @@ async fn choose(
         records.iter().find(|record| record.objects.iter().any(|object| object.index.is_none()))
     {
         return Ok(Err(format!("backup {} was taken before backups had an index", old.id)));
+    }
+    for repository in repositories {
+        for record in &records {
+            match repository.check_backup_objects(record).await {
+                Ok(()) => {}
+                Err(error @ (Error::Corrupt(_) | Error::Missing(_))) => {
+                    return Ok(Err(format!("backup {} is damaged: {error}", record.id)));
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
     let link = ParentBackup { id: id.clone(), timeline: found.timeline, start_lsn: found.start_lsn, depth };
     let levels: Arc<[BackupObjects]> = records.iter().map(BackupObjects::from).collect();

@@ -36,7 +36,7 @@ the user that PostgreSQL runs as. Every page is checked against its checksum, as
 
 --incremental stores the blocks that differ from the backup before, each compared by its digest, so all files are read
 with --source local, for every version of PostgreSQL. Without it the server sends what its WAL summaries say has changed:
-from PostgreSQL 17 on, with summarize_wal = on. A restore needs the whole chain, and puts it together by itself.
+from PostgreSQL 17 on, with summarize_wal = on, if its role may connect to a database as well. A restore needs the whole chain, and puts it together by itself.
 
 Exit status: 0 complete, 1 failed, 2 usage, 4 complete, but damaged pages were found: they are listed, and in the
 backup as they are.")]
@@ -67,7 +67,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "ID", requires = "incremental")]
     parent: Option<String>,
     /// With --incremental: take a full backup when so many incremental ones build on the last
-    #[arg(long, value_name = "N", default_value_t = 14, value_parser = clap::value_parser!(u32).range(1..=100))]
+    #[arg(long, value_name = "N", default_value_t = 14, requires = "incremental", value_parser = clap::value_parser!(u32).range(1..=100))]
     chain_max: u32,
     /// Have the server send the files, or read them where they lie
     #[arg(long, value_enum, default_value_t = SourceArg::Stream)]

@@ -74,6 +74,8 @@ pub struct IndexedFile {
     pub tar_at: u64,
     /// Its length.
     pub bytes: u64,
+    /// Whether its group may read it.
+    pub group_reads: bool,
     /// What it lacks, where it holds some blocks of a file only.
     pub partial: Option<Partial>,
 }
@@ -140,6 +142,8 @@ struct DocumentFile {
     path: DocumentPath,
     offset: u64,
     bytes: u64,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    group_reads: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     partial: Option<DocumentPartial>,
 }
@@ -163,6 +167,9 @@ impl DocumentPartial {
     fn read(&self, stored_bytes: u64) -> Result<Partial> {
         let contradicts = || damaged("lists other blocks of a file than the file has");
         let count = self.blocks.iter().map(|(_, count)| u64::from(*count)).sum::<u64>();
+        if count > u64::from(PARTIAL_BLOCKS_MAX) {
+            return Err(contradicts());
+        }
         if PartialFile::header_bytes(count) + count * BLOCK_BYTES as u64 != stored_bytes {
             return Err(contradicts());
         }
@@ -258,6 +265,11 @@ impl BackupIndex {
         Some((file, self.digests.get(*first..*first + file.blocks() as usize).unwrap_or_default()))
     }
 
+    /// Returns whether some of the files are stored in part.
+    pub fn has_partial(&self) -> bool {
+        self.files.iter().any(|file| file.partial.is_some())
+    }
+
     /// Returns the frames that hold a range of the tar stream, in order.
     pub fn frames_of(&self, tar: Range<u64>) -> &[Frame] {
         let from =
@@ -280,6 +292,7 @@ impl BackupIndex {
             path: DocumentPath::of(&file.path),
             offset: file.tar_at,
             bytes: file.bytes,
+            group_reads: file.group_reads,
             partial: file.partial.as_ref().map(DocumentPartial::of),
         });
         let document = Document {
@@ -360,10 +373,11 @@ impl BackupIndex {
                 end.filter(|_| file.offset >= tar_at).ok_or_else(|| damaged("lists files out of order"))?;
             let path = file.path.read()?;
             let partial = file.partial.map(|partial| partial.read(file.bytes)).transpose()?;
-            if partial.is_some() && whole_path(&path).is_none() {
+            if partial.is_some() && whole_path(&path).is_none_or(|whole| check_path(&whole).is_err()) {
                 return Err(damaged("lists some blocks of a file under the name of a whole one"));
             }
-            let file = IndexedFile { path, tar_at: file.offset, bytes: file.bytes, partial };
+            let DocumentFile { offset, bytes, group_reads, .. } = file;
+            let file = IndexedFile { path, tar_at: offset, bytes, group_reads, partial };
             tar_at = end;
             blocks += file.blocks();
             index.add_file(file);
@@ -388,7 +402,7 @@ impl BackupIndex {
         }
         for at in (0..entries).step_by(8) {
             let (stored, tar) = number(table, at).zip(number(table, at + 4)).ok_or_else(cut_off)?;
-            if stored > FRAME_BYTES_MAX || tar > FRAME_BYTES_MAX {
+            if stored > FRAME_BYTES_MAX || tar > FRAME_BYTES_MAX || (stored == 0 && tar > 0) {
                 return Err(damaged("has a frame that is too long to be held"));
             }
             self.add_frame(stored, tar);
@@ -422,7 +436,8 @@ mod tests {
     fn sample() -> (BackupIndex, u64, u64) {
         let mut index = BackupIndex::default();
         index.add_folder("base/5".into());
-        let file = |path, tar_at, bytes| IndexedFile { path, tar_at, bytes, partial: None };
+        let file =
+            |path, tar_at, bytes| IndexedFile { path, tar_at, bytes, group_reads: bytes == 0, partial: None };
         index.add_file(file("base/5/1".into(), 512, 20_000));
         index.add_file(file("empty".into(), 21_504, 0));
         let odd = OsString::from_vec(b"b\xFF".to_vec());
@@ -471,7 +486,13 @@ mod tests {
         let file = PartialFile { blocks: vec![3, 4, 9], length_blocks: 8 };
         let bytes = file.stored_bytes();
         let partial = Some(Partial { file, parent_object: 7 });
-        let file = IndexedFile { path: "base/5/INCREMENTAL.1".into(), tar_at: 512, bytes, partial };
+        let file = IndexedFile {
+            path: "base/5/INCREMENTAL.1".into(),
+            tar_at: 512,
+            bytes,
+            group_reads: false,
+            partial,
+        };
         assert_eq!((file.whole_path().as_path(), file.whole_bytes()), (Path::new("base/5/1"), 10 * 8192));
         let places = [2, 3, 4, 9, 10].map(|block| file.place_of(block));
         assert_eq!(places, [None, Some(1), Some(2), Some(3), None]);
@@ -487,6 +508,11 @@ mod tests {
         for blocks in [vec![(3, 2)], vec![(3, 2), (4, 1)], vec![(u32::MAX, 3)], vec![(9, 1), (3, 2)]] {
             assert!(DocumentPartial { blocks, ..document }.read(file.bytes).is_err());
         }
+        // So many blocks would not even be held.
+        let endless = DocumentPartial { blocks: vec![(0, u32::MAX)], ..document };
+        let bytes = PartialFile::header_bytes(u32::MAX.into()) + u64::from(u32::MAX) * BLOCK_BYTES as u64;
+        assert!(endless.read(bytes).is_err());
+        let document = DocumentPartial { blocks: vec![(3, 2), (9, 1)], ..endless };
         for (length_blocks, first) in [(PARTIAL_BLOCKS_MAX + 1, 3), (8, PARTIAL_BLOCKS_MAX)] {
             let long = DocumentPartial { length_blocks, blocks: vec![(first, 3)], ..document };
             assert!(long.read(file.bytes).is_err());

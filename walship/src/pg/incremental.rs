@@ -63,6 +63,15 @@ impl PartialFile {
         last.max(u64::from(self.length_blocks)) * PAGE_BYTES as u64
     }
 
+    /// Makes the file, and its beginning in `bytes`, say that it has at least so many blocks, where it says more: those behind
+    /// are not as they were before.
+    pub fn shorten(&mut self, length_blocks: u32, bytes: &mut [u8]) {
+        self.length_blocks = self.length_blocks.min(length_blocks);
+        if let Some(said) = bytes.get_mut(8..FIXED_BYTES) {
+            said.copy_from_slice(&self.length_blocks.to_le_bytes());
+        }
+    }
+
     /// Returns what stands before the blocks.
     pub fn header(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(Self::header_bytes(self.blocks.len() as u64) as usize);
@@ -143,6 +152,12 @@ mod tests {
         assert!(PartialFile::read(&header, 4 * 8192).is_err());
         assert!(PartialFile::read(&header[..11], 11).is_err());
         assert!(PartialFile::read(&[0; 12], 12).is_err());
+        let mut shorter = PartialFile { blocks: vec![3, 9], length_blocks: 7 };
+        let mut bytes = shorter.header();
+        shorter.shorten(9, &mut bytes);
+        assert_eq!(shorter.length_blocks, 7);
+        shorter.shorten(5, &mut bytes);
+        assert_eq!(PartialFile::read(&bytes, shorter.stored_bytes()), Ok(Some(shorter)));
         let twice = PartialFile { blocks: vec![3, 3], length_blocks: 7 };
         assert!(PartialFile::read(&twice.header(), twice.stored_bytes()).is_err());
     }

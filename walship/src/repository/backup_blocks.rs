@@ -4,6 +4,8 @@ use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use futures_util::{StreamExt as _, TryStreamExt as _};
+
 use crate::catalog::{BackupObject, BackupRecord};
 use crate::codec::backup_index::{BLOCK_BYTES, BackupIndex, BlockDigest, INDEX_BYTES_MAX, IndexedFile};
 use crate::error::{Error, Result};
@@ -12,6 +14,12 @@ use super::LineageRepository;
 
 /// So many bytes of indexes are held, about; one more, however large, while it is used.
 const HELD_BYTES_MAX: usize = 32 << 20;
+
+/// So many indexes of each backup are in use at once, by as many threads.
+const IN_USE_MAX: usize = 4;
+
+/// So many indexes are read at once where all are.
+const INDEXES_MAX: usize = 4;
 
 /// What a file of an index takes beside its path, about.
 const FILE_BYTES: usize = 200;
@@ -31,7 +39,7 @@ impl From<&BackupRecord> for BackupObjects {
     }
 }
 
-/// A backup and all that it builds on, read from one repository.
+/// A backup and all that it builds on, read from whichever repository has what is asked for.
 #[derive(Debug)]
 pub struct BackupBlocks {
     repository: LineageRepository,
@@ -144,22 +152,36 @@ impl BackupBlocks {
             return Ok(found);
         }
         let (id, of) = self.object(level, object)?;
-        let index = self.repository.read_object_index(id, of).await;
+        let what = format!("the index of {} of backup {id}", of.name);
+        let read = |one: LineageRepository| async move { one.read_object_index(id, of).await.map(Some) };
+        let index = self.repository.ask_each(what, read).await;
         let index = index.map_err(|error| error.context(format!("backup {id}, object {}", of.name)))?;
+        let index =
+            index.ok_or_else(|| Error::missing(format!("{} of backup {id} is not there", of.name)))?;
         let files = Arc::new(ObjectFiles::new(index));
         self.held.lock().unwrap_or_else(PoisonError::into_inner).add(key, &files);
         Ok(files)
     }
 
-    /// Returns where the blocks of a file are, by its path in an object's tar stream.
+    /// Returns where the blocks of a file of the backup at the top are, by its path in an object's tar stream.
     ///
     /// # Errors
     /// As [`BackupBlocks::files_of`]; [`Error::Corrupt`] where a backup does not hold what another builds on.
-    pub async fn file(&self, mut level: u32, mut object: u32, path: &Path) -> Result<FileBlocks> {
-        let top = level;
-        let mut found: Option<FileBlocks> = None;
+    pub async fn file(&self, object: u32, path: &Path) -> Result<FileBlocks> {
+        let files = self.files_of(0, object).await?;
+        self.file_in(object, &files, path).await
+    }
+
+    /// As [`BackupBlocks::file`], for an object whose files are at hand.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn file_in(&self, mut object: u32, top: &ObjectFiles, path: &Path) -> Result<FileBlocks> {
+        let (mut level, mut below, mut found) = (0, None, FileBlocks { bytes: 0, blocks: Vec::new() });
+        // Behind where a file ended in one of the backups nothing is as it was before.
+        let mut until = usize::MAX;
         loop {
-            let files = self.files_of(level, object).await?;
+            let files: &ObjectFiles = below.as_deref().unwrap_or(top);
             let Some((file, digests)) = files.find(path) else {
                 let (id, of) = self.object(level, object)?;
                 return Err(Error::corrupt(format!(
@@ -167,27 +189,29 @@ impl BackupBlocks {
                     of.name
                 )));
             };
-            let whole = found.get_or_insert_with(|| {
-                let bytes = file.whole_bytes();
-                FileBlocks { bytes, blocks: vec![None; bytes.div_ceil(BLOCK_BYTES as u64) as usize] }
-            });
-            for (block, place) in whole.blocks.iter_mut().enumerate().filter(|(_, place)| place.is_none()) {
+            if level == 0 {
+                found.bytes = file.whole_bytes();
+                found.blocks = vec![None; found.bytes.div_ceil(BLOCK_BYTES as u64) as usize];
+            }
+            let open = found.blocks.iter_mut().take(until).enumerate().filter(|(_, place)| place.is_none());
+            for (block, place) in open {
                 let Some(at) = u32::try_from(block).ok().and_then(|block| file.place_of(block)) else {
                     continue;
                 };
                 let offset = (at * BLOCK_BYTES) as u64;
                 // A block that was cut off in the middle is not what another backup can have left out.
-                if level > top && file.bytes - offset < BLOCK_BYTES as u64 {
+                if level > 0 && file.bytes - offset < BLOCK_BYTES as u64 {
                     continue;
                 }
                 let digest = digests.get(at).copied();
                 *place =
                     digest.map(|digest| BlockPlace { level, object, tar_at: file.tar_at + offset, digest });
             }
-            let Some(partial) = &file.partial else { break };
+            let Some(partial) = &file.partial else { return Ok(found) };
+            until = until.min(partial.file.length_blocks as usize);
             (level, object) = (level + 1, partial.parent_object);
+            below = Some(self.files_of(level, object).await?);
         }
-        found.ok_or_else(|| Error::corrupt(format!("{path:?} is in no backup")))
     }
 
     /// Returns of each file of the backup at the top, as its manifest names it, in which object it is: the last, where
@@ -195,13 +219,18 @@ impl BackupBlocks {
     ///
     /// # Errors
     /// As [`BackupBlocks::files_of`].
-    pub async fn objects_of_files(&self) -> Result<HashMap<PathBuf, u32>> {
+    pub async fn objects_of_files(&self) -> Result<HashMap<PathBuf, (u32, u32)>> {
+        let reads = (0..self.objects().len()).map(|number| async move {
+            let files = self.files_of(0, number as u32).await?;
+            Ok::<_, Error>((number as u32, files))
+        });
+        let mut reads = std::pin::pin!(futures_util::stream::iter(reads).buffered(INDEXES_MAX));
         let mut found = HashMap::new();
-        for (number, object) in self.objects().iter().enumerate() {
-            let number = number as u32;
-            let files = self.files_of(0, number).await?;
-            let listed = files.by_path.keys().map(|path| (object.listed(path), number));
-            found.extend(listed);
+        while let Some((number, files)) = reads.try_next().await? {
+            let Some(object) = self.objects().get(number as usize) else { continue };
+            let places =
+                files.by_path.iter().map(|(path, place)| (object.listed(path), (number, *place as u32)));
+            found.extend(places);
         }
         Ok(found)
     }
@@ -221,11 +250,19 @@ impl Held {
         }
         self.bytes += files.held_bytes;
         self.indexes.push_front((key, Arc::clone(files)));
-        while self.bytes > HELD_BYTES_MAX && self.indexes.len() > 1 {
-            if let Some((_, oldest)) = self.indexes.pop_back() {
-                self.bytes -= oldest.held_bytes;
+        let mut seen: HashMap<u32, usize> = HashMap::new();
+        let Self { indexes, bytes } = self;
+        // From the latest on: those of each level that may be in use stay, however large they are.
+        let (mut kept, mut all) = (VecDeque::new(), 0);
+        for (key, files) in indexes.drain(..) {
+            let of_level = seen.entry(key.0).or_default();
+            *of_level += 1;
+            if *of_level <= IN_USE_MAX || all + files.held_bytes <= HELD_BYTES_MAX {
+                all += files.held_bytes;
+                kept.push_back((key, files));
             }
         }
+        (*indexes, *bytes) = (kept, all);
     }
 }
 
@@ -254,5 +291,35 @@ impl LineageRepository {
             BackupIndex::decode(&bytes, stored_bytes, tar_bytes)
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn indexes_in_use_stay_and_the_others_are_bounded() {
+        let files = |held_bytes| {
+            Arc::new(ObjectFiles { index: BackupIndex::default(), by_path: HashMap::new(), held_bytes })
+        };
+        let mut held = Held::default();
+        // Large ones, as of clusters with very many files: each level keeps what its threads use.
+        for object in 0..20 {
+            for level in 0..3 {
+                held.add((level, object), &files(HELD_BYTES_MAX));
+            }
+        }
+        for level in 0..3 {
+            let known = (0..20).filter(|object| held.find((level, *object)).is_some()).count();
+            assert_eq!(known, IN_USE_MAX);
+            assert!(held.find((level, 19)).is_some());
+        }
+        assert_eq!(held.bytes, 3 * IN_USE_MAX * HELD_BYTES_MAX);
+        // Small ones: as many as have room.
+        let mut held = Held::default();
+        (0..1000).for_each(|object| held.add((0, object), &files(HELD_BYTES_MAX / 100)));
+        assert_eq!(held.indexes.len(), 100);
+        assert!(held.bytes <= HELD_BYTES_MAX);
     }
 }

@@ -112,6 +112,8 @@ struct Share {
     files: Vec<ReadFile>,
     damaged: DamagedPages,
     two_phase: Vec<Vec<u8>>,
+    /// Why files were stored whole of which some blocks would have done: how many, and the first reason.
+    stored_anew: (u64, Option<String>),
 }
 
 /// Stops the threads when the backup ends early, however it does.
@@ -173,8 +175,8 @@ pub(super) async fn take(
     // Large ones first, so that no thread is left with one at the end; with a parent in its order, so that each of its
     // indexes is read once.
     files.sort_by_cached_key(|entry| {
-        let object = parent.as_ref().map(|parent| parent.object_of(&entry.listed()).unwrap_or(u32::MAX));
-        (entry.tablespace, object, std::cmp::Reverse(length(entry)))
+        let place = parent.as_ref().and_then(|parent| parent.place_of(&entry.listed()));
+        (entry.tablespace, place, std::cmp::Reverse(length(entry)))
     });
     let shared = Arc::new(Shared {
         settings: Arc::clone(&settings),
@@ -198,6 +200,11 @@ pub(super) async fn take(
     share.add(put_folders(&settings, places, long_links).await?);
     for read in read_all(&shared, options.workers, total_bytes, progress, work).await? {
         share.add(read);
+    }
+    if let (count, Some(why)) = &share.stored_anew {
+        progress(BackupEvent::Warning(format!(
+            "{count} files are stored whole, because a backup below cannot be read: {why}"
+        )));
     }
     {
         // A file system that was unmounted meanwhile looks as if every file in it had been dropped.
@@ -296,6 +303,9 @@ impl Share {
         self.files.extend(other.files);
         self.damaged.add(other.damaged);
         self.two_phase.extend(other.two_phase);
+        let (count, why) = other.stored_anew;
+        self.stored_anew.0 += count;
+        self.stored_anew.1 = self.stored_anew.1.take().or(why);
     }
 }
 
@@ -440,8 +450,7 @@ fn read_files(
         if entry.is_unlogged() {
             continue;
         }
-        let (file, damaged) =
-            put_file(shared, handle, packer, &entry, &opened, buffer, &mut share.two_phase)?;
+        let (file, damaged) = put_file(shared, handle, packer, &entry, &opened, buffer, share)?;
         share.files.push(file);
         share.damaged.add(damaged.into());
     }
@@ -454,15 +463,16 @@ fn put_file(
     entry: &Entry,
     opened: &Opened,
     buffer: &mut Vec<u8>,
-    two_phase: &mut Vec<Vec<u8>>,
+    share: &mut Share,
 ) -> Result<(ReadFile, Vec<DamagedPage>)> {
     let listed = entry.listed();
     packer.begin_archive(entry.tablespace);
-    if let Some(changes) = changes_of(shared, handle, entry, opened, buffer)? {
+    if let Some(changes) = changes_of(shared, handle, entry, opened, buffer, share)? {
         return put_changes(shared, handle, packer, entry, opened, buffer, changes);
     }
     let member = Member { path: entry.path.clone(), kind: MemberKind::File, bytes: opened.bytes };
     packer.header(&header(&member, opened.mode, opened.modified, None)?, member, None);
+    let two_phase = &mut share.two_phase;
     let is_two_phase = listed.parent() == Some(Path::new("pg_twophase"));
     if is_two_phase && two_phase.len() <= TWO_PHASE_MAX {
         two_phase.push(Vec::new());
@@ -491,6 +501,7 @@ fn changes_of(
     entry: &Entry,
     opened: &Opened,
     buffer: &mut Vec<u8>,
+    share: &mut Share,
 ) -> Result<Option<(Changes, u32)>> {
     let listed = entry.listed();
     let Some(parent) = &shared.parent else { return Ok(None) };
@@ -501,7 +512,8 @@ fn changes_of(
         Ok(before) => before,
         // What cannot be built on is stored anew.
         Err(error @ (Error::Corrupt(_) | Error::Missing(_))) => {
-            tracing::warn!(%error, "{} is stored whole", listed.display());
+            share.stored_anew.0 += 1;
+            share.stored_anew.1.get_or_insert_with(|| error.to_string());
             return Ok(None);
         }
         Err(error) => return Err(error),

@@ -120,7 +120,7 @@ impl Leftovers {
             if opened.bytes != file.whole_bytes() || entry.is_unlogged() {
                 continue;
             }
-            let stored = handle.block_on(self.blocks.file(0, number as u32, &path))?;
+            let stored = handle.block_on(self.blocks.file_in(number as u32, &files, &path))?;
             if let Some((crc, damaged)) = same(shared, &opened, entry, &listed, &stored, buffer)? {
                 kept.damaged.extend(damaged);
                 let read = ReadFile { listed, bytes: opened.bytes, crc, modified: opened.modified };
