@@ -15,13 +15,18 @@ const FRAME_BYTES_MAX: usize = 128 << 10;
 /// A member that ends in a frame at least this full ends the frame.
 const FRAME_BYTES_MIN: usize = 64 << 10;
 
-/// So many bytes of tar are compressed by one thread in one go.
-const BATCH_BYTES: usize = 4 << 20;
+/// So many bytes of tar are compressed by one thread in one go. They stay in its core's cache from reading to compressing.
+const BATCH_BYTES: usize = 1 << 20;
+
+/// What a batch may have beyond that: headers and paddings.
+const BATCH_SLACK_BYTES: usize = 4 * BLOCK;
 
 /// Consecutive frames.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
+    /// Room; what is behind `filled` means nothing.
     tar: Vec<u8>,
+    filled: usize,
     /// Where each frame ends.
     ends: Vec<usize>,
     /// Where files' bytes stand. Each piece starts at the start of a block.
@@ -42,30 +47,65 @@ pub(crate) struct Compressed {
     pub(crate) digests: Vec<BlockDigest>,
 }
 
-impl Batch {
-    pub(crate) fn tar_bytes(&self) -> u64 {
-        self.tar.len() as u64
+/// Compresses frames, and keeps what that takes from one batch to the next.
+pub(crate) struct FrameCompressor {
+    zstd: zstd::bulk::Compressor<'static>,
+    frame: Vec<u8>,
+}
+
+impl FrameCompressor {
+    /// # Errors
+    /// What zstd fails with.
+    pub(crate) fn new(level: i32) -> std::io::Result<Self> {
+        let mut zstd = zstd::bulk::Compressor::new(level)?;
+        zstd.include_checksum(true)?;
+        Ok(Self { zstd, frame: Vec::new() })
     }
 
-    /// Compresses the frames and makes the blocks' digests.
+    fn compress(&mut self, tar: &[u8]) -> std::io::Result<&[u8]> {
+        self.frame.clear();
+        self.frame.reserve(zstd::zstd_safe::compress_bound(tar.len()));
+        self.zstd.compress_to_buffer(tar, &mut self.frame)?;
+        Ok(&self.frame)
+    }
+}
+
+impl Batch {
+    pub(crate) fn tar_bytes(&self) -> u64 {
+        self.filled as u64
+    }
+
+    /// Compresses the frames and makes the blocks' digests; returns the batch's memory as well, for another one.
     ///
     /// # Errors
     /// What zstd fails with.
-    pub(crate) fn compress(self, level: i32) -> std::io::Result<Compressed> {
-        let mut compressor = zstd::bulk::Compressor::new(level)?;
-        compressor.include_checksum(true)?;
-        let (mut bytes, mut frames) =
-            (Vec::with_capacity(self.tar.len() / 2), Vec::with_capacity(self.ends.len()));
+    pub(crate) fn compress(self, compressor: &mut FrameCompressor) -> std::io::Result<(Compressed, Vec<u8>)> {
+        let (mut bytes, mut frames) = (Vec::new(), Vec::with_capacity(self.ends.len()));
         let mut start = 0;
         for end in self.ends {
             let frame = compressor.compress(&self.tar[start..end])?;
             // Both are far below 4 GiB.
             frames.push((frame.len() as u32, (end - start) as u32));
-            bytes.extend(frame);
+            bytes.extend_from_slice(frame);
             start = end;
         }
         let digests = self.data.into_iter().flat_map(|piece| block_digests(&self.tar[piece])).collect();
-        Ok(Compressed { bytes, frames, folders: self.folders, files: self.files, digests })
+        let compressed = Compressed { bytes, frames, folders: self.folders, files: self.files, digests };
+        Ok((compressed, self.tar))
+    }
+
+    /// Returns room for so many bytes more.
+    fn room(&mut self, bytes: usize) -> &mut [u8] {
+        let end = self.filled + bytes;
+        if self.tar.len() < end {
+            self.tar.resize(end.max(BATCH_BYTES + BATCH_SLACK_BYTES), 0);
+        }
+        &mut self.tar[self.filled..end]
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
+        self.room(bytes.len()).copy_from_slice(bytes);
+        self.filled += bytes.len();
     }
 }
 
@@ -76,7 +116,8 @@ fn mode_of(header: &[u8; BLOCK]) -> u32 {
     digits.fold(0, |mode, digit| mode << 3 | u32::from(digit - b'0'))
 }
 
-/// Collects the tar stream of one object into batches.
+/// Collects the tar stream of one object into batches. Who takes a full one gives memory for the next: a former batch's,
+/// or none.
 #[derive(Debug, Default)]
 pub(crate) struct Cutter {
     batch: Batch,
@@ -87,6 +128,11 @@ pub(crate) struct Cutter {
 }
 
 impl Cutter {
+    /// Begins in the memory of a former batch.
+    pub(crate) fn new(memory: Vec<u8>) -> Self {
+        Self { batch: Batch { tar: memory, ..Batch::default() }, ..Self::default() }
+    }
+
     /// Returns how many bytes of tar there were.
     pub(crate) fn tar_bytes(&self) -> u64 {
         self.before + self.batch.tar_bytes()
@@ -98,11 +144,11 @@ impl Cutter {
         block: &[u8; BLOCK],
         member: Member,
         partial: Option<Partial>,
-        full: &mut impl FnMut(Batch),
+        full: &mut impl FnMut(Batch) -> Vec<u8>,
     ) {
         self.make_room(BLOCK, full);
         self.member_bytes = 0;
-        self.batch.tar.extend_from_slice(block);
+        self.batch.append(block);
         let Member { path, kind, bytes } = member;
         match kind {
             MemberKind::File => {
@@ -116,27 +162,44 @@ impl Cutter {
     }
 
     /// Takes bytes of the open member.
-    pub(crate) fn data(&mut self, mut bytes: &[u8], full: &mut impl FnMut(Batch)) {
+    pub(crate) fn data(&mut self, mut bytes: &[u8], full: &mut impl FnMut(Batch) -> Vec<u8>) {
         while !bytes.is_empty() {
-            let in_block = (self.member_bytes % BLOCK_BYTES as u64) as usize;
-            if in_block == 0 {
-                self.make_room(BLOCK_BYTES, full);
-            }
-            let (now, later) = bytes.split_at((BLOCK_BYTES - in_block).min(bytes.len()));
-            let at = self.batch.tar.len();
-            self.batch.tar.extend_from_slice(now);
-            match self.batch.data.last_mut() {
-                Some(piece) if self.member_bytes > 0 && piece.end == at => piece.end += now.len(),
-                _ => self.batch.data.push(at..at + now.len()),
-            }
-            self.member_bytes += now.len() as u64;
+            let room = self.room(bytes.len(), full);
+            let (now, later) = bytes.split_at(room.len());
+            room.copy_from_slice(now);
+            self.took(now.len());
             bytes = later;
         }
     }
 
+    /// Returns room for the next bytes of the open member: at least one and at most `wanted`, up to the end of a block.
+    /// What is in it means nothing; [`Cutter::took`] says that it was filled.
+    pub(crate) fn room(&mut self, wanted: usize, full: &mut impl FnMut(Batch) -> Vec<u8>) -> &mut [u8] {
+        let in_block = (self.member_bytes % BLOCK_BYTES as u64) as usize;
+        let most = if in_block == 0 {
+            self.make_room(BLOCK_BYTES, full);
+            let frame = FRAME_BYTES_MAX - self.frame_bytes();
+            frame - frame % BLOCK_BYTES
+        } else {
+            BLOCK_BYTES - in_block
+        };
+        self.batch.room(wanted.min(most))
+    }
+
+    /// The first `length` bytes of the room are the member's next ones.
+    pub(crate) fn took(&mut self, length: usize) {
+        let at = self.batch.filled;
+        self.batch.filled += length;
+        match self.batch.data.last_mut() {
+            Some(piece) if self.member_bytes > 0 && piece.end == at => piece.end += length,
+            _ => self.batch.data.push(at..at + length),
+        }
+        self.member_bytes += length as u64;
+    }
+
     /// Takes what fills up the open member's last tar block.
     pub(crate) fn padding(&mut self, bytes: &[u8]) {
-        self.batch.tar.extend_from_slice(bytes);
+        self.batch.append(bytes);
     }
 
     /// The open member is whole: a place to end a frame.
@@ -148,30 +211,30 @@ impl Cutter {
 
     /// Ends the tar stream and returns what is left.
     pub(crate) fn finish(mut self) -> Batch {
-        self.batch.tar.extend_from_slice(&[0; 2 * BLOCK]);
+        self.batch.append(&[0; 2 * BLOCK]);
         self.end_frame();
         self.batch
     }
 
     fn frame_bytes(&self) -> usize {
-        self.batch.tar.len() - self.batch.ends.last().unwrap_or(&0)
+        self.batch.filled - self.batch.ends.last().unwrap_or(&0)
     }
 
     fn end_frame(&mut self) {
         if self.frame_bytes() > 0 {
-            self.batch.ends.push(self.batch.tar.len());
+            self.batch.ends.push(self.batch.filled);
         }
     }
 
     /// Ends the frame, and then perhaps the batch, when `bytes` more would be too many.
-    fn make_room(&mut self, bytes: usize, full: &mut impl FnMut(Batch)) {
+    fn make_room(&mut self, bytes: usize, full: &mut impl FnMut(Batch) -> Vec<u8>) {
         if self.frame_bytes() + bytes > FRAME_BYTES_MAX {
             self.end_frame();
         }
-        if self.frame_bytes() == 0 && self.batch.tar.len() + FRAME_BYTES_MAX > BATCH_BYTES {
-            self.before = self.tar_bytes();
-            let fresh = Batch { tar: Vec::with_capacity(BATCH_BYTES), ..Batch::default() };
-            full(std::mem::replace(&mut self.batch, fresh));
+        if self.frame_bytes() == 0 && self.batch.filled + FRAME_BYTES_MAX > BATCH_BYTES {
+            let before = self.tar_bytes();
+            let memory = full(std::mem::take(&mut self.batch));
+            *self = Self { before, member_bytes: self.member_bytes, ..Self::new(memory) };
         }
     }
 }
@@ -182,17 +245,31 @@ mod tests {
     use proptest::prelude::*;
 
     /// Cuts members of these lengths, handed over in pieces, and returns the batches.
+    /// Each batch begins in memory that has something in it.
     fn cut(lengths: &[usize], piece: usize) -> (Vec<Batch>, Vec<u8>) {
         let (mut cutter, mut batches, mut whole) = (Cutter::default(), Vec::new(), Vec::new());
+        let mut full = |batch| {
+            batches.push(batch);
+            vec![0xEE; batches.len() % 3 * 700_000]
+        };
         for (number, length) in lengths.iter().enumerate() {
             let content: Vec<u8> = (0..*length).map(|at| (at / 997 + number) as u8).collect();
             let header = [number as u8; BLOCK];
             let member =
                 Member { path: number.to_string().into(), kind: MemberKind::File, bytes: *length as u64 };
-            cutter.header(&header, member, None, &mut |full| batches.push(full));
+            cutter.header(&header, member, None, &mut full);
             whole.extend(header);
-            for bytes in content.chunks(piece) {
-                cutter.data(bytes, &mut |full| batches.push(full));
+            // Half of the members are copied, the others written where they are to lie.
+            for bytes in content.chunks(piece).filter(|_| number % 2 == 0) {
+                cutter.data(bytes, &mut full);
+            }
+            let mut left = if number % 2 == 0 { &[][..] } else { &content[..] };
+            while !left.is_empty() {
+                let room = cutter.room(left.len().min(piece), &mut full);
+                let (now, later) = left.split_at(room.len());
+                room.copy_from_slice(now);
+                cutter.took(now.len());
+                left = later;
             }
             whole.extend(&content);
             let padding = vec![0; length.next_multiple_of(BLOCK) - length];
@@ -225,10 +302,11 @@ mod tests {
         ) {
             let (batches, whole) = cut(&lengths, piece);
             let (mut stored, mut digests, mut files, mut at) = (Vec::new(), Vec::new(), Vec::new(), 0u64);
+            let mut compressor = FrameCompressor::new(1).unwrap();
             for batch in batches {
-                prop_assert!(batch.tar.len() <= BATCH_BYTES + 4 * BLOCK);
+                prop_assert!(batch.filled <= BATCH_BYTES + BATCH_SLACK_BYTES);
                 at += batch.tar_bytes();
-                let compressed = batch.compress(1).unwrap();
+                let (compressed, _) = batch.compress(&mut compressor).unwrap();
                 prop_assert!(compressed.frames.iter().all(|(_, tar)| (*tar as usize) <= FRAME_BYTES_MAX + 4 * BLOCK));
                 let (mut from, sizes) = (0, &compressed.frames);
                 for (bytes, plain) in sizes {

@@ -58,7 +58,7 @@ use cut_off::CutOff;
 use intake::{Base, Intake, Received};
 use local::{Leftovers, LocalServer, ReadOptions};
 use needed_wal::{needed_segments, wait_until_stored};
-use pack::{PackSettings, Packer};
+use pack::{Compressing, PackSettings, Packer};
 use parent::Parent;
 use progress::Meter;
 
@@ -634,7 +634,7 @@ async fn receive(
         total_bytes,
     });
     let mut meter = Meter::new(total_bytes, Instant::now());
-    let mut intake = Intake::new(Packer::new(settings), &start.tablespaces, base);
+    let mut intake = Intake::new(Packer::new(settings, Compressing::Aside), &start.tablespaces, base);
     let (lsn, timeline, damage) = loop {
         let taken = match stream.next().await {
             Ok(BackupPart::Archive(tablespace)) => intake.begin_archive(tablespace),

@@ -4,8 +4,9 @@
 //! Memory is bounded by the number of batches that may exist at once, whatever the files' sizes.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -18,7 +19,7 @@ use crate::pg::Oid;
 use crate::repository::LineageRepository;
 use crate::storage::{PutOutcome, Upload};
 
-use super::batch::{Batch, Compressed, Cutter};
+use super::batch::{Batch, Compressed, Cutter, FrameCompressor};
 use super::members::{BLOCK, Member};
 
 /// How many objects of one packer may be on their way at once.
@@ -36,6 +37,39 @@ pub(crate) struct PackSettings {
     pub(crate) level: i32,
     batches: Arc<Semaphore>,
     next_number: AtomicU32,
+    spare: Spare,
+}
+
+/// What batches are made with, used again: memory that is new to the process costs more than the copy into it.
+#[derive(Default)]
+struct Spare {
+    memory: Mutex<Vec<Vec<u8>>>,
+    compressors: Mutex<Vec<FrameCompressor>>,
+}
+
+impl Spare {
+    /// Returns the memory of a former batch, or none.
+    fn memory(&self) -> Vec<u8> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    fn compress(&self, batch: Batch, level: i32) -> io::Result<Compressed> {
+        let spare = self.compressors.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut compressor = spare.map_or_else(|| FrameCompressor::new(level), Ok)?;
+        let (compressed, memory) = batch.compress(&mut compressor)?;
+        self.compressors.lock().unwrap_or_else(PoisonError::into_inner).push(compressor);
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+        Ok(compressed)
+    }
+}
+
+/// Where a packer compresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compressing {
+    /// On further threads, while what comes next arrives.
+    Aside,
+    /// Where [`Packer::pump`] is called: on a thread that may block and whose core has the bytes in its cache.
+    Here,
 }
 
 impl PackSettings {
@@ -51,8 +85,9 @@ impl PackSettings {
             id,
             object_bytes: object_bytes.max(1 << 20),
             level,
-            batches: Arc::new(Semaphore::new((cores + 2).min(10))),
+            batches: Arc::new(Semaphore::new((2 * cores + 4).min(24))),
             next_number: AtomicU32::new(1),
+            spare: Spare::default(),
         })
     }
 }
@@ -64,12 +99,26 @@ enum Work {
 }
 
 enum Piece {
-    Batch {
-        compressed: JoinHandle<std::io::Result<Compressed>>,
-        tar_bytes: u64,
-        _permit: OwnedSemaphorePermit,
-    },
+    Batch { compressed: Pending, tar_bytes: u64, _permit: OwnedSemaphorePermit },
     End,
+}
+
+/// A batch that is compressed, or being compressed.
+enum Pending {
+    Compressed(io::Result<Compressed>),
+    Aside(JoinHandle<io::Result<Compressed>>),
+}
+
+impl Pending {
+    async fn compressed(self) -> Result<Compressed> {
+        let compressed = match self {
+            Self::Compressed(compressed) => compressed,
+            Self::Aside(task) => {
+                task.await.map_err(|error| Error::unavailable(format!("compressing was cut off: {error}")))?
+            }
+        };
+        compressed.map_err(|error| Error::from_io("compressing", error))
+    }
 }
 
 /// Packs a backup, or a part of one.
@@ -78,6 +127,7 @@ enum Piece {
 /// the work out and is to be awaited after every few of them.
 pub(crate) struct Packer {
     settings: Arc<PackSettings>,
+    compressing: Compressing,
     tablespace: Option<Oid>,
     /// The open object's; `None` when none is open.
     cutter: Option<Cutter>,
@@ -88,9 +138,10 @@ pub(crate) struct Packer {
 }
 
 impl Packer {
-    pub(crate) fn new(settings: Arc<PackSettings>) -> Self {
+    pub(crate) fn new(settings: Arc<PackSettings>, compressing: Compressing) -> Self {
         Self {
             settings,
+            compressing,
             tablespace: None,
             cutter: None,
             work: VecDeque::new(),
@@ -98,6 +149,11 @@ impl Packer {
             objects: JoinSet::new(),
             done: Vec::new(),
         }
+    }
+
+    /// Full batches are compressed there from now on.
+    pub(crate) fn set_compressing(&mut self, compressing: Compressing) {
+        self.compressing = compressing;
     }
 
     /// What follows belongs to this tablespace, and so into another object.
@@ -110,19 +166,36 @@ impl Packer {
 
     /// Takes a member's header, and what the member lacks where it is some blocks of a file only.
     pub(crate) fn header(&mut self, block: &[u8; BLOCK], member: Member, partial: Option<Partial>) {
-        let Self { cutter, work, tablespace, .. } = self;
+        let Self { cutter, work, tablespace, settings, .. } = self;
         let cutter = cutter.get_or_insert_with(|| {
             work.push_back(Work::Begin(*tablespace));
-            Cutter::default()
+            Cutter::new(settings.spare.memory())
         });
-        cutter.header(block, member, partial, &mut |batch| work.push_back(Work::Batch(batch)));
+        cutter.header(block, member, partial, &mut full(work, settings));
     }
 
     /// Takes the next bytes of the open member.
     pub(crate) fn data(&mut self, bytes: &[u8]) {
-        let Self { cutter, work, .. } = self;
+        let Self { cutter, work, settings, .. } = self;
         if let Some(cutter) = cutter {
-            cutter.data(bytes, &mut |batch| work.push_back(Work::Batch(batch)));
+            cutter.data(bytes, &mut full(work, settings));
+        }
+    }
+
+    /// Returns room for the next bytes of the open member, at most `wanted`, whole blocks or up to the end of one. What is
+    /// in it means nothing; [`Packer::took`] says that it was filled.
+    pub(crate) fn room(&mut self, wanted: usize) -> &mut [u8] {
+        let Self { cutter, work, settings, .. } = self;
+        match cutter {
+            Some(cutter) => cutter.room(wanted, &mut full(work, settings)),
+            None => &mut [],
+        }
+    }
+
+    /// The first `length` bytes of the room are the open member's next ones.
+    pub(crate) fn took(&mut self, length: usize) {
+        if let Some(cutter) = &mut self.cutter {
+            cutter.took(length);
         }
     }
 
@@ -194,8 +267,12 @@ impl Packer {
             .await
             .map_err(|_| Error::invalid("the backup is being ended"))?;
         let tar_bytes = batch.tar_bytes();
-        let level = self.settings.level;
-        let compressed = tokio::task::spawn_blocking(move || batch.compress(level));
+        let settings = Arc::clone(&self.settings);
+        let compress = move || settings.spare.compress(batch, settings.level);
+        let compressed = match self.compressing {
+            Compressing::Here => Pending::Compressed(compress()),
+            Compressing::Aside => Pending::Aside(tokio::task::spawn_blocking(compress)),
+        };
         self.send(Piece::Batch { compressed, tar_bytes, _permit: permit }).await
     }
 
@@ -239,6 +316,14 @@ impl Packer {
     }
 }
 
+/// What becomes of a full batch: it waits for [`Packer::pump`], and another one's memory takes its place.
+fn full(work: &mut VecDeque<Work>, settings: &PackSettings) -> impl FnMut(Batch) -> Vec<u8> {
+    |batch| {
+        work.push_back(Work::Batch(batch));
+        settings.spare.memory()
+    }
+}
+
 fn joined(
     finished: std::result::Result<Result<BackupObject>, tokio::task::JoinError>,
 ) -> Result<BackupObject> {
@@ -268,10 +353,9 @@ async fn store_object(
             None => break Ok(false),
             Some(Piece::End) => break Ok(true),
             Some(Piece::Batch { compressed, tar_bytes: batch_bytes, _permit }) => {
-                let batch = match compressed.await {
-                    Ok(Ok(batch)) => batch,
-                    Ok(Err(error)) => break Err(Error::from_io("compressing", error)),
-                    Err(error) => break Err(Error::unavailable(format!("compressing was cut off: {error}"))),
+                let batch = match compressed.compressed().await {
+                    Ok(batch) => batch,
+                    Err(error) => break Err(error),
                 };
                 batch.frames.iter().for_each(|(stored, tar)| index.add_frame(*stored, *tar));
                 batch.folders.into_iter().for_each(|folder| index.add_folder(folder));

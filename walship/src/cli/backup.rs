@@ -75,7 +75,7 @@ pub(super) struct Args {
     /// With --source local: the data directory [default: what the server says]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// With --source local: how many threads read [default: one for each core, at most 8]
+    /// With --source local: how many threads read and compress [default: one for each core, at most 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     workers: Option<u16>,
     /// With --source local: store everything anew, also what a backup that did not complete has stored

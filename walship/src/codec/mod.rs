@@ -11,6 +11,8 @@ mod beside;
 mod compress;
 mod digest;
 mod envelope;
+#[cfg(feature = "store")]
+mod lanes;
 mod lz4;
 mod object;
 mod part;

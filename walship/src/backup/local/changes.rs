@@ -12,7 +12,7 @@ use crate::pg::incremental::PartialFile;
 use crate::pg::page::{Fork, PAGE_BYTES, RelationFile};
 use crate::repository::FileBlocks;
 
-use super::read::{Opened, PageCheck, Pages, READ_BYTES, read_up_to};
+use super::read::{Ahead, Opened, PageCheck, Pages, READ_BYTES, read_up_to};
 
 /// Where more of a file has changed than this, in percent, it is stored whole.
 ///
@@ -58,8 +58,9 @@ pub(super) fn find_changes(
     let length_blocks = opened.bytes / PAGE_BYTES as u64;
     let mut partial = PartialFile { blocks: Vec::new(), length_blocks: length_blocks as u32 };
     let (mut kept_crcs, mut damaged, mut kept_crc) = (Vec::new(), Vec::new(), 0);
-    let mut at = 0;
+    let (mut at, mut ahead) = (0, Ahead::default());
     while at < opened.bytes {
+        ahead.keep(opened, at);
         let length = (opened.bytes - at).min(READ_BYTES as u64) as usize;
         buffer.resize(length, 0);
         let there = read_up_to(&opened.file, buffer, at).map_err(failed)?;

@@ -14,7 +14,7 @@ mod walk;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -36,12 +36,12 @@ use crate::storage::blocking;
 
 use super::intake::{Received, TWO_PHASE_BYTES, TWO_PHASE_MAX};
 use super::members::{BLOCK, Member, MemberKind};
-use super::pack::{PackSettings, Packer};
+use super::pack::{Compressing, PackSettings, Packer};
 use super::parent::Parent;
 use super::progress::{BackupEvent, Meter};
 
 use changes::{Changes, find_changes, may_be_partial, read_changes};
-use read::{Opened, PageCheck, READ_BYTES, ReadFile};
+use read::{Destination, Opened, PageCheck, ReadFile};
 pub(super) use resume::Leftovers;
 pub(super) use server::LocalServer;
 use walk::{Entry, EntryKind, walk};
@@ -78,6 +78,8 @@ struct Shared {
     parent: Option<Arc<Parent>>,
     pace: Option<Pace>,
     read_bytes: AtomicU64,
+    /// How many threads have found no file left to read.
+    idle: AtomicUsize,
     /// Set when the backup is being given up.
     stopped: AtomicBool,
 }
@@ -89,6 +91,15 @@ impl Shared {
         match self.stopped.load(Ordering::Relaxed) {
             true => Err(Error::unavailable("the backup was given up")),
             false => Ok(()),
+        }
+    }
+
+    /// Returns where a thread is to compress: the last files are large ones, and who has none left compresses for those who
+    /// have.
+    fn compressing(&self) -> Compressing {
+        match self.idle.load(Ordering::Relaxed) {
+            0 => Compressing::Here,
+            _ => Compressing::Aside,
         }
     }
 
@@ -185,6 +196,7 @@ pub(super) async fn take(
         parent: parent.clone(),
         pace: options.bytes_per_second.map(Pace::new),
         read_bytes: AtomicU64::new(0),
+        idle: AtomicUsize::new(0),
         stopped: AtomicBool::new(false),
     });
     let _stop = StopAtDrop(Arc::clone(&shared));
@@ -226,7 +238,7 @@ pub(super) async fn take(
     let stopped = server.stop().await?;
     let label = BackupLabel::parse(&stopped.label).map_err(Error::from)?;
     let now = Utc::now();
-    let mut packer = Packer::new(Arc::clone(&settings));
+    let mut packer = Packer::new(Arc::clone(&settings), Compressing::Aside);
     let mut stored_label = stopped.label.clone();
     if let Some(parent) = &parent {
         stored_label += &incremental_lines(parent.link.start_lsn, parent.link.timeline);
@@ -317,7 +329,7 @@ async fn put_folders(
 ) -> Result<Share> {
     // The sort is stable: a folder stays before what is in it.
     places.sort_by_key(|entry| entry.tablespace);
-    let mut packer = Packer::new(Arc::clone(settings));
+    let mut packer = Packer::new(Arc::clone(settings), Compressing::Aside);
     for place in places {
         let (kind, mode, link) = match &place.kind {
             EntryKind::Folder { mode } => (MemberKind::Folder, 0o700 | (mode & 0o050), None),
@@ -419,10 +431,9 @@ async fn read_all<T: Send + 'static>(
 
 /// Reads files until there are none left. Blocking.
 fn work(shared: &Shared, handle: &Handle) -> Result<Share> {
-    let mut packer = Packer::new(Arc::clone(&shared.settings));
+    let mut packer = Packer::new(Arc::clone(&shared.settings), Compressing::Here);
     let mut share = Share::default();
-    let mut buffer = Vec::with_capacity(READ_BYTES);
-    let read = read_files(shared, handle, &mut packer, &mut share, &mut buffer);
+    let read = read_files(shared, handle, &mut packer, &mut share);
     match read {
         Ok(()) => {
             share.objects = handle.block_on(packer.finish())?;
@@ -435,22 +446,20 @@ fn work(shared: &Shared, handle: &Handle) -> Result<Share> {
     }
 }
 
-fn read_files(
-    shared: &Shared,
-    handle: &Handle,
-    packer: &mut Packer,
-    share: &mut Share,
-    buffer: &mut Vec<u8>,
-) -> Result<()> {
+fn read_files(shared: &Shared, handle: &Handle, packer: &mut Packer, share: &mut Share) -> Result<()> {
+    let mut buffer = Vec::new();
     loop {
         let next = shared.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        let Some(entry) = next else { return Ok(()) };
+        let Some(entry) = next else {
+            shared.idle.fetch_add(1, Ordering::Relaxed);
+            return Ok(());
+        };
         // What is gone was dropped since the backup began: replay knows.
         let Some(opened) = read::open(&entry.source)? else { continue };
         if entry.is_unlogged() {
             continue;
         }
-        let (file, damaged) = put_file(shared, handle, packer, &entry, &opened, buffer, share)?;
+        let (file, damaged) = put_file(shared, handle, packer, &entry, &opened, &mut buffer, share)?;
         share.files.push(file);
         share.damaged.add(damaged.into());
     }
@@ -473,20 +482,12 @@ fn put_file(
     let member = Member { path: entry.path.clone(), kind: MemberKind::File, bytes: opened.bytes };
     packer.header(&header(&member, opened.mode, opened.modified, None)?, member, None);
     let two_phase = &mut share.two_phase;
-    let is_two_phase = listed.parent() == Some(Path::new("pg_twophase"));
-    if is_two_phase && two_phase.len() <= TWO_PHASE_MAX {
-        two_phase.push(Vec::new());
+    if listed.parent() == Some(Path::new("pg_twophase")) && two_phase.len() <= TWO_PHASE_MAX {
+        let failed = |error| Error::from_io(format!("reading {}", entry.source.display()), error);
+        two_phase.push(opened.beginning(TWO_PHASE_BYTES).map_err(failed)?);
     }
-    let mut take = |bytes: &[u8]| {
-        shared.go_on()?;
-        if let (true, Some(kept)) = (is_two_phase, two_phase.last_mut()) {
-            kept.extend_from_slice(&bytes[..bytes.len().min(TWO_PHASE_BYTES - kept.len())]);
-        }
-        packer.data(bytes);
-        handle.block_on(packer.pump())?;
-        shared.has_read(bytes.len() as u64)
-    };
-    let (crc, damaged) = read::read(opened, &entry.source, &listed, shared.check, buffer, &mut take)?;
+    let mut into = IntoPacker { shared, handle, packer };
+    let (crc, damaged) = read::read(opened, &entry.source, &listed, shared.check, &mut into)?;
     packer.padding(&padding(opened.bytes));
     packer.end_member();
     handle.block_on(packer.pump())?;
@@ -542,6 +543,7 @@ fn put_changes(
     let mut take = |bytes: &[u8]| {
         shared.go_on()?;
         packer.data(bytes);
+        packer.set_compressing(shared.compressing());
         handle.block_on(packer.pump())
     };
     let (crc, mut damaged) =
@@ -551,6 +553,28 @@ fn put_changes(
     packer.end_member();
     handle.block_on(packer.pump())?;
     Ok((ReadFile { listed, bytes: opened.bytes, crc, modified: opened.modified }, damaged))
+}
+
+/// A file's way into its object.
+struct IntoPacker<'a> {
+    shared: &'a Shared,
+    handle: &'a Handle,
+    packer: &'a mut Packer,
+}
+
+impl Destination for IntoPacker<'_> {
+    fn room(&mut self, wanted: usize) -> &mut [u8] {
+        self.packer.room(wanted)
+    }
+
+    fn took(&mut self, length: usize) -> Result<()> {
+        let shared = self.shared;
+        shared.go_on()?;
+        self.packer.took(length);
+        self.packer.set_compressing(shared.compressing());
+        self.handle.block_on(self.packer.pump())?;
+        shared.has_read(length as u64)
+    }
 }
 
 async fn put_small(packer: &mut Packer, path: &str, content: &[u8], now: DateTime<Utc>) -> Result<ReadFile> {

@@ -8,14 +8,18 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use crate::catalog::DamagedPage;
 use crate::error::{Error, Result};
 use crate::pg::Lsn;
 use crate::pg::page::{PAGE_BYTES, PageState, RelationFile, judge};
 
-/// How much is read at once: whole pages.
+/// How much is read at once where it is only looked at: whole pages.
 pub(super) const READ_BYTES: usize = 1 << 20;
+
+/// So far ahead of what is being worked on the kernel is told to read: a disk does not wait for the processor then.
+const AHEAD_BYTES: u64 = 2 << 20;
 
 /// A page that is wrong is read again so often, with growing pauses: the server may be in the middle of writing it.
 const READ_AGAIN: u32 = 5;
@@ -74,25 +78,55 @@ pub(super) fn open(path: &Path) -> Result<Option<Opened>> {
     Ok(Some(Opened { file, bytes: meta.len(), mode: meta.mode() & 0o777, modified }))
 }
 
-/// Reads an open file in pieces of [`READ_BYTES`] and hands each to `take`; where the file has become shorter, zeros:
-/// what was cut off is cut off again by replay. Returns its CRC-32C and the pages that are damaged.
+impl Opened {
+    /// Returns what the file begins with, at most `most` bytes.
+    ///
+    /// # Errors
+    /// What reading fails with.
+    pub(super) fn beginning(&self, most: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(self.bytes).unwrap_or(most).min(most)];
+        let there = read_up_to(&self.file, &mut bytes, 0)?;
+        bytes.truncate(there);
+        Ok(bytes)
+    }
+}
+
+/// Where a file's bytes go.
+pub(super) trait Destination {
+    /// Returns room for the next bytes, whole pages or `wanted`.
+    fn room(&mut self, wanted: usize) -> &mut [u8];
+
+    /// So many bytes of the room are the file's.
+    ///
+    /// # Errors
+    /// Why no more is wanted.
+    fn took(&mut self, length: usize) -> Result<()>;
+}
+
+/// Reads an open file into its destination; where the file has become shorter, zeros: what was cut off is cut off again
+/// by replay. Returns its CRC-32C and the pages that are damaged.
 ///
 /// # Errors
-/// [`Error::LocalIo`] when reading fails; what `take` fails with.
+/// [`Error::LocalIo`] when reading fails; what the destination fails with.
 pub(super) fn read(
     opened: &Opened,
     source: &Path,
     listed: &Path,
     check: Option<PageCheck>,
-    buffer: &mut Vec<u8>,
-    take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    into: &mut dyn Destination,
 ) -> Result<(u32, Vec<DamagedPage>)> {
     let failed = |error| Error::from_io(format!("reading {}", source.display()), error);
     let pages = Pages::of(listed, check);
     let (mut at, mut crc, mut damaged) = (0u64, 0, Vec::new());
+    let mut ahead = Ahead::default();
     while at < opened.bytes {
-        let length = (opened.bytes - at).min(READ_BYTES as u64) as usize;
-        buffer.resize(length, 0);
+        ahead.keep(opened, at);
+        let wanted = usize::try_from(opened.bytes - at).unwrap_or(usize::MAX);
+        let buffer = into.room(wanted);
+        let length = buffer.len();
+        if length == 0 {
+            return Err(Error::invalid(format!("there is no room for {}", listed.display())));
+        }
         let there = read_up_to(&opened.file, buffer, at).map_err(failed)?;
         buffer[there..].fill(0);
         if let Some(pages) = &pages {
@@ -100,7 +134,7 @@ pub(super) fn read(
             pages.check(&opened.file, &mut buffer[..there], at, &mut damaged);
         }
         crc = crc32c::crc32c_append(crc, buffer);
-        take(buffer)?;
+        into.took(length)?;
         at += length as u64;
     }
     Ok((crc, damaged))
@@ -137,6 +171,38 @@ impl<'a> Pages<'a> {
                 damaged.push(DamagedPage { path, block, stored, computed, relation: None });
             }
         }
+    }
+}
+
+/// Up to where the kernel was told to read.
+#[derive(Default)]
+pub(super) struct Ahead(u64);
+
+impl Ahead {
+    /// Has the kernel read ahead of `at`. Advice: where it is not taken, reading waits for the disk.
+    pub(super) fn keep(&mut self, opened: &Opened, at: u64) {
+        while self.0 < opened.bytes.min(at + AHEAD_BYTES) {
+            let (Ok(from), Ok(length)) = (i64::try_from(self.0), i64::try_from(AHEAD_BYTES)) else { return };
+            let _ = posix_fadvise(&opened.file, from, length, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+            self.0 += AHEAD_BYTES;
+        }
+    }
+}
+
+/// A destination that hands on what it was given.
+pub(super) struct Passing<'a> {
+    pub(super) buffer: &'a mut Vec<u8>,
+    pub(super) take: &'a mut dyn FnMut(&[u8]) -> Result<()>,
+}
+
+impl Destination for Passing<'_> {
+    fn room(&mut self, wanted: usize) -> &mut [u8] {
+        self.buffer.resize(wanted.min(READ_BYTES), 0);
+        self.buffer
+    }
+
+    fn took(&mut self, length: usize) -> Result<()> {
+        (self.take)(&self.buffer[..length])
     }
 }
 
@@ -184,33 +250,49 @@ mod tests {
     use super::*;
     use std::fs;
 
+    const PIECE_BYTES: usize = 15 * PAGE_BYTES;
+
+    /// Keeps everything; its room has something in it.
+    #[derive(Default)]
+    struct Whole {
+        room: Vec<u8>,
+        bytes: Vec<u8>,
+    }
+
+    impl Destination for Whole {
+        fn room(&mut self, wanted: usize) -> &mut [u8] {
+            self.room = vec![0xEE; wanted.min(PIECE_BYTES)];
+            &mut self.room
+        }
+
+        fn took(&mut self, length: usize) -> Result<()> {
+            self.bytes.extend_from_slice(&self.room[..length]);
+            Ok(())
+        }
+    }
+
     #[test]
     fn a_file_that_shrinks_is_filled_up_and_one_that_grows_is_not_followed() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("1");
-        fs::write(&path, vec![7; READ_BYTES + 10_000]).unwrap();
+        fs::write(&path, vec![7; 2 * PIECE_BYTES + 10_000]).unwrap();
         let opened = open(&path).unwrap().unwrap();
-        fs::write(&path, vec![7; READ_BYTES + 100]).unwrap();
-        let mut whole = Vec::new();
+        fs::write(&path, vec![7; PIECE_BYTES + 100]).unwrap();
         let listed = Path::new("pg_xact/0000");
-        let mut take = |bytes: &[u8]| {
-            whole.extend_from_slice(bytes);
-            Ok(())
-        };
-        let (crc, damaged) = read(&opened, &path, listed, None, &mut Vec::new(), &mut take).unwrap();
-        assert_eq!(whole.len(), READ_BYTES + 10_000);
-        assert!(whole[..READ_BYTES + 100].iter().all(|byte| *byte == 7));
-        assert!(whole[READ_BYTES + 100..].iter().all(|byte| *byte == 0));
+        let mut whole = Whole::default();
+        let (crc, damaged) = read(&opened, &path, listed, None, &mut whole).unwrap();
+        let whole = whole.bytes;
+        assert_eq!(whole.len(), 2 * PIECE_BYTES + 10_000);
+        assert!(whole[..PIECE_BYTES + 100].iter().all(|byte| *byte == 7));
+        assert!(whole[PIECE_BYTES + 100..].iter().all(|byte| *byte == 0));
         assert_eq!(crc, crc32c::crc32c(&whole));
         assert!(damaged.is_empty());
-        fs::write(&path, vec![7; 2 * READ_BYTES]).unwrap();
-        let mut length = 0;
-        let mut take = |bytes: &[u8]| {
-            length += bytes.len();
-            Ok(())
-        };
-        read(&opened, &path, listed, None, &mut Vec::new(), &mut take).unwrap();
-        assert_eq!(length, READ_BYTES + 10_000);
+        assert_eq!(opened.beginning(5000).unwrap(), [7; 5000]);
+        assert_eq!(opened.beginning(1 << 30).unwrap().len(), PIECE_BYTES + 100);
+        fs::write(&path, vec![7; 4 * PIECE_BYTES]).unwrap();
+        let mut whole = Whole::default();
+        read(&opened, &path, listed, None, &mut whole).unwrap();
+        assert_eq!(whole.bytes.len(), 2 * PIECE_BYTES + 10_000);
         assert!(open(&home.path().join("gone")).unwrap().is_none());
     }
 
@@ -218,18 +300,18 @@ mod tests {
     fn wrong_pages_of_relations_are_named_by_their_block_in_the_relation() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("1");
-        let mut pages = vec![0; 3 * PAGE_BYTES + 100];
+        let mut pages = vec![0; 40 * PAGE_BYTES + 100];
         pages[PAGE_BYTES + 1000] = 1;
+        pages[33 * PAGE_BYTES + 1000] = 1;
         fs::write(&path, &pages).unwrap();
         let opened = open(&path).unwrap().unwrap();
         let check = Some(PageCheck { start: Lsn(1 << 40), file_blocks: 131_072 });
         let damaged = |listed: &str| {
             let listed = Path::new(listed);
-            read(&opened, &path, listed, check, &mut Vec::new(), &mut |_| Ok(())).unwrap().1
+            read(&opened, &path, listed, check, &mut Whole::default()).unwrap().1
         };
-        let found = damaged("base/5/700.2");
-        assert_eq!(found.len(), 1);
-        assert_eq!(found[0].block, 2 * 131_072 + 1);
+        let found: Vec<u32> = damaged("base/5/700.2").iter().map(|page| page.block).collect();
+        assert_eq!(found, [2 * 131_072 + 1, 2 * 131_072 + 33]);
         assert!(damaged("base/5/pg_filenode.map").is_empty());
         assert!(damaged("pg_xact/0000").is_empty());
     }

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::repository::{BackupBlocks, BackupObjects, FileBlocks, LineageRepository};
 
 use super::super::parent::Parent;
-use super::read::{self, Opened, READ_BYTES, ReadFile};
+use super::read::{self, Opened, Passing, READ_BYTES, ReadFile};
 use super::walk::Entry;
 use super::{Share, Shared};
 
@@ -172,7 +172,7 @@ fn same(
             false => shared.has_read(bytes.len() as u64),
         }
     };
-    match read::read(opened, &entry.source, listed, shared.check, buffer, &mut take) {
+    match read::read(opened, &entry.source, listed, shared.check, &mut Passing { buffer, take: &mut take }) {
         Err(_) if differs => Ok(None),
         read => read.map(Some),
     }
