@@ -11,8 +11,8 @@ use tempfile::TempDir;
 use walship::catalog::BackupRecord;
 use walship::pg::BackupManifest;
 use walship_tests::postgres::{PgServer, StopMode, majors, primary_major};
-use walship_tests::process;
 use walship_tests::stage::Stage;
+use walship_tests::process;
 
 use crate::backup::{records, unpack};
 
@@ -381,4 +381,46 @@ fn what_cannot_be_read_is_said_before_anything_is_begun() {
         assert_eq!(ids.len(), 2);
     });
     assert_eq!(records(&stage).len(), 2);
+}
+
+#[test]
+fn no_timeout_of_the_server_ends_a_backup() {
+    for major in majors() {
+        let stage = Stage::folder("main");
+        let server = started(&stage, major);
+        server.psql(
+            "CREATE TABLE t AS SELECT g, repeat(md5(g::text), 10) AS t FROM generate_series(1, 60000) g",
+        );
+        let mut timeouts = vec![
+            "idle_session_timeout",
+            "statement_timeout",
+            "lock_timeout",
+            "idle_in_transaction_session_timeout",
+        ];
+        if major >= 17 {
+            timeouts.push("transaction_timeout");
+        }
+        let set: String = timeouts.iter().map(|name| format!("ALTER SYSTEM SET {name} = '1s';")).collect();
+        // A spread checkpoint takes three seconds.
+        server.psql("ALTER SYSTEM SET checkpoint_timeout = '30s'");
+        server.psql("ALTER SYSTEM SET checkpoint_completion_target = 0.1");
+        server.psql(&format!("{set} SELECT pg_reload_conf()"));
+        server.wait_for("SHOW idle_session_timeout", "1s");
+        let slots = "SELECT count(*) FROM pg_replication_slots";
+        for source in ["local", "stream"] {
+            // It has something to write.
+            server.psql("UPDATE t SET g = g + 1 WHERE g % 3 = 0");
+            let mut command = stage.walship_on(&server, &["backup", "--source", source, "--json"]);
+            command.args(["--checkpoint", "spread", "--max-rate", "10M"]);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            let child = process::spawn(command).unwrap();
+            server.wait_for(slots, "1");
+            std::thread::sleep(Duration::from_millis(2500));
+            assert_eq!(server.psql(slots), "1", "{major}, {source}: nothing holds WAL back any more");
+            let ended = child.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&ended.stderr);
+            assert!(ended.status.success(), "{major}, {source}: {said}");
+            server.wait_for(slots, "0");
+        }
+    }
 }

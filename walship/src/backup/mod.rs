@@ -154,7 +154,7 @@ pub async fn take_backup(
     progress: &(dyn Fn(BackupEvent) + Send + Sync),
 ) -> Result<BackupRecord> {
     let started = Utc::now();
-    let mut session = Connection::connect(server, SessionKind::Replication).await?;
+    let mut session = lasting_session(server).await?;
     let about = examine(&mut session, repositories).await?;
     if about.archive_mode == "off" {
         progress(BackupEvent::Warning(
@@ -350,7 +350,7 @@ impl Taking<'_> {
             // The server would fail at that link, after having sent everything before it. It says where the
             // tablespaces are as soon as it begins: begin again, on a session of its own.
             drop(stream);
-            another = Connection::connect(server, SessionKind::Replication).await?;
+            another = lasting_session(server).await?;
             hold_wal_back(&mut another, rand::random(), *progress).await?;
             command.tablespace_map = true;
             (start, stream) = self.begin(&mut another, &command, &manifest).await?;
@@ -603,6 +603,22 @@ async fn number(session: &mut Connection, setting: &str) -> Result<i32> {
 
 /// Makes a temporary slot, so that the server cannot recycle WAL before it is archived. A server
 /// without a free slot still keeps what `archive_command` has not yet taken.
+/// Returns a replication session that the server does not end for being idle: its slot would go with it.
+async fn lasting_session(server: &ConnectOptions) -> Result<Connection> {
+    let mut session = Connection::connect(server, SessionKind::Replication).await?;
+    session.server_version()?;
+    if show(&mut session, "idle_session_timeout").await? == "0" {
+        return Ok(session);
+    }
+    // Such a session understands no SET: it must begin with the setting. Poolers may not let that pass, so it is said only
+    // where it matters.
+    session.close().await;
+    let mut options = server.clone();
+    let others = options.session_options.as_deref().unwrap_or_default();
+    options.session_options = Some(format!("{others} -c idle_session_timeout=0").trim_start().to_owned());
+    Connection::connect(&options, SessionKind::Replication).await
+}
+
 async fn hold_wal_back(
     session: &mut Connection,
     random: u64,

@@ -18,6 +18,10 @@ const START_AFTER_MAX: i64 = 600;
 /// And so many before it, as clocks go.
 const START_BEFORE_MAX: i64 = 5;
 
+/// What could end the session: hours may pass between two commands, and minutes until a checkpoint is done.
+const ENDLESS: [&str; 4] =
+    ["statement_timeout", "lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"];
+
 /// A server in backup mode.
 pub(in crate::backup) struct LocalServer {
     session: Connection,
@@ -52,13 +56,13 @@ impl LocalServer {
         options.command_timeout = patience;
         let mut session = Connection::connect(&options, SessionKind::Ordinary).await?;
         let major = session.server_version()? / 10_000;
-        // Hours may pass between two commands.
-        session
-            .query(
-                "SET search_path = pg_catalog; SET standard_conforming_strings = on; SET statement_timeout = 0; \
-                 SET idle_session_timeout = 0",
-            )
-            .await?;
+        session.query("SET search_path = pg_catalog; SET standard_conforming_strings = on").await?;
+        for setting in ENDLESS {
+            session.query(&format!("SET {setting} = 0")).await?;
+        }
+        if major >= 17 {
+            session.query("SET transaction_timeout = 0").await?;
+        }
         let data_directory = match data_directory {
             Some(path) => path.to_owned(),
             None => {
