@@ -12,7 +12,7 @@ use walship::catalog::BackupRecord;
 use walship::pg::BackupManifest;
 use walship_tests::postgres::{PgServer, StopMode, majors, primary_major};
 use walship_tests::stage::Stage;
-use walship_tests::process;
+use walship_tests::{bins, process};
 
 use crate::backup::{records, unpack};
 
@@ -423,4 +423,42 @@ fn no_timeout_of_the_server_ends_a_backup() {
             server.wait_for(slots, "0");
         }
     }
+}
+
+/// Returns the niceness of each thread of a process.
+fn niceness(pid: u32) -> Vec<i32> {
+    let mut found = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let Ok(stat) = fs::read_to_string(thread.path().join("stat")) else { continue };
+        // Behind the name in brackets the fields are counted from the third on.
+        let (_, fields) = stat.rsplit_once(')').unwrap();
+        found.push(fields.split_whitespace().nth(19 - 3).unwrap().parse().unwrap());
+    }
+    found
+}
+
+#[test]
+fn a_nice_backup_stands_back_with_every_thread() {
+    let stage = Stage::folder("main");
+    let server = started(&stage, primary_major());
+    server.psql("CREATE TABLE t AS SELECT g, repeat(md5(g::text), 10) AS t FROM generate_series(1, 50000) g");
+    let own = niceness(std::process::id())[0];
+    for (word, by) in [("--nice", 19), ("--nice=5", 5)] {
+        let mut command = process::guarded(bins::walship());
+        command.args(LOCAL).args(["--max-rate", "20M", word]).env("WALSHIP_CONFIG", stage.config());
+        command.env("PGHOST", server.socket_dir()).env("PGPORT", server.port().to_string());
+        command.env("PGUSER", "postgres").env("PGDATABASE", "postgres");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = process::spawn(command).unwrap();
+        server.wait_for("SELECT count(*) FROM pg_replication_slots", "1");
+        let threads = walship_tests::wait::some("the files are read", || {
+            let threads = niceness(child.id());
+            (threads.len() > 4).then_some(threads)
+        });
+        assert!(threads.iter().all(|nice| *nice == (own + by).min(19)), "{word}: {threads:?}");
+        let ended = child.wait_with_output().unwrap();
+        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+    }
+    let mut wrong = stage.walship_on(&server, &["backup", "--nice=-5"]);
+    stage.fails(&mut wrong, 2);
 }

@@ -26,6 +26,7 @@ Examples:
   walship backup --label nightly --max-rate 50M postgresql://replicator@db1,db2/?target_session_attrs=prefer-standby
   sudo -u postgres walship backup --source local 'host=/var/run/postgresql'
   sudo -u postgres walship backup --source local --incremental 'host=/var/run/postgresql'
+  sudo -u postgres walship backup --source local --nice --checkpoint spread --max-rate 100M 'host=/var/run/postgresql'
 
 The user needs the REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The password comes
 from ~/.pgpass or PGPASSWORD, never from the command line. The backup is complete, and counts, when its WAL is in
@@ -37,6 +38,11 @@ the user that PostgreSQL runs as. Every page is checked against its checksum, as
 --incremental stores the blocks that differ from the backup before, each compared by its digest, so all files are read
 with --source local, for every version of PostgreSQL. Without it the server sends what its WAL summaries say has changed:
 from PostgreSQL 17 on, with summarize_wal = on, if its role may connect to a database as well. A restore needs the whole chain, and puts it together by itself.
+
+--nice keeps a backup in the background of a live load: it gets the processor when nobody else wants it, and its reads
+wait behind others' where the disk's scheduler heeds priorities (bfq; with none and mq-deadline they do not). It knows this
+program only: with --source stream the server reads as it always does. Between containers, systemd units and sessions their own
+weights count (CPUWeight=, IOWeight=). --max-rate bounds what is read in every case.
 
 Exit status: 0 complete, 1 failed, 2 usage, 4 complete, but damaged pages were found: they are listed, and in the
 backup as they are.")]
@@ -53,6 +59,10 @@ pub(super) struct Args {
     /// At most this much a second: kilobytes, or with k or M [e.g. 50M]
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     max_rate: Option<u32>,
+    /// Stand back behind the server and everybody else for processor and disk [1 to 19; without a number: 19]
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "19",
+        value_parser = clap::value_parser!(u8).range(1..=19))]
+    nice: Option<u8>,
     /// Seconds to wait for the last WAL to be in the repository
     // A year at most: no clock can hold a time much further ahead.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(..=31_536_000))]
@@ -102,6 +112,19 @@ enum SourceArg {
 }
 
 impl Args {
+    /// Lowers the priority of this thread, and so of all that it will start, by what `--nice` says.
+    ///
+    /// The kernel derives the priority of reads and writes from it, unless `ionice` has set one.
+    ///
+    /// # Errors
+    /// [`Error::LocalIo`] when the system does not let us.
+    pub(super) fn lower_priority(&self) -> Result<()> {
+        let Some(by) = self.nice else { return Ok(()) };
+        rustix::process::nice(i32::from(by)).map(|_| ()).map_err(|errno| {
+            Error::from_io("lowering the priority (--nice)", errno.into()).with_safe("nothing was begun")
+        })
+    }
+
     /// # Errors
     /// [`Error::Invalid`] for what only the other source understands.
     fn backup_source(&self) -> Result<BackupSource> {

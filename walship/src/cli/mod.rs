@@ -96,7 +96,10 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
     let overrides = &cli.overrides;
     let done = match cli.command {
         Command::Init(args) => block_on(init::run(&args, overrides)),
-        Command::Backup(args) => block_on_threads(backup::run(&args, overrides)),
+        // Threads have the priority of the one that starts them: before there are others.
+        Command::Backup(args) => {
+            args.lower_priority().and_then(|()| block_on_threads(backup::run(&args, overrides)))
+        }
         // One thread reads, decides and sends; encoding and disks have threads of their own. More would only hand over.
         Command::Receive(args) => block_on(receive::run(&args, overrides)),
         Command::Agent(args) => block_on_threads(agent::run(&args, overrides)),
