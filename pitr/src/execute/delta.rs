@@ -21,7 +21,7 @@ use walship::repository::{BackupBlocks, BlockPlace, FileBlocks};
 use walship::{Error, Result};
 
 use super::restore::{blocking, taken_from};
-use super::unpack::{Destination, Place, create, damaged, is_tablespace_link, make_dir, place_of};
+use super::unpack::{Destination, Place, create, damaged, is_tablespace_link, make_dir, place_of, reserve};
 
 /// The longest range that one request fetches.
 const RANGE_BYTES: u64 = 4 << 20;
@@ -305,7 +305,9 @@ fn compare_file(
         Err(error) => return Err(failed(error)),
     };
     if !there {
-        create(path, mode)?.set_len(bytes).map_err(failed)?;
+        let file = create(path, mode)?;
+        file.set_len(bytes).map_err(failed)?;
+        reserve(&file, path, bytes)?;
         (0..blocks.blocks.len()).for_each(want);
         return Ok(0);
     }

@@ -12,6 +12,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use tokio::sync::mpsc;
 use walship::catalog::BackupObject;
 use walship::pg::BackupLabel;
@@ -43,6 +45,10 @@ const NEVER_FILLED: &[&str] = &["pg_wal", "pg_replslot"];
 
 /// How much is read from the tar stream at once.
 const BUFFER_BYTES: usize = 256 << 10;
+
+/// Room is set aside for files from this length on. On ext4 long files are written in two thirds of the time then, and
+/// thousands of short ones in twice the time.
+const RESERVED_FROM: u64 = 1 << 20;
 
 /// Where things go and what they must be; shared by the threads that unpack.
 #[derive(Debug)]
@@ -403,7 +409,11 @@ fn write_file(
     let mut kept = Vec::new();
     let mut output = match is_held {
         true => None,
-        false => Some(create(&place.local, 0o600 | (mode & 0o040))?),
+        false => {
+            let output = create(&place.local, 0o600 | (mode & 0o040))?;
+            reserve(&output, &place.local, file.bytes)?;
+            Some(output)
+        }
     };
     let mut crc = 0;
     let mut written = 0;
@@ -472,6 +482,22 @@ pub(super) fn create(path: &Path, mode: u32) -> Result<File> {
         .map_err(|error| Error::from_io(format!("creating {}", path.display()), error))
 }
 
+/// Has the file system set room aside for a long file, so that a disk without it is met before the first byte; the
+/// file's length stays. A file system that cannot do that is met by writing.
+///
+/// # Errors
+/// [`Error::LocalIo`] where there is no room.
+pub(super) fn reserve(file: &File, path: &Path, bytes: u64) -> Result<()> {
+    let Some(length) = i64::try_from(bytes).ok().filter(|_| bytes >= RESERVED_FROM) else { return Ok(()) };
+    match fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, length) {
+        Err(errno @ (Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG)) => {
+            let what = format!("making room for the {bytes} bytes of {}", path.display());
+            Err(Error::from_io(what, errno.into()))
+        }
+        _ => Ok(()),
+    }
+}
+
 pub(super) fn damaged(what: impl Into<String>) -> Error {
     Error::corrupt(what)
         .with_safe("the repository is unchanged; the restored folder is incomplete and PostgreSQL refuses it")
@@ -481,6 +507,27 @@ pub(super) fn damaged(what: impl Into<String>) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn room_is_set_aside_for_long_files_and_no_length() {
+        use std::os::unix::fs::MetadataExt as _;
+        let home = tempfile::tempdir().unwrap();
+        let length_and_room = |bytes| {
+            let path = home.path().join(format!("{bytes}"));
+            let file = create(&path, 0o600).unwrap();
+            reserve(&file, &path, bytes).unwrap();
+            let meta = file.metadata().unwrap();
+            (meta.len(), meta.blocks() * 512)
+        };
+        assert_eq!(length_and_room(RESERVED_FROM - 1), (0, 0));
+        // Nothing is set aside where the file system cannot.
+        let (length, room) = length_and_room(3 * RESERVED_FROM);
+        assert!(length == 0 && (room == 0 || room >= 3 * RESERVED_FROM), "{length} {room}");
+        let path = home.path().join("absurd");
+        let error =
+            reserve(&create(&path, 0o600).unwrap(), &path, 1 << 60).map_err(|error| error.to_string());
+        assert!(room == 0 || error.unwrap_err().contains("making room for the 1152921504606846976 bytes"));
+    }
 
     #[test]
     fn a_tablespace_map_is_the_same_or_leads_to_the_new_places() {

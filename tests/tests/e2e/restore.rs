@@ -238,6 +238,40 @@ fn a_full_disk_ends_a_restore_clearly() {
 }
 
 #[test]
+fn room_for_a_long_file_is_made_before_it_is_fetched() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, &[]);
+    server.psql("create table long as select g, repeat(md5(g::text), 10) from generate_series(1, 60000) g");
+    let long = server.psql("select pg_relation_filepath('long')");
+    stage.backup(&server);
+    server.archive_now();
+    server.stop(StopMode::Fast);
+    let disk = Tmpfs::mount(&stage.path().join("disk"), "size=200m");
+    let dir = disk.path().join("data");
+    stage.ok(stage.pitr(&["restore", "--latest", "-D"]).arg(&dir));
+    // A restore over it needs the room of what is gone, which somebody else has taken meanwhile.
+    let bytes = fs::metadata(dir.join(&long)).unwrap().len();
+    assert!(bytes > 16 << 20, "{bytes}");
+    fs::remove_file(dir.join(&long)).unwrap();
+    let free = nix::sys::statvfs::statvfs(disk.path()).unwrap();
+    let free = free.blocks_available() as u64 * free.fragment_size() as u64;
+    fs::write(disk.path().join("ballast"), vec![1; (free - bytes / 2) as usize]).unwrap();
+    let mut over = stage.pitr(&["restore", "--latest", "--delta", "--yes", "-D"]);
+    let full = stage.fails(over.arg(&dir), 1);
+    let file = dir.join(&long);
+    let expected = format!("making room for the {bytes} bytes of {}", file.display());
+    assert!(full.contains(&expected) && full.contains("No space left on device"), "{full}");
+    assert!(full.contains("\nsafe:  ") && full.contains("\nnext:  "), "{full}");
+    cannot_be_started(&dir);
+    fs::remove_file(disk.path().join("ballast")).unwrap();
+    let mut over = stage.pitr(&["restore", "--latest", "--delta", "--yes", "-D"]);
+    stage.ok(over.arg(&dir));
+    let restored = stage.recovering(&dir).start();
+    restored.wait_for("select pg_is_in_recovery()", "f");
+    assert_eq!(restored.psql("select count(*) from long"), "60000");
+}
+
+#[test]
 fn faults_of_the_store_end_a_restore_or_are_outlasted() {
     let s3 = S3Server::start();
     let stage = Stage::s3("main", &s3.endpoint())
