@@ -13,6 +13,7 @@ mod parent_segments;
 mod prove;
 mod read_log;
 pub mod restore;
+mod shared;
 pub mod start;
 pub mod surviving;
 mod unpack;

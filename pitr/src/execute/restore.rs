@@ -28,6 +28,7 @@ use super::delta;
 use super::existing;
 use super::outside_settings;
 use super::parent_segments;
+use super::shared::check_unshared;
 use super::unpack::{Arriving, CONTROL_FILE, Destination, create, unpack};
 use crate::plan::RestorePlan;
 use crate::recovery_settings::{
@@ -167,6 +168,9 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
             (true, Existing::SetAside { at }) => set_aside.push(existing::name_aside(path, at)?),
             _ => check_empty(path)?,
         }
+    }
+    if delta.is_some() || !set_aside.is_empty() {
+        check_unshared(&data_dir, &tablespaces)?;
     }
     let mut notes = replayed_tablespaces(plan, options)?;
     // How much of it is there already is not known yet.
@@ -703,6 +707,7 @@ fn go_over(
         sync(&global)?;
     }
     existing::check_stopped(data_dir)?;
+    check_unshared(data_dir, tablespaces)?;
     existing::clear(data_dir, tablespaces, destination, Utc::now())
 }
 

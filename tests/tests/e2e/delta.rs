@@ -281,3 +281,58 @@ fn two_restores_do_not_meet_in_one_folder() {
     assert!(first.wait().unwrap().success());
     is_whole(&server, &dir);
 }
+
+#[test]
+fn a_copy_that_leads_to_the_originals_folders_is_refused() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    let space = TempDir::new().unwrap();
+    let inside = space.path().join("inside");
+    fs::create_dir(&inside).unwrap();
+    server.psql(&format!("CREATE TABLESPACE fast LOCATION '{}'", inside.display()));
+    server.psql("CREATE TABLE there TABLESPACE fast AS SELECT g FROM generate_series(1, 1000) g");
+    stage.backup(&server);
+    server.psql("INSERT INTO there VALUES (-1); CHECKPOINT");
+    server.archive_now();
+    // Copied as cp -a does it: links stay links.
+    let copy = stage.path().join("copy");
+    process::copy_tree(server.data_dir(), &copy);
+    fs::remove_file(copy.join("postmaster.pid")).unwrap();
+    let options = fs::read_to_string(copy.join("postmaster.opts")).unwrap();
+    assert!(options.contains(server.data_dir().to_str().unwrap()), "{options}");
+    let restore = |existing: &str| {
+        let mut command = stage.pitr(&["restore", "--latest", "--leave-surviving", "--yes", existing, "-D"]);
+        command.arg(&copy);
+        command
+    };
+    let refused = |existing: &str, expected: &[&str]| {
+        let said = stage.fails(&mut restore(existing), 2);
+        let original = server.data_dir().to_str().unwrap().to_owned();
+        for words in expected.iter().chain(&["nothing was written", "--tablespace-mapping", &original]) {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+    };
+    let running = format!("on which a server runs (process {})", server.pid());
+    for existing in ["--delta", "--set-aside"] {
+        refused(existing, &[&running]);
+    }
+    // Nothing but the server itself tells, where the copy does not know from where it is.
+    fs::remove_file(copy.join("postmaster.opts")).unwrap();
+    refused("--delta", &[&running]);
+    assert_eq!(server.psql("SELECT count(*) FROM there"), "1001");
+    fs::write(copy.join("postmaster.opts"), options).unwrap();
+    // The original is down, and its data is as dear as before.
+    server.stop(StopMode::Fast);
+    let said = stage.fails(&mut restore("--delta"), 2);
+    assert!(said.contains("also that of the data directory") && !said.contains("a server runs"), "{said}");
+    server.start();
+    assert_eq!(server.psql("SELECT count(*) FROM there"), "1001");
+    // With folders of its own the copy is gone over, and the original knows nothing of it.
+    let mapping = format!("{}={}", inside.display(), stage.path().join("own").display());
+    stage.ok(restore("--delta").args(["--tablespace-mapping", &mapping]));
+    let restored = stage.recovering(&copy).start();
+    restored.wait_for("SELECT pg_is_in_recovery()", "f");
+    assert_eq!(restored.psql("SELECT count(*) FROM there"), "1001");
+    restored.psql("DELETE FROM there; CHECKPOINT");
+    assert_eq!(server.psql("SELECT count(*) FROM there"), "1001");
+}
