@@ -2,10 +2,14 @@
 //! compared with the plan.
 
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use nix::pty::{OpenptyResult, Winsize, openpty};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use walship_tests::postgres::{
@@ -48,6 +52,12 @@ impl Place {
     fn pid(&self) -> Option<u32> {
         let file = fs::read_to_string(self.dir.join("postmaster.pid")).ok()?;
         file.lines().next()?.parse().ok()
+    }
+
+    fn stop(&self) {
+        let pid = self.pid().expect("a server runs");
+        process::signal(pid, Signal::SIGINT);
+        wait::until("the server is down", || !process::is_alive(pid));
     }
 
     fn is_running(&self) -> bool {
@@ -224,6 +234,70 @@ fn a_recovery_that_ends_too_early_is_told() {
     let said = stage.fails(&mut place.restore(stage, &words), 1);
     assert!(said.contains("no progress for 2 s") && said.contains("left running"), "{said}");
     assert!(place.is_running());
+}
+
+/// Runs a command on a terminal; returns its status and what the terminal was sent until `end` was there.
+fn on_terminal(mut command: Command, end: &str) -> (ExitStatus, String) {
+    let size = Winsize { ws_row: 40, ws_col: 200, ws_xpixel: 0, ws_ypixel: 0 };
+    let OpenptyResult { master, slave } = openpty(Some(&size), None).unwrap();
+    command.env("TERM", "xterm").stdin(Stdio::null());
+    command.stdout(slave.try_clone().unwrap()).stderr(slave);
+    let sent = Arc::new(Mutex::new(Vec::new()));
+    let kept = sent.clone();
+    // It ends when nobody has the terminal open any more.
+    std::thread::spawn(move || {
+        let (mut master, mut buffer) = (fs::File::from(master), [0; 4096]);
+        while let Ok(length @ 1..) = master.read(&mut buffer) {
+            kept.lock().unwrap().extend_from_slice(&buffer[..length]);
+        }
+    });
+    let mut child = process::spawn(command).unwrap();
+    let status = process::wait_within(&mut child, Duration::from_secs(120)).expect("the restore ends");
+    let text = || String::from_utf8_lossy(&sent.lock().unwrap()).into_owned();
+    wait::until(end, || text().contains(end));
+    (status, text())
+}
+
+#[test]
+fn replay_is_watched_on_a_terminal() {
+    let origin = Origin::make(primary_major());
+    let place = origin.place("watched");
+    let slow = origin.broken(&origin.rows[2].segment, "sleep 2");
+    let restore = place.restore(&origin.stage, &["--latest", "--restore-cmd", &slow]);
+    let (status, shown) = on_terminal(restore, "as planned: transaction");
+    assert!(status.success(), "{shown}");
+    // A bar that is drawn again and again in one place, and wiped in the end; no lines as for a log.
+    let bars: Vec<&str> = shown.split(['\r', '\n']).filter(|line| line.contains(" replayed  ")).collect();
+    assert!(bars.len() > 3, "{shown:?}");
+    assert!(bars.iter().any(|bar| bar.contains("/s") && bar.contains(" left  ")), "{bars:?}");
+    assert!(bars.iter().any(|bar| bar.contains("up to 0/")), "{bars:?}");
+    assert!(shown.contains("\u{1b}[2K") && !shown.contains(" s left"), "{shown:?}");
+    assert!(shown.rfind(" replayed  ") < shown.find("open for writing"), "{shown:?}");
+    assert_eq!(place.psql("select max(id) from t"), "5");
+}
+
+#[test]
+fn a_server_that_is_restored_over_is_started() {
+    for major in majors() {
+        let origin = Origin::make(major);
+        let stage = &origin.stage;
+        let place = origin.place("over");
+        let (value, _) = json(stage, &mut place.restore(stage, &["--to-xid", &origin.rows[1].xid]), 0);
+        assert_as_planned(&value, "open");
+        place.psql("insert into t values (100); checkpoint");
+        let over = ["--to-time", &origin.rows[2].after, "--delta", "--yes", "--leave-surviving"];
+        // Not while it runs.
+        let said = stage.fails(&mut place.restore(stage, &over), 2);
+        assert!(said.contains("a server runs on"), "{said}");
+        assert_eq!(place.psql("select max(id) from t"), "100");
+        place.stop();
+        let (value, _) = json(stage, &mut place.restore(stage, &over), 0);
+        assert_as_planned(&value, "open");
+        let kept = value["report"]["delta"]["kept_bytes"].as_u64().unwrap();
+        assert!(kept > value["report"]["data_bytes"].as_u64().unwrap() / 2, "{value:#}");
+        assert_eq!(value["start"]["timeline"], 2, "{value:#}");
+        assert_eq!(place.psql("select max(id), pg_is_in_recovery() from t"), "4|f");
+    }
 }
 
 #[test]

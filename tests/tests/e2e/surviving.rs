@@ -1,12 +1,15 @@
 //! WAL that was not archived when the server was lost, found in what is left of its `pg_wal`.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use serde_json::Value;
 use walship_tests::postgres::{PgServer, StopMode, majors, primary_major};
 use walship_tests::process::copy_tree;
+use walship_tests::s3_inprocess::{ACCESS_KEY, BUCKET, Fault, S3Server, SECRET_KEY};
 use walship_tests::stage::Stage;
+use walship_tests::weed::WeedServer;
 
 fn production(stage: &Stage, major: u32) -> PgServer {
     let builder = stage.archiving(PgServer::builder(major).wal_segment_size_mb(1));
@@ -164,4 +167,91 @@ fn the_wal_of_another_history_is_not_pushed() {
     assert!(mismatch.contains("system identifier"), "{mismatch}");
     assert_eq!(stored(&stage), before);
     assert!(!stage.path().join("new").exists());
+}
+
+/// Two repositories: a folder, and S3 or a second folder.
+fn both(stage: &Stage, second: &str) -> Vec<String> {
+    let first = format!("{:?}", format!("file://{}", stage.repository_dir().display()));
+    vec![first, second.to_owned()]
+}
+
+fn configure(stage: &Stage, repositories: &[String]) {
+    let text = format!(
+        "repositories = [{}]\ncluster = \"main\"\nstate_dir = {:?}\n\
+         limits = {{ connect_ms = 500, request_ms = 3000, deadline_ms = 4000 }}\n",
+        repositories.join(", "),
+        stage.path().join("state")
+    );
+    fs::write(stage.config(), text).unwrap();
+    fs::set_permissions(stage.config(), fs::Permissions::from_mode(0o600)).unwrap();
+}
+
+/// What survives goes into every repository, and each alone has it then.
+fn goes_everywhere(stage: &Stage, repositories: &[String]) {
+    configure(stage, repositories);
+    let mut server = production(stage, primary_major());
+    fill(&server);
+    lose(&mut server);
+    // One of them has a segment more than the other, as after an outage.
+    let pg_wal = server.data_dir().join("pg_wal");
+    configure(stage, &repositories[..1]);
+    let last = stored(stage)[0].as_str().unwrap().to_owned();
+    let next = format!("{:024X}", u128::from_str_radix(&last, 16).unwrap() + 1);
+    stage.ok(stage.walship(&["wal", "push"]).arg(pg_wal.join(&next)));
+    assert_eq!(stored(stage)[0], next.as_str());
+    configure(stage, repositories);
+    let words = ["--surviving-wal", server.data_dir().to_str().unwrap(), "--push-surviving"];
+    assert_eq!(rows(stage, &stage.path().join("with-both"), &words), "1,2,3,4,5");
+    for (number, repository) in repositories.iter().enumerate() {
+        configure(stage, std::slice::from_ref(repository));
+        let dir = stage.path().join(format!("with-{number}"));
+        assert_eq!(rows(stage, &dir, &["--timeline", "1"]), "1,2,3,4,5", "{repository}");
+    }
+}
+
+#[test]
+fn what_survives_goes_into_every_repository() {
+    let stage = Stage::folder("main");
+    let second = format!("{:?}", format!("file://{}", stage.path().join("second").display()));
+    goes_everywhere(&stage, &both(&stage, &second));
+}
+
+#[test]
+fn what_survives_goes_to_a_folder_and_to_s3() {
+    let stage = Stage::folder("main");
+    let weed = WeedServer::start();
+    let s3 = format!(
+        "{{ url = \"s3://{BUCKET}/walship\", s3 = {{ endpoint = {:?}, access_key_id = {ACCESS_KEY:?}, \
+         secret_access_key = {SECRET_KEY:?} }} }}",
+        weed.endpoint()
+    );
+    goes_everywhere(&stage, &both(&stage, &s3));
+}
+
+#[test]
+fn while_one_repository_is_away_nothing_is_pushed_by_halves() {
+    let s3 = S3Server::start();
+    let stage = Stage::folder("main");
+    let entry = format!(
+        "{{ url = \"s3://{BUCKET}/walship\", s3 = {{ endpoint = {:?}, access_key_id = {ACCESS_KEY:?}, \
+         secret_access_key = {SECRET_KEY:?} }} }}",
+        s3.endpoint()
+    );
+    let repositories = both(&stage, &entry);
+    configure(&stage, &repositories);
+    let mut server = production(&stage, primary_major());
+    fill(&server);
+    lose(&mut server);
+    s3.set_faults(|seen| {
+        (seen.method == "PUT" && seen.path.contains("/wal/")).then_some(Fault::S3(503, "SlowDown"))
+    });
+    let mut restore = stage.pitr(&["restore", "--latest", "--push-surviving", "-D"]);
+    restore.arg(stage.path().join("new")).arg("--surviving-wal").arg(server.data_dir());
+    let said = stage.fails(&mut restore, 1);
+    assert!(said.contains("s3://") && said.contains("\nsafe:  ") && said.contains("\nnext:  "), "{said}");
+    assert!(!stage.path().join("new").exists(), "nothing is restored without it");
+    // The store is back: the same words go on from there.
+    s3.heal();
+    let words = ["--surviving-wal", server.data_dir().to_str().unwrap(), "--push-surviving"];
+    assert_eq!(rows(&stage, &stage.path().join("new"), &words), "1,2,3,4,5");
 }
