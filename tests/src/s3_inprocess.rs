@@ -100,6 +100,8 @@ struct State {
     uploads: HashMap<String, Parts>,
     conditional: ConditionalWrites,
     checksums: bool,
+    versioned: bool,
+    locked_prefix: Option<String>,
     next: u64,
 }
 
@@ -145,6 +147,8 @@ impl S3Server {
             uploads: HashMap::new(),
             conditional: ConditionalWrites::Honoured,
             checksums: true,
+            versioned: false,
+            locked_prefix: None,
             next: 0,
         })));
         let mut builder = S3ServiceBuilder::new(store.clone());
@@ -207,6 +211,16 @@ impl S3Server {
     /// Chooses whether wrong checksums are refused.
     pub fn set_checksums(&self, checked: bool) {
         self.store.lock().checksums = checked;
+    }
+
+    /// Chooses whether what is deleted is kept as an older version, behind a delete marker.
+    pub fn set_versioned(&self, versioned: bool) {
+        self.store.lock().versioned = versioned;
+    }
+
+    /// Refuses, in requests that delete many objects, those whose keys hold this text.
+    pub fn set_locked(&self, part_of_key: Option<&str>) {
+        self.store.lock().locked_prefix = part_of_key.map(str::to_owned);
     }
 
     /// Asks `rule` about each request from now on.
@@ -518,8 +532,43 @@ impl S3 for Store {
         &self,
         request: S3Request<DeleteObjectInput>,
     ) -> S3Result<S3Response<DeleteObjectOutput>> {
-        bucket(&mut self.lock(), &request.input.bucket)?.remove(&request.input.key);
-        Ok(S3Response::with_status(DeleteObjectOutput::default(), StatusCode::NO_CONTENT))
+        let mut state = self.lock();
+        let marker = state.versioned.then_some(true);
+        bucket(&mut state, &request.input.bucket)?.remove(&request.input.key);
+        let output = DeleteObjectOutput { delete_marker: marker, ..DeleteObjectOutput::default() };
+        Ok(S3Response::with_status(output, StatusCode::NO_CONTENT))
+    }
+
+    async fn delete_objects(
+        &self,
+        request: S3Request<DeleteObjectsInput>,
+    ) -> S3Result<S3Response<DeleteObjectsOutput>> {
+        let mut state = self.lock();
+        let marker = state.versioned.then_some(true);
+        let keep = state.locked_prefix.clone();
+        let bucket = bucket(&mut state, &request.input.bucket)?;
+        let (mut deleted, mut errors) = (Vec::new(), Vec::new());
+        for object in request.input.delete.objects {
+            if keep.as_ref().is_some_and(|keep| object.key.contains(keep)) {
+                errors.push(s3s::dto::Error {
+                    code: Some("AccessDenied".to_owned()),
+                    key: Some(object.key),
+                    message: Some("injected by the test".to_owned()),
+                    ..s3s::dto::Error::default()
+                });
+                continue;
+            }
+            bucket.remove(&object.key);
+            let one =
+                DeletedObject { key: Some(object.key), delete_marker: marker, ..DeletedObject::default() };
+            deleted.push(one);
+        }
+        let output = DeleteObjectsOutput {
+            deleted: Some(deleted),
+            errors: (!errors.is_empty()).then_some(errors),
+            ..DeleteObjectsOutput::default()
+        };
+        Ok(S3Response::new(output))
     }
 
     async fn list_objects_v2(

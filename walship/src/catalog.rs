@@ -3,6 +3,7 @@
 //! Filled by `repository::load_catalog`, read by the planner. Pure: no I/O, no clock.
 
 mod gaps;
+mod holds;
 mod names;
 mod restores;
 mod segments;
@@ -19,6 +20,7 @@ use crate::wal::event::ServerLimits;
 use crate::wal::rollup::Rollup;
 
 pub use gaps::{GapCause, GapKind, GapRecord};
+pub use holds::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, HeldWal, Hold};
 pub use names::{DatabaseNames, Names, RelationName, SavedNames};
 pub use restores::{Phase, RestoreRecord};
 pub use segments::StoredSegments;

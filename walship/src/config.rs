@@ -18,6 +18,7 @@
 //! ```
 
 mod receive;
+mod retention;
 
 use std::ffi::OsString;
 use std::fs;
@@ -33,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::storage::{AddressingStyle, Limits, S3Settings, Secret, StorageConfig};
 
 pub use receive::ReceiveSettings;
+pub use retention::{RetentionSettings, Span};
 
 /// Where the file is looked for when nothing names one; it may be missing there.
 pub const DEFAULT_PATH: &str = "/etc/walship/walship.toml";
@@ -62,6 +64,8 @@ pub struct Config {
     pub agent: AgentUse,
     /// What `walship receive` does.
     pub receive: ReceiveSettings,
+    /// What `pitr expire` keeps.
+    pub retention: RetentionSettings,
 }
 
 /// Whether `archive-cmd` and `restore-cmd` may start an agent for the calls to come.
@@ -180,6 +184,7 @@ struct FileConfig {
     connection: Option<String>,
     agent: Option<String>,
     receive: ReceiveSettings,
+    retention: RetentionSettings,
     s3: S3Settings,
     limits: FileLimits,
 }
@@ -290,6 +295,7 @@ impl Config {
                 .or(file.agent)
                 .map_or(Ok(AgentUse::default()), |text| text.parse())?,
             receive: file.receive.with_environment(&environment)?,
+            retention: file.retention.with_environment(&environment)?,
         })
     }
 }
@@ -351,15 +357,35 @@ fn outer_s3(flags: &Overrides, environment: &Variables<'_>) -> Result<S3Settings
         access_key_id: environment.text("WALSHIP_S3_ACCESS_KEY_ID")?,
         secret_access_key: secret("WALSHIP_S3_SECRET_ACCESS_KEY")?,
         session_token: secret("WALSHIP_S3_SESSION_TOKEN")?,
+        expire_profile: environment.text("WALSHIP_S3_EXPIRE_PROFILE")?,
+        expire_access_key_id: environment.text("WALSHIP_S3_EXPIRE_ACCESS_KEY_ID")?,
+        expire_secret_access_key: secret("WALSHIP_S3_EXPIRE_SECRET_ACCESS_KEY")?,
+        expire_session_token: secret("WALSHIP_S3_EXPIRE_SESSION_TOKEN")?,
     })
 }
 
 /// Fills what `first` leaves open from `second`. Credentials come from one place as a whole.
 fn s3_or(first: S3Settings, second: S3Settings) -> S3Settings {
+    let expires_as_another = first.expires_as_another();
     let credentials = if first.access_key_id.is_some() || first.secret_access_key.is_some() {
         (first.access_key_id, first.secret_access_key, first.session_token)
     } else {
         (second.access_key_id, second.secret_access_key, second.session_token)
+    };
+    let expire = if expires_as_another {
+        (
+            first.expire_profile,
+            first.expire_access_key_id,
+            first.expire_secret_access_key,
+            first.expire_session_token,
+        )
+    } else {
+        (
+            second.expire_profile,
+            second.expire_access_key_id,
+            second.expire_secret_access_key,
+            second.expire_session_token,
+        )
     };
     S3Settings {
         endpoint: first.endpoint.or(second.endpoint),
@@ -373,6 +399,10 @@ fn s3_or(first: S3Settings, second: S3Settings) -> S3Settings {
         access_key_id: credentials.0,
         secret_access_key: credentials.1,
         session_token: credentials.2,
+        expire_profile: expire.0,
+        expire_access_key_id: expire.1,
+        expire_secret_access_key: expire.2,
+        expire_session_token: expire.3,
     }
 }
 
@@ -446,7 +476,11 @@ fn read_file(flags: &Overrides, environment: &Variables<'_>) -> Result<FileConfi
 
 impl FileConfig {
     fn holds_secrets(&self) -> bool {
-        let s3_secret = |s3: &S3Settings| s3.secret_access_key.is_some() || s3.session_token.is_some();
+        let s3_secret = |s3: &S3Settings| {
+            [&s3.secret_access_key, &s3.session_token, &s3.expire_secret_access_key, &s3.expire_session_token]
+                .iter()
+                .any(|secret| secret.is_some())
+        };
         let own = |entry: &FileRepository| match entry {
             FileRepository::Url(_) => false,
             FileRepository::Table(table) => s3_secret(&table.s3),

@@ -97,6 +97,28 @@ fn pure_rooms_touch_neither_files_nor_clock_nor_network() {
     assert!(complaints.is_empty(), "pure rooms must stay pure:\n{complaints}");
 }
 
+/// What was stored to be kept is removed for retention alone: one file asks a storage for that.
+#[test]
+fn only_retention_removes_what_was_stored_to_be_kept() {
+    let mut complaints = String::new();
+    for krate in ["walship", "pitr"] {
+        for source in sources(krate).iter().filter(|source| source.room != "storage") {
+            let code = source.code();
+            let allowed = source.shown().ends_with("repository/removal.rs");
+            for word in [".removal()", "StoreRemoval"].iter().filter(|word| !allowed && code.contains(**word))
+            {
+                let _ = writeln!(complaints, "{} uses {word}", source.shown());
+            }
+            let begins =
+                code.contains("begin_removal(") && !source.shown().ends_with("execute/expire/mod.rs");
+            if begins && !allowed {
+                let _ = writeln!(complaints, "{} begins a removal", source.shown());
+            }
+        }
+    }
+    assert!(complaints.is_empty(), "only repository::removal, for execute::expire, removes:\n{complaints}");
+}
+
 #[test]
 fn thin_commands_link_neither_tokio_nor_the_aws_sdk() {
     for package in ["archive-cmd", "restore-cmd"] {

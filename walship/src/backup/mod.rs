@@ -218,12 +218,20 @@ pub async fn take_backup(
     if about.from_standby {
         switch_on_primary(server, &about.identity, progress).await;
     }
+    let ranges = &received.manifest.wal_ranges;
+    let ranges: Vec<_> = ranges.iter().map(|range| (range.timeline, range.start, range.end)).collect();
     let needed = needed_segments(&received.manifest.wal_ranges, about.segment_size)?;
     let histories = histories(start.timeline, stop_timeline);
     wait_until_stored(repositories, needed, histories, options.wal_timeout, &mut |missing| {
         progress(BackupEvent::WaitingForWal { first: missing.first, segments: missing.segments });
     })
     .await?;
+    for repository in repositories {
+        // A backup that takes longer than any is taken for given up, and one whose WAL was removed under it, must not
+        // look complete.
+        repository.check_wal_not_expired(&ranges).await?;
+        repository.check_not_expiring(&id).await?;
+    }
     session.close().await;
     let record = BackupRecord {
         format: 1,
@@ -252,6 +260,9 @@ pub async fn take_backup(
         damaged_pages: (received.damaged.total > 0).then_some(received.damaged),
         parent: taking.parent.as_ref().map(|parent| parent.link.clone()),
     };
+    for repository in repositories {
+        repository.check_foundations(&record).await?;
+    }
     put_records(repositories, &record).await?;
     Ok(record)
 }
@@ -316,6 +327,10 @@ impl Taking<'_> {
                 parent: self.parent.as_ref().map(|parent| parent.link.id.clone()),
             };
             repository.put_backup_started(&document).await?;
+        }
+        // In this order: retention says first what it removes, and looks for backups then.
+        for repository in self.repositories {
+            repository.check_wal_not_expired(&[(start.timeline, start.lsn, Lsn(u64::MAX))]).await?;
         }
         Ok(())
     }

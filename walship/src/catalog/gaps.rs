@@ -52,6 +52,8 @@ pub enum GapKind {
     GivenUp,
     /// The server had removed it before it could be streamed.
     Lost,
+    /// Retention removed it on purpose: no kept backup and no moment of the window needs it.
+    Expired,
     /// The record does not say, or cannot be read.
     #[serde(other)]
     Unknown,
@@ -77,6 +79,16 @@ impl GapRecord {
             && segment.end(size) <= self.end_lsn
     }
 
+    /// Returns whether the WAL was removed on purpose.
+    pub fn is_expired(&self) -> bool {
+        self.cause.kind == GapKind::Expired
+    }
+
+    /// Returns the segments that lie in it whole, as numbers: first and, exclusive, last.
+    pub fn whole_segments(&self, size: SegmentSize) -> (u64, u64) {
+        (self.start_lsn.0.div_ceil(size.bytes()), self.end_lsn.0 / size.bytes())
+    }
+
     /// Returns whether every segment that holds a byte of it is among `stored`. That closes it, unless it
     /// misses a certain content.
     pub fn is_covered_by(&self, stored: &StoredSegments, size: SegmentSize) -> bool {
@@ -93,6 +105,7 @@ impl fmt::Display for GapRecord {
         match cause.kind {
             GapKind::GivenUp => write!(f, "given up by {user} on {host} at {at}: {}", cause.text),
             GapKind::Lost => write!(f, "lost before {host} could stream it, noted at {at}: {}", cause.text),
+            GapKind::Expired => write!(f, "expired by {user} on {host} at {at}: {}", cause.text),
             GapKind::Unknown => f.write_str(&cause.text),
         }
     }

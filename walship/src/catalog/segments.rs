@@ -90,6 +90,37 @@ impl StoredSegments {
         alone.then(|| self.pieces.remove(name)).flatten().map(|piece| piece.stored_bytes)
     }
 
+    /// Takes out every segment of a timeline whose number is at least `from` and below `until`. What their stored
+    /// sizes are in pieces that reach beyond the range is not known any more.
+    pub fn remove_range(&mut self, timeline: TimelineId, from: u64, until: u64) {
+        let name = |number| SegmentName::from_number(timeline, number, self.size);
+        let (Some(first), Some(last)) = (name(from), until.checked_sub(1).and_then(name)) else { return };
+        if last < first {
+            return;
+        }
+        let touched: Vec<_> = self
+            .runs
+            .range(SegmentName { timeline, log: 0, seg: 0 }..=last)
+            .filter(|(_, end)| **end >= first)
+            .map(|(start, end)| (*start, *end))
+            .collect();
+        for (start, end) in touched {
+            self.runs.remove(&start);
+            if let Some(before) = first.previous(self.size).filter(|before| *before >= start) {
+                self.runs.insert(start, before);
+            }
+            if let Some(behind) = last.next(self.size).filter(|behind| *behind <= end) {
+                self.runs.insert(behind, end);
+            }
+        }
+        let pieces: Vec<_> = self.pieces.range(first..=last).map(|(start, _)| *start).collect();
+        for start in &pieces {
+            self.pieces.remove(start);
+        }
+        let before = self.pieces.range_mut(SegmentName { timeline, log: 0, seg: 0 }..first);
+        before.filter(|(_, piece)| piece.last >= first).for_each(|(_, piece)| piece.has_gaps = true);
+    }
+
     fn run_of(&self, name: SegmentName) -> Option<(SegmentName, SegmentName)> {
         let (&first, &last) = self.runs.range(..=name).next_back()?;
         (first.timeline == name.timeline && last >= name).then_some((first, last))
@@ -176,6 +207,7 @@ mod tests {
         fn runs_are_what_a_set_of_names_is(
             adds in proptest::collection::vec((1u32..3, 0u64..40, 1u64..6), 0..30),
             removes in proptest::collection::vec((1u32..3, 0u64..40), 0..10),
+            ranges in proptest::collection::vec((1u32..3, 0u64..40, 0u64..12), 0..4),
         ) {
             let size = SegmentSize::MAX;
             let name = |tli: u32, number| SegmentName::from_number(TimelineId::new(tli).unwrap(), number, size).unwrap();
@@ -187,6 +219,12 @@ mod tests {
             for (tli, number) in removes {
                 stored.remove(&name(tli, number));
                 set.remove(&name(tli, number));
+            }
+            for (tli, from, length) in ranges {
+                stored.remove_range(TimelineId::new(tli).unwrap(), from, from + length);
+                for number in from..from + length {
+                    set.remove(&name(tli, number));
+                }
             }
             prop_assert_eq!(stored.names().collect::<Vec<_>>(), set.iter().copied().collect::<Vec<_>>());
             for number in 0..50 {

@@ -287,7 +287,9 @@ async fn check_conflict(
 /// Gaps of the ledger whose WAL is not there.
 fn check_gaps(lineage: &LineageRepository, catalog: &Catalog, findings: &mut Findings) {
     let newest = catalog.backups.iter().map(|backup| backup.start_lsn).max();
-    for gap in &catalog.gaps {
+    // What was removed on purpose is nobody's trouble.
+    let open = || catalog.gaps.iter().filter(|gap| !gap.is_expired());
+    for gap in open() {
         let (from, to) = (gap.start_lsn, gap.end_lsn);
         let what = format!(
             "{}: WAL of timeline {} from {from} to {to} is missing: {gap}",
@@ -303,7 +305,7 @@ fn check_gaps(lineage: &LineageRepository, catalog: &Catalog, findings: &mut Fin
         };
         findings.add(Weight::Advice, what, Some(next.to_owned()));
     }
-    if catalog.gaps.is_empty() {
+    if open().next().is_none() {
         findings.good(format!("the ledger of gaps in {} has no open one", lineage.location()));
     }
     for (timeline, last) in &catalog.lost_ends {

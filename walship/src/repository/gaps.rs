@@ -106,6 +106,11 @@ impl LineageRepository {
         self.list_gaps(&self.layout.timeline_gaps_prefix(timeline)).await
     }
 
+    /// Returns the key of a gap's record.
+    pub(super) fn gap_key(&self, record: &GapRecord) -> Result<ObjectKey> {
+        self.layout.gap(&key_of(record))
+    }
+
     async fn list_gaps(&self, prefix: &str) -> Result<Vec<ListedGap>> {
         let listed = list_all(&*self.storage, prefix, GAPS_MAX).await?;
         let gaps = listed.into_iter().map(|meta| match self.layout.parse_gap(&meta.key) {
@@ -138,22 +143,37 @@ impl LineageRepository {
         })
     }
 
-    /// Returns the open gaps. A stored segment that is not the WAL that a gap misses is taken out of
-    /// `segments`.
+    /// Returns the open gaps. A stored segment that is not the WAL that a gap misses is taken out of `segments`, and
+    /// so is what was expired: an index that is behind may tell of it, and what is still there goes at any moment.
     pub(super) async fn load_gaps(&self, segments: &mut StoredSegments) -> Result<Vec<GapRecord>> {
         let size = self.lineage.segment_size;
         let listed = self.list_gaps(&self.layout.gaps_prefix()).await?;
         let mut open = Vec::new();
         for gap in listed {
             let told = gap.unread(String::new());
-            if told.is_covered_by(segments, size) {
+            if told.is_covered_by(segments, size) && gap.told.digest.is_some() {
                 let Some(name) = self.other_content(&gap).await? else { continue };
                 segments.remove(&name);
             }
             open.push(gap);
         }
         let reads = open.iter().map(|gap| self.read_gap(gap));
-        futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await
+        let read: Vec<GapRecord> =
+            futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
+        for gap in read.iter().filter(|gap| gap.is_expired()) {
+            let (from, until) = gap.whole_segments(size);
+            segments.remove_range(gap.timeline, from, until);
+        }
+        let closed = |gap: &GapRecord| gap.segment_digest.is_none() && gap.is_covered_by(segments, size);
+        // What was missing of WAL that was expired since is nobody's trouble any more.
+        let expired: Vec<GapRecord> = read.iter().filter(|gap| gap.is_expired()).cloned().collect();
+        let overtaken = |gap: &GapRecord| {
+            !gap.is_expired()
+                && expired.iter().any(|by| {
+                    by.timeline == gap.timeline && by.start_lsn <= gap.start_lsn && gap.end_lsn <= by.end_lsn
+                })
+        };
+        Ok(read.into_iter().filter(|gap| !closed(gap) && !overtaken(gap)).collect())
     }
 
     /// Returns the segment that is stored where the gap misses another content.

@@ -376,6 +376,68 @@ impl LineageLayout {
         self.key(format_args!("history/restores/{id}.json"))
     }
 
+    /// What the keys of all documents about holds start with.
+    pub(super) fn holds_prefix(&self) -> String {
+        format!("{}/holds/", self.base)
+    }
+
+    /// The key of a hold.
+    pub(super) fn hold(&self, id: &str) -> Result<ObjectKey> {
+        check_id(id, "a hold")?;
+        self.key(format_args!("holds/{id}.json"))
+    }
+
+    /// The key of the document that releases a hold.
+    pub(super) fn hold_released(&self, id: &str) -> Result<ObjectKey> {
+        check_id(id, "a hold")?;
+        self.key(format_args!("holds/{id}.released.json"))
+    }
+
+    /// What the keys of all marks of backups that are being removed start with.
+    pub(super) fn expiring_prefix(&self) -> String {
+        format!("{}/expiring/", self.base)
+    }
+
+    /// The key of the mark of a backup that is being removed.
+    pub(super) fn expiring(&self, id: &str) -> Result<ObjectKey> {
+        check_backup_id(id)?;
+        self.key(format_args!("expiring/{id}.json"))
+    }
+
+    /// What the keys of the locks of removals start with.
+    pub(super) fn expire_locks_prefix(&self) -> String {
+        format!("{}/locks/expire/", self.base)
+    }
+
+    /// The key of the lock with this number.
+    pub(super) fn expire_lock(&self, number: u32) -> Result<ObjectKey> {
+        self.key(format_args!("locks/expire/{number:08}.json"))
+    }
+
+    /// The key of the object by which is tried whether the store removes anything.
+    pub(super) fn removal_canary(&self, run: &str) -> Result<ObjectKey> {
+        check_id(run, "a removal")?;
+        self.key(format_args!("locks/expire-canary/{run}"))
+    }
+
+    /// The key of the record of a removal.
+    pub(super) fn expire_record(&self, id: &str) -> Result<ObjectKey> {
+        check_id(id, "a removal")?;
+        self.key(format_args!("history/expires/{id}.json"))
+    }
+
+    /// The key of what a removal came to.
+    pub(super) fn expire_outcome(&self, id: &str) -> Result<ObjectKey> {
+        check_id(id, "a removal")?;
+        self.key(format_args!("history/expires/{id}.done.json"))
+    }
+
+    /// What the keys of all of a backup's own objects start with.
+    pub(super) fn backup_prefix(&self, id: &str) -> Result<String> {
+        check_backup_id(id)?;
+        Ok(format!("{}/backups/{id}/", self.base))
+    }
+
     /// The key of one of a backup's own objects: `started.json`, `manifest.json.zst`, `data/000001.tar`.
     pub(super) fn backup_object(&self, id: &str, object: &str) -> Result<ObjectKey> {
         check_backup_id(id)?;

@@ -321,7 +321,7 @@ async fn load_backups(repository: &LineageRepository) -> Result<Backups> {
 }
 
 /// Returns the ids of all backups that were begun.
-async fn started_ids(repository: &LineageRepository) -> Result<Vec<String>> {
+pub(super) async fn started_ids(repository: &LineageRepository) -> Result<Vec<String>> {
     let prefix = repository.layout.backups_prefix();
     let mut ids = Vec::new();
     let mut after: Option<String> = None;

@@ -25,6 +25,7 @@ mod backups;
 mod document;
 mod fresh;
 mod gaps;
+mod holds;
 pub mod index;
 mod layout;
 mod listing;
@@ -33,6 +34,7 @@ mod load_segments;
 mod load_tails;
 mod others;
 pub mod probe;
+mod removal;
 mod restores;
 mod segments;
 mod stored;
@@ -54,10 +56,12 @@ pub use backup_blocks::{BackupBlocks, BackupObjects, BlockPlace, FileBlocks, Obj
 pub use backups::{RecordedBy, new_backup_id};
 pub use document::BackupStarted;
 pub use gaps::{CAUSE_BYTES_MAX, ListedGap, new_gap_id};
+pub use holds::{HoldReleased, REASON_BYTES_MAX, Recordless, released_now};
 pub use layout::ClusterName;
 pub use load_catalog::{load_catalog, load_catalog_from_listings};
 pub use load_tails::load_tails;
 pub use others::open_same_lineage;
+pub use removal::{RemovedObjects, Remover};
 pub use segments::{Leftover, Put, Summarized};
 pub use tails::{Damage, ListedPart};
 

@@ -23,6 +23,7 @@ pub async fn run(storage: &dyn Storage) {
     listing(storage).await;
     paging(storage).await;
     confirm_and_delete(storage).await;
+    removal(storage).await;
     uploads(storage).await;
     one_winner(storage).await;
 }
@@ -256,6 +257,30 @@ async fn confirm_and_delete(storage: &dyn Storage) {
     assert_eq!(storage.confirm(&key).await.expect("confirm"), None);
     storage.delete(&key).await.expect("delete again");
     assert_eq!(put(storage, &key, &content(5, 2)).await, PutOutcome::Stored, "the key is free again");
+}
+
+async fn removal(storage: &dyn Storage) {
+    let keys = Keys::new("removal");
+    let removal = storage.removal().expect("it can remove");
+    let names: Vec<ObjectKey> = (0..7).map(|n| keys.key(&format!("{}/{n}", n / 3))).collect();
+    for key in &names {
+        put(storage, key, &content(10, 1)).await;
+    }
+    if let Some(written) = removal.written_at(&names[0]).await.expect("when it was written") {
+        let off = chrono::Utc::now().signed_duration_since(written).num_seconds().abs();
+        assert!(off < 900, "the store's clock is {off} s off");
+    }
+    assert_eq!(removal.written_at(&keys.key("nothing")).await.expect("when it was written"), None);
+    let mut some = names[..5].to_vec();
+    some.push(keys.key("never/there"));
+    removal.remove(&some).await.expect("remove");
+    let left: Vec<_> =
+        list_all(storage, &keys.0, 10).await.expect("list").into_iter().map(|o| o.key).collect();
+    assert_eq!(left, names[5..], "what was not named stays");
+    removal.remove(&some).await.expect("remove again");
+    removal.remove(&[]).await.expect("remove nothing");
+    assert_eq!(get(storage, &names[0]).await, None);
+    assert_eq!(put(storage, &names[0], &content(5, 2)).await, PutOutcome::Stored, "the key is free again");
 }
 
 async fn uploads(storage: &dyn Storage) {

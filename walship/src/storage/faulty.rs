@@ -8,7 +8,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Unfinished, Upload};
+use chrono::{DateTime, Utc};
+
+use super::{
+    ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Removed, Storage, StoreRemoval, Unfinished, Upload,
+};
 use crate::error::{Error, Result};
 
 /// What is being asked of a storage.
@@ -32,6 +36,8 @@ pub enum Call {
     List,
     /// [`Storage::delete`].
     Delete,
+    /// [`StoreRemoval::remove`]; asked for each key, the first fault counts.
+    Remove,
 }
 
 /// What happens instead of, or besides, what was asked.
@@ -163,6 +169,32 @@ impl Storage for FaultyStorage {
 
     async fn unfinished(&self, prefix: &str) -> Result<Option<Vec<Unfinished>>> {
         Ok(self.with(Call::List, prefix, self.inner.unfinished(prefix)).await?.0)
+    }
+
+    fn removal(&self) -> Option<&dyn StoreRemoval> {
+        self.inner.removal().map(|_| self as _)
+    }
+}
+
+#[async_trait]
+impl StoreRemoval for FaultyStorage {
+    /// Removes one after the other up to the key with a fault.
+    async fn remove(&self, keys: &[ObjectKey]) -> Result<Removed> {
+        let Some(removal) = self.inner.removal() else { return Err(Error::denied("nothing is removed")) };
+        let mut all = Removed::default();
+        for key in keys {
+            let work = removal.remove(std::slice::from_ref(key));
+            let (removed, _) = self.with(Call::Remove, key.as_str(), work).await?;
+            all.kept_as_versions += removed.kept_as_versions;
+        }
+        Ok(all)
+    }
+
+    async fn written_at(&self, key: &ObjectKey) -> Result<Option<DateTime<Utc>>> {
+        match self.inner.removal() {
+            Some(removal) => removal.written_at(key).await,
+            None => Ok(None),
+        }
     }
 }
 

@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Upload};
+use chrono::{DateTime, Utc};
+
+use super::{ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Removed, Storage, StoreRemoval, Upload};
 use crate::error::{Error, Result};
 
 /// How many objects a page of a listing holds.
@@ -117,6 +119,23 @@ impl Storage for MemoryStorage {
     async fn delete(&self, key: &ObjectKey) -> Result<()> {
         self.lock().remove(key.as_str());
         Ok(())
+    }
+
+    fn removal(&self) -> Option<&dyn StoreRemoval> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl StoreRemoval for MemoryStorage {
+    async fn remove(&self, keys: &[ObjectKey]) -> Result<Removed> {
+        let mut objects = self.lock();
+        keys.iter().for_each(|key| drop(objects.remove(key.as_str())));
+        Ok(Removed::default())
+    }
+
+    async fn written_at(&self, _key: &ObjectKey) -> Result<Option<DateTime<Utc>>> {
+        Ok(None)
     }
 }
 

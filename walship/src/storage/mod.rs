@@ -369,7 +369,8 @@ pub trait Storage: Send + Sync + fmt::Debug {
         folders_one_by_one(self, prefix, page).await
     }
 
-    /// Removes an object; success also when it is not there. Tidying only: nothing relies on it.
+    /// Removes an object; success also when it is not there. Tidying only: nothing relies on it. What was stored to be
+    /// kept is removed by [`StoreRemoval`] alone.
     async fn delete(&self, key: &ObjectKey) -> Result<()>;
 
     /// Returns what takes room without being an object: uploads neither completed nor aborted whose keys start with
@@ -382,6 +383,38 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn probe(&self) -> Option<&dyn StoreProbe> {
         None
     }
+
+    /// Returns what removes objects for good; `None` for a storage that does not. For retention alone.
+    fn removal(&self) -> Option<&dyn StoreRemoval> {
+        None
+    }
+}
+
+/// How many keys one call of [`StoreRemoval::remove`] takes.
+pub const REMOVE_MAX: usize = 1000;
+
+/// Removes what was stored to be kept: for retention alone.
+#[cfg(feature = "store")]
+#[async_trait]
+pub trait StoreRemoval: Send + Sync {
+    /// Removes up to [`REMOVE_MAX`] objects; success also for those that are not there.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] where the store forbids it. Some of them may be removed all the same.
+    /// # Durability
+    /// After `Ok` they are gone after a crash too (folder: fsync of every folder that held one).
+    async fn remove(&self, keys: &[ObjectKey]) -> Result<Removed>;
+
+    /// Returns when an object was written, by the store's own clock; `None` where it is not there or the store has
+    /// no clock.
+    async fn written_at(&self, key: &ObjectKey) -> Result<Option<DateTime<Utc>>>;
+}
+
+/// What a removal came to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// How many objects the store hides and still keeps as older versions: their room is not free yet.
+    pub kept_as_versions: u64,
 }
 
 /// What a probe does to find out whether an object store keeps its promises.

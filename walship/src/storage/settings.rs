@@ -44,6 +44,23 @@ pub struct S3Settings {
     pub secret_access_key: Option<Secret>,
     /// The session token of temporary credentials.
     pub session_token: Option<Secret>,
+    /// For `pitr expire` alone, whose credentials may delete: the profile.
+    pub expire_profile: Option<String>,
+    /// For `pitr expire` alone: the access key.
+    pub expire_access_key_id: Option<String>,
+    /// For `pitr expire` alone: the secret key.
+    pub expire_secret_access_key: Option<Secret>,
+    /// For `pitr expire` alone: the session token.
+    pub expire_session_token: Option<Secret>,
+}
+
+impl S3Settings {
+    /// Returns whether removal has credentials of its own.
+    pub fn expires_as_another(&self) -> bool {
+        self.expire_profile.is_some()
+            || self.expire_access_key_id.is_some()
+            || self.expire_secret_access_key.is_some()
+    }
 }
 
 /// How requests name the bucket.
@@ -137,6 +154,20 @@ impl StorageConfig {
     /// Returns the configuration of the storage at `url`, all else by default.
     pub fn new(url: impl Into<String>) -> Self {
         Self { url: url.into(), s3: S3Settings::default(), limits: Limits::default() }
+    }
+
+    /// Returns the same storage as `pitr expire` opens it: with the credentials that are for that alone, where
+    /// there are any.
+    #[must_use]
+    pub fn for_removal(&self) -> Self {
+        let mut config = self.clone();
+        if config.s3.expires_as_another() {
+            config.s3.profile = config.s3.expire_profile.take();
+            config.s3.access_key_id = config.s3.expire_access_key_id.take();
+            config.s3.secret_access_key = config.s3.expire_secret_access_key.take();
+            config.s3.session_token = config.s3.expire_session_token.take();
+        }
+        config
     }
 
     /// Returns where the root lies.
@@ -266,6 +297,22 @@ mod tests {
             assert!(matches!(error, Error::Invalid(_)), "{url}: {error}");
             assert!(!error.to_string().contains("secret"), "{error}");
         }
+    }
+
+    #[test]
+    fn removal_has_credentials_of_its_own() {
+        let text = "url = 's3://bucket'\n[s3]\naccess_key_id = 'AK'\nsecret_access_key = 'hush'\n\
+                    session_token = 'token'\nexpire_access_key_id = 'DK'\nexpire_secret_access_key = 'psst'\n";
+        let config: StorageConfig = toml::from_str(text).unwrap();
+        let removing = config.for_removal();
+        assert_eq!(removing.s3.access_key_id.as_deref(), Some("DK"));
+        assert_eq!(removing.s3.secret_access_key.as_ref().map(Secret::reveal), Some("psst"));
+        assert_eq!(removing.s3.session_token, None, "what belongs to other credentials is left out");
+        assert_eq!(config.s3.access_key_id.as_deref(), Some("AK"));
+        let plain: StorageConfig =
+            toml::from_str("url = 's3://bucket'\n[s3]\naccess_key_id = 'AK'\n").unwrap();
+        assert_eq!(plain.for_removal(), plain);
+        assert!(!format!("{removing:?}").contains("psst"));
     }
 
     #[test]

@@ -54,6 +54,11 @@ impl Leftovers {
         let Some((first, others)) = repositories.split_first() else { return Ok(None) };
         let mut started = first.unfinished_backups().await?;
         started.retain(|one| one.parent.as_deref() == parent.map(|parent| &*parent.link.id));
+        if !started.is_empty() {
+            // What retention is about to remove is as good as gone.
+            let going = first.expiring().await?;
+            started.retain(|one| !going.contains(&one.id));
+        }
         started.sort_by(|a, b| (a.started, &a.id).cmp(&(b.started, &b.id)));
         let mut all = Vec::new();
         for started in started.into_iter().rev().take(LOOKED_AT_MAX).rev() {

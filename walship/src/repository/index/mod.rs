@@ -13,7 +13,7 @@ use std::io::Read as _;
 use crate::codec::Digest;
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, TimelineId};
-use crate::storage::PutOutcome;
+use crate::storage::{ObjectKey, PutOutcome};
 use crate::wal::rollup::{self, BYTES_MAX, Entry, Place, Rollup};
 
 use super::LineageRepository;
@@ -168,6 +168,10 @@ impl LineageRepository {
         let key = self.layout.rollup(&key.0, self.lineage.segment_size)?;
         let outcome = self.storage.put_if_absent(&key, stored.into()).await?;
         Ok((digest, outcome))
+    }
+
+    pub(in crate::repository) fn stored_rollup_key(&self, stored: &StoredRollup) -> Result<ObjectKey> {
+        self.layout.rollup(&stored.0, self.lineage.segment_size)
     }
 
     /// Removes a roll-up: one that is damaged, so that a good one can take its key.

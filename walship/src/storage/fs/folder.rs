@@ -169,6 +169,12 @@ impl Folders {
         Ok(())
     }
 
+    /// Syncs the innermost folder: afterwards names that were taken out of it stay out.
+    pub(super) fn sync_last(&self) -> Result<()> {
+        fsync(self.last())
+            .map_err(|errno| self.root.failed("cannot sync the folder", &self.names.join("/"), errno))
+    }
+
     /// The innermost folder.
     pub(super) fn last(&self) -> &OwnedFd {
         self.opened.last().expect("the root is always there")

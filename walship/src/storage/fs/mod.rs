@@ -18,10 +18,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 
 use super::{
-    Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Unfinished, Upload, blocking,
-    too_long,
+    Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Removed, Storage, StoreRemoval, Unfinished,
+    Upload, blocking, too_long,
 };
 use crate::error::{Error, Result};
 use folder::{Folders, Root};
@@ -208,6 +209,49 @@ impl Storage for FsStorage {
     async fn unfinished(&self, _prefix: &str) -> Result<Option<Vec<Unfinished>>> {
         // Temporaries say nothing of their keys.
         self.run("listing temporaries".to_owned(), 0, |root| publish::temporaries(root)).await.map(Some)
+    }
+
+    fn removal(&self) -> Option<&dyn StoreRemoval> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl StoreRemoval for FsStorage {
+    async fn remove(&self, keys: &[ObjectKey]) -> Result<Removed> {
+        let keys = keys.to_vec();
+        self.run(format!("removing {} objects", keys.len()), 0, move |root| {
+            // One folder after the other, each synced once; a folder that becomes empty stays: somebody may be about
+            // to put something there.
+            let mut at: Option<(Vec<&str>, Folders)> = None;
+            for key in &keys {
+                let path = KeyPath::new(key)?;
+                if at.as_ref().is_none_or(|(names, _)| *names != path.folders) {
+                    if let Some((_, folders)) = at.take() {
+                        folders.sync_last()?;
+                    }
+                    at = Folders::open(root, &path.folders)?.map(|folders| (path.folders.clone(), folders));
+                }
+                if let Some((_, folders)) = &at {
+                    folders.remove(path.name)?;
+                }
+            }
+            at.map_or(Ok(()), |(_, folders)| folders.sync_last())?;
+            Ok(Removed::default())
+        })
+        .await
+    }
+
+    async fn written_at(&self, key: &ObjectKey) -> Result<Option<DateTime<Utc>>> {
+        let name = key.clone();
+        self.run(format!("looking at {key}"), 0, move |root| {
+            let Some((_, file, _)) = open_object(root, &KeyPath::new(&name)?)? else { return Ok(None) };
+            let written = file.metadata().and_then(|metadata| metadata.modified());
+            written
+                .map(|time| Some(DateTime::<Utc>::from(time)))
+                .map_err(|error| root.failed("cannot look at", name.as_str(), error))
+        })
+        .await
     }
 }
 

@@ -8,6 +8,7 @@
 mod answer;
 mod body;
 mod client;
+mod removal;
 mod streamed;
 mod unfinished;
 mod upload;
@@ -24,7 +25,7 @@ use tokio::sync::OnceCell;
 use super::retry::retried;
 use super::{
     FolderPage, Limits, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, S3Settings, Storage,
-    StorageConfig, StoreProbe, Unfinished, Upload, too_long,
+    StorageConfig, StoreProbe, StoreRemoval, Unfinished, Upload, too_long,
 };
 use crate::error::{Error, Result};
 use answer::Answer;
@@ -435,6 +436,10 @@ impl Storage for S3Storage {
     }
 
     fn probe(&self) -> Option<&dyn StoreProbe> {
+        Some(self)
+    }
+
+    fn removal(&self) -> Option<&dyn StoreRemoval> {
         Some(self)
     }
 }

@@ -1,0 +1,218 @@
+//! Holds, and what is being removed: what writers and retention have to hear of each other.
+//!
+//! Who begins a backup, or holds one, says so first and looks for marks and expired WAL then; who removes marks first
+//! and looks for backups and holds then. So one of the two sees the other, whatever the order.
+
+use std::collections::BTreeSet;
+
+use chrono::{DateTime, Utc};
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use serde::{Deserialize, Serialize};
+
+use super::LineageRepository;
+use super::document::{self, BackupStarted, DOCUMENT_VERSION};
+use super::load_catalog::{list_records, started_ids};
+use crate::catalog::{BackupRecord, Hold};
+use crate::error::{Error, Result};
+use crate::pg::{Lsn, TimelineId};
+use crate::storage::list_all;
+
+/// More holds than anybody makes.
+const HOLDS_MAX: usize = 100_000;
+
+/// More backups than are ever removed at once.
+const MARKS_MAX: usize = 1_000_000;
+
+/// More objects than a backup has.
+const OBJECTS_MAX: usize = 4_000_000;
+
+/// How many documents are read at once.
+const READS_MAX: usize = 16;
+
+/// The longest reason of a hold.
+pub const REASON_BYTES_MAX: usize = 1000;
+
+/// The end of a hold before its time (`holds/<id>.released.json`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldReleased {
+    /// The format of this document; 1.
+    pub format: u32,
+    /// The hold's id.
+    pub id: String,
+    /// When it was released.
+    pub released: DateTime<Utc>,
+    /// The machine that it was released on.
+    pub host: String,
+    /// The user of that machine.
+    pub user: String,
+}
+
+/// A backup whose folder is there without a record: being taken, given up, or half removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recordless {
+    /// Its id.
+    pub id: String,
+    /// What was said when it was begun; `None` where that is removed already.
+    pub started: Option<BackupStarted>,
+}
+
+impl LineageRepository {
+    /// Holds a backup. To be followed by [`LineageRepository::check_not_expiring`].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a reason that says nothing or cannot be shown.
+    pub async fn put_hold(&self, hold: &Hold) -> Result<()> {
+        let reason = &hold.reason;
+        if reason.trim().is_empty() || reason.len() > REASON_BYTES_MAX || reason.chars().any(char::is_control)
+        {
+            return Err(Error::invalid(format!(
+                "the reason of a hold is one line of at most {REASON_BYTES_MAX} bytes, and not empty"
+            )));
+        }
+        document::put_same(&*self.storage, &self.layout.hold(&hold.id)?, hold).await
+    }
+
+    /// Ends a hold. Again is success.
+    pub async fn release_hold(&self, released: &HoldReleased) -> Result<()> {
+        document::put(&*self.storage, &self.layout.hold_released(&released.id)?, released).await.map(drop)
+    }
+
+    /// Returns the holds that were not released, the oldest first; also those whose time is over.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for one that cannot be read: which backup it holds is not known.
+    pub async fn holds(&self) -> Result<Vec<Hold>> {
+        let prefix = self.layout.holds_prefix();
+        let listed = list_all(&*self.storage, &prefix, HOLDS_MAX).await?;
+        let name = |key: &str| {
+            key.strip_prefix(&prefix).and_then(|name| name.strip_suffix(".json")).map(str::to_owned)
+        };
+        let names: Vec<String> = listed.iter().filter_map(|meta| name(meta.key.as_str())).collect();
+        let released: BTreeSet<&str> =
+            names.iter().filter_map(|name| name.strip_suffix(".released")).collect();
+        let open = names.iter().filter(|name| !name.ends_with(".released") && !released.contains(&***name));
+        let reads = open.map(|id| async move {
+            let key = self.layout.hold(id)?;
+            let hold: Option<Hold> = document::read(&*self.storage, &key).await?;
+            match hold {
+                Some(hold) if hold.id == *id => Ok(hold),
+                _ => Err(Error::corrupt(format!("{} is not the hold that its name says", self.shown(&key)))),
+            }
+        });
+        futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await
+    }
+
+    /// Returns the documents that release holds.
+    pub(super) async fn holds_released(&self) -> Result<Vec<HoldReleased>> {
+        let prefix = self.layout.holds_prefix();
+        let listed = list_all(&*self.storage, &prefix, HOLDS_MAX).await?;
+        let mut released = Vec::new();
+        for meta in listed.iter().filter(|meta| meta.key.as_str().ends_with(".released.json")) {
+            released.extend(document::read::<HoldReleased>(&*self.storage, &meta.key).await?);
+        }
+        Ok(released)
+    }
+
+    /// Returns the backups that are being removed.
+    pub async fn expiring(&self) -> Result<BTreeSet<String>> {
+        let prefix = self.layout.expiring_prefix();
+        let listed = list_all(&*self.storage, &prefix, MARKS_MAX).await?;
+        let ids = listed.iter().filter_map(|meta| {
+            meta.key.as_str().strip_prefix(&prefix)?.strip_suffix(".json").map(str::to_owned)
+        });
+        Ok(ids.collect())
+    }
+
+    /// Returns the backups without a record, in the order of their ids; `complete` are those with one.
+    pub async fn recordless_backups(&self, complete: &BTreeSet<&str>) -> Result<Vec<Recordless>> {
+        let ids = started_ids(self).await?;
+        let reads = ids.into_iter().filter(|id| !complete.contains(&**id)).map(|id| async move {
+            let started = self.backup_started(&id).await?;
+            Ok::<_, Error>(Recordless { id, started })
+        });
+        let mut found: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
+        found.sort_by(|a: &Recordless, b| a.id.cmp(&b.id));
+        Ok(found)
+    }
+
+    /// Fails when a backup is being removed.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`]: it is marked.
+    pub async fn check_not_expiring(&self, id: &str) -> Result<()> {
+        let key = self.layout.expiring(id)?;
+        // A listing, not a read: where versions are kept, a mark that was taken back leaves a delete marker.
+        let listed = self.storage.list(key.as_str(), None).await?;
+        match listed.objects.iter().any(|meta| meta.key == key) {
+            false => Ok(()),
+            true => Err(Error::conflict(format!("backup {id} in {} is being removed by retention", self.location()))
+                .with_safe("nothing depends on it any more")
+                .with_next("Choose another backup: `pitr info` lists them. What retention keeps is the policy's: [retention] in the configuration.")),
+        }
+    }
+
+    /// Fails when what a backup builds on, or has taken over from one that did not complete, is being removed, or gone.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`]: the backup could not be restored.
+    pub async fn check_foundations(&self, record: &BackupRecord) -> Result<()> {
+        if let Some(parent) = &record.parent {
+            self.check_not_expiring(&parent.id).await?;
+            let ending = format!("-{}.json", parent.id);
+            if !list_records(self).await?.iter().any(|meta| meta.key.as_str().ends_with(&ending)) {
+                return Err(self.foundation_gone(&format!("backup {}, which it builds on,", parent.id)));
+            }
+        }
+        let lenders: BTreeSet<&str> =
+            record.objects.iter().filter_map(|object| object.backup.as_deref()).collect();
+        for lender in lenders {
+            self.check_not_expiring(lender).await?;
+            let stored = list_all(&*self.storage, &self.layout.backup_prefix(lender)?, OBJECTS_MAX).await?;
+            let stored: BTreeSet<&str> = stored.iter().map(|meta| meta.key.as_str()).collect();
+            let taken = record.objects.iter().filter(|object| object.backup.as_deref() == Some(lender));
+            for object in taken {
+                let key = self.layout.backup_object(lender, &object.name)?;
+                if !stored.contains(key.as_str()) {
+                    return Err(self.foundation_gone(&format!("{key}, which it took over,")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn foundation_gone(&self, what: &str) -> Error {
+        Error::conflict(format!("{what} is not in {} any more", self.location()))
+            .with_safe("this backup does not exist; others are as they were")
+            .with_next("Take the backup again.")
+    }
+
+    /// Fails when WAL of one of these stretches was expired: what needs it is not restorable.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] with the record that says so.
+    pub async fn check_wal_not_expired(&self, stretches: &[(TimelineId, Lsn, Lsn)]) -> Result<()> {
+        for (timeline, start, end) in stretches {
+            for gap in self.gaps_of(*timeline).await? {
+                if gap.end_lsn() <= *start || *end <= gap.start_lsn() {
+                    continue;
+                }
+                let record = self.read_gap(&gap).await?;
+                if record.is_expired() {
+                    return Err(Error::conflict(format!(
+                        "WAL of timeline {timeline} from {start} on is not in {} any more: {record}",
+                        self.location()
+                    ))
+                    .with_safe("what is kept by retention can be restored as before; this backup does not exist")
+                    .with_next("Take the backup again. From a standby it begins at its last restartpoint: a CHECKPOINT on the primary moves that on."));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the document that releases a hold now.
+pub fn released_now(id: &str, now: DateTime<Utc>) -> HoldReleased {
+    let by = super::RecordedBy::now();
+    HoldReleased { format: DOCUMENT_VERSION, id: id.to_owned(), released: now, host: by.host, user: by.user }
+}
