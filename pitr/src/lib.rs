@@ -21,4 +21,5 @@ pub mod inherited;
 pub mod log;
 pub mod plan;
 pub mod recovery_settings;
+pub mod retention;
 pub mod target;

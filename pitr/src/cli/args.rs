@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use chrono::{FixedOffset, Local, NaiveDateTime, Offset as _, TimeZone as _};
+use chrono::{DateTime, FixedOffset, Local, NaiveDateTime, Offset as _, TimeZone as _, Utc};
 use clap::{Parser, Subcommand, ValueEnum};
 use walship::Result;
-use walship::config::Overrides;
+use walship::config::{Overrides, RetentionSettings};
 
 use crate::log::{Before, Kind, Query, oid_or_name, parse_table};
 use crate::recovery_settings::{RestoreAs, TargetAction};
@@ -55,6 +55,27 @@ const INDEX_EXAMPLES: &str = "Examples:
   pitr index --verify --json | jq .wrong
 ";
 
+const EXPIRE_EXAMPLES: &str = "Examples:
+  pitr expire
+  pitr expire --confirm
+  pitr expire --confirm --yes --reason 'weekly' --json
+  pitr expire --window '7 days' --keep-last 2
+
+[retention] in the configuration says what stays; the flags above stand in for its keys:
+  window = \"14 days\"     any moment of the last 14 days stays in reach
+  keep_last = 2          the last two full backups
+  keep_monthly = 12      the newest full backup of each of 12 months, with the WAL that it needs
+";
+
+const HOLD_EXAMPLES: &str = "Examples:
+  pitr hold 20260301T020000Z-0123456789abcdef --reason 'audit 2026-17' --until '2026-12-31 00:00Z'
+  pitr hold 20260301T020000Z-0123456789abcdef --reason 'before the migration'
+";
+
+const RELEASE_EXAMPLES: &str = "Examples:
+  pitr release 20260301T020000Z-0123456789abcdef
+";
+
 /// Recover PostgreSQL to a chosen commit from a walship repository
 #[derive(Debug, Parser)]
 #[command(name = "pitr", version, after_help = STATUSES, disable_help_subcommand = true)]
@@ -80,6 +101,114 @@ pub(super) enum Command {
     /// Complete the index that plans are made from quickly, rebuild it, or compare it with the segments
     #[command(after_help = [INDEX_EXAMPLES, STATUSES].join("\n"))]
     Index(IndexArgs),
+    /// Show which backups and which WAL the policy keeps, and remove the rest when told to
+    #[command(after_help = [EXPIRE_EXAMPLES, STATUSES].join("\n"))]
+    Expire(ExpireArgs),
+    /// Hold a backup: it is not removed, whatever the policy says, until the hold ends or is released
+    #[command(after_help = [HOLD_EXAMPLES, STATUSES].join("\n"))]
+    Hold(HoldArgs),
+    /// Release a hold, or all holds on a backup
+    #[command(after_help = [RELEASE_EXAMPLES, STATUSES].join("\n"))]
+    Release(ReleaseArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ExpireArgs {
+    /// Remove what is shown. Without it nothing is removed, only shown
+    #[arg(long)]
+    pub(super) confirm: bool,
+    /// Do not ask before it is removed
+    #[arg(long, requires = "confirm")]
+    pub(super) yes: bool,
+    /// Why, for the repository's history
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: Option<String>,
+    /// Nothing comes to this archive any more, and this machine's clock is right: believe it
+    #[arg(long)]
+    pub(super) accept_idle: bool,
+    #[command(flatten)]
+    pub(super) policy: PolicyArgs,
+    #[command(flatten)]
+    pub(super) source: SourceArgs,
+}
+
+/// Keys of the table `[retention]` by flag.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Policy (instead of what [retention] in the configuration says)")]
+pub(super) struct PolicyArgs {
+    /// How far back every moment stays in reach, "14 days" [env: WALSHIP_RETENTION_WINDOW]
+    #[arg(long, value_name = "SPAN")]
+    window: Option<String>,
+    /// How many of the newest full backups stay [env: WALSHIP_RETENTION_KEEP_LAST]
+    #[arg(long, value_name = "N")]
+    keep_last: Option<u32>,
+    /// How old full backups become, "90 days" [env: WALSHIP_RETENTION_KEEP_FOR]
+    #[arg(long, value_name = "SPAN")]
+    keep_for: Option<String>,
+    /// For how many hours the newest full backup of each stays [env: WALSHIP_RETENTION_KEEP_HOURLY]
+    #[arg(long, value_name = "N")]
+    keep_hourly: Option<u32>,
+    /// For how many days [env: WALSHIP_RETENTION_KEEP_DAILY]
+    #[arg(long, value_name = "N")]
+    keep_daily: Option<u32>,
+    /// For how many weeks [env: WALSHIP_RETENTION_KEEP_WEEKLY]
+    #[arg(long, value_name = "N")]
+    keep_weekly: Option<u32>,
+    /// For how many months [env: WALSHIP_RETENTION_KEEP_MONTHLY]
+    #[arg(long, value_name = "N")]
+    keep_monthly: Option<u32>,
+    /// For how many years [env: WALSHIP_RETENTION_KEEP_YEARLY]
+    #[arg(long, value_name = "N")]
+    keep_yearly: Option<u32>,
+}
+
+impl PolicyArgs {
+    /// Returns what is configured, with what the flags say in its place.
+    pub(super) fn over(&self, configured: &RetentionSettings) -> Result<RetentionSettings> {
+        let span = |text: &Option<String>| text.as_deref().map(str::parse).transpose();
+        Ok(RetentionSettings {
+            window: span(&self.window)?.or(configured.window),
+            keep_last: self.keep_last.or(configured.keep_last),
+            keep_for: span(&self.keep_for)?.or(configured.keep_for),
+            keep_hourly: self.keep_hourly.or(configured.keep_hourly),
+            keep_daily: self.keep_daily.or(configured.keep_daily),
+            keep_weekly: self.keep_weekly.or(configured.keep_weekly),
+            keep_monthly: self.keep_monthly.or(configured.keep_monthly),
+            keep_yearly: self.keep_yearly.or(configured.keep_yearly),
+        })
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct HoldArgs {
+    /// The backup's id, as `pitr info` shows it
+    #[arg(value_name = "BACKUP")]
+    pub(super) backup: String,
+    /// Why it has to stay
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: String,
+    /// When the hold ends by itself, with an offset or a zone [default: when it is released]
+    #[arg(long, value_name = "TIME")]
+    until: Option<String>,
+    #[command(flatten)]
+    pub(super) source: SourceArgs,
+}
+
+impl HoldArgs {
+    /// Returns when the hold ends.
+    pub(super) fn until(&self) -> Result<Option<DateTime<Utc>>> {
+        let until = self.until.as_deref().map(|text| parse_time(text, local_offset)).transpose()?;
+        Ok(until.map(|(time, _)| time))
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ReleaseArgs {
+    /// The id of a hold, or of a backup all of whose holds are released
+    #[arg(value_name = "HOLD|BACKUP")]
+    pub(super) id: String,
+    #[command(flatten)]
+    pub(super) source: SourceArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -443,7 +572,7 @@ mod tests {
 
     #[test]
     fn every_help_ends_with_an_example_and_the_statuses() {
-        for name in ["info", "plan", "restore", "log", "index"] {
+        for name in ["info", "plan", "restore", "log", "index", "expire", "hold", "release"] {
             let mut command = Args::command();
             let help = command.find_subcommand_mut(name).unwrap().render_help().to_string();
             assert!(help.contains(&format!("\n  pitr {name}")), "{help}");

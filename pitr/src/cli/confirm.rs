@@ -12,13 +12,25 @@ const ANSWER_BYTES_MAX: u64 = 4096;
 /// # Errors
 /// [`Error::Invalid`] for any other answer, and where nobody can be asked.
 pub(super) fn confirm(what: &str, word: &str) -> Result<()> {
+    ask(what, word, "changing a data directory that is there", "--dry-run only looks")
+}
+
+/// The same for the removal of what is stored.
+///
+/// # Errors
+/// As [`confirm`].
+pub(super) fn confirm_removal(what: &str, word: &str) -> Result<()> {
+    ask(what, word, "removing backups and WAL", "without --confirm it only looks")
+}
+
+fn ask(what: &str, word: &str, doing: &str, looking: &str) -> Result<()> {
     let refused = |why: &str| {
         Err(Error::invalid(why)
             .with_safe("nothing was written")
-            .with_next(format!("Run it on a terminal and type {word}, or add --yes; --dry-run only looks.")))
+            .with_next(format!("Run it on a terminal and type {word}, or add --yes; {looking}.")))
     };
     if !std::io::stdin().is_terminal() {
-        return refused("changing a data directory that is there has to be confirmed");
+        return refused(&format!("{doing} has to be confirmed"));
     }
     let mut stderr = std::io::stderr();
     let _ = write!(stderr, "{what}\nType {word} to go on: ").and_then(|()| stderr.flush());

@@ -70,7 +70,7 @@ fn text(log: &Log, zone: Zone, style: Style) -> String {
         let _ = match line {
             Line::Event(entry) => write!(text, "\n{}", event(entry, zone, style)),
             Line::Gap(gap) => {
-                let title = style.bold("WAL missing");
+                let title = style.bold(if gap.expired { "WAL expired" } else { "WAL missing" });
                 writeln!(text, "\n{title} from {} to {}; not known what happened\n  {gap}", gap.from, gap.to)
             }
             Line::Unknown { segment, from, to, why, .. } => {

@@ -3,7 +3,9 @@
 mod args;
 mod before;
 mod confirm;
+mod expire;
 mod forecast;
+mod hold;
 mod index;
 mod info;
 mod log;
@@ -58,6 +60,9 @@ pub fn run() -> ExitCode {
         Command::Restore(restore) => restore.source.json,
         Command::Log(log) => log.source.json,
         Command::Index(index) => index.source.json,
+        Command::Expire(expire) => expire.source.json,
+        Command::Hold(hold) => hold.source.json,
+        Command::Release(release) => release.source.json,
     };
     let status = runtime.block_on(async {
         match args.command {
@@ -66,6 +71,9 @@ pub fn run() -> ExitCode {
             Command::Restore(restore) => restore::run(&restore).await,
             Command::Log(log) => log::run(&log).await,
             Command::Index(index) => index::run(&index).await,
+            Command::Expire(expire) => expire::run(&expire).await,
+            Command::Hold(hold) => hold::hold(&hold).await,
+            Command::Release(release) => hold::release(&release).await,
         }
     });
     // Not waiting for threads that hang in a system call on a dead mount.

@@ -17,6 +17,7 @@ use walship::{Error, Result};
 use super::args::RestoreArgs;
 use super::before::Asked;
 use super::confirm::confirm;
+use super::hold::hold_for_restore;
 use super::output::{self, Style, Way};
 use super::plan::refused;
 use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
@@ -82,6 +83,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         {
             confirm(&what, &plan.cluster)?;
         }
+        hold_for_restore(&source.repository, &plan).await?;
         let progress = Arc::new(Progress::default());
         let shown = progress.clone();
         tokio::select! {

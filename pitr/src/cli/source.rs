@@ -48,7 +48,19 @@ impl Source {
 /// Returns the chosen lineage, as all configured repositories hold it that can be read, and the cluster that it
 /// belongs to.
 pub(super) async fn open_lineages(args: &SourceArgs) -> Result<(LineageRepository, ClusterRepository)> {
-    let config = Config::load(&args.overrides)?;
+    open_configured(args, &Config::load(&args.overrides)?).await
+}
+
+/// Returns the same, opened with the credentials that removal may have of its own.
+pub(super) async fn open_for_removal(args: &SourceArgs, mut config: Config) -> Result<LineageRepository> {
+    config.repositories = config.repositories.iter().map(StorageConfig::for_removal).collect();
+    Ok(open_configured(args, &config).await?.0)
+}
+
+async fn open_configured(
+    args: &SourceArgs,
+    config: &Config,
+) -> Result<(LineageRepository, ClusterRepository)> {
     let cluster: ClusterName = config.cluster.parse()?;
     let opens = config.repositories.iter().map(async |place| {
         let opened = async { ClusterRepository::open(storage::open(place)?, &cluster).await };

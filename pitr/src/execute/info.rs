@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use futures_util::StreamExt as _;
 use serde::Serialize;
-use walship::catalog::{BackupRecord, Catalog, GapRecord, Lineage, OrphanedBackup, StoredTail};
+use walship::catalog::{BackupRecord, Catalog, GapRecord, Hold, Lineage, OrphanedBackup, StoredTail};
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use walship::replication::{Archiver, ServerPosition, Slot};
 use walship::repository::LineageRepository;
@@ -51,6 +51,8 @@ pub struct Info {
     pub orphaned_backups: Vec<OrphanedBackup>,
     /// Backups that were started and not finished.
     pub unfinished_backups: Vec<UnfinishedBackup>,
+    /// Holds on backups that were not released, the oldest first; also those whose time is over.
+    pub holds: Vec<Hold>,
     /// `.partial` files.
     pub partial_segments: Vec<SegmentName>,
     /// Files that had a whole segment's name and were kept apart as incomplete.
@@ -282,6 +284,7 @@ pub async fn read_info(
         (info.windows, info.restore_points, info.segments_not_looked_at) = (found, restore_points, left_out);
         timelines.push(info);
     }
+    let holds = holds(repository).await?;
     let mut unreadable_segments = sources.damaged;
     unreadable_segments.sort_unstable();
     let unfinished = catalog.unfinished_backups.into_iter();
@@ -295,12 +298,27 @@ pub async fn read_info(
         backups: catalog.backups,
         orphaned_backups: catalog.orphaned_backups,
         unfinished_backups: unfinished.map(|(id, started)| UnfinishedBackup { id, started }).collect(),
+        holds,
         partial_segments: catalog.partials,
         incomplete_segments: catalog.incomplete,
         open_gaps: catalog.gaps,
         unreadable_segments,
         server,
     })
+}
+
+/// Returns the holds of every repository that can be read; what cannot be read is a note.
+async fn holds(repository: &LineageRepository) -> Result<Vec<Hold>> {
+    let mut all: BTreeMap<String, Hold> = BTreeMap::new();
+    for one in repository.each() {
+        match one.holds().await {
+            Ok(holds) => all.extend(holds.into_iter().map(|hold| (hold.id.clone(), hold))),
+            Err(error) => {
+                repository.note(format!("which backups are held in {} is not known: {error}", one.location()))
+            }
+        }
+    }
+    Ok(all.into_values().collect())
 }
 
 fn timeline_info(catalog: &Catalog, timeline: TimelineId, history: Option<&TimelineHistory>) -> TimelineInfo {

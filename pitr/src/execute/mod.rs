@@ -5,6 +5,7 @@
 mod configuration;
 mod delta;
 mod existing;
+pub mod expire;
 pub mod info;
 pub mod load;
 mod load_index;

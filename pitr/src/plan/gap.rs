@@ -23,6 +23,8 @@ pub struct Gap {
     pub known_by: KnownBy,
     /// What the ledger of gaps says of it.
     pub ledger: Vec<GapRecord>,
+    /// Whether all of it was removed on purpose, by retention.
+    pub expired: bool,
 }
 
 /// What tells that there was WAL where none is stored.
@@ -54,10 +56,12 @@ pub enum KnownBy {
 
 impl std::fmt::Display for Gap {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (one, several) =
+            if self.expired { ("was removed", "were removed") } else { ("is missing", "are missing") };
         if self.first_missing == self.last_missing {
-            write!(f, "segment {} is missing", self.first_missing)?;
+            write!(f, "segment {} {one}", self.first_missing)?;
         } else {
-            write!(f, "segments {} to {} are missing", self.first_missing, self.last_missing)?;
+            write!(f, "segments {} to {} {several}", self.first_missing, self.last_missing)?;
         }
         write!(f, " ({} to {})", self.from, self.to)?;
         match &self.known_by {
@@ -90,6 +94,14 @@ pub(super) fn ending_at(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -
     let last_timeline = history.timeline_of(Lsn(to.0.saturating_sub(1)));
     let last_missing = SegmentName::ending_at(last_timeline, to, size).unwrap_or(missing);
     let ledger = on_the_way(catalog, history).filter(|(_, start, end)| *start < to && *end > at);
+    let ledger: Vec<_> = ledger.collect();
+    let expired = ledger.iter().filter(|(record, ..)| record.is_expired());
+    let mut expired: Vec<(Lsn, Lsn)> = expired.map(|(_, start, end)| (*start, *end)).collect();
+    expired.sort_unstable();
+    // From where on something is missing that was not removed.
+    let lost = expired
+        .iter()
+        .fold(at, |reached, (start, end)| if *start <= reached { reached.max(*end) } else { reached });
     ChainEnding::Gap(Gap {
         first_missing: missing,
         last_missing,
@@ -97,7 +109,8 @@ pub(super) fn ending_at(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -
         to,
         kept_incomplete: catalog.incomplete.contains(&missing),
         known_by,
-        ledger: ledger.map(|(record, ..)| record.clone()).collect(),
+        ledger: ledger.into_iter().map(|(record, ..)| record.clone()).collect(),
+        expired: lost >= to,
     })
 }
 
@@ -183,7 +196,7 @@ fn known_end(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -> Option<(L
 }
 
 /// Returns whether a backup was taken on this way, to its end.
-pub(super) fn is_on_path(history: &TimelineHistory, backup: &BackupRecord) -> bool {
+pub(crate) fn is_on_path(history: &TimelineHistory, backup: &BackupRecord) -> bool {
     // A backup's last byte must still lie on its timeline: one that ended after the fork holds pages
     // that this path never wrote.
     history.timeline_of(backup.start_lsn) == backup.timeline

@@ -34,10 +34,11 @@ use walship::wal::event::{EventKind, ServerLimits, WalEvent};
 use walship::wal::rollup::{Block, Rollup};
 use walship::wal::summary::SegmentSummary;
 
-pub(crate) use chain::chains_of;
 pub use chain::{Chain, ChainEnding, ChainStep, ParentSegment, build_chain, gaps_of};
+pub(crate) use chain::{begin_of, chains_of};
 pub(crate) use extras::WAL_LEVEL_MINIMAL;
 pub use forecast::{Forecast, forecast};
+pub(crate) use gap::is_on_path;
 pub use gap::{Gap, KnownBy};
 pub use half_done::{HalfDone, Removed};
 pub use reach::{Stop, StopKind};

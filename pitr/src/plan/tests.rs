@@ -377,7 +377,7 @@ impl World {
         blocks
     }
 
-    fn outcome(&self, target: &RecoveryTarget, options: &PlanOptions) -> Outcome {
+    pub(crate) fn outcome(&self, target: &RecoveryTarget, options: &PlanOptions) -> Outcome {
         self.outcome_from(Evidence::default(), target, options)
     }
 

@@ -44,6 +44,8 @@ pub enum WindowEnd {
     /// WAL is missing behind it; so also where `pg_resetwal` left out segments ([`Window::reset_lsn`]): whether the server
     /// had written WAL in between nobody can tell.
     Gap,
+    /// WAL behind it was removed on purpose, by retention: this is what makes a kept backup consistent.
+    Expired,
     /// `wal_level` was minimal from there on: PostgreSQL refuses to recover across it.
     WalLevelMinimal,
     /// `pg_resetwal` was run: WAL begins anew there, and PostgreSQL recovers from no earlier backup across it.
@@ -135,6 +137,7 @@ fn window_of(
         last_segment: chain.last_before(until_lsn).map(|step| chain.step(step).segment),
         ended_by: match (&gap, broken) {
             (_, Some(one)) => one.ends_by,
+            (Some(gap), None) if gap.expired => WindowEnd::Expired,
             (Some(_), None) => WindowEnd::Gap,
             (None, None) => WindowEnd::EndOfArchive,
         },

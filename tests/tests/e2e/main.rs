@@ -9,6 +9,7 @@ mod catalog_oracle;
 mod delta;
 mod doctor;
 mod exact;
+mod expire;
 mod forecast;
 mod gaps;
 mod half_done;

@@ -43,7 +43,7 @@ impl Place {
         restore
     }
 
-    fn psql(&self, sql: &str) -> String {
+    pub(crate) fn psql(&self, sql: &str) -> String {
         let mut psql = self.binaries.tool("psql");
         psql.env("PGHOST", self.socket.path()).env("PGPORT", self.port.to_string());
         process::run_ok(psql.args(["-XqAt", "-U", "postgres", "-d", "postgres", "-c", sql])).trim().to_owned()

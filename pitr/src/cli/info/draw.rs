@@ -45,14 +45,18 @@ struct Marks {
     stored: char,
     window: char,
     gap: char,
+    expired: char,
     fork: char,
     backup: char,
     point: char,
 }
 
 const UTF8: Marks =
-    Marks { stored: '─', window: '━', gap: '×', fork: '└', backup: '▲', point: '◆' };
-const ASCII: Marks = Marks { stored: '-', window: '=', gap: 'x', fork: '+', backup: 'B', point: 'R' };
+    Marks {
+        stored: '─', window: '━', gap: '×', expired: '·', fork: '└', backup: '▲', point: '◆'
+    };
+const ASCII: Marks =
+    Marks { stored: '-', window: '=', gap: 'x', expired: '.', fork: '+', backup: 'B', point: 'R' };
 
 /// From what to what a drawing goes.
 struct Scale {
@@ -90,15 +94,17 @@ pub(super) fn timeline(info: &Info, canvas: Canvas) -> String {
     let (first, last) = (from.to_string(), to.to_string());
     let room = scale.columns.saturating_sub(first.len() + last.len());
     let _ = writeln!(text, "  {:label$}  {first}{:room$}{last}", "", "");
+    let expired = timelines.iter().any(|timeline| timeline.gaps.iter().any(|gap| gap.expired));
     let words = [
         (marks.window, "every commit"),
         (marks.stored, "stored only"),
         (marks.gap, "gap"),
+        (marks.expired, "expired"),
         (marks.backup, "backup"),
         (marks.point, "restore point"),
     ];
     let mut key = String::new();
-    for (mark, word) in words {
+    for (mark, word) in words.into_iter().filter(|(mark, _)| expired || *mark != marks.expired) {
         let next = format!("  {mark} {word}");
         let used = key.lines().last().map_or(0, |line| line.chars().count());
         if used + next.chars().count() > canvas.columns {
@@ -138,7 +144,7 @@ fn line(info: &Info, timeline: &TimelineInfo, scale: &Scale, marks: &Marks) -> V
         fill(found.window.from_lsn, found.window.until_lsn, marks.window);
     }
     for gap in &timeline.gaps {
-        fill(gap.from, gap.to, marks.gap);
+        fill(gap.from, gap.to, if gap.expired { marks.expired } else { marks.gap });
     }
     if timeline.begin_lsn.is_some() {
         line[scale.column(begin)] = marks.fork;

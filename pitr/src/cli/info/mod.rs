@@ -163,8 +163,9 @@ fn timeline_text(text: &mut String, info: &Info, timeline: &TimelineInfo, style:
     let windows: Vec<String> =
         timeline.windows.iter().map(|window| window_text(window, info.asked)).collect();
     lines(text, &windows);
-    let gaps: Vec<String> = timeline.gaps.iter().map(|gap| format!("  gap      {gap}")).collect();
-    lines(text, &gaps);
+    let (expired, gaps): (Vec<_>, Vec<_>) = timeline.gaps.iter().partition(|gap| gap.expired);
+    lines(text, &gaps.iter().map(|gap| format!("  gap      {gap}")).collect::<Vec<_>>());
+    lines(text, &expired.iter().map(|gap| format!("  expired  {gap}")).collect::<Vec<_>>());
     let points = timeline.restore_points.iter().map(|point| {
         format!("  point    {:?}  {}  {}", point.name, output::short_time(point.time), point.lsn)
     });
@@ -197,6 +198,7 @@ fn window_text(found: &WindowInfo, now: DateTime<Utc>) -> String {
         (WindowEnd::Gap, Some(lsn)) => {
             format!(", a gap behind it, where pg_resetwal made WAL begin anew at {lsn}")
         }
+        (WindowEnd::Expired, _) => ", what is behind it was expired".to_owned(),
         (WindowEnd::WalLevelMinimal, _) => ", wal_level = minimal behind it".to_owned(),
         (WindowEnd::WalReset, _) => ", pg_resetwal behind it".to_owned(),
     };
@@ -242,6 +244,17 @@ fn backups_text(text: &mut String, info: &Info, style: Style) {
         format!("  {}  not complete (started {started}), never restored from", backup.id)
     });
     lines(text, &unfinished.collect::<Vec<_>>());
+    let holds = info.holds.iter().filter(|hold| hold.holds_at(info.asked)).map(|hold| {
+        let until = match hold.until {
+            Some(until) => format!("until {}", output::short_time(until)),
+            None => "until it is released".to_owned(),
+        };
+        format!(
+            "  {}  held by {} on {}, {until}: {} (hold {})",
+            hold.backup, hold.user, hold.host, hold.reason, hold.id
+        )
+    });
+    lines(text, &holds.collect::<Vec<_>>());
 }
 
 fn server_text(text: &mut String, server: &ServerInfo, style: Style) {

@@ -1,0 +1,236 @@
+//! Finds out what retention removes from one repository, proves that nothing is lost by it, and removes it.
+//!
+//! What is removed is told first, where everybody looks: marks of backups, then their records go; stretches of WAL in
+//! the ledger. So whatever is broken off half-way leaves whole chains, and the next run goes on.
+
+mod look;
+mod removal;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::Serialize;
+use walship::catalog::{Catalog, GapCause, GapKind, GapRecord};
+use walship::repository::{CAUSE_BYTES_MAX, LineageRepository, RecordedBy, RemovedObjects, new_gap_id};
+use walship::{Error, Result};
+
+use super::{Planned, Proof, make_plan};
+use crate::plan::PlanOptions;
+use crate::retention::{CLOCK_MARGIN, Policy, RemovedWal, RetentionPlan, Seen, after, check_clock, retain};
+use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, Zone};
+use look::read;
+use removal::Removal;
+
+/// The margin where the clocks of the server and of the machine that takes backups seem to differ.
+const WIDE_MARGIN: TimeDelta = TimeDelta::days(1);
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// What is to stay.
+    pub policy: Policy,
+    /// When.
+    pub now: DateTime<Utc>,
+    /// Whether an archive to which nothing comes is believed to be idle.
+    pub accept_idle: bool,
+    /// Why, in the operator's words.
+    pub reason: Option<String>,
+}
+
+/// What would be removed from one repository.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The plan, with what the store says of sizes.
+    pub plan: RetentionPlan,
+    catalog: Catalog,
+    seen: Seen,
+    margin: TimeDelta,
+}
+
+impl Prepared {
+    /// Returns whether there is nothing to do.
+    pub fn is_done(&self) -> bool {
+        self.plan.is_empty() && self.seen.expiring.is_empty()
+    }
+
+    /// Returns the objects and bytes that would be removed.
+    pub fn total(&self) -> RemovedObjects {
+        let mut total = RemovedObjects::default();
+        let backups = self.plan.backups_removed.iter().map(|backup| (backup.objects, backup.stored_bytes));
+        let wal = self.plan.wal_removed.iter().map(|wal| (wal.objects, wal.stored_bytes));
+        for (objects, bytes) in backups.chain(wal) {
+            total.add(RemovedObjects { objects, bytes, kept_as_versions: 0 });
+        }
+        total
+    }
+}
+
+/// What was removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The id of its records in the repository's history.
+    pub id: String,
+    /// How many backups.
+    pub backups: u64,
+    /// How many objects, of WAL and of backups.
+    pub objects: u64,
+    /// Their stored size in bytes.
+    pub bytes: u64,
+    /// How many of them the store keeps as older versions: their room is not free yet.
+    pub kept_as_versions: u64,
+    /// What else is to be known.
+    pub notes: Vec<String>,
+}
+
+/// Returns what would be removed from a repository, looked at alone.
+///
+/// # Errors
+/// [`Error::Invalid`] for a clock that cannot be right; whatever cannot be read: nothing is removed then.
+pub async fn prepare(repository: &LineageRepository, request: &Request) -> Result<Prepared> {
+    let read = read(repository).await.map_err(|error| match error {
+        Error::Corrupt(_) | Error::Mismatch(_) => {
+            error.with_safe("nothing was removed: what cannot be read may be needed")
+        }
+        error => error,
+    });
+    let (catalog, seen) = read?;
+    let Request { policy, now, accept_idle, .. } = request;
+    check_clock(&catalog, &seen, policy, *now, *accept_idle)?;
+    let mut margin = CLOCK_MARGIN;
+    let mut plan = retain(&catalog, &seen, policy, *now, margin);
+    if let Err(lost) = prove(repository, &catalog, &plan).await? {
+        margin = WIDE_MARGIN;
+        plan = retain(&catalog, &seen, policy, *now, margin);
+        if let Err(still) = prove(repository, &catalog, &plan).await? {
+            return Err(Error::conflict(format!("{still} could not be reached any more"))
+                .with_safe("nothing was removed")
+                .with_next(
+                    "Compare the clocks of the server and of the machines that take backups. If they agree, this is a \
+                     fault of this program: report it with the output of `pitr info --json`.",
+                ));
+        }
+        plan.notes.push(format!(
+            "the clocks of the server and of the machine that takes backups differ: for {lost} an older backup stays"
+        ));
+    }
+    for backup in &mut plan.backups_removed {
+        (backup.objects, backup.stored_bytes) = repository.backup_size(&backup.id).await?;
+    }
+    for wal in &mut plan.wal_removed {
+        let (from, until) = wal.numbers;
+        (wal.objects, wal.stored_bytes) = repository.wal_in_range(wal.timeline, from, until).await?;
+    }
+    Ok(Prepared { plan, catalog, seen, margin })
+}
+
+/// Makes plans for what has to stay in reach, as if all was removed already. Returns, in words, what could be reached
+/// before and not any more.
+async fn prove(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    plan: &RetentionPlan,
+) -> Result<std::result::Result<(), String>> {
+    if plan.wal_removed.is_empty() && plan.backups_removed.is_empty() {
+        return Ok(Ok(()));
+    }
+    let records = expired_records(plan, &RecordedBy { host: String::new(), user: String::new() }, plan.now);
+    let after = after(catalog, plan, &records);
+    let mut targets =
+        vec![("the end of the archive".to_owned(), RecoveryTarget::new(TargetKind::Latest), None)];
+    if let Some(from) = plan.window_from {
+        let target = RecoveryTarget::new(TargetKind::Time { time: from, zone: Zone::Utc });
+        targets.push(("the start of the window".to_owned(), target, None));
+    }
+    let size = catalog.lineage.segment_size;
+    for kept in &plan.backups_kept {
+        let Some(backup) = catalog.backups.iter().find(|backup| backup.id == kept.id) else { continue };
+        let (start, stop) = (backup.start_lsn.0 / size.bytes(), backup.stop_lsn.0 / size.bytes());
+        // Others do not come near to what goes.
+        let near = |wal: &&RemovedWal| wal.numbers.0 <= stop + 3 && start <= wal.numbers.1;
+        if plan.wal_removed.iter().any(|wal| near(&wal)) {
+            let timeline = TimelineChoice::Number(backup.stop_timeline);
+            let target = RecoveryTarget { timeline, ..RecoveryTarget::new(TargetKind::Immediate) };
+            targets.push((format!("backup {}", backup.id), target, Some(backup.id.clone())));
+        }
+    }
+    for (what, target, backup) in targets {
+        let options = PlanOptions { backup };
+        let reached = async |catalog: &Catalog| {
+            let planned = make_plan(repository, catalog, &target, &options, Proof::Bounded).await;
+            Ok::<_, Error>(match planned {
+                Ok(Planned::Plan(plan)) => Some(plan.stop.final_lsn),
+                Ok(Planned::Refused(_)) | Err(Error::Corrupt(_)) => None,
+                Err(error) => return Err(error),
+            })
+        };
+        let left = reached(&after).await?;
+        if left.is_none() && reached(catalog).await?.is_some() {
+            return Ok(Err(what));
+        }
+    }
+    Ok(Ok(()))
+}
+
+/// Returns the records of the ledger for WAL that goes.
+fn expired_records(plan: &RetentionPlan, by: &RecordedBy, now: DateTime<Utc>) -> Vec<GapRecord> {
+    let record = |wal: &RemovedWal| GapRecord {
+        format: 1,
+        id: new_gap_id(now, rand::random()),
+        timeline: wal.timeline,
+        start_lsn: wal.start_lsn,
+        end_lsn: wal.end_lsn,
+        cause: GapCause { kind: GapKind::Expired, text: one_line(&plan.policy) },
+        segment_digest: None,
+        recorded: now,
+        host: by.host.clone(),
+        user: by.user.clone(),
+    };
+    plan.wal_removed.iter().map(record).collect()
+}
+
+fn one_line(text: &str) -> String {
+    let mut line: String = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    while line.len() > CAUSE_BYTES_MAX {
+        line.pop();
+    }
+    line
+}
+
+/// Removes what was shown, from the same repository, after another look at it under the lock.
+///
+/// # Errors
+/// [`Error::Unavailable`] when another removal is at work, or more would go than was shown; [`Error::Denied`] where the
+/// store forbids removal.
+pub async fn carry_out(
+    repository: &LineageRepository,
+    request: &Request,
+    shown: &RetentionPlan,
+    progress: &(dyn Fn(RemovedObjects) + Send + Sync),
+) -> Result<Report> {
+    let id = new_gap_id(Utc::now(), rand::random());
+    let mut remover = repository.begin_removal(&id, Utc::now()).await?;
+    let done = async {
+        let prepared = prepare(repository, request).await?;
+        if let Some(more) = more_than(&prepared.plan, shown) {
+            return Err(Error::unavailable(format!("something changed meanwhile: {more} would go as well"))
+                .with_safe("nothing was removed")
+                .with_next("Run `pitr expire` again, and look at what it shows."));
+        }
+        Removal { remover: &mut remover, prepared, request, id: id.clone(), progress }.run().await
+    }
+    .await;
+    remover.end().await;
+    done
+}
+
+/// Returns something that one plan removes and the other does not.
+fn more_than(plan: &RetentionPlan, shown: &RetentionPlan) -> Option<String> {
+    let backup =
+        plan.backups_removed.iter().find(|one| !shown.backups_removed.iter().any(|other| other.id == one.id));
+    let covers = |one: &RemovedWal, other: &RemovedWal| {
+        other.timeline == one.timeline && other.numbers.0 <= one.numbers.0 && one.numbers.1 <= other.numbers.1
+    };
+    let wal = plan.wal_removed.iter().find(|one| !shown.wal_removed.iter().any(|other| covers(one, other)));
+    let backup = backup.map(|backup| format!("backup {}", backup.id));
+    backup.or_else(|| {
+        wal.map(|wal| format!("WAL of timeline {} from {} to {}", wal.timeline, wal.start_lsn, wal.end_lsn))
+    })
+}

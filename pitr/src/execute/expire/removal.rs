@@ -1,0 +1,227 @@
+//! The removal itself, in an order in which nothing is lost wherever it ends.
+
+use std::collections::BTreeSet;
+
+use chrono::Utc;
+use walship::catalog::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, GapRecord};
+use walship::repository::index::complete::{Options, Task, complete};
+use walship::repository::{RecordedBy, RemovedObjects, Remover};
+use walship::{Error, Result};
+
+use super::look::{begun, parents, recordless};
+use super::{Prepared, Report, Request, expired_records, more_than, one_line};
+use crate::retention::{RemovedWal, RetentionPlan, Seen, retain};
+
+/// A removal under way.
+pub(super) struct Removal<'a> {
+    pub(super) remover: &'a mut Remover,
+    pub(super) prepared: Prepared,
+    pub(super) request: &'a Request,
+    pub(super) id: String,
+    pub(super) progress: &'a (dyn Fn(RemovedObjects) + Send + Sync),
+}
+
+impl Removal<'_> {
+    pub(super) async fn run(mut self) -> Result<Report> {
+        let by = RecordedBy::now();
+        let mut report = Report {
+            id: self.id.clone(),
+            backups: 0,
+            objects: 0,
+            bytes: 0,
+            kept_as_versions: 0,
+            notes: Vec::new(),
+        };
+        let stale: Vec<String> = self.marks_to_take_back();
+        self.remover.unmark(stale.iter().map(String::as_str)).await?;
+        if self.prepared.plan.is_empty() {
+            return Ok(report);
+        }
+        self.remover.put_record(&self.begun(&by)).await?;
+        let mut removed = RemovedObjects::default();
+        let done = self.remove(&by, &mut removed, &mut report).await;
+        (report.objects, report.bytes) = (removed.objects, removed.bytes);
+        report.kept_as_versions = removed.kept_as_versions;
+        let outcome = ExpireOutcome {
+            format: 1,
+            id: self.id.clone(),
+            finished: Utc::now(),
+            failure: done.as_ref().err().map(|error| one_line(&error.to_string())),
+            backups: report.backups,
+            objects: report.objects,
+            bytes: report.bytes,
+            kept_as_versions: report.kept_as_versions,
+        };
+        if let Err(error) = self.remover.put_outcome(&outcome).await {
+            report.notes.push(format!("what was removed is not in the history of the repository: {error}"));
+        }
+        done.map(|()| report)
+    }
+
+    /// Returns the marks of backups that stay after all.
+    fn marks_to_take_back(&self) -> Vec<String> {
+        let goes = |id: &&String| self.prepared.plan.backups_removed.iter().any(|backup| backup.id == **id);
+        self.prepared.seen.expiring.iter().filter(|id| !goes(id)).cloned().collect()
+    }
+
+    fn begun(&self, by: &RecordedBy) -> ExpireRecord {
+        let plan = &self.prepared.plan;
+        let backups = plan.backups_removed.iter().take(ExpireRecord::BACKUPS_MAX);
+        let wal = plan.wal_removed.iter().map(|wal| ExpiredWal {
+            timeline: wal.timeline,
+            start_lsn: wal.start_lsn,
+            end_lsn: wal.end_lsn,
+            reason: wal.reason.clone(),
+        });
+        ExpireRecord {
+            format: 1,
+            id: self.id.clone(),
+            started: Utc::now(),
+            host: by.host.clone(),
+            user: by.user.clone(),
+            reason: self.request.reason.clone(),
+            policy: plan.policy.clone(),
+            window_from: plan.window_from,
+            backups: backups
+                .map(|backup| ExpiredBackup { id: backup.id.clone(), reason: backup.reason.clone() })
+                .collect(),
+            backups_total: plan.backups_removed.len() as u64,
+            wal: wal.collect(),
+        }
+    }
+
+    async fn remove(
+        &mut self,
+        by: &RecordedBy,
+        removed: &mut RemovedObjects,
+        report: &mut Report,
+    ) -> Result<()> {
+        self.remove_records().await?;
+        let records = self.tell_of_wal(by).await;
+        // Backups do not exist any more; their objects go whatever became of the WAL.
+        let backups: Vec<String> =
+            self.prepared.plan.backups_removed.iter().map(|backup| backup.id.clone()).collect();
+        for id in &backups {
+            let done = self.remover.remove_backup(id).await.map_err(half_way)?;
+            (self.progress)(done);
+            removed.add(done);
+            report.backups += 1;
+            self.remover.unmark([&**id]).await.map_err(half_way)?;
+        }
+        let records = records?;
+        let wal = self.remove_wal(removed).await;
+        if wal.is_err() && removed.objects == 0 {
+            // Nothing is gone: WAL that stays is to count again.
+            self.remover.withdraw_expired(&records).await.map_err(half_way)?;
+        }
+        wal?;
+        self.remover.remove_backup_lists().await.map_err(half_way)?;
+        let superseded = self.prepared.plan.wal_removed.iter().flat_map(|wal| wal.supersedes.clone());
+        let superseded: Vec<GapRecord> = superseded.collect();
+        self.remover.withdraw_expired(&superseded).await.map_err(half_way)?;
+        let tidied = self.remover.tidy_holds(&self.prepared.seen.holds, self.request.now).await;
+        if let Err(error) = tidied {
+            report.notes.push(format!("holds that are over stay where they are: {error}"));
+        }
+        // A cache: without it plans take longer, and are no other.
+        let options = Options { task: Task::Complete, dry_run: false };
+        if let Err(error) = complete(self.remover.repository(), options).await {
+            report.notes.push(format!("the index is not complete (`pitr index` mends that): {error}"));
+        }
+        Ok(())
+    }
+
+    /// Marks the backups that go, looks again whether anybody has begun to depend on one, and removes their records:
+    /// what builds on others before these.
+    async fn remove_records(&mut self) -> Result<()> {
+        let going: Vec<String> =
+            self.prepared.plan.backups_removed.iter().map(|backup| backup.id.clone()).collect();
+        for id in &going {
+            self.remover.mark(id).await?;
+        }
+        if let Some(needed) = self.needed_meanwhile().await?.0 {
+            self.remover.unmark(going.iter().map(String::as_str)).await?;
+            return Err(changed(&format!("backup {needed}")));
+        }
+        let catalog = &self.prepared.catalog;
+        let ids: BTreeSet<&str> = going.iter().map(String::as_str).collect();
+        let mut records: Vec<_> = catalog.backups.iter().filter(|backup| ids.contains(&*backup.id)).collect();
+        records
+            .sort_by_key(|backup| std::cmp::Reverse(backup.parent.as_ref().map_or(0, |parent| parent.depth)));
+        let mut any = false;
+        for record in records {
+            match self.remover.remove_record(record).await {
+                Ok(()) => any = true,
+                Err(error) if !any => {
+                    self.remover.unmark(going.iter().map(String::as_str)).await?;
+                    return Err(error);
+                }
+                Err(error) => return Err(half_way(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes into the ledger which WAL goes, and looks again whether anybody has begun to depend on it.
+    async fn tell_of_wal(&mut self, by: &RecordedBy) -> Result<Vec<GapRecord>> {
+        let records = expired_records(&self.prepared.plan, by, Utc::now());
+        for record in &records {
+            self.remover.put_expired(record).await?;
+        }
+        if let Some(needed) = self.needed_meanwhile().await?.1 {
+            self.remover.withdraw_expired(&records).await?;
+            return Err(changed(&needed));
+        }
+        Ok(records)
+    }
+
+    /// Plans again with the backups and holds that there are now; returns a backup, and WAL in words, that would stay
+    /// by now and is about to go.
+    async fn needed_meanwhile(&self) -> Result<(Option<String>, Option<String>)> {
+        let Prepared { plan, catalog, seen, margin } = &self.prepared;
+        let repository = self.remover.repository();
+        let going: BTreeSet<&str> = plan.backups_removed.iter().map(|backup| &*backup.id).collect();
+        // What has a record since is not among the complete ones of the catalog, and counts as under way.
+        let found = recordless(repository, catalog).await?;
+        let seen = Seen {
+            holds: repository.holds().await?,
+            parents: parents(&found),
+            recordless: found.into_iter().map(begun).collect(),
+            ..seen.clone()
+        };
+        let now = retain(catalog, &seen, &self.request.policy, self.request.now, *margin);
+        let kept: BTreeSet<&str> = now.backups_kept.iter().map(|backup| &*backup.id).collect();
+        let backup = going.iter().find(|id| kept.contains(**id)).map(|id| (*id).to_owned());
+        Ok((backup, more_than(plan, &RetentionPlan { backups_removed: plan.backups_removed.clone(), ..now })))
+    }
+
+    async fn remove_wal(&mut self, removed: &mut RemovedObjects) -> Result<()> {
+        let mut all: Vec<RemovedWal> = self.prepared.plan.wal_removed.clone();
+        all.sort_by_key(|wal| (wal.start_lsn, wal.timeline));
+        for wal in &all {
+            let (from, until) = wal.numbers;
+            self.remover.remove_rollups(wal.timeline, from, until).await?;
+            let progress = self.progress;
+            let mut note = |some: RemovedObjects| {
+                progress(some);
+                removed.add(some);
+            };
+            self.remover.remove_wal(wal.timeline, from, until, &mut note).await.map_err(half_way)?;
+            // Whoever archives may have written one meanwhile that still tells of what was there.
+            self.remover.remove_rollups(wal.timeline, from, until).await.map_err(half_way)?;
+        }
+        Ok(())
+    }
+}
+
+fn changed(what: &str) -> Error {
+    Error::unavailable(format!("{what} was to go, and is needed since a moment ago"))
+        .with_safe("it was not removed")
+        .with_next("Run `pitr expire` again.")
+}
+
+fn half_way(error: Error) -> Error {
+    error
+        .with_safe("what stays is whole: what was to be removed does not count any more, gone or not")
+        .with_next("Mend what is said above, then run `pitr expire` again: it goes on where this one ended.")
+}

@@ -1,0 +1,530 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use chrono::{DateTime, TimeDelta, TimeZone as _, Utc};
+use proptest::prelude::*;
+use walship::catalog::{GapCause, GapKind, GapRecord, HeldWal, Hold};
+use walship::config::RetentionSettings;
+use walship::pg::{Lsn, SegmentName, TimelineId};
+
+use super::*;
+use crate::plan::tests::{SIZE, World, at, commit, tli};
+use crate::plan::{Outcome, PlanOptions, WindowEnd, chains_of, gaps_of, windows};
+use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, Zone};
+
+const HOUR: i64 = 3_600_000_000;
+const DAY: i64 = 24 * HOUR;
+
+fn policy(settings: RetentionSettings) -> Policy {
+    Policy::of(&settings).unwrap()
+}
+
+fn window(text: &str) -> RetentionSettings {
+    RetentionSettings { window: Some(text.parse().unwrap()), ..RetentionSettings::default() }
+}
+
+fn records(plan: &RetentionPlan) -> Vec<GapRecord> {
+    let record = |(at_, wal): (usize, &RemovedWal)| GapRecord {
+        format: 1,
+        id: format!("20270101T000000Z-{at_:016x}"),
+        timeline: wal.timeline,
+        start_lsn: wal.start_lsn,
+        end_lsn: wal.end_lsn,
+        cause: GapCause { kind: GapKind::Expired, text: "test".into() },
+        segment_digest: None,
+        recorded: at(0),
+        host: "db1".into(),
+        user: "postgres".into(),
+    };
+    plan.wal_removed.iter().enumerate().map(record).collect()
+}
+
+/// A history of one timeline: a backup at each of `backups` (days), a commit an hour and 100 KiB of WAL for each.
+fn world(days: i64, backups: &[i64]) -> World {
+    let mut world = World::new();
+    for hour in 0..days * 24 {
+        let micros = hour * HOUR;
+        if hour % 24 == 0 && backups.contains(&(hour / 24)) {
+            add_backup(&mut world, tli(1), micros, &format!("b{}", hour / 24));
+        }
+        world.push(tli(1), 64, commit(1000 + hour as u32, micros + HOUR / 2));
+        world.push(tli(1), 100_000, None);
+    }
+    world.push(tli(1), 2 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    world
+}
+
+/// Takes a backup of three records that is complete at `micros`.
+fn add_backup(world: &mut World, timeline: TimelineId, micros: i64, id: &str) {
+    let start = world.end(timeline);
+    let checkpoint = crate::plan::tests::checkpoint(start, micros - 60_000_000);
+    world.push(timeline, 200, checkpoint);
+    world.push(timeline, 200, None);
+    let stop = world.end(timeline);
+    world.backup_record(id, timeline, start, stop);
+    let record = world.catalog.backups.iter_mut().find(|backup| backup.id == id).unwrap();
+    (record.started, record.finished) = (at(micros - 60_000_000), at(micros));
+}
+
+fn seen(world: &World) -> Seen {
+    let last = |records: &Vec<crate::plan::tests::WalRecord>| {
+        records.iter().rev().find_map(|record| record.event.as_ref()?.kind.stop_time())
+    };
+    let last_times = world.records.iter().filter_map(|(timeline, records)| Some((*timeline, last(records)?)));
+    Seen { last_times: last_times.collect(), lenders: Some(BTreeMap::new()), ..Seen::default() }
+}
+
+fn planned(world: &World, seen: &Seen, policy: &Policy, now: DateTime<Utc>) -> RetentionPlan {
+    retain(&world.catalog, seen, policy, now, CLOCK_MARGIN)
+}
+
+fn kept(plan: &RetentionPlan) -> Vec<&str> {
+    plan.backups_kept.iter().map(|backup| &*backup.id).collect()
+}
+
+fn carried_out(world: &World, plan: &RetentionPlan) -> World {
+    let mut world = world.clone();
+    world.catalog = after(&world.catalog, plan, &records(plan));
+    world
+}
+
+fn time(micros: i64) -> RecoveryTarget {
+    RecoveryTarget::new(TargetKind::Time { time: at(micros), zone: Zone::Utc })
+}
+
+fn reaches(world: &World, target: &RecoveryTarget, backup: Option<&str>) -> Option<Lsn> {
+    match world.outcome(target, &PlanOptions { backup: backup.map(str::to_owned) }) {
+        Outcome::Plan(plan) => Some(plan.stop.final_lsn),
+        _ => None,
+    }
+}
+
+#[test]
+fn a_window_keeps_what_it_begins_with_and_nothing_before() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let plan = planned(&world, &seen(&world), &policy(window("10 days")), at(30 * DAY));
+    assert_eq!(kept(&plan), ["b28", "b21", "b14"], "{plan:#?}");
+    assert_eq!(plan.backups_removed.iter().map(|b| &*b.id).collect::<Vec<_>>(), ["b0", "b7"]);
+    let [wal] = &plan.wal_removed[..] else { panic!("{plan:#?}") };
+    let base = world.catalog.backups.iter().find(|b| b.id == "b14").unwrap();
+    assert_eq!(
+        wal.numbers.1,
+        base.start_lsn.0 / SIZE.bytes(),
+        "all of it, up to the backup's own first segment"
+    );
+    assert!(wal.segments > 10 && plan.wal_kept[0].segments > 10);
+
+    let after = carried_out(&world, &plan);
+    assert!(reaches(&after, &time(20 * DAY), None).is_some());
+    assert_eq!(reaches(&after, &time(10 * DAY), None), None);
+    let history = after.catalog.history(tli(1)).unwrap();
+    assert_eq!(gaps_of(&after.catalog, &history), [], "what was expired at the beginning is no gap");
+    assert_eq!(windows(&after.catalog, tli(1), &[]).len(), 1);
+    assert!(
+        planned(&after, &seen(&after), &policy(window("10 days")), at(30 * DAY)).is_empty(),
+        "once is enough"
+    );
+}
+
+#[test]
+fn backups_are_kept_by_number_age_and_rotation() {
+    let daily: Vec<i64> = (0..60).collect();
+    let world = world(60, &daily);
+    let now = at(59 * DAY + HOUR);
+    let keep = |settings: RetentionSettings| {
+        let plan = planned(&world, &seen(&world), &policy(settings), now);
+        kept(&plan).into_iter().map(|id| id[1..].parse().unwrap()).collect::<Vec<i64>>()
+    };
+    let none = RetentionSettings::default;
+    assert_eq!(keep(RetentionSettings { keep_last: Some(3), ..none() }), [59, 58, 57]);
+    assert_eq!(keep(RetentionSettings { keep_for: Some("2 days".parse().unwrap()), ..none() }), [59, 58]);
+    assert_eq!(keep(RetentionSettings { keep_daily: Some(2), ..none() }), [59, 58]);
+    // 2026-03-01, a Sunday, is day 0: weeks end on days 0, 7, 14...; March has 31 days.
+    assert_eq!(keep(RetentionSettings { keep_weekly: Some(3), ..none() }), [59, 56, 49]);
+    assert_eq!(keep(RetentionSettings { keep_monthly: Some(2), ..none() }), [59, 30]);
+    assert_eq!(keep(RetentionSettings { keep_yearly: Some(5), ..none() }), [59]);
+    assert_eq!(
+        keep(RetentionSettings { keep_monthly: Some(2), keep_last: Some(2), ..window("3 days") }),
+        [59, 58, 57, 56, 30],
+        "rules add up"
+    );
+}
+
+#[test]
+fn between_kept_backups_wal_goes_and_is_shown_as_expired() {
+    let daily: Vec<i64> = (0..60).collect();
+    let world = world(60, &daily);
+    let settings = RetentionSettings { keep_monthly: Some(3), ..window("3 days") };
+    let plan = planned(&world, &seen(&world), &policy(settings), at(59 * DAY + HOUR));
+    let after = carried_out(&world, &plan);
+    let history = after.catalog.history(tli(1)).unwrap();
+    let gaps = gaps_of(&after.catalog, &history);
+    assert_eq!(gaps.iter().map(|gap| gap.expired).collect::<Vec<_>>(), [true]);
+    let windows = windows(&after.catalog, tli(1), &[]);
+    assert_eq!(
+        windows.iter().map(|w| w.ended_by).collect::<Vec<_>>(),
+        [WindowEnd::Expired, WindowEnd::EndOfArchive]
+    );
+    let immediate = RecoveryTarget::new(TargetKind::Immediate);
+    assert!(reaches(&after, &immediate, Some("b30")).is_some());
+    // WAL that is lost besides is told apart.
+    let mut lost = after.clone();
+    let name = lost.catalog.segments.runs(tli(1)).last().unwrap().first.next(SIZE).unwrap();
+    lost.catalog.segments.remove(&name);
+    let gaps = gaps_of(&lost.catalog, &history);
+    assert_eq!(gaps.iter().map(|gap| gap.expired).collect::<Vec<_>>(), [true, false]);
+}
+
+#[test]
+fn a_window_longer_than_the_archive_keeps_everything() {
+    let world = world(10, &[1, 5]);
+    let plan = planned(&world, &seen(&world), &policy(window("30 days")), at(10 * DAY));
+    assert!(plan.is_empty(), "{plan:#?}");
+    assert!(plan.notes.iter().any(|note| note.contains("longer than the archive")), "{plan:#?}");
+}
+
+#[test]
+fn holds_keep_a_backup_until_they_end() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let hold = |until: Option<i64>, wal: Option<HeldWal>| Hold {
+        format: 1,
+        id: "20260301T000000Z-0000000000000000".into(),
+        backup: "b0".into(),
+        reason: "audit".into(),
+        until: until.map(at),
+        wal,
+        created: at(0),
+        host: "db1".into(),
+        user: "dba".into(),
+    };
+    let with = |hold: Hold| {
+        let seen = Seen { holds: vec![hold], ..seen(&world) };
+        planned(&world, &seen, &policy(window("10 days")), at(30 * DAY))
+    };
+    assert!(kept(&with(hold(None, None))).contains(&"b0"));
+    assert!(kept(&with(hold(Some(31 * DAY), None))).contains(&"b0"));
+    assert!(!kept(&with(hold(Some(29 * DAY), None))).contains(&"b0"));
+    let wal = HeldWal { timeline: tli(1), through_lsn: Some(Lsn(world.catalog.backups[1].start_lsn.0)) };
+    let after = carried_out(&world, &with(hold(None, Some(wal))));
+    assert!(reaches(&after, &time(5 * DAY), None).is_some(), "held WAL leads there");
+    assert_eq!(reaches(&after, &time(9 * DAY), None), None);
+}
+
+#[test]
+fn running_backups_keep_their_wal_and_given_up_ones_go() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let start_lsn = world.catalog.backups[1].start_lsn;
+    let begun = |id: &str, started: i64| Begun {
+        id: id.into(),
+        start: Some(BegunAt { timeline: tli(1), start_lsn, started: at(started) }),
+    };
+    let with = |begun: Begun, expiring: &[&str]| {
+        let expiring = expiring.iter().map(|id| (*id).to_owned()).collect();
+        let seen = Seen { recordless: vec![begun], expiring, ..seen(&world) };
+        planned(&world, &seen, &policy(window("10 days")), at(30 * DAY))
+    };
+    let plan = with(begun("new", 29 * DAY), &[]);
+    assert_eq!(plan.wal_removed[0].end_lsn.0 / SIZE.bytes(), start_lsn.0 / SIZE.bytes());
+    assert!(kept(&plan).contains(&"new"));
+    for plan in [with(begun("old", 2 * DAY), &[]), with(begun("new", 29 * DAY), &["new"])] {
+        assert!(plan.wal_removed[0].end_lsn > start_lsn);
+        assert_eq!(plan.backups_removed.len(), 3);
+    }
+    let half_removed = with(Begun { id: "half".into(), start: None }, &[]);
+    assert!(half_removed.backups_removed.iter().any(|backup| backup.id == "half"));
+}
+
+#[test]
+fn what_others_have_taken_over_of_a_backup_that_did_not_complete_stays() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let start =
+        BegunAt { timeline: tli(1), start_lsn: world.catalog.backups[1].start_lsn, started: at(2 * DAY) };
+    let begun = |id: &str, started: i64| Begun {
+        id: id.into(),
+        start: Some(BegunAt { started: at(started), ..start }),
+    };
+    let with = |lenders: Option<&[(&str, &str)]>, recordless: Vec<Begun>| {
+        let lent =
+            |(taker, lender): &(&str, &str)| ((*taker).to_owned(), BTreeSet::from([(*lender).to_owned()]));
+        let lenders = lenders.map(|all| all.iter().map(lent).collect());
+        let seen = Seen { lenders, recordless, ..seen(&world) };
+        planned(&world, &seen, &policy(window("10 days")), at(30 * DAY))
+    };
+    let old = || vec![begun("old", 2 * DAY)];
+    assert!(!kept(&with(Some(&[]), old())).contains(&"old"));
+    assert!(!kept(&with(Some(&[("b0", "old")]), old())).contains(&"old"), "its taker goes as well");
+    let plan = with(Some(&[("b21", "old")]), old());
+    assert!(kept(&plan).contains(&"old"));
+    assert!(plan.wal_removed[0].end_lsn > start.start_lsn, "its WAL is nobody's");
+    assert!(kept(&with(None, old())).contains(&"old"), "what is not known may be");
+    let both = vec![begun("old", 2 * DAY), begun("new", 29 * DAY)];
+    assert!(kept(&with(Some(&[]), both)).contains(&"old"), "one under way may take it over");
+    let mut orphaned = world.clone();
+    orphaned.catalog.orphaned_backups.push(walship::catalog::OrphanedBackup {
+        id: "orphan".into(),
+        finished: at(0),
+        missing: "gone".into(),
+    });
+    let seen = Seen { recordless: old(), ..seen(&world) };
+    assert!(kept(&planned(&orphaned, &seen, &policy(window("10 days")), at(30 * DAY))).contains(&"old"));
+}
+
+#[test]
+fn incrementals_keep_their_parents_and_count_with_their_full_backup() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let with = |parents: &[(&str, &str)], settings: RetentionSettings| {
+        let parents = parents.iter().map(|(id, parent)| ((*id).to_owned(), (*parent).to_owned()));
+        let seen = Seen { parents: parents.collect(), ..seen(&world) };
+        let plan = planned(&world, &seen, &policy(settings), at(30 * DAY));
+        kept(&plan).into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let chain = [("b7", "b0"), ("b14", "b7"), ("b28", "b21")];
+    assert_eq!(with(&chain, window("10 days")), ["b28", "b21", "b14", "b7", "b0"]);
+    let last = |count| RetentionSettings { keep_last: Some(count), ..RetentionSettings::default() };
+    assert_eq!(with(&chain, last(1)), ["b28", "b21"], "one full backup with what builds on it");
+    assert_eq!(with(&chain, last(2)).len(), 5);
+    // Of a rotation the full backup alone stays: b7, without b21.
+    let rotated = RetentionSettings { keep_yearly: Some(1), ..RetentionSettings::default() };
+    assert_eq!(with(&[("b21", "b14"), ("b28", "b14"), ("b14", "b0")], rotated), ["b28", "b14", "b7", "b0"]);
+    // A chain that bites its tail is no reason to go on for ever.
+    assert!(!with(&[("b28", "b21"), ("b21", "b28")], window("10 days")).is_empty());
+}
+
+#[test]
+fn a_timeline_that_was_left_goes_when_nothing_happened_on_it_in_the_window() {
+    let mut world = world(20, &[0, 15]);
+    world.fork(tli(1), tli(2));
+    for hour in 20 * 24..50 * 24_i64 {
+        if hour % 240 == 0 {
+            add_backup(&mut world, tli(2), hour * HOUR, &format!("c{}", hour / 24));
+        }
+        world.push(tli(2), 64, commit(5000 + hour as u32, hour * HOUR));
+        world.push(tli(2), 50_000, None);
+    }
+    // The old server went on for a while.
+    world.push(tli(1), 64, commit(4000, 20 * DAY));
+    world.push(tli(1), 3 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    world.archive(tli(2));
+    let now = at(50 * DAY);
+    let plan = planned(&world, &seen(&world), &policy(window("10 days")), now);
+    let after = carried_out(&world, &plan);
+    assert_eq!(after.catalog.segments.timelines(), BTreeSet::from([tli(2)]), "{plan:#?}");
+    assert!(after.catalog.histories.contains_key(&tli(2)));
+    // Nothing that is not known to be over goes.
+    let unknown = Seen { last_times: BTreeMap::new(), ..seen(&world) };
+    let careful = planned(&world, &unknown, &policy(window("10 days")), now);
+    assert!(
+        kept(&careful).contains(&"b15")
+            && carried_out(&world, &careful).catalog.segments.timelines().len() == 2
+    );
+    // Without the history file nothing is known of where timeline 2 comes from.
+    let mut blind = world.clone();
+    blind.catalog.histories.clear();
+    let plan = planned(&blind, &seen(&blind), &policy(window("10 days")), now);
+    assert!(plan.wal_removed.is_empty(), "{plan:#?}");
+    assert!(["c20", "c30", "c40"].iter().all(|id| kept(&plan).contains(id)), "{plan:#?}");
+}
+
+#[test]
+fn policies_that_make_no_sense_are_refused() {
+    let refused = |settings: RetentionSettings| Policy::of(&settings).unwrap_err().to_string();
+    assert!(refused(RetentionSettings::default()).contains("no policy"));
+    let zero = RetentionSettings { keep_last: Some(0), keep_daily: Some(0), ..RetentionSettings::default() };
+    assert!(refused(zero).contains("keeps nothing"));
+    let short = RetentionSettings { keep_for: Some("7 days".parse().unwrap()), ..window("14 days") };
+    assert!(refused(short).contains("contradicts"));
+}
+
+#[test]
+fn a_clock_that_cannot_be_right_is_refused() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let check = |now: DateTime<Utc>, settings: RetentionSettings, idle: bool| {
+        check_clock(&world.catalog, &seen(&world), &policy(settings), now, idle)
+    };
+    let count = || RetentionSettings { keep_last: Some(2), ..RetentionSettings::default() };
+    assert!(check(at(30 * DAY), window("14 days"), false).is_ok());
+    let year = Utc.with_ymd_and_hms(2027, 3, 31, 12, 0, 0).unwrap();
+    for settings in [window("14 days"), count()] {
+        let error = check(year, settings.clone(), false).unwrap_err().to_string();
+        assert!(error.contains("2027-03-31"), "{error}");
+        assert!(check(year, settings.clone(), true).is_ok(), "the operator knows that it is idle");
+        let behind = year - TimeDelta::days(730);
+        assert!(
+            check(behind, settings, true).is_err(),
+            "what comes from the future is no matter of idleness"
+        );
+    }
+    // The shorter the window, the less may be believed.
+    assert!(check(at(34 * DAY), window("14 days"), false).is_ok());
+    assert!(check(at(34 * DAY), window("2 days"), false).is_err());
+}
+
+#[test]
+fn damaged_backups_do_not_count() {
+    let mut world = world(30, &[0, 7, 14, 21, 28]);
+    let broken = world.catalog.backups[4].clone();
+    world.catalog.segments.remove(&SegmentName::containing(tli(1), broken.start_lsn, SIZE));
+    let settings = RetentionSettings { keep_last: Some(1), ..RetentionSettings::default() };
+    let plan = planned(&world, &seen(&world), &policy(settings), at(30 * DAY));
+    assert!(kept(&plan).contains(&"b21"), "{plan:#?}");
+    assert!(
+        plan.notes.iter().any(|note| note.contains("b28") && note.contains("does not count")),
+        "{plan:#?}"
+    );
+}
+
+/// A history to be made up.
+#[derive(Debug, Clone)]
+struct Script {
+    /// What happens each quarter of a day: kind, and how much WAL.
+    steps: Vec<(u8, u32)>,
+    /// Segments that are lost, counted from the first.
+    lost: Vec<u8>,
+}
+
+fn scripts() -> impl Strategy<Value = Script> {
+    let steps = proptest::collection::vec((0u8..20, 1000u32..1_500_000), 20..90);
+    (steps, proptest::collection::vec(any::<u8>(), 0..2)).prop_map(|(steps, lost)| Script { steps, lost })
+}
+
+fn settings() -> impl Strategy<Value = RetentionSettings> {
+    let small = || proptest::option::of(0u32..4);
+    let window = proptest::option::weighted(0.8, 1u32..20);
+    (window, small(), proptest::option::of(1u32..40), small(), small(), small()).prop_map(
+        |(window, keep_last, keep_for, keep_daily, keep_weekly, keep_monthly)| RetentionSettings {
+            window: window.map(|days| format!("{days} days").parse().unwrap()),
+            keep_last,
+            keep_for: keep_for.map(|days| format!("{} days", days.max(window.unwrap_or(0))).parse().unwrap()),
+            keep_daily,
+            keep_weekly,
+            keep_monthly,
+            ..RetentionSettings::default()
+        },
+    )
+}
+
+/// Builds the history; returns it and when it ends.
+fn build(script: &Script) -> (World, i64) {
+    let mut world = World::new();
+    let (mut timeline, mut newest, mut micros) = (tli(1), 1, DAY);
+    for (number, (kind, bytes)) in script.steps.iter().enumerate() {
+        micros += DAY / 4;
+        match kind {
+            0..=4 => add_backup(&mut world, timeline, micros, &format!("b{number:02}")),
+            5 => {
+                newest += 1;
+                world.fork(timeline, tli(newest));
+                timeline = tli(newest);
+            }
+            // Somebody goes on with an older timeline.
+            6 if newest > 1 => timeline = tli(1 + u32::from(*bytes as u16) % newest),
+            _ => {}
+        }
+        world.push(timeline, 64, commit(100 + number as u32, micros + HOUR));
+        world.push(timeline, u64::from(*bytes), None);
+        world.push(timeline, 64, commit(1100 + number as u32, micros + 2 * HOUR));
+    }
+    for timeline in world.records.keys().copied().collect::<Vec<_>>() {
+        world.push(timeline, SIZE.bytes() + 100, None);
+        world.archive(timeline);
+    }
+    let names: Vec<SegmentName> = world.catalog.segments.names().collect();
+    for lost in &script.lost {
+        world.catalog.segments.remove(&names[usize::from(*lost) % names.len()]);
+    }
+    (world, micros)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// Whatever led to a plan before leads to the same one after: every kept backup, every moment of the window.
+    #[test]
+    fn what_is_kept_can_be_restored(script in scripts(), settings in settings(), later in 0i64..3) {
+        let (world, end) = build(&script);
+        let Ok(policy) = Policy::of(&settings) else { return Ok(()) };
+        let now = at(end + 3 * HOUR + later * DAY);
+        let plan = planned(&world, &seen(&world), &policy, now);
+        let after = carried_out(&world, &plan);
+        let removed: BTreeSet<&str> = plan.backups_removed.iter().map(|backup| &*backup.id).collect();
+        let kept: BTreeSet<&str> = kept(&plan).into_iter().collect();
+        prop_assert!(removed.is_disjoint(&kept));
+        prop_assert_eq!(removed.len() + kept.len(), world.catalog.backups.len());
+
+        // Every kept backup is consistent on its own way, and the newest of all is one of them.
+        let usable = |world: &World, id: &str| {
+            let backup = world.catalog.backups.iter().find(|backup| backup.id == id).unwrap();
+            let on = TimelineChoice::Number(backup.stop_timeline);
+            let immediate = RecoveryTarget { timeline: on, ..RecoveryTarget::new(TargetKind::Immediate) };
+            reaches(world, &immediate, Some(id))
+        };
+        for id in &kept {
+            prop_assert_eq!(usable(&world, id), usable(&after, id), "{}", id);
+        }
+        // Every moment of the window that could be reached on a timeline in use can still be.
+        let from = policy.window_from(now);
+        for timeline in world.catalog.timelines() {
+            let last = seen(&world).last_times.get(&timeline).copied();
+            let on = TimelineChoice::Number(timeline);
+            for half in 0..=(end / (DAY / 2)) {
+                let micros = half * (DAY / 2) + 1000;
+                if from.is_none_or(|from| at(micros) < from) || last.is_none_or(|last| last < from.unwrap_or(last)) {
+                    continue;
+                }
+                let target = RecoveryTarget { timeline: on, ..time(micros) };
+                let before = reaches(&world, &target, None);
+                prop_assert!(
+                    before.is_none() || reaches(&after, &target, None) == before,
+                    "{} on {}: {:?}, then {:?}; {:#?}", at(micros), timeline, before, reaches(&after, &target, None), plan
+                );
+            }
+        }
+        // The end of what is in use stays in reach.
+        let latest = RecoveryTarget::new(TargetKind::Latest);
+        let before = reaches(&world, &latest, None);
+        prop_assert!(before.is_none() || reaches(&after, &latest, None) == before);
+
+        // What was expired is told apart from what is lost.
+        for timeline in after.catalog.timelines() {
+            let history = after.catalog.history(timeline).unwrap();
+            for chain in chains_of(&after.catalog, &history) {
+                if let crate::plan::ChainEnding::Gap(gap) = chain.ending
+                    && script.lost.is_empty()
+                {
+                    prop_assert!(gap.expired, "{}", gap);
+                }
+            }
+        }
+        // Carried out once, there is nothing more to do.
+        let again = planned(&after, &seen(&world), &policy, now);
+        prop_assert!(again.is_empty(), "{:#?}", again);
+    }
+
+    /// Killed at any place, what is left plans as well: marks come first, then backups, then WAL from the oldest on.
+    #[test]
+    fn broken_off_anywhere_it_leaves_whole_chains(script in scripts(), settings in settings(), cut in 0usize..40) {
+        let (world, end) = build(&script);
+        let Ok(policy) = Policy::of(&settings) else { return Ok(()) };
+        let now = at(end + 3 * HOUR);
+        let plan = planned(&world, &seen(&world), &policy, now);
+        // Of the backups some are gone, of the WAL nothing or, once it is in the ledger, all that counts.
+        let mut partly = plan.clone();
+        let backups = partly.backups_removed.len();
+        partly.backups_removed.truncate(cut);
+        if cut <= backups {
+            partly.wal_removed.clear();
+        } else {
+            partly.wal_removed.truncate(cut - backups);
+        }
+        let left = carried_out(&world, &partly);
+        for backup in &plan.backups_kept {
+            let immediate = RecoveryTarget::new(TargetKind::Immediate);
+            prop_assert_eq!(reaches(&world, &immediate, Some(&backup.id)), reaches(&left, &immediate, Some(&backup.id)));
+        }
+        let resumed = planned(&left, &seen(&world), &policy, now);
+        let (once, twice) = (carried_out(&world, &plan), carried_out(&left, &resumed));
+        prop_assert_eq!(once.catalog.backups, twice.catalog.backups);
+        prop_assert_eq!(once.catalog.segments.names().collect::<Vec<_>>(), twice.catalog.segments.names().collect::<Vec<_>>());
+    }
+}

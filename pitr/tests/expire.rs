@@ -1,0 +1,400 @@
+//! Removal in a made-up repository: what others do at the same moment, outages at every call, an index that is behind.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use chrono::{DateTime, TimeDelta, Utc};
+use pitr::execute::expire::{Prepared, Report, Request, carry_out, prepare};
+use pitr::retention::Policy;
+use walship::Error;
+use walship::catalog::{BackupObject, BackupRecord, Hold, ParentBackup};
+use walship::config::RetentionSettings;
+use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
+use walship::repository::index::complete::{Options, Task, complete};
+use walship::repository::testing::{made_up_object, made_up_summary};
+use walship::repository::{BackupStarted, LineageRepository, Repository, load_catalog};
+use walship::storage::faulty::{Call, Fault, FaultyStorage};
+use walship::storage::memory::MemoryStorage;
+use walship::storage::{ObjectKey, Storage};
+use walship::wal::testing::INITDB_LIMITS;
+
+const SIZE: SegmentSize = SegmentSize::MIN;
+const SEGMENTS: u64 = 300;
+/// Backups begin with these segments, and are so many days old.
+const BACKUPS: [(u64, i64); 4] = [(10, 400), (100, 40), (200, 20), (290, 1)];
+
+fn name(number: u64) -> SegmentName {
+    SegmentName::from_number(TimelineId::FIRST, number, SIZE).unwrap()
+}
+
+fn id(at: usize) -> String {
+    format!("2026010{}T010203Z-000000000000000{}", at + 1, at + 1)
+}
+
+/// A repository, what it lies in, and what goes wrong there.
+struct Scene {
+    memory: MemoryStorage,
+    faulty: FaultyStorage,
+    repository: LineageRepository,
+    now: DateTime<Utc>,
+}
+
+impl Scene {
+    async fn make() -> Self {
+        let (memory, now) = (MemoryStorage::new(), Utc::now());
+        let faulty = FaultyStorage::new(Arc::new(memory.clone()));
+        let repository = Repository::create(Arc::new(faulty.clone()), now).await.unwrap();
+        let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
+        let repository = cluster.register_lineage(7, SIZE, 17, now).await.unwrap();
+        for number in 1..SEGMENTS {
+            let time = now - TimeDelta::minutes((SEGMENTS - number) as i64);
+            let summary = made_up_summary(repository.lineage(), name(number), 2 * number as u32, [time; 2]);
+            repository.put_wal_file(&made_up_object(&summary).unwrap()).await.unwrap();
+        }
+        let scene = Self { memory, faulty, repository, now };
+        for (at, (number, days)) in BACKUPS.iter().enumerate() {
+            scene.backup(&id(at), *number, *days, None).await;
+        }
+        complete(&scene.repository, Options { task: Task::Complete, dry_run: false }).await.unwrap();
+        scene
+    }
+
+    /// The same once more, on its own.
+    async fn copy(&self) -> Self {
+        let memory = MemoryStorage::new();
+        for key in self.memory.keys() {
+            let key = ObjectKey::new(key).unwrap();
+            memory.overwrite(&key, self.memory.get(&key, 1 << 30).await.unwrap().unwrap());
+        }
+        let faulty = FaultyStorage::new(Arc::new(memory.clone()));
+        let repository = Repository::open(Arc::new(faulty.clone())).await.unwrap();
+        let cluster = repository.cluster(&"main".parse().unwrap()).await.unwrap();
+        Self { memory, faulty, repository: cluster.newest_lineage().await.unwrap(), now: self.now }
+    }
+
+    fn started(&self, id: &str, number: u64, days: i64) -> BackupStarted {
+        BackupStarted {
+            format: 1,
+            id: id.into(),
+            label: "walship".into(),
+            timeline: TimelineId::FIRST,
+            start_lsn: Lsn(name(number).start(SIZE).0 + 40),
+            host: "db1".into(),
+            started: self.now - TimeDelta::days(days),
+            parent: None,
+        }
+    }
+
+    async fn backup(&self, id: &str, number: u64, days: i64, parent: Option<ParentBackup>) {
+        let started = self.started(id, number, days);
+        self.repository.put_backup_started(&started).await.unwrap();
+        let mut upload = self.repository.start_backup_object(id, "data/000001.tar").await.unwrap();
+        upload.write(vec![1; 100].into()).await.unwrap();
+        upload.finish().await.unwrap();
+        let record = BackupRecord {
+            format: 1,
+            id: id.into(),
+            label: "walship".into(),
+            timeline: TimelineId::FIRST,
+            start_lsn: started.start_lsn,
+            stop_timeline: TimelineId::FIRST,
+            stop_lsn: Lsn(name(number).start(SIZE).0 + 5000),
+            started: started.started,
+            finished: started.started,
+            server_version: 170_004,
+            from_standby: false,
+            data_bytes: 1000,
+            stored_bytes: 100,
+            files: 1,
+            tablespaces: vec![],
+            objects: vec![BackupObject {
+                name: "data/000001.tar".into(),
+                tablespace: None,
+                stored_bytes: 100,
+                tar_bytes: 1000,
+                digest: String::new(),
+                index: None,
+                backup: None,
+            }],
+            limits: INITDB_LIMITS,
+            data_checksums: false,
+            manifest_digest: String::new(),
+            settings_files: vec![],
+            names: None,
+            prepared: None,
+            damaged_pages: None,
+            parent,
+        };
+        self.repository.put_backup_record(&record).await.unwrap();
+    }
+
+    fn request(&self) -> Request {
+        let settings = RetentionSettings { window: Some("10 days".parse().unwrap()), ..Default::default() };
+        Request { policy: Policy::of(&settings).unwrap(), now: self.now, accept_idle: false, reason: None }
+    }
+
+    async fn shown(&self) -> Prepared {
+        prepare(&self.repository, &self.request()).await.unwrap()
+    }
+
+    async fn expire(&self) -> Result<Report, Error> {
+        let shown = self.shown().await;
+        carry_out(&self.repository, &self.request(), &shown.plan, &|_| {}).await
+    }
+
+    fn keys(&self, part: &str) -> BTreeSet<String> {
+        self.memory.keys().into_iter().filter(|key| key.contains(part)).collect()
+    }
+
+    /// Everything but the history of removals, in which each attempt leaves its own.
+    fn lasting(&self) -> BTreeSet<String> {
+        let passing =
+            |key: &String| key.contains("/history/") || key.contains("/gaps/") || key.contains("/locks/");
+        self.keys("").into_iter().filter(|key| !passing(key)).collect()
+    }
+
+    async fn segments(&self) -> (u64, u64) {
+        let catalog = load_catalog(&self.repository).await.unwrap();
+        let runs = catalog.segments.runs(TimelineId::FIRST);
+        (runs[0].first.number(SIZE), runs.last().unwrap().last.number(SIZE))
+    }
+
+    fn hold(&self, backup: &str) -> Hold {
+        Hold {
+            format: 1,
+            id: "20260101T000000Z-0123456789abcdef".into(),
+            backup: backup.into(),
+            reason: "audit".into(),
+            until: None,
+            wal: None,
+            created: self.now,
+            host: "db1".into(),
+            user: "dba".into(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_goes_is_gone_and_looking_writes_nothing() {
+    let scene = Scene::make().await;
+    let before = scene.memory.keys();
+    let shown = scene.shown().await;
+    assert_eq!(scene.memory.keys(), before);
+    let report = scene.expire().await.unwrap();
+    assert_eq!((report.backups, report.objects), (2, shown.total().objects));
+    assert_eq!(scene.segments().await, (200, SEGMENTS - 1));
+    assert_eq!(scene.keys("0001/backups/").len(), 2 * 3, "a record, what it began with, its data; of two");
+    assert_eq!(scene.keys("/gaps/").len(), 1);
+    assert_eq!((scene.keys("/expiring/").len(), scene.keys("/locks/").len()), (0, 0));
+    let index = complete(&scene.repository, Options { task: Task::Verify, dry_run: false }).await.unwrap();
+    assert_eq!((index.missing, index.wrong, index.segments), (vec![], vec![], SEGMENTS - 200));
+}
+
+#[tokio::test]
+async fn an_index_that_is_behind_brings_nothing_back() {
+    let scene = Scene::make().await;
+    let index: Vec<String> = scene.keys("/index/").into_iter().collect();
+    let mut stale = Vec::new();
+    for key in index {
+        let key = ObjectKey::new(key).unwrap();
+        let bytes = scene.memory.get(&key, 1 << 30).await.unwrap().unwrap();
+        stale.push((key, bytes));
+    }
+    scene.expire().await.unwrap();
+    // Whoever archives had read the old one, and writes it only now.
+    stale.into_iter().for_each(|(key, bytes)| scene.memory.overwrite(&key, bytes));
+    assert_eq!(scene.segments().await, (200, SEGMENTS - 1));
+    assert_eq!(load_catalog(&scene.repository).await.unwrap().backups.len(), 2);
+    assert!(scene.shown().await.plan.is_empty());
+    // What an archiver stores once more there goes at the next time.
+    let summary = made_up_summary(scene.repository.lineage(), name(7), 14, [scene.now; 2]);
+    scene.repository.put_wal_file(&made_up_object(&summary).unwrap()).await.unwrap();
+    assert_eq!(scene.segments().await, (200, SEGMENTS - 1));
+    assert_eq!(scene.expire().await.unwrap().objects, 1);
+    assert_eq!(scene.keys("/gaps/").len(), 1);
+}
+
+#[tokio::test]
+async fn a_backup_that_begins_at_the_same_moment_keeps_its_wal_or_hears_of_it() {
+    let scene = Scene::make().await;
+    let new = scene.started("20270101T010203Z-0123456789abcdef", 150, 0);
+    let document = serde_json::to_vec(&new).unwrap();
+    let memory = scene.memory.clone();
+    let key = ObjectKey::new(format!("main/0001/backups/{}/started.json", new.id)).unwrap();
+    // It says that it has begun just before the ledger says that its WAL goes.
+    scene.faulty.set(move |call, asked| {
+        if call == Call::Put && asked.contains("/gaps/") {
+            memory.overwrite(&key, document.clone());
+        }
+        None
+    });
+    let error = scene.expire().await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)) && error.to_string().contains("needed since"), "{error}");
+    scene.faulty.heal();
+    assert_eq!(scene.keys("/gaps/").len(), 0, "what was not removed is not expired");
+    assert_eq!(scene.segments().await, (1, SEGMENTS - 1));
+    // The next removal leaves alone what it needs, and what comes behind it.
+    scene.expire().await.unwrap();
+    assert_eq!(scene.segments().await, (150, SEGMENTS - 1));
+    let stretch = |number: u64| [(TimelineId::FIRST, name(number).start(SIZE), Lsn(u64::MAX))];
+    assert!(scene.repository.check_wal_not_expired(&stretch(150)).await.is_ok());
+    // One that began before that place hears of it.
+    let error = scene.repository.check_wal_not_expired(&stretch(149)).await.unwrap_err();
+    assert!(matches!(error, Error::Conflict(_)) && error.to_string().contains("expired by"), "{error}");
+}
+
+#[tokio::test]
+async fn a_hold_at_the_same_moment_keeps_its_backup_or_hears_of_it() {
+    let scene = Scene::make().await;
+    let before = scene.lasting();
+    let hold = scene.hold(&id(0));
+    let document = serde_json::to_vec(&hold).unwrap();
+    let memory = scene.memory.clone();
+    let key = ObjectKey::new(format!("main/0001/holds/{}.json", hold.id)).unwrap();
+    scene.faulty.set(move |call, asked| {
+        if call == Call::Put && asked.contains("/expiring/") {
+            memory.overwrite(&key, document.clone());
+        }
+        None
+    });
+    let error = scene.expire().await.unwrap_err();
+    assert!(error.to_string().contains(&format!("backup {} was to go", id(0))), "{error}");
+    scene.faulty.heal();
+    let after: BTreeSet<String> = scene.lasting().difference(&before).cloned().collect();
+    assert_eq!(after, scene.keys("/holds/"), "nothing was removed, no mark is left");
+    assert!(scene.lasting().is_superset(&before));
+    // While it is marked, who holds it hears of it.
+    scene.faulty.set(|call, _| (call == Call::Remove).then_some(Fault::Unavailable));
+    scene.repository.check_not_expiring(&id(1)).await.unwrap();
+    scene.faulty.heal();
+    let report = scene.expire().await.unwrap();
+    assert_eq!(report.backups, 1);
+    assert!(load_catalog(&scene.repository).await.unwrap().backups.iter().any(|backup| backup.id == id(0)));
+}
+
+#[tokio::test]
+async fn outages_at_any_call_leave_what_the_next_run_ends() {
+    let original = Scene::make().await;
+    let expected = {
+        let scene = original.copy().await;
+        scene.expire().await.unwrap();
+        scene.lasting()
+    };
+    for most in 0.. {
+        let scene = original.copy().await;
+        let shown = scene.shown().await;
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        // The store is gone from this call on; every other time the last answer alone is lost.
+        scene.faulty.set(move |call, _| {
+            let changes = matches!(call, Call::Put | Call::Remove);
+            let late = changes && counted.fetch_add(1, Ordering::SeqCst) >= most;
+            late.then_some(if most % 2 == 0 { Fault::Unavailable } else { Fault::AnswerLost })
+        });
+        let done = carry_out(&scene.repository, &scene.request(), &shown.plan, &|_| {}).await;
+        let reached = count.load(Ordering::SeqCst) > most;
+        scene.faulty.heal();
+        if !reached {
+            assert!(done.is_ok());
+            assert!(most > 20, "{most}");
+            return;
+        }
+        let catalog = load_catalog(&scene.repository).await.unwrap();
+        for backup in &catalog.backups {
+            assert_eq!(scene.keys(&format!("/backups/{}/", backup.id)).len(), 2, "half removed at {most}");
+        }
+        // Another machine's lock is over after ten minutes; this one's process is alive, so it is taken away here.
+        scene
+            .keys("/locks/")
+            .iter()
+            .for_each(|key| scene.memory.remove(&ObjectKey::new(key.clone()).unwrap()));
+        scene.expire().await.unwrap();
+        let left = scene.lasting();
+        let differs: Vec<_> =
+            left.symmetric_difference(&expected).filter(|key| !key.contains("/index/")).collect();
+        assert!(differs.is_empty(), "{most}: {differs:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_builds_on_a_backup_goes_before_it() {
+    let scene = Scene::make().await;
+    let parent = |at: usize, depth| ParentBackup {
+        id: id(at),
+        timeline: TimelineId::FIRST,
+        start_lsn: Lsn(name(BACKUPS[at].0).start(SIZE).0 + 40),
+        depth,
+    };
+    let child = "20260105T010203Z-0123456789abcdef";
+    scene.backup(child, 50, 300, Some(parent(0, 1))).await;
+    let memory = scene.memory.clone();
+    scene.faulty.set(move |call, asked| {
+        if call == Call::Remove && asked.contains("/backups/catalog/") && asked.contains(&id(0)) {
+            assert!(!memory.keys().iter().any(|key| key.contains("/catalog/") && key.contains(child)));
+        }
+        None
+    });
+    assert_eq!(scene.expire().await.unwrap().backups, 3);
+    let kept = load_catalog(&scene.repository).await.unwrap();
+    // Who has built on one that is gone hears of it.
+    let orphan = BackupRecord { parent: Some(parent(0, 1)), ..kept.backups[0].clone() };
+    assert!(matches!(scene.repository.check_foundations(&orphan).await, Err(Error::Conflict(_))));
+    let lender = |name: &str| {
+        let mut record = kept.backups[1].clone();
+        record.objects = vec![BackupObject {
+            name: name.into(),
+            tablespace: None,
+            stored_bytes: 100,
+            tar_bytes: 1000,
+            digest: String::new(),
+            index: None,
+            backup: Some(id(2)),
+        }];
+        record
+    };
+    assert!(scene.repository.check_foundations(&lender("data/000001.tar")).await.is_ok());
+    assert!(matches!(
+        scene.repository.check_foundations(&lender("data/000002.tar")).await,
+        Err(Error::Conflict(_))
+    ));
+    let sound = BackupRecord { parent: Some(parent(2, 1)), ..kept.backups[1].clone() };
+    assert!(scene.repository.check_foundations(&sound).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_lock_of_another_machine_holds_until_its_time_is_over() {
+    let scene = Scene::make().await;
+    let lock = |until: DateTime<Utc>| {
+        serde_json::json!({
+            "format": 1, "run": "20260101T000000Z-0123456789abcdef", "host": "elsewhere", "user": "dba", "pid": 1,
+            "taken": scene.now, "until": until
+        })
+    };
+    let key = ObjectKey::new("main/0001/locks/expire/00000007.json").unwrap();
+    scene.memory.overwrite(&key, serde_json::to_vec(&lock(scene.now + TimeDelta::minutes(5))).unwrap());
+    let error = scene.expire().await.unwrap_err();
+    assert!(
+        error.to_string().contains("another removal is at work") && error.to_string().contains("elsewhere"),
+        "{error}"
+    );
+    assert_eq!(scene.segments().await, (1, SEGMENTS - 1));
+    scene.memory.overwrite(&key, serde_json::to_vec(&lock(scene.now - TimeDelta::minutes(5))).unwrap());
+    scene.expire().await.unwrap();
+    assert_eq!(scene.keys("/locks/").len(), 0);
+}
+
+#[tokio::test]
+async fn more_than_was_shown_is_not_removed() {
+    let scene = Scene::make().await;
+    let hold = scene.hold(&id(0));
+    scene.repository.put_hold(&hold).await.unwrap();
+    let shown = scene.shown().await;
+    scene.repository.release_hold(&walship::repository::released_now(&hold.id, scene.now)).await.unwrap();
+    let before = scene.lasting();
+    let error = carry_out(&scene.repository, &scene.request(), &shown.plan, &|_| {}).await.unwrap_err();
+    assert!(error.to_string().contains("something changed meanwhile"), "{error}");
+    assert_eq!(scene.lasting(), before);
+}

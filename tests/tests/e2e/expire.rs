@@ -1,0 +1,544 @@
+//! `pitr expire`, `hold`, `release`: what the policy keeps is restored on real servers, the rest is gone, and whatever
+//! goes wrong on the way leaves whole chains.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tokio::runtime::Runtime;
+use walship::storage::{ObjectKey, Storage, StorageConfig, list_all};
+use walship_tests::postgres::{PgServer, StopMode, majors, primary_major};
+use walship_tests::s3_inprocess::{ACCESS_KEY, Fault, S3Server, SECRET_KEY, Seen};
+use walship_tests::stage::Stage;
+use walship_tests::weed::WeedServer;
+use walship_tests::{process, wait};
+
+use crate::json_docs::compare;
+use crate::start::Place;
+
+/// The repository's objects.
+struct Store {
+    runtime: Runtime,
+    storage: Arc<dyn Storage>,
+}
+
+impl Store {
+    fn open(config: &StorageConfig) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let storage = runtime.block_on(async { walship::storage::open(config) }).unwrap();
+        Self { runtime, storage }
+    }
+
+    fn folder(stage: &Stage) -> Self {
+        Self::open(&StorageConfig::new(stage.url()))
+    }
+
+    fn keys(&self) -> BTreeSet<String> {
+        let listed = self.runtime.block_on(list_all(&*self.storage, "main/", 100_000)).unwrap();
+        listed.into_iter().map(|meta| meta.key.as_str().to_owned()).collect()
+    }
+
+    /// What retention has to do with: all but the history of what was done and who did it.
+    fn kept_keys(&self) -> BTreeSet<String> {
+        let own = |key: &String| {
+            ["/history/", "/locks/", "/index/", "/gaps/", "/expiring/"].iter().any(|part| key.contains(part))
+        };
+        self.keys().into_iter().filter(|key| !own(key)).collect()
+    }
+
+    /// Makes a complete backup so many days older.
+    fn age(&self, id: &str, days: i64) {
+        let key = self
+            .keys()
+            .into_iter()
+            .find(|key| key.ends_with(&format!("{id}.json")) && key.contains("/backups/catalog/"));
+        let key = ObjectKey::new(key.unwrap()).unwrap();
+        self.runtime.block_on(async {
+            let bytes = self.storage.get(&key, 1 << 26).await.unwrap().unwrap();
+            let mut record: Value = serde_json::from_slice(&bytes).unwrap();
+            for name in ["started", "finished"] {
+                let time: chrono::DateTime<chrono::Utc> =
+                    serde_json::from_value(record[name].clone()).unwrap();
+                record[name] = serde_json::to_value(time - chrono::TimeDelta::days(days)).unwrap();
+            }
+            self.storage.delete(&key).await.unwrap();
+            self.storage
+                .put_if_absent(&key, serde_json::to_vec_pretty(&record).unwrap().into())
+                .await
+                .unwrap();
+        });
+    }
+}
+
+/// Three backups with four rows behind each, every row in a segment of its own: the first is 400 days old, the second
+/// 20. The policy is a window of ten days.
+struct Scene {
+    stage: Stage,
+    server: PgServer,
+    store: Store,
+    backups: Vec<String>,
+    /// The transaction of each row.
+    xids: Vec<String>,
+}
+
+impl Scene {
+    fn make(stage: Stage, store: impl FnOnce(&Stage) -> Store, major: u32) -> Self {
+        let stage = stage.configured("[retention]\nwindow = \"10 days\"\n");
+        let builder = stage.archiving(PgServer::builder(major).wal_segment_size_mb(1));
+        let server = builder.setting("autovacuum", "off").start();
+        stage.init(&server);
+        server.psql("create table t (id int)");
+        let store = store(&stage);
+        let (mut backups, mut xids) = (Vec::new(), Vec::new());
+        for round in 0..3 {
+            let record: Value =
+                serde_json::from_str(&stage.ok(&mut stage.walship_on(&server, &["backup", "--json"])))
+                    .unwrap();
+            backups.push(record["id"].as_str().unwrap().to_owned());
+            for row in 0..4 {
+                let id = round * 4 + row;
+                xids.push(
+                    server.psql(&format!("insert into t values ({id}); select xmin from t where id = {id}")),
+                );
+                server.archive_now();
+            }
+        }
+        store.age(&backups[0], 400);
+        store.age(&backups[1], 20);
+        Self { stage, server, store, backups, xids }
+    }
+
+    fn folder(major: u32) -> Self {
+        Self::make(Stage::folder("main"), Store::folder, major)
+    }
+
+    fn s3(server: &S3Server) -> Self {
+        let config = server.config("walship");
+        Self::make(Stage::s3("main", &server.endpoint()), |_| Store::open(&config), primary_major())
+    }
+
+    fn expire(&self, words: &[&str]) -> Value {
+        let text = self.stage.ok(self.stage.pitr(&["expire", "--json"]).args(words));
+        let value: Value = serde_json::from_str(&text).unwrap();
+        compare("pitr expire", std::slice::from_ref(&value), &[]);
+        value["repositories"][0].clone()
+    }
+
+    fn hold_first(&self) -> String {
+        let text = self.stage.ok(&mut self.stage.pitr(&[
+            "hold",
+            &self.backups[0],
+            "--reason",
+            "audit 17",
+            "--json",
+        ]));
+        let held: Value = serde_json::from_str(&text).unwrap();
+        compare("pitr hold", std::slice::from_ref(&held), &[]);
+        held["hold"]["id"].as_str().unwrap().to_owned()
+    }
+
+    fn info(&self) -> Value {
+        serde_json::from_str(&self.stage.ok(&mut self.stage.pitr(&["info", "--json"]))).unwrap()
+    }
+
+    fn plans(&self, words: &[&str]) -> bool {
+        let output = self.stage.run(self.stage.pitr(&["plan"]).args(words));
+        assert!([Some(0), Some(3)].contains(&output.status.code()), "{output:?}");
+        output.status.success()
+    }
+
+    fn restored_rows(&self, name: &str, words: &[&str]) -> String {
+        let place = Place::new(&self.stage, name, self.server.major());
+        let mut restore = place.restore(&self.stage, words);
+        self.stage.ok(restore.args(["--target-action", "promote"]));
+        place.psql("select coalesce(string_agg(id::text, ' ' order by id), 'none') from t")
+    }
+}
+
+fn ids(value: &Value) -> Vec<&str> {
+    value.as_array().unwrap().iter().map(|one| one["id"].as_str().unwrap()).collect()
+}
+
+fn what_is_kept_is_restored(mut scene: Scene) {
+    let hold = scene.hold_first();
+    let before = scene.store.keys();
+    let shown = scene.expire(&[]);
+    assert_eq!(scene.store.keys(), before, "without --confirm nothing is removed");
+    assert_eq!(shown["report"], Value::Null);
+    assert_eq!(shown["plan"]["backups_removed"], Value::Array(vec![]));
+    assert!(!shown["plan"]["wal_removed"].as_array().unwrap().is_empty(), "{shown}");
+    let refused = scene.stage.fails(&mut scene.stage.pitr(&["expire", "--confirm"]), 2);
+    assert!(refused.contains("has to be confirmed"), "{refused}");
+    assert_eq!(scene.store.keys(), before, "nobody said yes");
+
+    let done = scene.expire(&["--confirm", "--yes", "--reason", "weekly"]);
+    assert!(done["report"]["objects"].as_u64().unwrap() > 0, "{done}");
+    assert_eq!(
+        done["report"]["objects"],
+        shown["plan"]["wal_removed"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|wal| wal["objects"].as_u64().unwrap())
+            .sum::<u64>()
+    );
+    let gone: Vec<String> = before.difference(&scene.store.keys()).cloned().collect();
+    assert!(gone.iter().all(|key| key.contains("/wal/") || key.contains("/index/")), "{gone:?}");
+    assert!(gone.iter().filter(|key| key.ends_with(".wal")).count() >= 2, "{gone:?}");
+
+    // What was expired is told apart from what is missing.
+    let info = scene.info();
+    let gaps = info["timelines"][0]["gaps"].as_array().unwrap();
+    assert!(gaps.len() == 1 && gaps[0]["expired"] == true, "{gaps:?}");
+    assert_eq!(info["timelines"][0]["windows"][0]["ended_by"], "expired");
+    assert_eq!(info["holds"][0]["id"], Value::String(hold.clone()));
+    let text = scene.stage.ok(&mut scene.stage.pitr(&["info"]));
+    assert!(text.contains("  expired  segment") && text.contains("what is behind it was expired"), "{text}");
+    assert!(text.contains("audit 17") && !text.contains("  gap  "), "{text}");
+    let check = scene.stage.run(&mut scene.stage.walship_on(&scene.server, &["check"]));
+    let check = String::from_utf8_lossy(&check.stdout).into_owned();
+    assert!(check.contains("has no open one"), "{check}");
+
+    // A moment in the window, the end, and the old backup.
+    assert!(scene.server.stop(StopMode::Fast).success());
+    assert_eq!(scene.restored_rows("window", &["--to-xid", scene.xids[5].trim()]), "0 1 2 3 4 5");
+    assert_eq!(scene.restored_rows("latest", &["--latest"]), "0 1 2 3 4 5 6 7 8 9 10 11");
+    assert_eq!(scene.restored_rows("old", &["--immediate", "--backup", &scene.backups[0]]), "none");
+    assert!(!scene.plans(&["--to-xid", scene.xids[3].trim()]), "its WAL was expired");
+    let refused = scene.stage.fails(&mut scene.stage.pitr(&["plan", "--to-xid", scene.xids[3].trim()]), 3);
+    assert!(refused.contains("expired by"), "{refused}");
+    assert_eq!(scene.expire(&[])["plan"]["wal_removed"], Value::Array(vec![]), "once is enough");
+
+    // Without its holds (the restore had one as well) the old backup goes, with all that it needed.
+    let released = scene.stage.ok(&mut scene.stage.pitr(&["release", &scene.backups[0], "--json"]));
+    compare("pitr release", &[serde_json::from_str(&released).unwrap()], &[]);
+    let done = scene.expire(&["--confirm", "--yes"]);
+    assert_eq!(ids(&done["plan"]["backups_removed"]), [&scene.backups[0]]);
+    assert_eq!(done["report"]["backups"], 1);
+    let keys = scene.store.keys();
+    assert!(!keys.iter().any(|key| key.contains("/backups/") && key.contains(&scene.backups[0])), "{keys:?}");
+    assert!(!keys.iter().any(|key| key.contains("/expiring/") || key.contains("/locks/")), "{keys:?}");
+    let ledger = keys.iter().filter(|key| key.contains("/gaps/")).count();
+    assert_eq!(ledger, 1, "records of what was expired become one: {keys:?}");
+    let history = keys.iter().filter(|key| key.contains("/history/expires/")).count();
+    assert_eq!(history, 4, "begun and done, twice: {keys:?}");
+    let info = scene.info();
+    assert_eq!(info["timelines"][0]["gaps"], Value::Array(vec![]));
+    assert_eq!(ids(&info["backups"]), [&scene.backups[1], &scene.backups[2]]);
+    assert!(scene.plans(&["--to-xid", scene.xids[5].trim()]));
+    scene.stage.ok(&mut scene.stage.pitr(&["index", "--verify"]));
+}
+
+#[test]
+fn what_is_kept_is_restored_from_a_folder() {
+    for major in majors() {
+        what_is_kept_is_restored(Scene::folder(major));
+    }
+}
+
+#[test]
+fn what_is_kept_is_restored_from_s3() {
+    let weed = WeedServer::start();
+    let config = weed.config("walship");
+    let stage = Stage::s3("main", &weed.endpoint());
+    what_is_kept_is_restored(Scene::make(stage, |_| Store::open(&config), primary_major()));
+}
+
+fn changes(seen: &Seen) -> bool {
+    seen.method == "PUT"
+        || seen.method == "DELETE"
+        || (seen.method == "POST" && seen.query.contains("delete"))
+}
+
+fn removes(seen: &Seen) -> bool {
+    seen.method == "DELETE" || (seen.method == "POST" && seen.query.contains("delete"))
+}
+
+fn started(stage: &Stage, words: &[&str]) -> Child {
+    let mut command = process::guarded(walship_tests::bins::pitr());
+    command.args(words).env("WALSHIP_CONFIG", stage.config()).env("AWS_EC2_METADATA_DISABLED", "true");
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    process::spawn(command).unwrap()
+}
+
+#[test]
+fn killed_at_any_request_it_leaves_whole_chains_and_goes_on() {
+    let server = S3Server::start();
+    let scene = Scene::s3(&server);
+    scene.hold_first();
+    scene.store.age(&scene.backups[1], 400);
+    scene.store.age(&scene.backups[2], 20);
+    let all: BTreeMap<_, _> = server.objects();
+    let put_back = || {
+        server.objects().keys().for_each(|key| assert!(server.remove(key)));
+        all.iter().for_each(|(key, bytes)| server.put(key, bytes.clone()));
+    };
+    let shown = scene.expire(&[]);
+    assert_eq!(ids(&shown["plan"]["backups_removed"]), [&scene.backups[1]]);
+    scene.expire(&["--confirm", "--yes"]);
+    let expected = scene.store.kept_keys();
+    assert!(expected.len() < all.len());
+
+    let mut killed = 0;
+    for most in 1.. {
+        put_back();
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        server.set_faults(move |seen| {
+            let late = changes(seen) && counted.fetch_add(1, Ordering::SeqCst) >= most;
+            late.then_some(Fault::S3(503, "SlowDown"))
+        });
+        let mut child = started(&scene.stage, &["expire", "--confirm", "--yes"]);
+        let ended = || count.load(Ordering::SeqCst) > most;
+        let mut status = None;
+        wait::until("the removal comes to the request or to its end", || {
+            status = child.try_wait().unwrap();
+            ended() || status.is_some()
+        });
+        if let Some(status) = status.filter(|_| !ended()) {
+            assert!(status.success());
+            break;
+        }
+        process::signal(child.id(), Signal::SIGKILL);
+        child.wait().unwrap();
+        server.heal();
+        killed += 1;
+        assert!(scene.plans(&["--immediate", "--backup", &scene.backups[0]]), "killed at change {most}");
+        assert!(scene.plans(&["--to-xid", scene.xids[9].trim()]), "killed at change {most}");
+        assert!(scene.plans(&["--latest"]), "killed at change {most}");
+        for backup in scene.info()["backups"].as_array().unwrap() {
+            let id = backup["id"].as_str().unwrap();
+            let whole = scene.store.keys().iter().any(|key| key.contains(&format!("/backups/{id}/data/")));
+            assert!(whole, "{id} is shown, and half removed, at change {most}");
+        }
+        scene.expire(&["--confirm", "--yes"]);
+        assert_eq!(scene.store.kept_keys(), expected, "killed at change {most}");
+        let keys = scene.store.keys();
+        assert!(!keys.iter().any(|key| key.contains("/expiring/")), "{most}: {keys:?}");
+    }
+    assert!(killed > 10, "{killed}");
+}
+
+#[test]
+fn an_incremental_backup_in_the_window_keeps_what_it_builds_on() {
+    let stage = Stage::folder("main").configured("[retention]\nwindow = \"10 days\"\n");
+    let builder = stage.archiving(PgServer::builder(primary_major()).wal_segment_size_mb(1));
+    let server = builder.setting("autovacuum", "off").start();
+    stage.init(&server);
+    server.psql("create table t (id int)");
+    let store = Store::folder(&stage);
+    let (mut backups, mut xids) = (Vec::new(), Vec::new());
+    // Two chains of a full and two incremental backups, and a full one.
+    for round in 0..7 {
+        let words = ["backup", "--source", "local", "--json", "--incremental"];
+        let full = round % 3 == 0;
+        let taken = stage.ok(&mut stage.walship_on(&server, if full { &words[..4] } else { &words }));
+        let record: Value = serde_json::from_str(&taken).unwrap();
+        assert_eq!(record["parent"].is_null(), full, "{record}");
+        backups.push(record["id"].as_str().unwrap().to_owned());
+        xids.push(
+            server.psql(&format!("insert into t values ({round}); select xmin from t where id = {round}")),
+        );
+        server.archive_now();
+    }
+    for (at, days) in [400, 380, 360, 300, 40, 20, 0].into_iter().enumerate() {
+        store.age(&backups[at], days);
+    }
+    let mut scene = Scene { stage, server, store, backups, xids };
+    let done = scene.expire(&["--confirm", "--yes"]);
+    let kept: BTreeSet<&str> = ids(&done["plan"]["backups_kept"]).into_iter().collect();
+    assert_eq!(
+        kept,
+        scene.backups[3..].iter().map(String::as_str).collect(),
+        "the window begins with the sixth"
+    );
+    assert_eq!(done["report"]["backups"], 3);
+    assert_eq!(scene.info()["orphaned_backups"], Value::Array(vec![]));
+    assert!(scene.server.stop(StopMode::Fast).success());
+    assert_eq!(scene.restored_rows("window", &["--to-xid", scene.xids[5].trim()]), "0 1 2 3 4 5");
+    let old = ["--immediate", "--backup", &scene.backups[4]];
+    assert_eq!(scene.restored_rows("old", &old), "0 1 2 3");
+}
+
+#[test]
+fn killed_at_any_moment_in_a_folder_it_leaves_whole_chains_and_goes_on() {
+    let scene = Scene::folder(primary_major());
+    scene.hold_first();
+    scene.store.age(&scene.backups[1], 400);
+    scene.store.age(&scene.backups[2], 20);
+    let (now, before) = (scene.stage.repository_dir(), scene.stage.path().join("before"));
+    process::copy_tree(&now, &before);
+    scene.expire(&["--confirm", "--yes"]);
+    let expected = scene.store.kept_keys();
+    let mut broken_off = 0;
+    for millis in (0..).step_by(3) {
+        std::fs::remove_dir_all(&now).unwrap();
+        process::copy_tree(&before, &now);
+        let mut child = started(&scene.stage, &["expire", "--confirm", "--yes"]);
+        std::thread::sleep(Duration::from_millis(millis));
+        process::signal(child.id(), Signal::SIGKILL);
+        let whole = child.wait().unwrap().success();
+        broken_off +=
+            usize::from(!whole && scene.store.keys().iter().any(|key| key.contains("/history/expires/")));
+        assert!(scene.plans(&["--immediate", "--backup", &scene.backups[0]]), "killed after {millis} ms");
+        assert!(scene.plans(&["--to-xid", scene.xids[9].trim()]), "killed after {millis} ms");
+        scene.expire(&["--confirm", "--yes"]);
+        assert_eq!(scene.store.kept_keys(), expected, "killed after {millis} ms");
+        if whole || millis > 1000 {
+            break;
+        }
+    }
+    assert!(broken_off > 0, "it was never killed while it removed");
+}
+
+#[test]
+fn a_store_that_forbids_removal_is_reported_and_nothing_changes() {
+    let server = S3Server::start();
+    let scene = Scene::s3(&server);
+    let before = scene.store.kept_keys();
+    server.set_faults(|seen| removes(seen).then_some(Fault::S3(403, "AccessDenied")));
+    let refused = scene.stage.fails(&mut scene.stage.pitr(&["expire", "--confirm", "--yes"]), 1);
+    assert!(
+        refused.contains("nothing can be removed") && refused.contains("expire_access_key_id"),
+        "{refused}"
+    );
+    server.heal();
+    assert_eq!(scene.store.kept_keys(), before);
+    assert!(!scene.store.keys().iter().any(|key| key.contains("/gaps/") || key.contains("/expiring/")));
+    assert!(scene.plans(&["--to-xid", scene.xids[1].trim()]), "all can be reached as before");
+
+    // Objects that are locked one by one: what can go goes, the rest is told of and tried again.
+    server.set_locked(Some("/wal/"));
+    let refused = scene.stage.fails(&mut scene.stage.pitr(&["expire", "--confirm", "--yes"]), 1);
+    assert!(refused.contains("AccessDenied"), "{refused}");
+    assert!(scene.plans(&["--to-xid", scene.xids[5].trim()]) && scene.plans(&["--latest"]));
+    server.set_locked(None);
+    server.set_versioned(true);
+    let done = scene.expire(&["--confirm", "--yes"]);
+    assert!(done["report"]["kept_as_versions"].as_u64().unwrap() > 0, "{done}");
+    assert!(scene.plans(&["--to-xid", scene.xids[5].trim()]) && scene.plans(&["--latest"]));
+}
+
+#[test]
+fn credentials_that_may_delete_are_for_expire_alone() {
+    let server = S3Server::start();
+    let scene = Scene::s3(&server);
+    let config = std::fs::read_to_string(scene.stage.config()).unwrap();
+    let rewrite = |from: &str, to: &str| {
+        assert!(config.contains(from), "{config}");
+        std::fs::write(scene.stage.config(), config.replace(from, to)).unwrap();
+    };
+    let own = format!("access_key_id = {ACCESS_KEY:?}\nsecret_access_key = {SECRET_KEY:?}\n");
+    rewrite(&own, &format!("{own}expire_access_key_id = \"AKOTHER\"\nexpire_secret_access_key = \"psst\"\n"));
+    scene.info();
+    let refused = scene.stage.fails(&mut scene.stage.pitr(&["expire"]), 1);
+    assert!(refused.contains("403") && !refused.contains("psst"), "{refused}");
+    rewrite(
+        &own,
+        &format!(
+            "access_key_id = \"AKOTHER\"\nsecret_access_key = \"psst\"\nexpire_access_key_id = {ACCESS_KEY:?}\nexpire_secret_access_key = {SECRET_KEY:?}\n"
+        ),
+    );
+    scene.stage.fails(&mut scene.stage.pitr(&["info"]), 1);
+    assert!(scene.expire(&["--confirm", "--yes"])["report"]["objects"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn two_removals_at_once_are_one() {
+    let server = S3Server::start();
+    let scene = Scene::s3(&server);
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&count);
+    // The canary goes, then the first removal has to wait.
+    server.set_faults(move |seen| {
+        let late = removes(seen) && counted.fetch_add(1, Ordering::SeqCst) >= 1;
+        late.then_some(Fault::S3(503, "SlowDown"))
+    });
+    let mut first = started(&scene.stage, &["expire", "--confirm", "--yes"]);
+    wait::until("the first removal waits", || count.load(Ordering::SeqCst) > 1);
+    let refused = scene.stage.fails(&mut scene.stage.pitr(&["expire", "--confirm", "--yes"]), 1);
+    assert!(refused.contains("another removal is at work"), "{refused}");
+    server.heal();
+    assert!(first.wait().unwrap().success());
+    assert_eq!(scene.expire(&["--confirm", "--yes"])["plan"]["wal_removed"], Value::Array(vec![]));
+}
+
+#[test]
+fn a_backup_under_way_keeps_its_wal() {
+    let mut scene = Scene::folder(primary_major());
+    let command = scene.server.psql("show archive_command");
+    scene.server.psql("alter system set archive_command = 'false'");
+    scene.server.psql("select pg_reload_conf()");
+    let mut backup = scene.stage.walship_on(&scene.server, &["backup"]);
+    backup.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut backup = process::spawn(backup).unwrap();
+    wait::until("the backup has begun", || scene.info()["unfinished_backups"].as_array().unwrap().len() == 1);
+    let id = scene.info()["unfinished_backups"][0]["id"].as_str().unwrap().to_owned();
+    for row in 12..15 {
+        scene.server.psql(&format!("insert into t values ({row}); select pg_switch_wal()"));
+    }
+    let done = scene.expire(&["--confirm", "--yes", "--window", "1 minutes", "--keep-last", "1"]);
+    let kept = done["plan"]["backups_kept"].as_array().unwrap();
+    let own = kept.iter().find(|backup| backup["id"] == Value::String(id.clone())).unwrap();
+    assert!(own["reasons"][0].as_str().unwrap().contains("under way"), "{own}");
+    scene.server.psql(&format!("alter system set archive_command = '{}'", command.replace('\'', "''")));
+    scene.server.psql("select pg_reload_conf()");
+    assert!(backup.wait().unwrap().success());
+    scene.server.archive_now();
+    assert!(scene.server.stop(StopMode::Fast).success());
+    assert_eq!(
+        scene.restored_rows("new", &["--latest", "--backup", &id]),
+        "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14"
+    );
+}
+
+#[test]
+fn what_is_asked_wrongly_is_refused_with_nothing_lost() {
+    let scene = Scene::folder(primary_major());
+    let before = scene.store.keys();
+    let fails = |words: &[&str], status: i32| scene.stage.fails(&mut scene.stage.pitr(words), status);
+    let confirm = ["expire", "--confirm", "--yes"];
+    let refused = fails(&[&confirm[..], &["--keep-for", "3 days"]].concat(), 2);
+    assert!(refused.contains("contradicts itself"), "{refused}");
+    let refused = fails(&[&confirm[..], &["--window", "fortnight"]].concat(), 2);
+    assert!(refused.contains("no length of time"), "{refused}");
+    assert!(fails(&["expire", "--yes"], 2).contains("--confirm"));
+    assert!(
+        fails(&["hold", "20260101T000000Z-0123456789abcdef", "--reason", "x"], 1)
+            .contains("no complete backup")
+    );
+    assert!(fails(&["hold", &scene.backups[0], "--reason", " "], 2).contains("not empty"));
+    assert!(
+        fails(&["hold", &scene.backups[0], "--reason", "x", "--until", "2020-01-01 00:00Z"], 2)
+            .contains("is over")
+    );
+    assert!(fails(&["release", &scene.backups[0]], 1).contains("no hold"));
+    assert_eq!(scene.store.keys(), before);
+
+    // A hold that cannot be read may be on any backup; a record that cannot be read, of any.
+    let holds = scene.stage.repository_dir().join("main/0001/holds");
+    std::fs::create_dir_all(&holds).unwrap();
+    let bad = holds.join("20260101T000000Z-0123456789abcdef.json");
+    std::fs::write(&bad, "{").unwrap();
+    assert!(fails(&confirm, 4).contains("nothing was removed"));
+    std::fs::remove_file(&bad).unwrap();
+    let record = scene.store.keys().into_iter().find(|key| key.contains("/backups/catalog/")).unwrap();
+    let record = scene.stage.repository_dir().join(record);
+    let sound = std::fs::read(&record).unwrap();
+    std::fs::write(&record, "{").unwrap();
+    assert!(fails(&confirm, 4).contains("nothing was removed"));
+    std::fs::write(&record, sound).unwrap();
+    assert_eq!(scene.store.keys(), before);
+
+    // A window longer than the archive.
+    let shown = scene.expire(&["--window", "500 days", "--confirm", "--yes"]);
+    assert_eq!(
+        (&shown["plan"]["wal_removed"], &shown["report"]),
+        (&Value::Array(vec![]), &Value::Null),
+        "{shown}"
+    );
+}
