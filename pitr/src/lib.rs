@@ -16,6 +16,7 @@
 #![warn(missing_docs)]
 
 pub mod cli;
+pub mod drill;
 pub mod execute;
 pub mod inherited;
 pub mod log;
@@ -23,3 +24,4 @@ pub mod plan;
 pub mod recovery_settings;
 pub mod retention;
 pub mod target;
+pub mod words;

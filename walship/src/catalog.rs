@@ -3,6 +3,7 @@
 //! Filled by `repository::load_catalog`, read by the planner. Pure: no I/O, no clock.
 
 mod gaps;
+mod history;
 mod holds;
 mod names;
 mod restores;
@@ -20,6 +21,7 @@ use crate::wal::event::ServerLimits;
 use crate::wal::rollup::Rollup;
 
 pub use gaps::{GapCause, GapKind, GapRecord};
+pub use history::{DrillRecord, ExtractRecord};
 pub use holds::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, HeldWal, Hold};
 pub use names::{DatabaseNames, Names, RelationName, SavedNames};
 pub use restores::{Phase, RestoreRecord};

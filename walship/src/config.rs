@@ -17,6 +17,7 @@
 //! # Ok::<(), walship::Error>(())
 //! ```
 
+mod objectives;
 mod receive;
 mod retention;
 
@@ -33,6 +34,7 @@ use crate::codec::Compression;
 use crate::error::{Error, Result};
 use crate::storage::{AddressingStyle, Limits, S3Settings, Secret, StorageConfig};
 
+pub use objectives::{Objectives, parse_duration};
 pub use receive::ReceiveSettings;
 pub use retention::{RetentionSettings, Span};
 
@@ -66,6 +68,8 @@ pub struct Config {
     pub receive: ReceiveSettings,
     /// What `pitr expire` keeps.
     pub retention: RetentionSettings,
+    /// What recovery is to achieve.
+    pub objectives: Objectives,
 }
 
 /// Whether `archive-cmd` and `restore-cmd` may start an agent for the calls to come.
@@ -183,6 +187,8 @@ struct FileConfig {
     state_dir: Option<PathBuf>,
     connection: Option<String>,
     agent: Option<String>,
+    rto: Option<String>,
+    rpo: Option<String>,
     receive: ReceiveSettings,
     retention: RetentionSettings,
     s3: S3Settings,
@@ -296,6 +302,7 @@ impl Config {
                 .map_or(Ok(AgentUse::default()), |text| text.parse())?,
             receive: file.receive.with_environment(&environment)?,
             retention: file.retention.with_environment(&environment)?,
+            objectives: Objectives::read(&environment, file.rto, file.rpo)?,
         })
     }
 }

@@ -25,9 +25,9 @@ const WALSHIP_FLOORS: &[&[&str]] = &[
 
 /// The rooms of `pitr`, from the bottom up.
 const PITR_FLOORS: &[&[&str]] = &[
-    &["target", "inherited"],
+    &["target", "inherited", "words"],
     &["plan"],
-    &["recovery_settings", "retention", "verify", "log"],
+    &["recovery_settings", "retention", "verify", "log", "drill"],
     &["execute"],
     &["cli"],
 ];
@@ -38,7 +38,10 @@ const BESIDE: &[(&str, &[&str])] = &[("error", &["pg"]), ("config", &["pg", "cod
 /// Rooms that compute and nothing else.
 const PURE: &[(&str, &[&str])] = &[
     ("walship", &["pg", "wal", "catalog", "codec", "feed"]),
-    ("pitr", &["target", "inherited", "plan", "recovery_settings", "retention", "verify", "log"]),
+    (
+        "pitr",
+        &["target", "inherited", "words", "plan", "recovery_settings", "retention", "verify", "log", "drill"],
+    ),
 ];
 
 /// What a pure room must not name: as the beginning of an imported path, or anywhere in its code.

@@ -1,5 +1,8 @@
 //! The command line as it is typed.
 
+mod drill;
+mod extract;
+
 use std::path::PathBuf;
 
 use chrono::{DateTime, FixedOffset, Local, NaiveDateTime, Offset as _, TimeZone as _, Utc};
@@ -12,6 +15,9 @@ use crate::recovery_settings::{RestoreAs, TargetAction};
 use crate::target::{
     RecoveryTarget, TargetError, TargetWords, TimelineChoice, Zone, parse_time, parse_timeline, parse_xid,
 };
+
+pub(super) use drill::{Deed, DrillArgs, HistoryArgs, ScratchArgs};
+pub(super) use extract::{ExtractArgs, FormWord};
 
 const STATUSES: &str = "Exit status:
   0  done
@@ -95,6 +101,15 @@ pub(super) enum Command {
     /// Restore a data directory that PostgreSQL recovers from to exactly the planned transaction
     #[command(after_help = [RESTORE_EXAMPLES, STATUSES].join("\n"))]
     Restore(Box<RestoreArgs>),
+    /// Restore to a scratch folder, recover, prove what came of it, measure it, and remove everything
+    #[command(after_help = [drill::DRILL_EXAMPLES, STATUSES].join("\n"))]
+    Drill(Box<DrillArgs>),
+    /// Get tables, a schema or a database back as they were at a target: into a live server, beside what is there, or as a file
+    #[command(after_help = [extract::EXTRACT_EXAMPLES, STATUSES].join("\n"))]
+    Extract(Box<ExtractArgs>),
+    /// List backups, restores, drills and extracts, the newest first, or show a drill's report
+    #[command(after_help = [drill::HISTORY_EXAMPLES, STATUSES].join("\n"))]
+    History(HistoryArgs),
     /// Show what happened in the archived WAL, each event with the target that leads to just before it
     #[command(after_help = [LOG_EXAMPLES, STATUSES].join("\n"))]
     Log(LogArgs),
@@ -377,6 +392,9 @@ pub(super) struct RestoreArgs {
     /// The restore-cmd program for restore_command [default: the one beside this program]
     #[arg(long, value_name = "PATH")]
     pub(super) restore_cmd: Option<PathBuf>,
+    /// Why, for the history (`pitr history`)
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: Option<String>,
     /// Check everything and say what would be done, but write nothing
     #[arg(long)]
     pub(super) dry_run: bool,
@@ -471,9 +489,21 @@ impl TargetArgs {
         Ok(Some((Before::parse(text)?, timeline(self.timeline.as_deref())?)))
     }
 
+    /// Returns whether any target is given.
+    pub(super) fn is_given(&self) -> bool {
+        let options =
+            [&self.to_time, &self.to_lsn, &self.to_xid, &self.before_xid, &self.before, &self.to_name];
+        self.latest || self.immediate || self.exclusive || options.iter().any(|option| option.is_some())
+    }
+
     /// Returns whether everything that is archived is asked for.
     pub(super) fn is_latest(&self) -> bool {
         self.latest
+    }
+
+    /// Returns the timeline to follow.
+    pub(super) fn timeline(&self) -> Result<TimelineChoice> {
+        Ok(timeline(self.timeline.as_deref())?)
     }
 
     /// Returns whether one timeline is asked for by its number.
@@ -572,7 +602,10 @@ mod tests {
 
     #[test]
     fn every_help_ends_with_an_example_and_the_statuses() {
-        for name in ["info", "plan", "restore", "log", "index", "expire", "hold", "release"] {
+        for name in [
+            "info", "plan", "restore", "drill", "extract", "history", "log", "index", "expire", "hold",
+            "release",
+        ] {
             let mut command = Args::command();
             let help = command.find_subcommand_mut(name).unwrap().render_help().to_string();
             assert!(help.contains(&format!("\n  pitr {name}")), "{help}");

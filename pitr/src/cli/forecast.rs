@@ -10,6 +10,7 @@ use super::output;
 use crate::execute::RestoreReport;
 use crate::execute::start::{Started, State};
 use crate::plan::{Forecast, RestorePlan, forecast};
+use crate::words::duration;
 
 /// So many of the last restores are looked at.
 const RECORDS_MAX: usize = 5;
@@ -32,21 +33,11 @@ pub(super) fn text(plan: &RestorePlan, forecast: &Forecast) -> String {
     };
     format!(
         "about {}: {} at {}/s{replay} (as in {} restores before)",
-        duration(Duration::from_millis(forecast.total_ms())),
+        duration(forecast.total_ms()),
         output::bytes(plan.backup.data_bytes),
         output::bytes(forecast.restore_bytes_per_second),
         forecast.restores
     )
-}
-
-fn duration(time: Duration) -> String {
-    let seconds = time.as_secs();
-    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
-        (0, 0, 0..10) => format!("{:.1} s", time.as_secs_f64()),
-        (0, 0, seconds) => format!("{seconds} s"),
-        (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
-        (hours, minutes, _) => format!("{hours} h {minutes} min"),
-    }
 }
 
 /// Puts a restore into every repository's history; where that cannot be, a line on standard error says so.
@@ -56,8 +47,10 @@ pub(super) async fn record(
     report: &RestoreReport,
     begun: (DateTime<Utc>, Duration),
     started: Option<&Started>,
+    reason: Option<&str>,
 ) {
-    let record = record_of(plan, report, begun, started, rand::random());
+    let mut record = record_of(plan, report, begun, started, rand::random());
+    record.reason = reason.map(str::to_owned);
     for one in repository.each() {
         if let Err(error) = one.put_restore_record(&record).await {
             eprintln!(
@@ -88,24 +81,11 @@ fn record_of(
         started: begun,
         host,
         user,
+        reason: None,
         backup: plan.backup.id.clone(),
         target: plan.target_options.clone(),
         restore: Phase { bytes: report.data_bytes, millis: took.as_millis() as u64 },
         kept_bytes: report.delta.as_ref().map_or(0, |delta| delta.kept_bytes),
         replay,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_as_long_as_they_need() {
-        for (millis, text) in
-            [(1234, "1.2 s"), (59_000, "59 s"), (250_000, "4 min 10 s"), (3_720_000, "1 h 2 min")]
-        {
-            assert_eq!(duration(Duration::from_millis(millis)), text);
-        }
     }
 }

@@ -3,8 +3,11 @@
 mod args;
 mod before;
 mod confirm;
+mod drill;
 mod expire;
+mod extract;
 mod forecast;
+mod history;
 mod hold;
 mod index;
 mod info;
@@ -15,6 +18,7 @@ mod output;
 mod plan;
 mod restore;
 mod role;
+mod scratch;
 mod source;
 mod start;
 mod surviving;
@@ -58,6 +62,9 @@ pub fn run() -> ExitCode {
         Command::Info(info) => info.source.json,
         Command::Plan(plan) => plan.source.json,
         Command::Restore(restore) => restore.source.json,
+        Command::Drill(drill) => drill.source.json,
+        Command::Extract(extract) => extract.source.json,
+        Command::History(history) => history.source.json,
         Command::Log(log) => log.source.json,
         Command::Index(index) => index.source.json,
         Command::Expire(expire) => expire.source.json,
@@ -69,6 +76,9 @@ pub fn run() -> ExitCode {
             Command::Info(info) => info::run(&info).await,
             Command::Plan(plan) => plan::run(&plan).await,
             Command::Restore(restore) => restore::run(&restore).await,
+            Command::Drill(drill) => drill::run(&drill).await,
+            Command::Extract(extract) => extract::run(&extract).await,
+            Command::History(history) => history::run(&history).await,
             Command::Log(log) => log::run(&log).await,
             Command::Index(index) => index::run(&index).await,
             Command::Expire(expire) => expire::run(&expire).await,

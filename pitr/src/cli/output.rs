@@ -11,6 +11,8 @@ use crate::plan::{Refusal, RestorePlan, StopKind, TransactionEnd};
 use crate::recovery_settings::Recovery;
 use crate::target::{TargetKind, Zone};
 
+pub(super) use crate::words::{bytes, clean, version};
+
 /// How much is emphasised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Style {
@@ -62,27 +64,6 @@ impl Way {
             Recovery::Standby(_) => Self::Onward,
         }
     }
-}
-
-/// Returns text that cannot command a terminal: control characters but line feeds become `?`.
-pub(super) fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect()
-}
-
-/// Returns a number of bytes in a unit that people read.
-pub(super) fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    let mut value = count as f64 / 1024.0;
-    if count < 1024 {
-        return format!("{count} B");
-    }
-    for unit in UNITS {
-        if value < 1000.0 || unit == "PiB" {
-            return if value < 10.0 { format!("{value:.1} {unit}") } else { format!("{value:.0} {unit}") };
-        }
-        value /= 1024.0;
-    }
-    format!("{count} B")
 }
 
 /// Returns the plan for people. `next` is the command to paste.
@@ -318,11 +299,6 @@ pub(super) fn error_json(error: &Error) -> Value {
     })
 }
 
-/// Returns a server version as people write it: `17.4`.
-pub(super) fn version(number: u32) -> String {
-    format!("{}.{}", number / 10_000, number % 10_000)
-}
-
 /// Returns a time for tables.
 pub(super) fn short_time(time: DateTime<Utc>) -> String {
     time.format("%Y-%m-%d %H:%M:%SZ").to_string()
@@ -378,19 +354,5 @@ mod tests {
         let value = error_json(&Error::missing("it is gone").with_next("Look."));
         assert_eq!((&value["outcome"], &value["kind"]), (&json!("error"), &json!("missing")));
         assert_eq!((&value["error"], &value["next"]), (&json!("it is gone"), &json!("Look.")));
-    }
-
-    #[test]
-    fn sizes_and_versions_read_well() {
-        for (count, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1.0 KiB"),
-            (16 << 20, "16 MiB"),
-            (1_200_000_000, "1.1 GiB"),
-        ] {
-            assert_eq!(bytes(count), text);
-        }
-        assert_eq!(version(170_004), "17.4");
     }
 }

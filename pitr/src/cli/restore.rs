@@ -110,7 +110,8 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     };
     if !args.dry_run {
         let started = ended.as_ref().and_then(|ended| ended.as_ref().ok());
-        forecast::record(&source.repository, &plan, &report, (begun_at, restored_in), started).await;
+        let reason = args.reason.as_deref();
+        forecast::record(&source.repository, &plan, &report, (begun_at, restored_in), started, reason).await;
     }
     finish(&restored, ended, args.source.json, style)
 }
@@ -184,7 +185,7 @@ fn changes(report: &RestoreReport) -> Option<String> {
 }
 
 /// Returns what `restore-cmd` has to be told of parts that it serves for this plan alone.
-fn tail_arguments(plan: &RestorePlan) -> Vec<String> {
+pub(super) fn tail_arguments(plan: &RestorePlan) -> Vec<String> {
     let Some(tail) = &plan.tail else { return Vec::new() };
     let mut arguments = Vec::new();
     if matches!(tail.flaw, Some(TailFlaw::Damaged { .. })) {
@@ -241,7 +242,7 @@ fn mappings(words: &[String]) -> Result<BTreeMap<String, PathBuf>> {
 }
 
 /// Shows progress until it is dropped: a bar on a terminal, now and then a line elsewhere.
-async fn show(progress: &Progress, total: u64) {
+pub(super) async fn show(progress: &Progress, total: u64) {
     let started = Instant::now();
     let bar = std::io::stderr().is_terminal().then(|| {
         let bar = ProgressBar::new(total);

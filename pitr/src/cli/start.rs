@@ -74,7 +74,7 @@ pub(super) fn refuse_root(args: &StartArgs) -> Result<()> {
         ))
 }
 
-fn setting(words: &str) -> Result<(String, String)> {
+pub(super) fn setting(words: &str) -> Result<(String, String)> {
     let named = |name: &str| {
         !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'.')
     };
@@ -236,7 +236,7 @@ pub(super) fn outcome(dry_run: bool, started: Option<&Started>, failed: Option<&
 }
 
 /// Shows how far replay is until it is dropped: a bar on a terminal, now and then a line elsewhere.
-async fn show(replay: &Replay, plan: &RestorePlan) {
+pub(super) async fn show(replay: &Replay, plan: &RestorePlan) {
     let started = Instant::now();
     let from = plan.backup.start_lsn;
     let total = plan.stop.final_lsn.bytes_since(from);

@@ -4,8 +4,10 @@
 
 mod configuration;
 mod delta;
+pub mod drill;
 mod existing;
 pub mod expire;
+pub mod extract;
 pub mod info;
 pub mod load;
 mod load_index;
@@ -14,6 +16,7 @@ mod parent_segments;
 mod prove;
 mod read_log;
 pub mod restore;
+pub mod scratch;
 mod shared;
 pub mod start;
 pub mod surviving;

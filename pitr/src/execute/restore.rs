@@ -8,7 +8,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -416,10 +416,40 @@ async fn carry_out(
     Ok(report)
 }
 
+/// How many threads are at work for restores.
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+/// One of them, from when it is asked for until its work is done.
+struct Thread;
+
+impl Thread {
+    fn begin() -> Self {
+        THREADS.fetch_add(1, Ordering::SeqCst);
+        Self
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        THREADS.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Returns whether no thread is at work: they go on with what they have in hand when the future that waits for them
+/// is dropped, and may write files a moment longer.
+pub(super) fn threads_are_done() -> bool {
+    THREADS.load(Ordering::SeqCst) == 0
+}
+
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
+    let thread = Thread::begin();
+    let working = tokio::task::spawn_blocking(move || {
+        let _until_done = thread;
+        work()
+    });
+    match working.await {
         Ok(result) => result,
         Err(error) => Err(Error::local_io(format!("a thread of the restore ended early: {error}"))),
     }

@@ -63,6 +63,14 @@ impl Before {
         })
     }
 
+    /// Returns the database that the words name.
+    pub fn database(&self) -> Option<&str> {
+        match &self.database {
+            Some(OidOrName::Name(name)) => Some(name),
+            _ => None,
+        }
+    }
+
     /// Returns what must be asked of the log.
     pub fn query(&self, timeline: TimelineChoice) -> Query {
         Query {

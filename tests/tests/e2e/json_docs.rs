@@ -123,6 +123,33 @@ fn the_page_about_json_says_what_is_printed() {
     assert_eq!(outcomes, ["refused", "would_restore", "restored", "started", "start_failed"]);
     compare("pitr restore", &answers, &["plan", "refusal", "report.tablespaces"]);
 
+    let checks = stage.path().join("checks");
+    fs::create_dir(&checks).unwrap();
+    fs::write(checks.join("good.sql"), "select true").unwrap();
+    let drill = |words: &[&str]| -> Value {
+        let mut drill = stage.pitr_as_user(&["drill", "--to-name", "here", "--json", "--scratch"]);
+        drill.arg(stage.path().join("scratch")).arg("--checks").arg(&checks).args(words);
+        serde_json::from_slice(&stage.run(drill.args(["--reason", "for the page"])).stdout).unwrap()
+    };
+    let answers = [drill(&[]), drill(&["--set", "no_such_setting=1"])];
+    let outcomes: Vec<_> = answers.iter().map(|answer| answer["outcome"].as_str().unwrap()).collect();
+    assert_eq!(outcomes, ["proven", "failed"], "{answers:#?}");
+    compare("pitr drill", &answers, &[]);
+    let extract = |words: &[&str]| -> Value {
+        let mut extract = stage.pitr_as_user(&["extract", "--table", "t", "--to-name", "here", "--json"]);
+        let output = stage.run(extract.arg("--scratch").arg(stage.path().join("scratch")).args(words));
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+    };
+    let into = format!("host={} port={} dbname=postgres", server.socket_dir().display(), server.port());
+    let answers =
+        [extract(&["--output", stage.path().join("t.sql").to_str().unwrap()]), extract(&["--into", &into])];
+    compare("pitr extract", &answers, &[]);
+    let history: Value = serde_json::from_str(&stage.ok(&mut stage.pitr(&["history", "--json"]))).unwrap();
+    let kinds: Vec<_> =
+        history["entries"].as_array().unwrap().iter().map(|one| one["kind"].clone()).collect();
+    assert_eq!(kinds, ["extract", "extract", "drill", "drill", "restore", "restore", "restore", "backup"]);
+    compare("pitr history", &[history], &[]);
+
     let log: Value = serde_json::from_str(&stage.ok(&mut stage.pitr(&["log", "--json"]))).unwrap();
     let lines = log["lines"].as_array().unwrap();
     assert!(lines.iter().any(|line| line["relations"][0]["name"] == "victim"), "{log:#}");

@@ -54,7 +54,13 @@ fn helps_read_as_they_should() {
     insta::assert_snapshot!("help_walship", helps(&bins::walship(), &walship));
     insta::assert_snapshot!(
         "help_pitr",
-        helps(&bins::pitr(), &["", "info", "plan", "restore", "log", "index", "expire", "hold", "release"])
+        helps(
+            &bins::pitr(),
+            &[
+                "", "info", "plan", "restore", "drill", "extract", "history", "log", "index", "expire",
+                "hold", "release",
+            ]
+        )
     );
     insta::assert_snapshot!("help_archive_cmd", helps(&bins::archive_cmd(), &[""]));
     insta::assert_snapshot!("help_restore_cmd", helps(&bins::restore_cmd(), &[""]));

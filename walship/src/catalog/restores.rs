@@ -16,6 +16,9 @@ pub struct RestoreRecord {
     pub host: String,
     /// The user of that machine.
     pub user: String,
+    /// Why it was done, in the operator's words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// The backup.
     pub backup: String,
     /// The target, as options of `pitr restore`.

@@ -365,15 +365,21 @@ impl LineageLayout {
         self.key(format_args!("backups/catalog/{}-{:016X}-{:016X}-{id}.json", tli.hex(), start.0, stop.0))
     }
 
-    /// What the keys of the records of all restores start with.
-    pub(super) fn restore_records_prefix(&self) -> String {
-        format!("{}/history/restores/", self.base)
+    /// What the keys of the records of all `deeds` (`restores`, `drills`, `extracts`) start with.
+    pub(super) fn history_prefix(&self, deeds: &str) -> String {
+        format!("{}/history/{deeds}/", self.base)
     }
 
-    /// The key of the record of a restore.
-    pub(super) fn restore_record(&self, id: &str) -> Result<ObjectKey> {
-        check_id(id, "a restore")?;
-        self.key(format_args!("history/restores/{id}.json"))
+    /// The key of the record of one of them.
+    pub(super) fn history_record(&self, deeds: &str, id: &str) -> Result<ObjectKey> {
+        check_id(id, "a record")?;
+        self.key(format_args!("history/{deeds}/{id}.json"))
+    }
+
+    /// The key of a drill's report: `report.json`, `report.txt`, `report.html`.
+    pub(super) fn drill_report(&self, id: &str, file: &str) -> Result<ObjectKey> {
+        check_id(id, "a drill")?;
+        self.key(format_args!("drills/{id}/{file}"))
     }
 
     /// What the keys of all documents about holds start with.

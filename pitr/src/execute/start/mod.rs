@@ -25,7 +25,7 @@ use crate::target::shell_word;
 use run::Run;
 use watch::{Look, Watcher};
 
-pub use pg_ctl::find as find_pg_ctl;
+pub use pg_ctl::{find as find_pg_ctl, find_tool};
 
 /// The server's output, below the data directory.
 const LOG_FILE: &str = "log/pitr-start.log";

@@ -1,4 +1,4 @@
-//! Finds the `pg_ctl` that belongs to a backup: PostgreSQL of another major version refuses its files.
+//! Finds the `pg_ctl` that belongs to a backup, and its fellows: PostgreSQL of another major version refuses its files.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -20,15 +20,48 @@ const VERSION_PATIENCE: Duration = Duration::from_secs(20);
 pub async fn find(given: Option<&Path>, major: u32) -> Result<PathBuf> {
     let folders = match given {
         Some(folder) => vec![folder.to_owned()],
-        None => {
-            let path = env::var_os("PATH").unwrap_or_default();
-            let packages = [format!("/usr/lib/postgresql/{major}/bin"), format!("/usr/pgsql-{major}/bin")];
-            env::split_paths(&path).chain(packages.map(PathBuf::from)).collect()
-        }
+        None => usual_folders(major),
     };
+    let others = match look("pg_ctl", folders, major).await {
+        Ok(program) => return Ok(program),
+        Err(others) => others,
+    };
+    let place = match given {
+        Some(folder) => format!("in {}", folder.display()),
+        None => usual_places(major),
+    };
+    Err(Error::missing(format!("no pg_ctl of PostgreSQL {major}, which made the backup, is {place}{others}"))
+        .with_safe("nothing was written")
+        .with_next(format!(
+            "Install PostgreSQL {major}, or name the folder of its programs with --pg-bin; or leave --start out."
+        )))
+}
+
+/// Returns the path of another of PostgreSQL's programs, of this major version: in the folder that is given, else as
+/// [`find`] looks for it. The error says where it was looked for.
+pub async fn find_tool(name: &str, given: Option<&Path>, major: u32) -> Result<PathBuf, String> {
+    let folders = given.map(Path::to_owned).into_iter().chain(usual_folders(major)).collect();
+    look(name, folders, major).await.map_err(|others| {
+        let given = given.map_or_else(String::new, |folder| format!("in {}, ", folder.display()));
+        format!("no {name} of PostgreSQL {major} is {given}{}{others}", usual_places(major))
+    })
+}
+
+fn usual_folders(major: u32) -> Vec<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let packages = [format!("/usr/lib/postgresql/{major}/bin"), format!("/usr/pgsql-{major}/bin")];
+    env::split_paths(&path).chain(packages.map(PathBuf::from)).collect()
+}
+
+fn usual_places(major: u32) -> String {
+    format!("on the PATH, in /usr/lib/postgresql/{major}/bin or in /usr/pgsql-{major}/bin")
+}
+
+/// Returns the first program of this name and major version, or which others there are.
+async fn look(name: &str, folders: Vec<PathBuf>, major: u32) -> Result<PathBuf, String> {
     let mut others = Vec::new();
     for folder in folders {
-        let Ok(program) = std::path::absolute(folder.join("pg_ctl")) else { continue };
+        let Ok(program) = std::path::absolute(folder.join(name)) else { continue };
         if !program.is_file() {
             continue;
         }
@@ -38,19 +71,10 @@ pub async fn find(given: Option<&Path>, major: u32) -> Result<PathBuf> {
             None => others.push(format!("{} does not say its version", program.display())),
         }
     }
-    let place = match given {
-        Some(folder) => format!("in {}", folder.display()),
-        None => format!("on the PATH, in /usr/lib/postgresql/{major}/bin or in /usr/pgsql-{major}/bin"),
-    };
-    let others = if others.is_empty() { String::new() } else { format!(": {}", others.join(", ")) };
-    Err(Error::missing(format!("no pg_ctl of PostgreSQL {major}, which made the backup, is {place}{others}"))
-        .with_safe("nothing was written")
-        .with_next(format!(
-            "Install PostgreSQL {major}, or name the folder of its programs with --pg-bin; or leave --start out."
-        )))
+    Err(if others.is_empty() { String::new() } else { format!(": {}", others.join(", ")) })
 }
 
-/// Returns the major version of a `pg_ctl`.
+/// Returns the major version of one of PostgreSQL's programs.
 async fn version(program: &Path) -> Option<u32> {
     let mut command = Command::new(program);
     command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);

@@ -1,0 +1,274 @@
+//! `pitr history`: what was done with the archive, and by whom.
+
+use std::fmt::Write as _;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use serde_json::json;
+use walship::catalog::{BackupRecord, DrillRecord, ExtractRecord, RestoreRecord};
+use walship::repository::{DrillReportForm, LineageRepository, load_catalog};
+use walship::{Error, Result};
+
+use super::DONE;
+use super::args::{Deed, HistoryArgs};
+use super::output::{self, Style};
+use super::source::{open_lineages, say_notes};
+use crate::words::duration;
+
+/// One line of the history.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Entry {
+    kind: Deed,
+    id: String,
+    started: DateTime<Utc>,
+    /// How long it took.
+    millis: Option<u64>,
+    host: Option<String>,
+    user: Option<String>,
+    reason: Option<String>,
+    outcome: String,
+    /// What was not as it should be.
+    problems: Vec<String>,
+    /// The target, as options.
+    target: Option<String>,
+    /// What was extracted, and where it went.
+    what: Option<String>,
+    /// The backup that it used, or made.
+    backup: Option<String>,
+    /// The bytes of that backup's files.
+    bytes: u64,
+    /// How long it took until a server was open at the target.
+    recovery_millis: Option<u64>,
+}
+
+pub(super) async fn run(args: &HistoryArgs) -> Result<u8> {
+    let (repository, _) = open_lineages(&args.source).await?;
+    if let Some(id) = &args.drill {
+        return show(args, &repository, id).await;
+    }
+    let limit = args.limit as usize;
+    let wants = |deed: Deed| args.only.is_empty() || args.only.contains(&deed);
+    // One more than is shown tells whether there are more.
+    let max = limit + 1;
+    let mut entries = Vec::new();
+    if wants(Deed::Backup) {
+        let catalog = load_catalog(&repository).await?;
+        entries.extend(catalog.backups.into_iter().rev().take(max).map(Entry::from));
+    }
+    if wants(Deed::Restore) {
+        entries.extend(repository.recent_restores(max).await?.into_iter().map(Entry::from));
+    }
+    if wants(Deed::Drill) {
+        entries.extend(repository.recent_drills(max).await?.into_iter().map(Entry::from));
+    }
+    if wants(Deed::Extract) {
+        entries.extend(repository.recent_extracts(max).await?.into_iter().map(Entry::from));
+    }
+    entries.sort_by(|one, other| other.started.cmp(&one.started).then_with(|| other.id.cmp(&one.id)));
+    let more = entries.len() > limit;
+    entries.truncate(limit);
+    say_notes(&repository);
+    if args.source.json {
+        output::print_json(&json!({
+            "repository": repository.location(),
+            "lineage": repository.lineage().number,
+            "entries": entries,
+            "more": more,
+        }))?;
+    } else {
+        output::print(&text(&entries, more, Style::of_stdout()))?;
+    }
+    Ok(DONE)
+}
+
+/// Prints a drill's report as it is stored.
+async fn show(args: &HistoryArgs, repository: &LineageRepository, id: &str) -> Result<u8> {
+    let form = match (args.source.json, args.html) {
+        (true, _) => DrillReportForm::Json,
+        (false, true) => DrillReportForm::Html,
+        (false, false) => DrillReportForm::Text,
+    };
+    let report = repository.get_drill_report(id, form).await?.ok_or_else(|| {
+        Error::missing(format!("there is no report of a drill {id:?} in {}", repository.location()))
+            .with_next("`pitr history --only drill` lists them.")
+    })?;
+    let text = String::from_utf8(report.to_vec())
+        .map_err(|_| Error::corrupt(format!("the report of the drill {id} is not UTF-8")))?;
+    // Whoever may write to the repository must not command this terminal.
+    output::print(&output::clean(&text))?;
+    Ok(DONE)
+}
+
+impl From<BackupRecord> for Entry {
+    fn from(record: BackupRecord) -> Self {
+        let took = (record.finished - record.started).num_milliseconds();
+        let damaged = record.damaged_pages.as_ref();
+        Self {
+            kind: Deed::Backup,
+            backup: Some(record.id.clone()),
+            id: record.id,
+            started: record.started,
+            millis: u64::try_from(took).ok(),
+            host: None,
+            user: None,
+            reason: Some(record.label).filter(|label| !label.is_empty()),
+            outcome: if damaged.is_some() { "damaged_pages" } else { "complete" }.to_owned(),
+            problems: damaged.map(|pages| format!("{} damaged pages", pages.total)).into_iter().collect(),
+            target: None,
+            what: None,
+            bytes: record.data_bytes,
+            recovery_millis: None,
+        }
+    }
+}
+
+impl From<RestoreRecord> for Entry {
+    fn from(record: RestoreRecord) -> Self {
+        let replayed = record.replay.map(|replay| record.restore.millis.saturating_add(replay.millis));
+        Self {
+            kind: Deed::Restore,
+            id: record.id,
+            started: record.started,
+            millis: Some(replayed.unwrap_or(record.restore.millis)),
+            host: Some(record.host),
+            user: Some(record.user),
+            reason: record.reason,
+            outcome: if replayed.is_some() { "recovered" } else { "restored" }.to_owned(),
+            problems: Vec::new(),
+            target: Some(record.target),
+            what: None,
+            backup: Some(record.backup),
+            bytes: record.restore.bytes,
+            recovery_millis: replayed,
+        }
+    }
+}
+
+impl From<DrillRecord> for Entry {
+    fn from(record: DrillRecord) -> Self {
+        Self {
+            kind: Deed::Drill,
+            id: record.id,
+            started: record.started,
+            millis: Some(record.millis),
+            host: Some(record.host),
+            user: Some(record.user),
+            reason: record.reason,
+            outcome: record.outcome,
+            problems: record.problems,
+            target: Some(record.target),
+            what: None,
+            backup: record.backup,
+            bytes: record.restored_bytes,
+            recovery_millis: record.recovery_millis,
+        }
+    }
+}
+
+impl From<ExtractRecord> for Entry {
+    fn from(record: ExtractRecord) -> Self {
+        let database = record.database.map_or_else(String::new, |name| format!(" of database {name}"));
+        let into = record.into.map_or_else(String::new, |into| format!(", into {into}"));
+        Self {
+            kind: Deed::Extract,
+            id: record.id,
+            started: record.started,
+            millis: Some(record.millis),
+            host: Some(record.host),
+            user: Some(record.user),
+            reason: record.reason,
+            outcome: record.outcome,
+            problems: record.problem.into_iter().collect(),
+            target: Some(record.target),
+            what: Some(format!("{}{database}{into}", record.what)),
+            backup: Some(record.backup),
+            bytes: record.restored_bytes,
+            recovery_millis: None,
+        }
+    }
+}
+
+fn text(entries: &[Entry], more: bool, style: Style) -> String {
+    let mut text = String::new();
+    if entries.is_empty() {
+        text.push_str("Nothing is on record.\n");
+    }
+    for entry in entries {
+        let took = entry.millis.map_or_else(|| "-".to_owned(), duration);
+        let head = format!(
+            "{}  {:<8} {:<17} {:>12}  {:>8}",
+            output::short_time(entry.started),
+            entry.kind.word(),
+            entry.outcome,
+            took,
+            output::bytes(entry.bytes)
+        );
+        let _ = writeln!(text, "{}  {}", style.bold(&output::clean(&head)), output::clean(&entry.id));
+        let mut line = |name: &str, value: &str| {
+            let _ = writeln!(text, "    {name}: {}", output::clean(&value.replace('\n', " ")));
+        };
+        if let (Some(user), Some(host)) = (&entry.user, &entry.host) {
+            line("by", &format!("{user} on {host}"));
+        }
+        if let Some(reason) = &entry.reason {
+            line(if entry.kind == Deed::Backup { "label" } else { "reason" }, reason);
+        }
+        if let Some(target) = &entry.target {
+            line("target", target);
+        }
+        if let Some(what) = &entry.what {
+            line("what", what);
+        }
+        if let Some(millis) = entry.recovery_millis {
+            line("open after", &duration(millis));
+        }
+        entry.problems.iter().for_each(|problem| line("problem", problem));
+    }
+    if more {
+        text.push_str("There is more: --limit shows it.\n");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::TimeZone as _;
+
+    use super::*;
+
+    #[test]
+    fn a_history_reads_well_and_commands_no_terminal() {
+        let drill = DrillRecord {
+            format: 1,
+            id: "20270201T030000Z-00000000000000ff".into(),
+            started: Utc.with_ymd_and_hms(2027, 2, 1, 3, 0, 0).unwrap(),
+            millis: 754_000,
+            host: "backup1".into(),
+            user: "postgres".into(),
+            reason: Some("monthly\u{1b}[2J\ndrill".into()),
+            outcome: "not_proven".into(),
+            problems: vec!["SQL checks: 1 of 2 did not: a.sql".into()],
+            target: "--latest".into(),
+            backup: None,
+            restored_bytes: 48 << 30,
+            recovery_millis: Some(600_800),
+            newest_commit_age_millis: Some(12_000),
+        };
+        let restore = RestoreRecord {
+            format: 1,
+            id: "20270101T030000Z-00000000000000fe".into(),
+            started: Utc.with_ymd_and_hms(2027, 1, 1, 3, 0, 0).unwrap(),
+            host: "db2".into(),
+            user: "postgres".into(),
+            reason: None,
+            backup: "20261231T010000Z-0123456789abcdef".into(),
+            target: "--to-xid 731".into(),
+            restore: walship::catalog::Phase { bytes: 1 << 30, millis: 9000 },
+            kept_bytes: 0,
+            replay: None,
+        };
+        let text = text(&[drill.into(), restore.into()], true, Style::Plain);
+        insta::assert_snapshot!(text);
+        assert!(!text.contains('\x1b'));
+    }
+}

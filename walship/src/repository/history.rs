@@ -1,0 +1,216 @@
+//! The records of what was done with an archive, one document each, written after it: restores, drills, extracts.
+//! The reports of drills lie beside them.
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::catalog::{DrillRecord, ExtractRecord, RestoreRecord};
+use crate::error::{Error, Result};
+use crate::storage::{PutOutcome, list_all};
+
+use super::LineageRepository;
+use super::document;
+
+/// More records of one kind than are ever written.
+const RECORDS_MAX: usize = 100_000;
+
+/// How many records are read at once.
+const READS_MAX: usize = 8;
+
+/// The longest report that is stored or read.
+const REPORT_BYTES_MAX: u64 = 32 << 20;
+
+const RESTORES: &str = "restores";
+const DRILLS: &str = "drills";
+const EXTRACTS: &str = "extracts";
+
+/// The forms in which a drill's report is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DrillReportForm {
+    /// For programs.
+    Json,
+    /// For people.
+    Text,
+    /// One page without anything outside it.
+    Html,
+}
+
+impl DrillReportForm {
+    fn file(self) -> &'static str {
+        match self {
+            Self::Json => "report.json",
+            Self::Text => "report.txt",
+            Self::Html => "report.html",
+        }
+    }
+}
+
+impl LineageRepository {
+    /// Records a restore. The same record again is success.
+    ///
+    /// # Errors
+    /// What the store says: where credentials allow no writing, [`Error::Denied`].
+    /// # Durability
+    /// After `Ok` the record survives a crash.
+    pub async fn put_restore_record(&self, record: &RestoreRecord) -> Result<()> {
+        self.put_record(RESTORES, &record.id, record).await
+    }
+
+    /// Records a drill, as [`put_restore_record`](Self::put_restore_record). Its reports come before.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn put_drill_record(&self, record: &DrillRecord) -> Result<()> {
+        self.put_record(DRILLS, &record.id, record).await
+    }
+
+    /// Records an extract, as [`put_restore_record`](Self::put_restore_record).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn put_extract_record(&self, record: &ExtractRecord) -> Result<()> {
+        self.put_record(EXTRACTS, &record.id, record).await
+    }
+
+    /// Returns the records of the last `max` restores, the newest first; from the first repository that has any.
+    ///
+    /// # Errors
+    /// What listing and reading fail with.
+    pub async fn recent_restores(&self, max: usize) -> Result<Vec<RestoreRecord>> {
+        self.recent(RESTORES, max).await
+    }
+
+    /// Returns the records of the last `max` drills, as [`recent_restores`](Self::recent_restores).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn recent_drills(&self, max: usize) -> Result<Vec<DrillRecord>> {
+        self.recent(DRILLS, max).await
+    }
+
+    /// Returns the records of the last `max` extracts, as [`recent_restores`](Self::recent_restores).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn recent_extracts(&self, max: usize) -> Result<Vec<ExtractRecord>> {
+        self.recent(EXTRACTS, max).await
+    }
+
+    /// Stores one form of a drill's report. One that is there already, with whatever content, is a conflict.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for one that is longer than any that is read, and what the store says.
+    pub async fn put_drill_report(&self, id: &str, form: DrillReportForm, report: Bytes) -> Result<()> {
+        if report.len() as u64 > REPORT_BYTES_MAX {
+            return Err(Error::invalid(format!("the report has {} bytes, more than are read", report.len())));
+        }
+        let key = self.layout.drill_report(id, form.file())?;
+        match self.storage.put_if_absent(&key, report.into()).await? {
+            PutOutcome::Stored => Ok(()),
+            PutOutcome::Exists => {
+                Err(Error::conflict(format!("{}/{key} is already stored", self.storage.location())))
+            }
+        }
+    }
+
+    /// Returns one form of a drill's report, from the first repository that has it; `None` where none has.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for what is no drill's id, and what the store says.
+    pub async fn get_drill_report(&self, id: &str, form: DrillReportForm) -> Result<Option<Bytes>> {
+        for one in self.each() {
+            let key = one.layout.drill_report(id, form.file())?;
+            if let Some(report) = one.storage.get(&key, REPORT_BYTES_MAX).await? {
+                return Ok(Some(report));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn put_record<T>(&self, deeds: &str, id: &str, record: &T) -> Result<()>
+    where
+        T: Serialize + DeserializeOwned + PartialEq,
+    {
+        document::put_same(&*self.storage, &self.layout.history_record(deeds, id)?, record).await
+    }
+
+    async fn recent<T: DeserializeOwned>(&self, deeds: &str, max: usize) -> Result<Vec<T>> {
+        for one in self.each() {
+            let listed = list_all(&*one.storage, &one.layout.history_prefix(deeds), RECORDS_MAX).await?;
+            let reads =
+                listed.iter().rev().take(max).map(|meta| document::read::<T>(&*one.storage, &meta.key));
+            let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
+            if !read.is_empty() {
+                return Ok(read.into_iter().flatten().collect());
+            }
+        }
+        Ok(Vec::new())
+    }
+}
+
+#[cfg(feature = "test-util")]
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use chrono::{TimeZone as _, Utc};
+
+    use super::*;
+    use crate::pg::SegmentSize;
+    use crate::repository::{Repository, new_backup_id};
+    use crate::storage::memory::MemoryStorage;
+
+    async fn lineage() -> LineageRepository {
+        let now = Utc.timestamp_opt(1_700_000_000, 0).unwrap();
+        let repository = Repository::create(Arc::new(MemoryStorage::default()), now).await.unwrap();
+        let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
+        cluster.register_lineage(42, SegmentSize::DEFAULT, 15, now).await.unwrap()
+    }
+
+    fn record(second: i64) -> DrillRecord {
+        let started = Utc.timestamp_opt(1_700_000_000 + second, 0).unwrap();
+        DrillRecord {
+            format: 1,
+            id: new_backup_id(started, 7),
+            started,
+            millis: 1,
+            host: "h".into(),
+            user: "u".into(),
+            reason: None,
+            outcome: "proven".into(),
+            problems: Vec::new(),
+            target: "--latest".into(),
+            backup: None,
+            restored_bytes: 0,
+            recovery_millis: None,
+            newest_commit_age_millis: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn records_are_read_newest_first_and_reports_by_their_id() {
+        let repository = lineage().await;
+        for second in [5, 1, 9] {
+            repository.put_drill_record(&record(second)).await.unwrap();
+        }
+        repository.put_drill_record(&record(5)).await.unwrap();
+        let seconds = |records: Vec<DrillRecord>| -> Vec<i64> {
+            records.iter().map(|record| record.started.timestamp() - 1_700_000_000).collect()
+        };
+        assert_eq!(seconds(repository.recent_drills(9).await.unwrap()), [9, 5, 1]);
+        assert_eq!(seconds(repository.recent_drills(2).await.unwrap()), [9, 5]);
+        assert!(repository.recent_extracts(9).await.unwrap().is_empty());
+        let id = record(5).id;
+        let form = DrillReportForm::Html;
+        assert_eq!(repository.get_drill_report(&id, form).await.unwrap(), None);
+        repository.put_drill_report(&id, form, Bytes::from_static(b"<p>")).await.unwrap();
+        assert_eq!(repository.get_drill_report(&id, form).await.unwrap().unwrap(), &b"<p>"[..]);
+        let again = repository.put_drill_report(&id, form, Bytes::from_static(b"<b>")).await;
+        assert!(matches!(again, Err(Error::Conflict(_))), "{again:?}");
+        for bad in ["", "..", "../x", "20261121T010203Z-0123456789abcdeF"] {
+            assert!(matches!(repository.get_drill_report(bad, form).await, Err(Error::Invalid(_))), "{bad}");
+        }
+    }
+}
