@@ -63,9 +63,10 @@ const INDEX_EXAMPLES: &str = "Examples:
 
 const EXPIRE_EXAMPLES: &str = "Examples:
   pitr expire
-  pitr expire --confirm
-  pitr expire --confirm --yes --reason 'weekly' --json
   pitr expire --window '7 days' --keep-last 2
+  pitr expire --json
+
+It shows what the policy would keep and remove, with reasons and bytes. Removal itself is not released yet.
 
 [retention] in the configuration says what stays; the flags above stand in for its keys:
   window = \"14 days\"     any moment of the last 14 days stays in reach
@@ -129,7 +130,7 @@ pub(super) enum Command {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ExpireArgs {
-    /// Remove what is shown. Without it nothing is removed, only shown
+    /// Remove what is shown. Not released yet: refused
     #[arg(long)]
     pub(super) confirm: bool,
     /// Do not ask before it is removed

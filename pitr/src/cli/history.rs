@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::json;
-use walship::catalog::{BackupRecord, DrillRecord, ExtractRecord, RestoreRecord};
+use walship::catalog::{
+    BackupRecord, DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RestoreRecord,
+};
 use walship::repository::{DrillReportForm, LineageRepository, load_catalog};
 use walship::{Error, Result};
 
@@ -31,11 +33,11 @@ struct Entry {
     problems: Vec<String>,
     /// The target, as options.
     target: Option<String>,
-    /// What was extracted, and where it went.
+    /// What was extracted, and where it went; what was removed.
     what: Option<String>,
     /// The backup that it used, or made.
     backup: Option<String>,
-    /// The bytes of that backup's files.
+    /// The bytes of that backup's files; of a removal those that it freed.
     bytes: u64,
     /// How long it took until a server was open at the target.
     recovery_millis: Option<u64>,
@@ -63,6 +65,9 @@ pub(super) async fn run(args: &HistoryArgs) -> Result<u8> {
     }
     if wants(Deed::Extract) {
         entries.extend(repository.recent_extracts(max).await?.into_iter().map(Entry::from));
+    }
+    if wants(Deed::Expire) {
+        entries.extend(repository.recent_expires(max).await?.into_iter().map(Entry::from));
     }
     entries.sort_by(|one, other| other.started.cmp(&one.started).then_with(|| other.id.cmp(&one.id)));
     let more = entries.len() > limit;
@@ -183,6 +188,37 @@ impl From<ExtractRecord> for Entry {
             what: Some(format!("{}{database}{into}", record.what)),
             backup: Some(record.backup),
             bytes: record.restored_bytes,
+            recovery_millis: None,
+        }
+    }
+}
+
+impl From<(ExpireRecord, Option<ExpireOutcome>)> for Entry {
+    fn from((record, end): (ExpireRecord, Option<ExpireOutcome>)) -> Self {
+        let took = end.as_ref().map(|end| (end.finished - record.started).num_milliseconds());
+        let what = match &end {
+            Some(end) => format!("{} backups, {} objects ({})", end.backups, end.objects, record.policy),
+            None => format!("{} backups were to go ({})", record.backups_total, record.policy),
+        };
+        Self {
+            kind: Deed::Expire,
+            id: record.id,
+            started: record.started,
+            millis: took.and_then(|millis| u64::try_from(millis).ok()),
+            host: Some(record.host),
+            user: Some(record.user),
+            reason: record.reason,
+            outcome: match &end {
+                Some(ExpireOutcome { failure: None, .. }) => "removed",
+                Some(_) => "failed",
+                None => "not_ended",
+            }
+            .to_owned(),
+            problems: end.iter().filter_map(|end| end.failure.clone()).collect(),
+            target: None,
+            what: Some(what),
+            backup: None,
+            bytes: end.map_or(0, |end| end.bytes),
             recovery_millis: None,
         }
     }

@@ -45,7 +45,19 @@ pub(super) async fn hold(args: &HoldArgs) -> Result<u8> {
         let text = format!("Backup {} is held until {until} (hold {}).\n", hold.backup, hold.id);
         output::print(&output::clean(&text))?;
     }
-    Ok(DONE)
+    everywhere(&source.repository, "the backup is held")
+}
+
+/// Fails when not every configured repository was reached.
+fn everywhere(repository: &LineageRepository, what: &str) -> Result<u8> {
+    match repository.unreadable() {
+        unread if unread.is_empty() => Ok(DONE),
+        unread => {
+            Err(Error::unavailable(format!("{what}, but not in {}: it was not reached", unread.join(", ")))
+                .with_safe("what was reached is as said above")
+                .with_next("Run it again when it is reached."))
+        }
+    }
 }
 
 pub(super) async fn release(args: &ReleaseArgs) -> Result<u8> {
@@ -76,7 +88,7 @@ pub(super) async fn release(args: &ReleaseArgs) -> Result<u8> {
             .map(|hold| format!("Hold {} on backup {} is released: {}\n", hold.id, hold.backup, hold.reason));
         output::print(&output::clean(&lines.collect::<String>()))?;
     }
-    Ok(DONE)
+    everywhere(&repository, "the hold is released")
 }
 
 /// Holds what a restore reads, where this user may write, so that retention does not remove it meanwhile.

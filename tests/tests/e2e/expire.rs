@@ -226,11 +226,34 @@ fn what_is_kept_is_restored(mut scene: Scene) {
     assert_eq!(ledger, 1, "records of what was expired become one: {keys:?}");
     let history = keys.iter().filter(|key| key.contains("/history/expires/")).count();
     assert_eq!(history, 4, "begun and done, twice: {keys:?}");
+    let history: Value = serde_json::from_str(
+        &scene.stage.ok(&mut scene.stage.pitr(&["history", "--only", "expire", "--json"])),
+    )
+    .unwrap();
+    let entries = history["entries"].as_array().unwrap();
+    assert!(entries.len() == 2 && entries.iter().all(|entry| entry["outcome"] == "removed"), "{history}");
+    assert_eq!(entries[0]["bytes"], done["report"]["bytes"]);
+    assert!(entries[0]["what"].as_str().unwrap().starts_with("1 backups, "), "{history}");
     let info = scene.info();
     assert_eq!(info["timelines"][0]["gaps"], Value::Array(vec![]));
     assert_eq!(ids(&info["backups"]), [&scene.backups[1], &scene.backups[2]]);
     assert!(scene.plans(&["--to-xid", scene.xids[5].trim()]));
     scene.stage.ok(&mut scene.stage.pitr(&["index", "--verify"]));
+}
+
+#[test]
+fn removal_is_not_released() {
+    let scene = Scene::folder(primary_major());
+    let keys = scene.store.keys();
+    let mut command = scene.stage.pitr(&["expire", "--confirm", "--yes"]);
+    let refused = scene.stage.fails(command.env_remove("WALSHIP_UNRELEASED"), 2);
+    assert!(
+        refused.contains("removal is not released") && refused.contains("\nsafe:  nothing was removed"),
+        "{refused}"
+    );
+    assert_eq!(scene.store.keys(), keys);
+    scene.stage.ok(scene.stage.pitr(&["expire"]).env_remove("WALSHIP_UNRELEASED"));
+    assert_eq!(scene.store.keys(), keys);
 }
 
 #[test]
@@ -261,7 +284,7 @@ fn removes(seen: &Seen) -> bool {
 fn started(stage: &Stage, words: &[&str]) -> Child {
     let mut command = process::guarded(walship_tests::bins::pitr());
     command.args(words).env("WALSHIP_CONFIG", stage.config()).env("AWS_EC2_METADATA_DISABLED", "true");
-    command.stdout(Stdio::null()).stderr(Stdio::null());
+    command.env("WALSHIP_UNRELEASED", "expire").stdout(Stdio::null()).stderr(Stdio::null());
     process::spawn(command).unwrap()
 }
 

@@ -1,12 +1,15 @@
-//! The records of what was done with an archive, one document each, written after it: restores, drills, extracts.
+//! The records of what was done with an archive, one document each, written after it: restores, drills, extracts; and
+//! those of removals, which are written before.
 //! The reports of drills lie beside them.
+
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
-use crate::catalog::{DrillRecord, ExtractRecord, RestoreRecord};
+use crate::catalog::{DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RestoreRecord};
 use crate::error::{Error, Result};
 use crate::storage::{PutOutcome, list_all};
 
@@ -25,6 +28,7 @@ const REPORT_BYTES_MAX: u64 = 32 << 20;
 const RESTORES: &str = "restores";
 const DRILLS: &str = "drills";
 const EXTRACTS: &str = "extracts";
+const EXPIRES: &str = "expires";
 
 /// The forms in which a drill's report is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +49,14 @@ impl DrillReportForm {
             Self::Html => "report.html",
         }
     }
+}
+
+/// What is below `history/expires/`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ExpireDocument {
+    Outcome(ExpireOutcome),
+    Record(ExpireRecord),
 }
 
 impl LineageRepository {
@@ -98,6 +110,31 @@ impl LineageRepository {
         self.recent(EXTRACTS, max).await
     }
 
+    /// Returns the records of the last `max` removals, each with how it ended, as
+    /// [`recent_restores`](Self::recent_restores); `None` for the end of one that was killed, or is at work.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn recent_expires(&self, max: usize) -> Result<Vec<(ExpireRecord, Option<ExpireOutcome>)>> {
+        let (mut records, mut ends) = (Vec::new(), BTreeMap::new());
+        // Each repository has its own removals, and the end of each has a document of its own.
+        for one in self.each() {
+            for document in one.recent_here(EXPIRES, max.saturating_mul(2)).await? {
+                match document {
+                    ExpireDocument::Outcome(outcome) => drop(ends.insert(outcome.id.clone(), outcome)),
+                    ExpireDocument::Record(record) => records.push(record),
+                }
+            }
+        }
+        records.sort_by(|a, b| (b.started, &b.id).cmp(&(a.started, &a.id)));
+        records.truncate(max);
+        let with_end = |record: ExpireRecord| {
+            let end = ends.remove(&record.id);
+            (record, end)
+        };
+        Ok(records.into_iter().map(with_end).collect())
+    }
+
     /// Stores one form of a drill's report. One that is there already, with whatever content, is a conflict.
     ///
     /// # Errors
@@ -138,15 +175,20 @@ impl LineageRepository {
 
     async fn recent<T: DeserializeOwned>(&self, deeds: &str, max: usize) -> Result<Vec<T>> {
         for one in self.each() {
-            let listed = list_all(&*one.storage, &one.layout.history_prefix(deeds), RECORDS_MAX).await?;
-            let reads =
-                listed.iter().rev().take(max).map(|meta| document::read::<T>(&*one.storage, &meta.key));
-            let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
+            let read = one.recent_here(deeds, max).await?;
             if !read.is_empty() {
-                return Ok(read.into_iter().flatten().collect());
+                return Ok(read);
             }
         }
         Ok(Vec::new())
+    }
+
+    /// Returns the last `max` documents of a kind in this repository, the newest first.
+    async fn recent_here<T: DeserializeOwned>(&self, deeds: &str, max: usize) -> Result<Vec<T>> {
+        let listed = list_all(&*self.storage, &self.layout.history_prefix(deeds), RECORDS_MAX).await?;
+        let reads = listed.iter().rev().take(max).map(|meta| document::read::<T>(&*self.storage, &meta.key));
+        let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
+        Ok(read.into_iter().flatten().collect())
     }
 }
 

@@ -314,7 +314,12 @@ async fn load_backups(repository: &LineageRepository) -> Result<Backups> {
     let mut unfinished = Vec::new();
     for id in started_ids(repository).await? {
         if !complete.contains(&*id) {
-            unfinished.extend(repository.backup_started(&id).await?);
+            match repository.backup_started(&id).await {
+                Ok(started) => unfinished.extend(started),
+                // In a bucket with versions it may have been removed.
+                Err(Error::Missing(_)) => {}
+                Err(error) => return Err(error),
+            }
         }
     }
     Ok((records, unfinished))

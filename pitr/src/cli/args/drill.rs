@@ -108,6 +108,7 @@ pub(in crate::cli) enum Deed {
     Restore,
     Drill,
     Extract,
+    Expire,
 }
 
 impl Deed {
@@ -118,6 +119,7 @@ impl Deed {
             Self::Restore => "restore",
             Self::Drill => "drill",
             Self::Extract => "extract",
+            Self::Expire => "expire",
         }
     }
 }
