@@ -13,13 +13,12 @@ use walship::repository::{LineageRepository, RecordedBy, new_backup_id};
 use walship::{Error, Result};
 
 use super::args::{ExtractArgs, FormWord};
-use super::before::Asked;
 use super::output::{self, Style};
-use super::plan::refused;
+use super::plan::{open_and_plan, refused};
 use super::scratch::{self, Broken, Told};
-use super::source::Source;
 use super::{DONE, FAILED};
 use crate::drill::Verdict;
+use crate::execute::Progress;
 use crate::execute::drill::{Clock, millis, prove_outcome};
 use crate::execute::extract::{
     FileForm, Found, Live, Selection, Table, Wanted, count, dump_to_file, find, load_into, shape,
@@ -27,9 +26,8 @@ use crate::execute::extract::{
 };
 use crate::execute::scratch::{Private, Purpose, Scratch, Stage, Up, bring_up, check, quoted};
 use crate::execute::start::{Replay, find_tool};
-use crate::execute::{Planned, Progress, Proof, make_plan};
 use crate::log::parse_table;
-use crate::plan::{PlanOptions, Refusal, RestorePlan};
+use crate::plan::RestorePlan;
 use crate::words::duration;
 
 /// The longest name that PostgreSQL does not cut.
@@ -75,7 +73,7 @@ pub(super) async fn run(args: &ExtractArgs) -> Result<u8> {
     let folder = scratch::folder(&args.scratch, &args.source.overrides)?;
     let preparing = async {
         let into = into(args, started).await?;
-        Ok::<_, Error>((into, plan(args).await?))
+        Ok::<_, Error>((into, open_and_plan(&args.source, &args.target).await?))
     };
     let (into, planned) = tokio::select! {
         prepared = preparing => prepared?,
@@ -195,21 +193,6 @@ async fn into(args: &ExtractArgs, now: DateTime<Utc>) -> Result<Into> {
         (Some(FormWord::Custom), _) | (None, false) => FileForm::Custom,
     };
     Ok(Into::File { path, form })
-}
-
-async fn plan(args: &ExtractArgs) -> Result<Result<(Source, Box<RestorePlan>), Box<Refusal>>> {
-    let asked = Asked::of(&args.target)?;
-    let source = Source::open(&args.source).await?;
-    let target = match asked.target(&source).await? {
-        Ok(target) => target,
-        Err(refusal) => return Ok(Err(refusal)),
-    };
-    let options = PlanOptions { backup: args.target.backup.clone() };
-    let planned = make_plan(&source.repository, &source.catalog, &target, &options, Proof::Whole).await?;
-    Ok(match planned {
-        Planned::Plan(plan) => Ok((source, plan)),
-        Planned::Refused(refusal) => Err(refusal),
-    })
 }
 
 /// What is to be done.

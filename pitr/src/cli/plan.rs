@@ -3,7 +3,7 @@
 use walship::Result;
 use walship::config::Overrides;
 
-use super::args::PlanArgs;
+use super::args::{PlanArgs, SourceArgs, TargetArgs};
 use super::before::Asked;
 use super::output::{self, Style, Way};
 use super::source::{Source, say_notes};
@@ -37,6 +37,25 @@ pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
             refused(&refusal, args.source.json)
         }
     }
+}
+
+/// Opens the repository and makes a plan whose whole chain is looked for, to be carried out at once; or says why there is none.
+pub(super) async fn open_and_plan(
+    source: &SourceArgs,
+    target: &TargetArgs,
+) -> Result<Result<(Source, Box<RestorePlan>), Box<Refusal>>> {
+    let asked = Asked::of(target)?;
+    let source = Source::open(source).await?;
+    let options = PlanOptions { backup: target.backup.clone() };
+    let target = match asked.target(&source).await? {
+        Ok(target) => target,
+        Err(refusal) => return Ok(Err(refusal)),
+    };
+    let planned = make_plan(&source.repository, &source.catalog, &target, &options, Proof::Whole).await?;
+    Ok(match planned {
+        Planned::Plan(plan) => Ok((source, plan)),
+        Planned::Refused(refusal) => Err(refusal),
+    })
 }
 
 /// Reports a refusal and returns its exit status.

@@ -15,18 +15,17 @@ use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
 use super::args::RestoreArgs;
-use super::before::Asked;
 use super::confirm::confirm;
 use super::hold::hold_for_restore;
 use super::output::{self, Style, Way};
-use super::plan::refused;
-use super::source::{Source, credentials_note, restore_cmd, restore_cmd_arguments};
+use super::plan::{open_and_plan, refused};
+use super::source::{credentials_note, restore_cmd, restore_cmd_arguments};
 use super::surviving::{self, Then};
 use super::{DONE, forecast, role, start, status_of};
 use crate::execute::restore::{Existing, check};
 use crate::execute::start::{StartOptions, Started, would_start};
-use crate::execute::{Planned, Progress, Proof, RestoreOptions, RestoreReport, make_plan, restore};
-use crate::plan::{PlanOptions, Refusal, RestorePlan};
+use crate::execute::{Progress, RestoreOptions, RestoreReport, restore};
+use crate::plan::RestorePlan;
 use crate::recovery_settings::{Recovery, RestoreAs, SettingsOptions, TargetAction, restore_command};
 use crate::target::TargetKind;
 
@@ -41,14 +40,14 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     start::refuse_root(&args.starting)?;
     surviving::check_words(args)?;
     let program = restore_cmd(args.restore_cmd.as_deref())?;
-    let (mut source, mut plan) = match open_and_plan(args).await? {
+    let (mut source, mut plan) = match open_and_plan(&args.source, &args.target).await? {
         Ok(planned) => planned,
         Err(refusal) => return refused(&refusal, args.source.json),
     };
     let surviving = match surviving::look(args, &source, &plan).await? {
         Then::GoOn { note } => note,
         Then::PlanAgain { note } => {
-            (source, plan) = match open_and_plan(args).await? {
+            (source, plan) = match open_and_plan(&args.source, &args.target).await? {
                 Ok(planned) => planned,
                 Err(refusal) => return refused(&refusal, args.source.json),
             };
@@ -114,22 +113,6 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         forecast::record(&source.repository, &plan, &report, (begun_at, restored_in), started, reason).await;
     }
     finish(&restored, ended, args.source.json, style)
-}
-
-/// Returns what the repository holds, and the plan, or why there is none.
-async fn open_and_plan(args: &RestoreArgs) -> Result<Result<(Source, Box<RestorePlan>), Box<Refusal>>> {
-    let asked = Asked::of(&args.target)?;
-    let source = Source::open(&args.source).await?;
-    let target = match asked.target(&source).await? {
-        Ok(target) => target,
-        Err(refusal) => return Ok(Err(refusal)),
-    };
-    let options = PlanOptions { backup: args.target.backup.clone() };
-    let planned = make_plan(&source.repository, &source.catalog, &target, &options, Proof::Whole).await?;
-    Ok(match planned {
-        Planned::Plan(plan) => Ok((source, plan)),
-        Planned::Refused(refusal) => Err(refusal),
-    })
 }
 
 /// What was restored, or would be.

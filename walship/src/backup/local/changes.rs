@@ -12,7 +12,7 @@ use crate::pg::incremental::PartialFile;
 use crate::pg::page::{Fork, PAGE_BYTES, RelationFile};
 use crate::repository::FileBlocks;
 
-use super::read::{Ahead, Opened, PageCheck, Pages, READ_BYTES, read_up_to};
+use super::read::{Ahead, Opened, PageCheck, Pages, READ_BYTES, read_checked};
 
 /// Where more of a file has changed than this, in percent, it is stored whole.
 ///
@@ -63,12 +63,8 @@ pub(super) fn find_changes(
         ahead.keep(opened, at);
         let length = (opened.bytes - at).min(READ_BYTES as u64) as usize;
         buffer.resize(length, 0);
-        let there = read_up_to(&opened.file, buffer, at).map_err(failed)?;
-        buffer[there..].fill(0);
         let found = damaged.len();
-        if let Some(pages) = &pages {
-            pages.check(&opened.file, &mut buffer[..there], at, &mut damaged);
-        }
+        read_checked(opened, pages.as_ref(), buffer, at, &mut damaged).map_err(failed)?;
         let first = at / PAGE_BYTES as u64;
         for (number, digest) in block_digests(buffer).enumerate() {
             let block = first + number as u64;
@@ -126,11 +122,7 @@ pub(super) fn read_changes(
         for part in run.chunks(READ_BYTES / PAGE_BYTES) {
             buffer.resize(part.len() * PAGE_BYTES, 0);
             let at = part.first().map_or(0, |block| u64::from(*block) * PAGE_BYTES as u64);
-            let there = read_up_to(&opened.file, buffer, at).map_err(failed)?;
-            buffer[there..].fill(0);
-            if let Some(pages) = &pages {
-                pages.check(&opened.file, &mut buffer[..there], at, &mut damaged);
-            }
+            read_checked(opened, pages.as_ref(), buffer, at, &mut damaged).map_err(failed)?;
             crc = crc32c::crc32c_append(crc, buffer);
             take(buffer)?;
         }

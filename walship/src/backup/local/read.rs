@@ -127,12 +127,7 @@ pub(super) fn read(
         if length == 0 {
             return Err(Error::invalid(format!("there is no room for {}", listed.display())));
         }
-        let there = read_up_to(&opened.file, buffer, at).map_err(failed)?;
-        buffer[there..].fill(0);
-        if let Some(pages) = &pages {
-            // What the file has lost meanwhile is no page, and neither is an end that is shorter than one.
-            pages.check(&opened.file, &mut buffer[..there], at, &mut damaged);
-        }
+        read_checked(opened, pages.as_ref(), buffer, at, &mut damaged).map_err(failed)?;
         crc = crc32c::crc32c_append(crc, buffer);
         into.took(length)?;
         at += length as u64;
@@ -231,8 +226,28 @@ fn judge_again(
     None
 }
 
+/// Fills the buffer from `at` on, with zeros where the file has become shorter, and checks the pages that are there.
+///
+/// # Errors
+/// What reading fails with.
+pub(super) fn read_checked(
+    opened: &Opened,
+    pages: Option<&Pages<'_>>,
+    buffer: &mut [u8],
+    at: u64,
+    damaged: &mut Vec<DamagedPage>,
+) -> io::Result<()> {
+    let there = read_up_to(&opened.file, buffer, at)?;
+    buffer[there..].fill(0);
+    if let Some(pages) = pages {
+        // What the file has lost meanwhile is no page, and neither is an end that is shorter than one.
+        pages.check(&opened.file, &mut buffer[..there], at, damaged);
+    }
+    Ok(())
+}
+
 /// Reads until the buffer is full or the file ends.
-pub(super) fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         match file.read_at(&mut buffer[filled..], at + filled as u64) {
