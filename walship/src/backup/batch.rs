@@ -1,5 +1,4 @@
-//! Tar bytes on their way to be compressed: cut into frames so that no frame, and no batch, ends inside a
-//! block of a file. Pure.
+//! Tar bytes on their way to be compressed: cut so that no frame, and no batch, ends inside a block of a file. Pure.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -8,12 +7,18 @@ use crate::codec::backup_index::{BLOCK_BYTES, BlockDigest, IndexedFile, Partial,
 
 use super::members::{BLOCK, Member, MemberKind};
 
-/// A frame holds at most so many bytes of tar. Small, so that a changed page is fetched with few others; longer ones would
-/// compress better (ADR 0020).
-const FRAME_BYTES_MAX: usize = 128 << 10;
+/// The tar bytes are cut into pieces of at most so many; a frame is one of them, or some (see [`FrameCompressor`]).
+const PIECE_BYTES_MAX: usize = 64 << 10;
 
-/// A member that ends in a frame at least this full ends the frame.
-const FRAME_BYTES_MIN: usize = 64 << 10;
+/// A member that ends in a piece at least this full ends the piece.
+const PIECE_BYTES_MIN: usize = PIECE_BYTES_MAX / 2;
+
+/// A frame holds at most so many bytes of tar.
+const FRAME_BYTES_MAX: usize = 256 << 10;
+
+/// A frame is to hold so many bytes when it is compressed. Short ones, so that a changed page is fetched with few others;
+/// longer ones would compress better (ADR 0020).
+const FRAME_STORED_BYTES: usize = 24 << 10;
 
 /// So many bytes of tar are compressed by one thread in one go. They stay in its core's cache from reading to compressing.
 const BATCH_BYTES: usize = 1 << 20;
@@ -27,7 +32,7 @@ pub(crate) struct Batch {
     /// Room; what is behind `filled` means nothing.
     tar: Vec<u8>,
     filled: usize,
-    /// Where each frame ends.
+    /// Where a frame may end.
     ends: Vec<usize>,
     /// Where files' bytes stand. Each piece starts at the start of a block.
     data: Vec<Range<usize>>,
@@ -48,9 +53,14 @@ pub(crate) struct Compressed {
 }
 
 /// Compresses frames, and keeps what that takes from one batch to the next.
+///
+/// A frame takes pieces as long as they are expected to be compressed to [`FRAME_STORED_BYTES`], by what became of the
+/// frame before. So rows that compress well lie in long frames, which costs less, and others in short ones.
 pub(crate) struct FrameCompressor {
     zstd: zstd::bulk::Compressor<'static>,
     frame: Vec<u8>,
+    /// How many bytes of tar the next frame is to hold.
+    wanted: usize,
 }
 
 impl FrameCompressor {
@@ -59,13 +69,20 @@ impl FrameCompressor {
     pub(crate) fn new(level: i32) -> std::io::Result<Self> {
         let mut zstd = zstd::bulk::Compressor::new(level)?;
         zstd.include_checksum(true)?;
-        Ok(Self { zstd, frame: Vec::new() })
+        Ok(Self { zstd, frame: Vec::new(), wanted: PIECE_BYTES_MAX })
+    }
+
+    /// Returns how many of the pieces that end at `ends`, of which the first starts at `start`, make the next frame.
+    fn pieces(&self, start: usize, ends: &[usize]) -> usize {
+        ends.iter().take_while(|end| *end - start <= self.wanted).count().clamp(1, ends.len())
     }
 
     fn compress(&mut self, tar: &[u8]) -> std::io::Result<&[u8]> {
         self.frame.clear();
         self.frame.reserve(zstd::zstd_safe::compress_bound(tar.len()));
         self.zstd.compress_to_buffer(tar, &mut self.frame)?;
+        let wanted = tar.len() * FRAME_STORED_BYTES / self.frame.len().max(1);
+        self.wanted = wanted.clamp(PIECE_BYTES_MAX, FRAME_BYTES_MAX);
         Ok(&self.frame)
     }
 }
@@ -81,13 +98,15 @@ impl Batch {
     /// What zstd fails with.
     pub(crate) fn compress(self, compressor: &mut FrameCompressor) -> std::io::Result<(Compressed, Vec<u8>)> {
         let (mut bytes, mut frames) = (Vec::new(), Vec::with_capacity(self.ends.len()));
-        let mut start = 0;
-        for end in self.ends {
+        let (mut start, mut ends) = (0, &*self.ends);
+        while !ends.is_empty() {
+            let (now, later) = ends.split_at(compressor.pieces(start, ends));
+            let end = now.last().copied().unwrap_or(start);
             let frame = compressor.compress(&self.tar[start..end])?;
             // Both are far below 4 GiB.
             frames.push((frame.len() as u32, (end - start) as u32));
             bytes.extend_from_slice(frame);
-            start = end;
+            (start, ends) = (end, later);
         }
         let digests = self.data.into_iter().flat_map(|piece| block_digests(&self.tar[piece])).collect();
         let compressed = Compressed { bytes, frames, folders: self.folders, files: self.files, digests };
@@ -178,8 +197,8 @@ impl Cutter {
         let in_block = (self.member_bytes % BLOCK_BYTES as u64) as usize;
         let most = if in_block == 0 {
             self.make_room(BLOCK_BYTES, full);
-            let frame = FRAME_BYTES_MAX - self.frame_bytes();
-            frame - frame % BLOCK_BYTES
+            let left = PIECE_BYTES_MAX - self.piece_bytes();
+            left - left % BLOCK_BYTES
         } else {
             BLOCK_BYTES - in_block
         };
@@ -202,36 +221,36 @@ impl Cutter {
         self.batch.append(bytes);
     }
 
-    /// The open member is whole: a place to end a frame.
+    /// The open member is whole: a place to end a piece.
     pub(crate) fn end_member(&mut self) {
-        if self.frame_bytes() >= FRAME_BYTES_MIN {
-            self.end_frame();
+        if self.piece_bytes() >= PIECE_BYTES_MIN {
+            self.end_piece();
         }
     }
 
     /// Ends the tar stream and returns what is left.
     pub(crate) fn finish(mut self) -> Batch {
         self.batch.append(&[0; 2 * BLOCK]);
-        self.end_frame();
+        self.end_piece();
         self.batch
     }
 
-    fn frame_bytes(&self) -> usize {
+    fn piece_bytes(&self) -> usize {
         self.batch.filled - self.batch.ends.last().unwrap_or(&0)
     }
 
-    fn end_frame(&mut self) {
-        if self.frame_bytes() > 0 {
+    fn end_piece(&mut self) {
+        if self.piece_bytes() > 0 {
             self.batch.ends.push(self.batch.filled);
         }
     }
 
-    /// Ends the frame, and then perhaps the batch, when `bytes` more would be too many.
+    /// Ends the piece, and then perhaps the batch, when `bytes` more would be too many.
     fn make_room(&mut self, bytes: usize, full: &mut impl FnMut(Batch) -> Vec<u8>) {
-        if self.frame_bytes() + bytes > FRAME_BYTES_MAX {
-            self.end_frame();
+        if self.piece_bytes() + bytes > PIECE_BYTES_MAX {
+            self.end_piece();
         }
-        if self.frame_bytes() == 0 && self.batch.filled + FRAME_BYTES_MAX > BATCH_BYTES {
+        if self.piece_bytes() == 0 && self.batch.filled + PIECE_BYTES_MAX > BATCH_BYTES {
             let before = self.tar_bytes();
             let memory = full(std::mem::take(&mut self.batch));
             *self = Self { before, member_bytes: self.member_bytes, ..Self::new(memory) };
@@ -293,6 +312,34 @@ mod tests {
         assert_eq!(mode_of(&header), 0o750);
     }
 
+    #[test]
+    fn what_compresses_well_lies_in_long_frames_and_the_rest_in_short_ones() {
+        let mut compressor = FrameCompressor::new(1).unwrap();
+        let mut frames = |content: &[u8]| {
+            let (mut cutter, mut batches) = (Cutter::default(), Vec::new());
+            let mut full = |batch| {
+                batches.push(batch);
+                Vec::new()
+            };
+            let member = Member { path: "1".into(), kind: MemberKind::File, bytes: content.len() as u64 };
+            cutter.header(&[0; BLOCK], member, None, &mut full);
+            cutter.data(content, &mut full);
+            cutter.end_member();
+            batches.push(cutter.finish());
+            let compressed = batches.into_iter().map(|batch| batch.compress(&mut compressor).unwrap().0);
+            let lengths: Vec<u32> =
+                compressed.flat_map(|batch| batch.frames).map(|(_, tar)| tar >> 10).collect();
+            // The first one is as long as what came before wanted it, the last one is what is left.
+            lengths[1..lengths.len() - 1].to_vec()
+        };
+        let noise: Vec<u8> = (0..4 << 20).map(|_| rand::random()).collect();
+        assert!(frames(&noise).iter().all(|kib| *kib <= 64));
+        assert!(frames(&vec![7; 4 << 20]).iter().filter(|kib| **kib >= 248).count() >= 12);
+        // Digits: a little less than half.
+        let digits: Vec<u8> = noise.iter().map(|byte| b'0' + byte % 10).collect();
+        assert!(frames(&digits).iter().all(|kib| *kib <= 64));
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
@@ -307,7 +354,7 @@ mod tests {
                 prop_assert!(batch.filled <= BATCH_BYTES + BATCH_SLACK_BYTES);
                 at += batch.tar_bytes();
                 let (compressed, _) = batch.compress(&mut compressor).unwrap();
-                prop_assert!(compressed.frames.iter().all(|(_, tar)| (*tar as usize) <= FRAME_BYTES_MAX + 4 * BLOCK));
+                prop_assert!(compressed.frames.iter().all(|(_, tar)| (*tar as usize) <= FRAME_BYTES_MAX));
                 let (mut from, sizes) = (0, &compressed.frames);
                 for (bytes, plain) in sizes {
                     let frame = &compressed.bytes[from..from + *bytes as usize];

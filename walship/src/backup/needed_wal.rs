@@ -63,6 +63,12 @@ pub(crate) struct Missing {
     pub(crate) histories: Vec<TimelineId>,
 }
 
+/// The last segment is mostly on its way already: the first pauses between two looks are short.
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+
+/// The longest pause between two looks.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+
 /// Waits until every needed segment and history file is in every repository.
 ///
 /// # Errors
@@ -79,7 +85,7 @@ pub(crate) async fn wait_until_stored(
     let mut last = Missing { segments: 0, first: None, histories: Vec::new() };
     for repository in repositories {
         let (mut needed, mut histories) = (needed.clone(), histories.clone());
-        let mut pause = Duration::from_millis(100);
+        let mut pause = PAUSE_MIN;
         loop {
             let mut trouble = None;
             match missing_of(repository, &needed).await {
@@ -116,7 +122,7 @@ pub(crate) async fn wait_until_stored(
                 return Err(too_late(repository, &missing, patience, trouble));
             }
             tokio::time::sleep_until((Instant::now() + pause).min(deadline)).await;
-            pause = (pause * 3 / 2).min(Duration::from_secs(2));
+            pause = (pause * 3 / 2).min(PAUSE_MAX);
         }
     }
     Ok(())
