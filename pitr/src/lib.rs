@@ -20,6 +20,7 @@ pub mod drill;
 pub mod execute;
 pub mod inherited;
 pub mod log;
+pub mod page;
 pub mod plan;
 pub mod recovery_settings;
 pub mod retention;

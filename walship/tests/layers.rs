@@ -26,7 +26,7 @@ const WALSHIP_FLOORS: &[&[&str]] = &[
 /// The rooms of `pitr`, from the bottom up.
 const PITR_FLOORS: &[&[&str]] = &[
     &["target", "inherited", "words"],
-    &["plan"],
+    &["plan", "page"],
     &["recovery_settings", "retention", "verify", "log", "drill"],
     &["execute"],
     &["cli"],
@@ -40,7 +40,18 @@ const PURE: &[(&str, &[&str])] = &[
     ("walship", &["pg", "wal", "catalog", "codec", "feed"]),
     (
         "pitr",
-        &["target", "inherited", "words", "plan", "recovery_settings", "retention", "verify", "log", "drill"],
+        &[
+            "target",
+            "inherited",
+            "words",
+            "page",
+            "plan",
+            "recovery_settings",
+            "retention",
+            "verify",
+            "log",
+            "drill",
+        ],
     ),
 ];
 

@@ -47,6 +47,7 @@ const INFO_EXAMPLES: &str = "Examples:
   pitr info
   pitr info --server --connection 'host=db1 user=monitor'
   pitr info --json | jq '.timelines[].windows'
+  pitr info --server --html /var/www/html/archive.html
 ";
 
 const LOG_EXAMPLES: &str = "Examples:
@@ -320,6 +321,10 @@ pub(super) struct InfoArgs {
     /// Ask the server how far the archive is behind it: the one of --connection, else of libpq's PG* variables
     #[arg(long)]
     pub(super) server: bool,
+    /// Write a status page to this file instead ("-": to standard output): the time line drawn, all figures, in one file
+    /// that loads nothing. Without --lineage of all lineages
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub(super) html: Option<PathBuf>,
     #[command(flatten)]
     pub(super) source: SourceArgs,
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use chrono::{DateTime, Utc};
+use clap::ValueEnum as _;
 use serde::Serialize;
 use serde_json::json;
 use walship::catalog::{
@@ -19,28 +20,28 @@ use crate::words::duration;
 
 /// One line of the history.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-struct Entry {
-    kind: Deed,
-    id: String,
-    started: DateTime<Utc>,
+pub(super) struct Entry {
+    pub(super) kind: Deed,
+    pub(super) id: String,
+    pub(super) started: DateTime<Utc>,
     /// How long it took.
-    millis: Option<u64>,
-    host: Option<String>,
-    user: Option<String>,
-    reason: Option<String>,
-    outcome: String,
+    pub(super) millis: Option<u64>,
+    pub(super) host: Option<String>,
+    pub(super) user: Option<String>,
+    pub(super) reason: Option<String>,
+    pub(super) outcome: String,
     /// What was not as it should be.
-    problems: Vec<String>,
+    pub(super) problems: Vec<String>,
     /// The target, as options.
-    target: Option<String>,
+    pub(super) target: Option<String>,
     /// What was extracted, and where it went; what was removed.
-    what: Option<String>,
+    pub(super) what: Option<String>,
     /// The backup that it used, or made.
-    backup: Option<String>,
+    pub(super) backup: Option<String>,
     /// The bytes of that backup's files; of a removal those that it freed.
-    bytes: u64,
+    pub(super) bytes: u64,
     /// How long it took until a server was open at the target.
-    recovery_millis: Option<u64>,
+    pub(super) recovery_millis: Option<u64>,
 }
 
 pub(super) async fn run(args: &HistoryArgs) -> Result<u8> {
@@ -53,21 +54,8 @@ pub(super) async fn run(args: &HistoryArgs) -> Result<u8> {
     // One more than is shown tells whether there are more.
     let max = limit + 1;
     let mut entries = Vec::new();
-    if wants(Deed::Backup) {
-        let catalog = load_catalog(&repository).await?;
-        entries.extend(catalog.backups.into_iter().rev().take(max).map(Entry::from));
-    }
-    if wants(Deed::Restore) {
-        entries.extend(repository.recent_restores(max).await?.into_iter().map(Entry::from));
-    }
-    if wants(Deed::Drill) {
-        entries.extend(repository.recent_drills(max).await?.into_iter().map(Entry::from));
-    }
-    if wants(Deed::Extract) {
-        entries.extend(repository.recent_extracts(max).await?.into_iter().map(Entry::from));
-    }
-    if wants(Deed::Expire) {
-        entries.extend(repository.recent_expires(max).await?.into_iter().map(Entry::from));
+    for kind in Deed::value_variants().iter().filter(|kind| wants(**kind)) {
+        entries.extend(entries_of(&repository, *kind, max).await?);
     }
     entries.sort_by(|one, other| other.started.cmp(&one.started).then_with(|| other.id.cmp(&one.id)));
     let more = entries.len() > limit;
@@ -84,6 +72,20 @@ pub(super) async fn run(args: &HistoryArgs) -> Result<u8> {
         output::print(&text(&entries, more, Style::of_stdout()))?;
     }
     Ok(DONE)
+}
+
+/// Returns the last `max` entries of a kind, the newest first.
+pub(super) async fn entries_of(repository: &LineageRepository, kind: Deed, max: usize) -> Result<Vec<Entry>> {
+    Ok(match kind {
+        Deed::Backup => {
+            let catalog = load_catalog(repository).await?;
+            catalog.backups.into_iter().rev().take(max).map(Entry::from).collect()
+        }
+        Deed::Restore => repository.recent_restores(max).await?.into_iter().map(Entry::from).collect(),
+        Deed::Drill => repository.recent_drills(max).await?.into_iter().map(Entry::from).collect(),
+        Deed::Extract => repository.recent_extracts(max).await?.into_iter().map(Entry::from).collect(),
+        Deed::Expire => repository.recent_expires(max).await?.into_iter().map(Entry::from).collect(),
+    })
 }
 
 /// Prints a drill's report as it is stored.

@@ -48,17 +48,22 @@ impl Source {
 /// Returns the chosen lineage, as all configured repositories hold it that can be read, and the cluster that it
 /// belongs to.
 pub(super) async fn open_lineages(args: &SourceArgs) -> Result<(LineageRepository, ClusterRepository)> {
-    open_configured(args, &Config::load(&args.overrides)?).await
+    open_configured(args.lineage, &Config::load(&args.overrides)?).await
+}
+
+/// Returns a lineage by its number, whatever the arguments choose.
+pub(super) async fn open_lineage(args: &SourceArgs, number: u32) -> Result<LineageRepository> {
+    Ok(open_configured(Some(number), &Config::load(&args.overrides)?).await?.0)
 }
 
 /// Returns the same, opened with the credentials that removal may have of its own.
 pub(super) async fn open_for_removal(args: &SourceArgs, mut config: Config) -> Result<LineageRepository> {
     config.repositories = config.repositories.iter().map(StorageConfig::for_removal).collect();
-    Ok(open_configured(args, &config).await?.0)
+    Ok(open_configured(args.lineage, &config).await?.0)
 }
 
 async fn open_configured(
-    args: &SourceArgs,
+    lineage: Option<u32>,
     config: &Config,
 ) -> Result<(LineageRepository, ClusterRepository)> {
     let cluster: ClusterName = config.cluster.parse()?;
@@ -67,7 +72,7 @@ async fn open_configured(
         (place.url.clone(), opened.await)
     });
     let opened = futures_util::future::join_all(opens).await;
-    let (repository, opened) = open_same_lineage(opened, args.lineage).await?;
+    let (repository, opened) = open_same_lineage(opened, lineage).await?;
     if let Some(folder) = &config.receive.spool {
         note_spool(&repository, folder, &config.cluster);
     }

@@ -6,7 +6,7 @@ use super::{Checked, DrillReport, Objective, Verdict, title};
 use crate::target::utc_text;
 use crate::words::{bytes, clean, duration, version};
 
-/// How many tables' rows the text lists: all of them are in the JSON and on the page.
+/// How many tables' rows the text lists: all of them are in the JSON.
 const COUNTS_MAX: usize = 40;
 
 /// Returns what an objective asks for and what was measured; `None` where there is nothing of both.
@@ -102,7 +102,7 @@ pub fn text(report: &DrillReport) -> String {
         let _ = writeln!(text, "  {rows:>12}  {} {}", count.database, count.table);
     }
     if let Some(more) = report.row_counts.len().checked_sub(COUNTS_MAX).filter(|more| *more > 0) {
-        let _ = writeln!(text, "  and of {more} more tables, in the JSON and on the page");
+        let _ = writeln!(text, "  and of {more} more tables, in the JSON");
     }
     let _ = writeln!(text, "\nTime");
     for step in &report.steps {

@@ -37,6 +37,7 @@ mod restore;
 mod s3_settings;
 mod standby;
 pub(crate) mod start;
+mod status_page;
 mod storage;
 mod storage_folder;
 mod surviving;

@@ -1,6 +1,7 @@
 //! `pitr info`.
 
 mod draw;
+mod status;
 #[cfg(test)]
 mod tests;
 
@@ -18,7 +19,7 @@ use super::args::InfoArgs;
 use super::output::{self, Style};
 use super::source::open_lineages;
 use crate::execute::info::{Info, ServerInfo, TailInfo, TimelineInfo, WindowInfo, read_info};
-use crate::plan::WindowEnd;
+use crate::plan::{Window, WindowEnd};
 
 /// How many lines of one kind are printed: all of them are in the JSON.
 const LINES_MAX: usize = 8;
@@ -34,7 +35,9 @@ pub(super) async fn run(args: &InfoArgs) -> Result<u8> {
     super::source::say_notes(&repository);
     let server = asked.map(|asked| compare(&catalog, asked));
     let info = read_info(&repository, catalog, tails, lineages, server, Utc::now()).await?;
-    if args.source.json {
+    if let Some(target) = &args.html {
+        status::run(args, target, &repository, info).await?;
+    } else if args.source.json {
         let value = serde_json::to_value(&info)
             .map_err(|error| Error::invalid(format!("what is stored cannot be shown as JSON: {error}")))?;
         output::print_json(&value)?;
@@ -192,15 +195,9 @@ fn window_text(found: &WindowInfo, now: DateTime<Utc>) -> String {
     };
     let backups =
         if window.backups == 1 { "1 backup".to_owned() } else { format!("{} backups", window.backups) };
-    let end = match (window.ended_by, window.reset_lsn) {
-        (WindowEnd::EndOfArchive, _) => String::new(),
-        (WindowEnd::Gap, None) => ", a gap behind it".to_owned(),
-        (WindowEnd::Gap, Some(lsn)) => {
-            format!(", a gap behind it, where pg_resetwal made WAL begin anew at {lsn}")
-        }
-        (WindowEnd::Expired, _) => ", what is behind it was expired".to_owned(),
-        (WindowEnd::WalLevelMinimal, _) => ", wal_level = minimal behind it".to_owned(),
-        (WindowEnd::WalReset, _) => ", pg_resetwal behind it".to_owned(),
+    let end = match &*end_of(window) {
+        "" => String::new(),
+        end => format!(", {end}"),
     };
     format!(
         "  window   {} ({}) to {until}\n           WAL to {}, {backups}{end}",
@@ -208,6 +205,20 @@ fn window_text(found: &WindowInfo, now: DateTime<Utc>) -> String {
         window.from_lsn,
         window.until_lsn
     )
+}
+
+/// Returns what lies behind a window; nothing where that is the archive's end.
+fn end_of(window: &Window) -> String {
+    match (window.ended_by, window.reset_lsn) {
+        (WindowEnd::EndOfArchive, _) => String::new(),
+        (WindowEnd::Gap, None) => "a gap behind it".to_owned(),
+        (WindowEnd::Gap, Some(lsn)) => {
+            format!("a gap behind it, where pg_resetwal made WAL begin anew at {lsn}")
+        }
+        (WindowEnd::Expired, _) => "what is behind it was expired".to_owned(),
+        (WindowEnd::WalLevelMinimal, _) => "wal_level = minimal behind it".to_owned(),
+        (WindowEnd::WalReset, _) => "pg_resetwal behind it".to_owned(),
+    }
 }
 
 fn backups_text(text: &mut String, info: &Info, style: Style) {

@@ -27,7 +27,7 @@ fn stop(segment: u64, xid: u32) -> StopTime {
 
 /// Segments 1 to 12 of timeline 1 without the eighth, which was given up; timeline 2 from the middle of segment
 /// 10 on; two backups, `wal_level` minimal for a while, a restore point.
-fn catalog() -> Catalog {
+pub(super) fn catalog() -> Catalog {
     let mut world = World::new();
     world.backup_record("20261121T000000Z-0000000000000001", tli(1), lsn(2, 40), lsn(2, 5000));
     world.backup_record("20261121T000000Z-0000000000000002", tli(1), lsn(9, 40), lsn(9, 5000));
@@ -91,13 +91,13 @@ fn now() -> DateTime<Utc> {
     at(0) + TimeDelta::hours(1)
 }
 
-async fn info(server: Option<ServerInfo>) -> Info {
+pub(super) async fn info(server: Option<ServerInfo>) -> Info {
     let (repository, catalog) = (repository().await, catalog());
     let lineages = vec![catalog.lineage.clone()];
     read_info(&repository, catalog, vec![], lineages, server, now()).await.unwrap()
 }
 
-fn position() -> ServerPosition {
+pub(super) fn position() -> ServerPosition {
     ServerPosition {
         system_identifier: 7_123_456_789_012_345_678,
         segment_size: SIZE,
