@@ -9,6 +9,7 @@ mod names;
 mod restores;
 mod segments;
 mod tail;
+mod verifications;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,9 @@ pub use names::{DatabaseNames, Names, RelationName, SavedNames};
 pub use restores::{Phase, RestoreRecord};
 pub use segments::StoredSegments;
 pub use tail::{StoredTail, TailFlaw};
+pub use verifications::{
+    Proven, ProvenObjects, ProvenRun, Seen, SeenRun, VerifiedBackup, VerifyOutcome, VerifyRecord,
+};
 
 /// An incremental backup that cannot be restored: another is gone that it builds on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

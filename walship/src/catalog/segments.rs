@@ -29,6 +29,11 @@ impl StoredSegments {
         Self { size, runs: BTreeMap::new(), pieces: BTreeMap::new() }
     }
 
+    /// Returns the segments' size.
+    pub fn size(&self) -> SegmentSize {
+        self.size
+    }
+
     /// Adds one segment with its stored size in bytes.
     pub fn insert(&mut self, name: SegmentName, stored_bytes: u64) {
         self.insert_runs(&[Run { first: name, segments: 1 }], stored_bytes);

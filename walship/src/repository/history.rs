@@ -1,4 +1,5 @@
-//! The records of what was done with an archive, one document each, written after it: restores, drills, extracts; and
+//! The records of what was done with an archive, one document each, written after it: restores, drills, extracts,
+//! verifications; and
 //! those of removals, which are written before.
 //! The reports of drills lie beside them.
 
@@ -9,7 +10,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RestoreRecord};
+use crate::catalog::{DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RestoreRecord, VerifyRecord};
 use crate::error::{Error, Result};
 use crate::storage::{PutOutcome, list_all};
 
@@ -29,6 +30,7 @@ const RESTORES: &str = "restores";
 const DRILLS: &str = "drills";
 const EXTRACTS: &str = "extracts";
 const EXPIRES: &str = "expires";
+const VERIFICATIONS: &str = "verifications";
 
 /// The forms in which a drill's report is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +88,14 @@ impl LineageRepository {
         self.put_record(EXTRACTS, &record.id, record).await
     }
 
+    /// Records a verification of this repository, as [`put_restore_record`](Self::put_restore_record).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn put_verify_record(&self, record: &VerifyRecord) -> Result<()> {
+        self.put_record(VERIFICATIONS, &record.id, record).await
+    }
+
     /// Returns the records of the last `max` restores, the newest first; from the first repository that has any.
     ///
     /// # Errors
@@ -108,6 +118,20 @@ impl LineageRepository {
     /// As there.
     pub async fn recent_extracts(&self, max: usize) -> Result<Vec<ExtractRecord>> {
         self.recent(EXTRACTS, max).await
+    }
+
+    /// Returns the records of the last `max` verifications, the newest first, of all repositories: each has its own.
+    ///
+    /// # Errors
+    /// As [`recent_restores`](Self::recent_restores).
+    pub async fn recent_verifications(&self, max: usize) -> Result<Vec<VerifyRecord>> {
+        let mut records: Vec<VerifyRecord> = Vec::new();
+        for one in self.each() {
+            records.extend(one.recent_here(VERIFICATIONS, max).await?);
+        }
+        records.sort_by(|a, b| (b.started, &b.id).cmp(&(a.started, &a.id)));
+        records.truncate(max);
+        Ok(records)
     }
 
     /// Returns the records of the last `max` removals, each with how it ended, as

@@ -382,6 +382,24 @@ impl LineageLayout {
         self.key(format_args!("drills/{id}/{file}"))
     }
 
+    /// What the keys of all documents about what is proven start with.
+    pub(super) fn proven_prefix(&self) -> String {
+        format!("{}/verifications/", self.base)
+    }
+
+    /// The key of such a document: the `number`th of a verification.
+    pub(super) fn proven(&self, id: &str, number: u32) -> Result<ObjectKey> {
+        check_id(id, "a verification")?;
+        self.key(format_args!("verifications/{id}/{number:08}.json"))
+    }
+
+    /// Reads the id and the number in the key of such a document back.
+    pub(super) fn parse_proven(&self, key: &ObjectKey) -> Option<(String, u32)> {
+        let (id, number) = key.as_str().strip_prefix(&self.proven_prefix())?.split_once('/')?;
+        let number = number.strip_suffix(".json")?.parse().ok()?;
+        (self.proven(id, number).ok().as_ref() == Some(key)).then(|| (id.to_owned(), number))
+    }
+
     /// What the keys of all documents about holds start with.
     pub(super) fn holds_prefix(&self) -> String {
         format!("{}/holds/", self.base)

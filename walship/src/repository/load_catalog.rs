@@ -42,6 +42,96 @@ pub async fn load_catalog_from_listings(repository: &LineageRepository) -> Resul
     load(repository, Using::Listings).await
 }
 
+/// What can be read of one repository, and what cannot.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// What can be read: every segment listed, the backups without their data objects.
+    pub catalog: Catalog,
+    /// How many data objects each backup has.
+    pub objects: BTreeMap<String, u32>,
+    /// What is damaged, and so left out.
+    pub damaged: Vec<DamagedDocument>,
+}
+
+/// Something small without which a catalog is not whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DamagedDocument {
+    /// A timeline's history file.
+    History {
+        /// The timeline.
+        timeline: TimelineId,
+        /// What is wrong.
+        what: String,
+    },
+    /// A backup's record.
+    BackupRecord {
+        /// The id in its key; empty where the key does not tell.
+        id: String,
+        /// What is wrong.
+        what: String,
+    },
+}
+
+/// Returns what this repository, whatever others it is read with, holds, without what is damaged of it.
+///
+/// # Errors
+/// What the store says.
+pub async fn load_what_is_sound(repository: &LineageRepository) -> Result<Loaded> {
+    let mut damaged = Vec::new();
+    let mut objects = BTreeMap::new();
+    let listed = list_records(repository).await?;
+    let reads = listed.iter().map(|meta| async move {
+        let read = read_records(repository, std::slice::from_ref(meta), &BTreeMap::new()).await;
+        // Lists of data objects are read again when they are wanted.
+        let read = read.map(|records| {
+            records.into_iter().next().map(|(_, record)| {
+                let count = record.objects.len() as u32;
+                (count, BackupRecord { objects: Vec::new(), ..record })
+            })
+        });
+        (meta, read)
+    });
+    let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).collect().await;
+    let mut backups = Vec::new();
+    for (meta, read) in read {
+        match read {
+            Ok(Some((count, record))) => {
+                objects.insert(record.id.clone(), count);
+                backups.push(record);
+            }
+            Ok(None) => {}
+            Err(Error::Corrupt(what)) => {
+                let id = meta.key.as_str().strip_suffix(".json").and_then(|key| key.get(key.len() - 33..));
+                let id = id.filter(|id| check_backup_id(id).is_ok()).unwrap_or_default().to_owned();
+                damaged.push(DamagedDocument::BackupRecord { id, what: what.to_string() });
+            }
+            // Removed meanwhile.
+            Err(Error::Unavailable(_))
+                if repository.storage.list(meta.key.as_str(), None).await?.objects.is_empty() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    backups.sort_by(|a, b| (a.start_lsn, a.started, &a.id).cmp(&(b.start_lsn, b.started, &b.id)));
+    let (timelines, found) = load_wal(repository, Using::Listings).await?;
+    let mut histories = BTreeMap::new();
+    for &timeline in timelines.iter().filter(|timeline| **timeline != TimelineId::FIRST) {
+        match repository.history(timeline).await {
+            Ok(history) => histories.extend(history.map(|history| (timeline, history))),
+            Err(Error::Corrupt(what)) => {
+                damaged.push(DamagedDocument::History { timeline, what: what.to_string() });
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let mut catalog = put_together(repository, backups, Vec::new(), &timelines, found, histories).await?;
+    // The index tells of what was there once.
+    for (timeline, indexed) in timelines.iter().zip(load_wal(repository, Using::Index).await?.1) {
+        catalog.lost_ends.extend(indexed.lost_end.map(|last| (*timeline, last)));
+    }
+    catalog.set_orphans_aside();
+    Ok(Loaded { catalog, objects, damaged })
+}
+
 /// Loads what the lineage holds in each repository, and puts it together.
 async fn load(repository: &LineageRepository, using: Using) -> Result<Catalog> {
     let mut catalog = load_all(repository, using).await?;
@@ -200,10 +290,22 @@ async fn load_one(repository: &LineageRepository, using: Using) -> Result<Catalo
     // In this order: a backup's WAL is stored before its record, so that none seems to lack it.
     let (backups, unfinished) = load_backups(repository).await?;
     let (timelines, found) = load_wal(repository, using).await?;
+    let histories = load_histories(repository, &timelines).await?;
+    put_together(repository, backups, unfinished, &timelines, found, histories).await
+}
+
+async fn put_together(
+    repository: &LineageRepository,
+    backups: Vec<BackupRecord>,
+    unfinished: Vec<BackupStarted>,
+    timelines: &[TimelineId],
+    found: Vec<Found>,
+    histories: BTreeMap<TimelineId, TimelineHistory>,
+) -> Result<Catalog> {
     let mut catalog = Catalog {
         cluster: repository.cluster.to_string(),
         lineage: repository.lineage.clone(),
-        histories: load_histories(repository, &timelines).await?,
+        histories,
         segments: StoredSegments::new(repository.lineage.segment_size),
         in_parts: BTreeMap::new(),
         stranded: BTreeMap::new(),

@@ -35,12 +35,14 @@ mod load_segments;
 mod load_tails;
 mod others;
 pub mod probe;
+mod proven;
 mod removal;
 mod segments;
 mod stored;
 mod tails;
 #[cfg(feature = "test-util")]
 pub mod testing;
+mod verify;
 
 use std::sync::Arc;
 
@@ -59,12 +61,15 @@ pub use gaps::{CAUSE_BYTES_MAX, ListedGap, new_gap_id};
 pub use history::DrillReportForm;
 pub use holds::{HoldReleased, REASON_BYTES_MAX, Recordless, released_now};
 pub use layout::ClusterName;
-pub use load_catalog::{load_catalog, load_catalog_from_listings};
+pub use load_catalog::{
+    DamagedDocument, Loaded, load_catalog, load_catalog_from_listings, load_what_is_sound,
+};
 pub use load_tails::load_tails;
 pub use others::open_same_lineage;
 pub use removal::{RemovedObjects, Remover};
 pub use segments::{Leftover, Put, Summarized};
 pub use tails::{Damage, ListedPart};
+pub use verify::{ListedWal, RollupState, WalObject};
 
 use document::{ClusterDocument, DOCUMENT_VERSION, LineageDocument, RepositoryDocument};
 use layout::LineageLayout;

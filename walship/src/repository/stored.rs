@@ -243,7 +243,7 @@ impl LineageRepository {
         }
     }
 
-    async fn read_one<T: Target>(
+    pub(super) async fn read_one<T: Target>(
         &self,
         key: &ObjectKey,
         expected: Expected,

@@ -383,9 +383,18 @@ impl LineageRepository {
     /// [`Error::Corrupt`] when it is damaged or not what its key says; [`Error::Unavailable`] also when it is
     /// not there any more.
     pub async fn tail_part(&self, segment: SegmentName, part: &ListedPart) -> Result<TailPart> {
+        let read = self.tail_part_if_there(segment, part).await?;
+        read.ok_or_else(|| Error::unavailable(format!("{} was there a moment ago", self.shown(&part.key))))
+    }
+
+    /// Returns a stored part, checked; `None` when it is not there.
+    pub(super) async fn tail_part_if_there(
+        &self,
+        segment: SegmentName,
+        part: &ListedPart,
+    ) -> Result<Option<TailPart>> {
         let object = self.storage.get(&part.key, TailPart::OBJECT_BYTES_MAX).await?;
-        let object = object
-            .ok_or_else(|| Error::unavailable(format!("{} was there a moment ago", self.shown(&part.key))))?;
+        let Some(object) = object else { return Ok(None) };
         let read = TailPart::decode(&object).map_err(|error| error.context(self.shown(&part.key)))?;
         let fits = read.segment() == segment
             && read.offset() == part.start
@@ -395,7 +404,7 @@ impl LineageRepository {
         if !fits {
             return Err(Error::corrupt(format!("{} holds something else", self.shown(&part.key))));
         }
-        Ok(read)
+        Ok(Some(read))
     }
 
     /// Returns a stored part of a later segment of the same timeline, if there is one. One request.

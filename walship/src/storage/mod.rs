@@ -14,6 +14,8 @@ pub mod fs;
 #[cfg(feature = "test-util")]
 pub mod memory;
 #[cfg(feature = "store")]
+pub mod metered;
+#[cfg(feature = "store")]
 pub mod retry;
 #[cfg(feature = "s3")]
 pub mod s3;

@@ -83,7 +83,13 @@ impl SegmentScanner {
     }
 
     /// Returns what was found, once every byte of the file was pushed.
-    pub fn finish(mut self) -> SegmentScan {
+    pub fn finish(self) -> SegmentScan {
+        self.finish_with_reader().0
+    }
+
+    /// Returns what was found, and the reader as it stands at the end: with the next segment's bytes it tells whether
+    /// WAL goes on there.
+    pub fn finish_with_reader(mut self) -> (SegmentScan, Reader) {
         let tally = &mut self.tally;
         self.reader.finish(|record, layout| tally.add(record, layout));
         let verdict = self.verdict();
@@ -93,7 +99,7 @@ impl SegmentScanner {
             Verdict::Undecoded { reason } => SegmentEnding::Undecoded { reason: reason.clone() },
             Verdict::Incomplete { .. } | Verdict::Mismatch { .. } => SegmentEnding::Incomplete,
         };
-        SegmentScan { summary: self.summary(ending), verdict }
+        (SegmentScan { summary: self.summary(ending), verdict }, self.reader)
     }
 
     /// Returns what was found in the beginning of a segment that is still being written, once what there is of it
@@ -229,11 +235,12 @@ impl SegmentScanner {
         None
     }
 
-    fn summary(self, ending: SegmentEnding) -> SegmentSummary {
+    fn summary(&mut self, ending: SegmentEnding) -> SegmentSummary {
+        let tally = std::mem::take(&mut self.tally);
         let first = self.reader.first_page();
         let (start, end) = (self.name.start(self.size), self.name.end(self.size));
         let unfinished = (ending == SegmentEnding::Full).then(|| self.reader.unfinished()).flatten();
-        let first_record = self.tally.first_record.or(unfinished.map(|record| record.lsn));
+        let first_record = tally.first_record.or(unfinished.map(|record| record.lsn));
         let layout = self.reader.layout();
         let unfinished = unfinished.map(|record| {
             let wanted = match (record.header, layout) {
@@ -267,13 +274,13 @@ impl SegmentScanner {
                 end: leading.end,
             }),
             unfinished,
-            counts: self.tally.counts,
-            min_time: self.tally.min_time.and_then(StopAt::resolve),
-            max_time: self.tally.max_time.and_then(StopAt::resolve),
-            ended_xids: self.tally.ended_xids,
-            deletes: Some(self.tally.deletes.finish()),
-            events: self.tally.events.kept,
-            events_truncated: self.tally.events.truncated,
+            counts: tally.counts,
+            min_time: tally.min_time.and_then(StopAt::resolve),
+            max_time: tally.max_time.and_then(StopAt::resolve),
+            ended_xids: tally.ended_xids,
+            deletes: Some(tally.deletes.finish()),
+            events: tally.events.kept,
+            events_truncated: tally.events.truncated,
             ending,
         }
     }

@@ -108,7 +108,7 @@ impl LineageRepository {
 
     /// Completes the list of backups; unless it is only completed, every record is read and compared with what
     /// the stored lists say of it. Returns whether the list was missing, or behind, and the lists that lie.
-    pub(super) async fn complete_backup_list(
+    pub(in crate::repository) async fn complete_backup_list(
         &self,
         trust: bool,
         dry_run: bool,

@@ -1,0 +1,178 @@
+//! What a verification came to, and what is proven of a repository since when.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+
+use crate::pg::{Lsn, SegmentName, TimelineId};
+use crate::wal::rollup::Run;
+
+/// What a verification of one repository came to (`history/verifications/<id>.json`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyRecord {
+    /// The format of this document; 1.
+    pub format: u32,
+    /// Its id: time and 64 random bits, `20261121T010203Z-0123456789abcdef`; the same in all repositories that it read.
+    pub id: String,
+    /// When it began, by the clock of the machine that did it.
+    pub started: DateTime<Utc>,
+    /// How long it took in milliseconds.
+    pub millis: u64,
+    /// That machine.
+    pub host: String,
+    /// The user of that machine.
+    pub user: String,
+    /// Why it was done, in the operator's words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The lineage's folder that was read, with the repository's address.
+    pub repository: String,
+    /// What was to be proven, in words: `the whole lineage`, `backup ID`, `--latest`.
+    pub scope: String,
+    /// Whether that was the whole lineage.
+    pub whole: bool,
+    /// What it came to.
+    pub outcome: VerifyOutcome,
+    /// What is wrong, for people; at most [`VerifyRecord::PROBLEMS_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<String>,
+    /// How many problems there are in all.
+    pub problems_total: u64,
+    /// Objects that were read whole in this run.
+    pub objects: u64,
+    /// Bytes that were read in this run.
+    pub bytes: u64,
+    /// Objects of the scope that were not read in this run: the budget ended, or it was interrupted.
+    pub objects_left: u64,
+    /// When the object of the scope was last proven that was not read for longest; `None` where one never was.
+    pub proven_since: Option<DateTime<Utc>>,
+    /// The backups in the scope.
+    pub backups: Vec<VerifiedBackup>,
+    /// Stretches of WAL positions that can no longer be reached from any repository, all timelines together.
+    pub unreachable: u64,
+}
+
+impl VerifyRecord {
+    /// So many problems are told one by one.
+    pub const PROBLEMS_MAX: usize = 21;
+}
+
+/// How a verification ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VerifyOutcome {
+    /// Everything in the scope was read and is sound.
+    Sound,
+    /// What was read is sound; the budget did not reach for all.
+    Partly,
+    /// It was interrupted; what was read is sound.
+    Interrupted,
+    /// Something could not be read for a reason that is no damage: an outage, missing rights.
+    Unread,
+    /// Something is damaged or missing.
+    Damaged,
+    /// A word of a later release.
+    #[serde(other)]
+    Unknown,
+}
+
+impl VerifyOutcome {
+    /// Returns its word, as in JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Sound => "sound",
+            Self::Partly => "partly",
+            Self::Interrupted => "interrupted",
+            Self::Unread => "unread",
+            Self::Damaged => "damaged",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// A backup, as a verification found it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifiedBackup {
+    /// Its id.
+    pub id: String,
+    /// `sound`: all of its objects were read in this run or one before; `partly`: not all of them yet; `damaged`;
+    /// `unread`.
+    pub outcome: VerifyOutcome,
+    /// When its object was last proven that was not read for longest; `None` where one never was.
+    pub proven_since: Option<DateTime<Utc>>,
+}
+
+/// What is proven of a repository, and what was seen of it (`verifications/<id>/<number>.json`). Each document holds all that
+/// was known when it was written, so the last one of a run stands for the run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proven {
+    /// The format of this document; 1.
+    pub format: u32,
+    /// The verification that wrote it.
+    pub id: String,
+    /// From when on objects count as read by that verification: its begin, or that of one that was killed and that it goes
+    /// on from.
+    pub round: Option<DateTime<Utc>>,
+    /// Whole segments, with all that is stored of them under `wal/`: runs, and when each was last proven.
+    pub wal: Vec<ProvenRun>,
+    /// Parts of segments that are stored whole too.
+    pub parts: Vec<ProvenRun>,
+    /// Data objects of backups, by the backup's id.
+    pub backups: BTreeMap<String, Vec<ProvenObjects>>,
+    /// What was there.
+    pub seen: Seen,
+    /// That what was seen before and was missing was accepted: earlier documents do not count for that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accepts_missing: bool,
+}
+
+/// Consecutive segments that were proven at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProvenRun {
+    /// The segments.
+    #[serde(flatten)]
+    pub run: SeenRun,
+    /// When, by the clock of the machine that did it: when that run began.
+    pub at: DateTime<Utc>,
+}
+
+/// Consecutive segments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SeenRun {
+    /// The first.
+    pub first: SegmentName,
+    /// How many.
+    pub segments: u64,
+}
+
+impl From<SeenRun> for Run {
+    fn from(run: SeenRun) -> Self {
+        Self { first: run.first, segments: run.segments }
+    }
+}
+
+/// Consecutive data objects of a backup, as its record numbers them, that were proven at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProvenObjects {
+    /// The place of the first in the record, from 0.
+    pub first: u32,
+    /// How many.
+    pub objects: u32,
+    /// When.
+    pub at: DateTime<Utc>,
+}
+
+/// What a repository held: a later look that finds less, without a record that retention removed it, looks at an older
+/// or a pruned copy.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// Whole segments.
+    pub wal: Vec<SeenRun>,
+    /// Up to where parts of the segment reached in which each timeline ended.
+    pub tails: BTreeMap<TimelineId, Lsn>,
+    /// Timelines whose history file was stored.
+    pub histories: Vec<TimelineId>,
+    /// Complete backups.
+    pub backups: Vec<String>,
+}
