@@ -25,4 +25,5 @@ pub mod plan;
 pub mod recovery_settings;
 pub mod retention;
 pub mod target;
+pub mod verify;
 pub mod words;

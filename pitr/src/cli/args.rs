@@ -2,6 +2,7 @@
 
 mod drill;
 mod extract;
+mod verify;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ use crate::target::{
 
 pub(super) use drill::{Deed, DrillArgs, HistoryArgs, ScratchArgs};
 pub(super) use extract::{ExtractArgs, FormWord};
+pub(super) use verify::VerifyArgs;
 
 const STATUSES: &str = "Exit status:
   0  done
@@ -109,7 +111,10 @@ pub(super) enum Command {
     /// Get tables, a schema or a database back as they were at a target: into a live server, beside what is there, or as a file
     #[command(after_help = [extract::EXTRACT_EXAMPLES, STATUSES].join("\n"))]
     Extract(Box<ExtractArgs>),
-    /// List backups, restores, drills and extracts, the newest first, or show a drill's report
+    /// Read every byte of the archive, or of a part of it, and say what is damaged and which moments that takes away
+    #[command(after_help = [verify::VERIFY_EXAMPLES, STATUSES].join("\n"))]
+    Verify(Box<VerifyArgs>),
+    /// List backups, restores, drills, extracts and verifications, the newest first, or show a drill's report
     #[command(after_help = [drill::HISTORY_EXAMPLES, STATUSES].join("\n"))]
     History(HistoryArgs),
     /// Show what happened in the archived WAL, each event with the target that leads to just before it

@@ -7,7 +7,7 @@ use clap::ValueEnum as _;
 use serde::Serialize;
 use serde_json::json;
 use walship::catalog::{
-    BackupRecord, DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RestoreRecord,
+    BackupRecord, DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RestoreRecord, VerifyRecord,
 };
 use walship::repository::{DrillReportForm, LineageRepository, load_catalog};
 use walship::{Error, Result};
@@ -34,11 +34,11 @@ pub(super) struct Entry {
     pub(super) problems: Vec<String>,
     /// The target, as options.
     pub(super) target: Option<String>,
-    /// What was extracted, and where it went; what was removed.
+    /// What was extracted, and where it went; what was removed; what was verified.
     pub(super) what: Option<String>,
     /// The backup that it used, or made.
     pub(super) backup: Option<String>,
-    /// The bytes of that backup's files; of a removal those that it freed.
+    /// The bytes of that backup's files; of a removal those that it freed, of a verification those that it read.
     pub(super) bytes: u64,
     /// How long it took until a server was open at the target.
     pub(super) recovery_millis: Option<u64>,
@@ -85,6 +85,7 @@ pub(super) async fn entries_of(repository: &LineageRepository, kind: Deed, max: 
         Deed::Drill => repository.recent_drills(max).await?.into_iter().map(Entry::from).collect(),
         Deed::Extract => repository.recent_extracts(max).await?.into_iter().map(Entry::from).collect(),
         Deed::Expire => repository.recent_expires(max).await?.into_iter().map(Entry::from).collect(),
+        Deed::Verify => repository.recent_verifications(max).await?.into_iter().map(Entry::from).collect(),
     })
 }
 
@@ -221,6 +222,28 @@ impl From<(ExpireRecord, Option<ExpireOutcome>)> for Entry {
             what: Some(what),
             backup: None,
             bytes: end.map_or(0, |end| end.bytes),
+            recovery_millis: None,
+        }
+    }
+}
+
+impl From<VerifyRecord> for Entry {
+    fn from(record: VerifyRecord) -> Self {
+        let what = format!("{}, {} objects in {}", record.scope, record.objects, record.repository);
+        Self {
+            kind: Deed::Verify,
+            id: record.id,
+            started: record.started,
+            millis: Some(record.millis),
+            host: Some(record.host),
+            user: Some(record.user),
+            reason: record.reason,
+            outcome: record.outcome.word().to_owned(),
+            problems: record.problems,
+            target: None,
+            what: Some(what),
+            backup: None,
+            bytes: record.bytes,
             recovery_millis: None,
         }
     }

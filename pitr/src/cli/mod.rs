@@ -22,6 +22,7 @@ mod scratch;
 mod source;
 mod start;
 mod surviving;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -64,6 +65,7 @@ pub fn run() -> ExitCode {
         Command::Restore(restore) => restore.source.json,
         Command::Drill(drill) => drill.source.json,
         Command::Extract(extract) => extract.source.json,
+        Command::Verify(verify) => verify.source.json,
         Command::History(history) => history.source.json,
         Command::Log(log) => log.source.json,
         Command::Index(index) => index.source.json,
@@ -78,6 +80,7 @@ pub fn run() -> ExitCode {
             Command::Restore(restore) => restore::run(&restore).await,
             Command::Drill(drill) => drill::run(&drill).await,
             Command::Extract(extract) => extract::run(&extract).await,
+            Command::Verify(verify) => verify::run(&verify).await,
             Command::History(history) => history::run(&history).await,
             Command::Log(log) => log::run(&log).await,
             Command::Index(index) => index::run(&index).await,

@@ -21,6 +21,7 @@ mod shared;
 pub mod start;
 pub mod surviving;
 mod unpack;
+pub mod verify;
 
 pub use load::{Planned, make_plan};
 pub use prove::Proof;

@@ -456,7 +456,7 @@ pub(super) async fn blocking<T: Send + 'static>(
 }
 
 /// Returns the manifest's bytes and what they say.
-fn read_manifest(stored: &[u8]) -> Result<(Vec<u8>, BackupManifest)> {
+pub(super) fn read_manifest(stored: &[u8]) -> Result<(Vec<u8>, BackupManifest)> {
     let unreadable =
         |error: io::Error| Error::corrupt(format!("the backup's manifest cannot be unpacked: {error}"));
     let mut bytes = Vec::new();

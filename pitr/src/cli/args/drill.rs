@@ -109,6 +109,7 @@ pub(in crate::cli) enum Deed {
     Drill,
     Extract,
     Expire,
+    Verify,
 }
 
 impl Deed {
@@ -120,6 +121,7 @@ impl Deed {
             Self::Drill => "drill",
             Self::Extract => "extract",
             Self::Expire => "expire",
+            Self::Verify => "verify",
         }
     }
 }

@@ -1,0 +1,323 @@
+//! What is read every time, whatever the budget: listings, small documents, open segments.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use chrono::{DateTime, Utc};
+use walship::catalog::{Catalog, Proven, VerifyOutcome};
+use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
+use walship::repository::{
+    DamagedDocument, LineageRepository, Loaded, RollupState, load_tails, load_what_is_sound,
+};
+use walship::wal::rollup::{LEVEL_MAX, span};
+use walship::{Error, Result};
+
+use super::run::Worked;
+use super::{GO_ON_WITHIN, LOOK_ASIDE_MAX, Request, TailEnds};
+use crate::verify::{Finding, FindingKind, Needed, ProvenState, SeenBefore, Takes, VerifiedRange};
+
+/// How many records of removals are read.
+const EXPIRES_MAX: usize = 10_000;
+
+/// What is known of a repository before its objects are read.
+#[derive(Debug)]
+pub(super) struct Looked {
+    pub(super) catalog: Catalog,
+    /// How many data objects each backup has.
+    pub(super) objects: BTreeMap<String, u32>,
+    /// What earlier verifications recorded, the oldest first.
+    pub(super) proven: Vec<Proven>,
+    /// Segments that are stored whole and have parts as well.
+    pub(super) doubled: BTreeSet<SegmentName>,
+    /// Up to where parts of flawed tails are stored.
+    pub(super) tail_ends: TailEnds,
+    findings: Vec<Finding>,
+}
+
+impl Looked {
+    /// Returns what was found that matters to what is needed.
+    pub(super) fn take_findings(&mut self, needed: &Needed) -> Vec<Finding> {
+        let size = self.catalog.lineage.segment_size;
+        let matters = |finding: &Finding| match &finding.takes {
+            Takes::Backup { id, .. } => needed.everything || needed.backups.contains(id),
+            Takes::Tail(segment) => needed.to_the_end || needed.has_segment(*segment, size),
+            _ => true,
+        };
+        std::mem::take(&mut self.findings).into_iter().filter(matters).collect()
+    }
+
+    /// Returns what is there.
+    pub(super) fn seen_now(&self) -> SeenBefore {
+        let mut seen = ProvenState::of(self.catalog.lineage.segment_size, []).seen;
+        seen.add_catalog(&self.catalog);
+        seen
+    }
+}
+
+/// Looks at a repository.
+pub(super) async fn look(repository: &LineageRepository) -> Result<Looked> {
+    let location = repository.location();
+    let proven = repository.proven().await?;
+    let Loaded { mut catalog, objects, damaged } = load_what_is_sound(repository).await?;
+    let mut findings: Vec<Finding> =
+        damaged.into_iter().map(|damaged| document_finding(&location, damaged)).collect();
+    match load_tails(repository, &mut catalog).await {
+        Ok(_) => {}
+        Err(Error::Conflict(error)) => {
+            catalog.tails.get_or_insert_default();
+            let what = error.to_string();
+            findings.push(Finding::damage(
+                FindingKind::Contradiction,
+                &location,
+                "parts of an open segment",
+                what,
+                Takes::Nothing,
+            ));
+        }
+        Err(error) => return Err(error),
+    }
+    for (object, what) in repository.unreadable_documents(&catalog).await? {
+        findings.push(Finding::damage(FindingKind::Damaged, &location, object, what, Takes::Nothing));
+    }
+    for orphan in &catalog.orphaned_backups {
+        findings.push(Finding::damage(
+            FindingKind::Missing,
+            &location,
+            format!("backup {}", orphan.id),
+            format!("backup {}, which it builds on, is not there", orphan.missing),
+            Takes::Backup { id: orphan.id.clone(), part: format!("backup {}", orphan.missing) },
+        ));
+    }
+    let mut looked =
+        Looked { catalog, objects, proven, doubled: BTreeSet::new(), tail_ends: TailEnds::new(), findings };
+    check_histories(repository, &mut looked).await?;
+    check_tails(repository, &mut looked).await?;
+    Ok(looked)
+}
+
+fn document_finding(location: &str, damaged: DamagedDocument) -> Finding {
+    let kind = FindingKind::Damaged;
+    match damaged {
+        DamagedDocument::History { timeline, what } => {
+            let object = format!("{}.history", timeline.hex());
+            Finding::damage(kind, location, object, what, Takes::History(timeline))
+        }
+        DamagedDocument::BackupRecord { id, what } => {
+            let takes = Takes::Backup { id: id.clone(), part: "its record".to_owned() };
+            Finding::damage(kind, location, format!("backup {id}, its record"), what, takes)
+        }
+    }
+}
+
+/// Reads every copy of every history file.
+async fn check_histories(repository: &LineageRepository, looked: &mut Looked) -> Result<()> {
+    let location = repository.location();
+    for object in repository.history_objects().await? {
+        match repository.read_wal_object(&object, std::io::sink()).await {
+            Ok(_) => {}
+            Err(Error::Corrupt(error)) => {
+                let timeline = object.name.timeline();
+                // That no copy is sound was told when the catalog was read.
+                if looked.catalog.histories.contains_key(&timeline) {
+                    looked.findings.push(Finding::note(
+                        FindingKind::Damaged,
+                        &location,
+                        repository.wal_location(&object),
+                        format!("{error}; another copy is sound and is read in its place"),
+                    ));
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Reads every part of segments that are not stored whole, and finds out which others have parts.
+async fn check_tails(repository: &LineageRepository, looked: &mut Looked) -> Result<()> {
+    let location = repository.location();
+    let mut timelines: BTreeSet<TimelineId> = looked.catalog.timelines().into_iter().collect();
+    timelines.insert(TimelineId::FIRST);
+    let size = looked.catalog.lineage.segment_size;
+    for timeline in timelines {
+        for name in repository.segments_with_parts(timeline).await? {
+            if looked.catalog.segments.contains(name) && !looked.catalog.in_parts.contains_key(&name) {
+                looked.doubled.insert(name);
+                continue;
+            }
+            let mut end = 0;
+            let tail = looked.catalog.tails.iter().flatten().map(|(_, tail)| tail);
+            let tail =
+                tail.chain(looked.catalog.stranded.values()).find(|tail| tail.segment == name).cloned();
+            let mut damaged = false;
+            for part in repository.tail_of(name).await? {
+                end = end.max(part.end);
+                let Err(error) = repository.check_part(name, &part).await else { continue };
+                let Error::Corrupt(error) = error else { return Err(error) };
+                damaged = true;
+                let needed = tail.as_ref().is_none_or(|tail| tail.flaw.is_some());
+                let object = repository.part_location(&part);
+                looked.findings.push(if needed && !looked.catalog.in_parts.contains_key(&name) {
+                    let takes = Takes::Tail(name);
+                    Finding::damage(FindingKind::Damaged, &location, object, error.to_string(), takes)
+                } else {
+                    let what = format!("{error}; other parts hold its bytes");
+                    Finding::note(FindingKind::Damaged, &location, object, what)
+                });
+            }
+            let Some(tail) = tail else { continue };
+            if let Some(flaw) = tail.flaw_text() {
+                looked.tail_ends.insert(name, Lsn(name.start(size).0.saturating_add(end)));
+                if !damaged {
+                    let takes = Takes::Tail(name);
+                    let object = format!("parts of {name}");
+                    looked.findings.push(Finding::damage(
+                        FindingKind::Missing,
+                        &location,
+                        object,
+                        flaw,
+                        takes,
+                    ));
+                }
+            } else if tail.until_lsn == name.start(size) && tail.end_lsn > tail.until_lsn {
+                let what = "the bytes that are stored of it are not its WAL".to_owned();
+                let object = format!("parts of {name}");
+                // A record that began before it may fill all that is stored.
+                looked.findings.push(Finding::note(FindingKind::Broken, &location, object, what));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns the backups that retention has removed, or is removing.
+pub(super) async fn gone_backups(repository: &LineageRepository) -> Result<BTreeSet<String>> {
+    let mut gone = repository.expiring().await?;
+    for (record, _) in repository.recent_expires(EXPIRES_MAX).await? {
+        gone.extend(record.backups.into_iter().map(|backup| backup.id));
+    }
+    Ok(gone)
+}
+
+/// Returns from when on the last verification counts what it has read, when that was killed or interrupted.
+pub(super) async fn goes_on_from(
+    repository: &LineageRepository,
+    looked: &Looked,
+    request: &Request,
+) -> Result<Option<DateTime<Utc>>> {
+    let Some(last) = looked.proven.last().filter(|_| !request.anew) else { return Ok(None) };
+    let Some(round) = last.round.filter(|round| request.started - *round < GO_ON_WITHIN) else {
+        return Ok(None);
+    };
+    let records = repository.recent_verifications(super::run::RECORDS_MAX).await?;
+    let ended = records.iter().find(|record| record.id == last.id);
+    let unended = ended.is_none_or(|record| record.outcome == VerifyOutcome::Interrupted);
+    Ok(unended.then_some(round))
+}
+
+/// Compares the roll-ups of what was read with the segments' summaries, those above with those below, and the lists of
+/// backups with the backups' records. The index is a cache: no restore fails by it, but plans are made from it.
+pub(super) async fn index_flaws(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    read: &[VerifiedRange],
+) -> Result<Vec<Finding>> {
+    let location = repository.location();
+    let size = catalog.lineage.segment_size;
+    let mut findings = Vec::new();
+    let index =
+        |object, what: String| Finding::damage(FindingKind::Index, &location, object, what, Takes::Nothing);
+    for timeline in catalog.segments.timelines() {
+        for level in 1..=LEVEL_MAX {
+            let listed = repository.rollups(timeline, level, 0, u64::MAX).await?;
+            for stored in listed {
+                let (first, end) = (stored.place().first, stored.place().first.saturating_add(span(level)));
+                let overlaps = |range: &VerifiedRange| {
+                    range.first.timeline == timeline
+                        && range.first.number(size) < end
+                        && range.last.number(size) >= first
+                };
+                if level == 1 && !read.iter().any(overlaps) {
+                    continue;
+                }
+                if let RollupState::Wrong(what) = repository.check_rollup(&stored).await? {
+                    findings.push(index(repository.rollup_location(&stored), what));
+                }
+            }
+        }
+    }
+    match repository.wrong_backup_lists().await {
+        Ok(wrong) => findings.extend(wrong.into_iter().map(|(object, what)| index(object, what))),
+        // Records that cannot be read are told of already.
+        Err(Error::Corrupt(_)) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(findings)
+}
+
+/// Returns what was gone when it was to be read, and that no removal accounts for.
+pub(super) async fn vanished(
+    repository: &LineageRepository,
+    worked: &Worked,
+    location: &str,
+) -> Result<Vec<Finding>> {
+    if worked.vanished.is_empty() && worked.vanished_backups.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut findings = Vec::new();
+    let now = load_what_is_sound(repository).await?.catalog;
+    let size = now.lineage.segment_size;
+    for name in &worked.vanished {
+        let expired = now.gaps.iter().any(|gap| gap.is_expired() && gap.covers(*name, size));
+        // Whole segments take the place of parts.
+        if !expired && !now.segments.contains(*name) {
+            let takes = Takes::Segments { first: *name, last: *name };
+            let what = "it was listed, and is gone; no removal by retention is on record";
+            findings.push(Finding::damage(FindingKind::Missing, location, name.to_string(), what, takes));
+        }
+    }
+    let gone = gone_backups(repository).await?;
+    for id in worked.vanished_backups.iter().filter(|id| !gone.contains(*id)) {
+        if now.backups.iter().any(|backup| backup.id == *id) {
+            continue;
+        }
+        findings.push(Finding::damage(
+            FindingKind::Missing,
+            location,
+            format!("backup {id}"),
+            "its record was listed, and is gone; no removal by retention is on record",
+            Takes::Backup { id: id.clone(), part: "its record".to_owned() },
+        ));
+    }
+    Ok(findings)
+}
+
+/// Returns the time of a transaction's end near a position: the last known before it, or the first behind it.
+pub(super) async fn time_near(
+    repository: &LineageRepository,
+    timeline: TimelineId,
+    lsn: Lsn,
+    behind: bool,
+    size: SegmentSize,
+) -> Option<DateTime<Utc>> {
+    let history = repository.history(timeline).await.ok().flatten()?;
+    let mut number = lsn.0 / size.bytes();
+    for _ in 0..LOOK_ASIDE_MAX {
+        let start = Lsn(number.saturating_mul(size.bytes()));
+        let owner = if behind {
+            history.timeline_of(lsn.max(start))
+        } else {
+            history.timeline_of(Lsn(start.0.min(lsn.0.saturating_sub(1))))
+        };
+        let name = SegmentName::from_number(owner, number, size)?;
+        if let Ok(Some(summary)) = repository.segment_summary(name).await {
+            let stops = [summary.min_time, summary.max_time].into_iter().flatten();
+            let near = stops.filter(|stop| if behind { stop.lsn >= lsn } else { stop.lsn < lsn });
+            let times = near.map(|stop| stop.time);
+            if let Some(time) = if behind { times.min() } else { times.max() } {
+                return Some(time);
+            }
+        }
+        number = if behind { number + 1 } else { number.checked_sub(1)? };
+    }
+    None
+}

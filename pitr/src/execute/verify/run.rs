@@ -1,0 +1,375 @@
+//! Does the work, piece by piece, several at a time, and notes what is proven as it goes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use walship::catalog::{Catalog, VerifiedBackup, VerifyOutcome};
+use walship::pg::{SegmentName, SegmentSize, TimelineId};
+use walship::repository::LineageRepository;
+use walship::storage::metered::Meter;
+use walship::{Error, Result};
+
+use super::backup::{Cases, read_object};
+use super::wal::read_wal;
+use crate::verify::{Finding, ProvenState, Unread, VerifiedRange, Work, WorkKind};
+
+/// What was proven is noted for the first time after this long, then after twice as long each time.
+const FIRST_NOTE: Duration = Duration::from_secs(2);
+
+/// It is noted at least this often.
+const NOTE_EVERY: Duration = Duration::from_secs(300);
+
+/// How many records of verifications are looked at.
+pub(super) const RECORDS_MAX: usize = 1000;
+
+/// After so many failures in a row the repository is left: it is not to be had.
+const FAILURES_MAX: u32 = 8;
+
+/// What every piece of work needs.
+#[derive(Debug)]
+pub(super) struct Job {
+    /// One repository by itself, its reads counted.
+    pub(super) repository: LineageRepository,
+    pub(super) location: String,
+    pub(super) catalog: Catalog,
+    pub(super) cases: Cases,
+    pub(super) meter: Arc<Meter>,
+    /// Up to how many bytes of the meter more is begun.
+    pub(super) until_bytes: u64,
+    pub(super) stopped: Arc<AtomicBool>,
+    /// At least one piece is read, however small the budget.
+    pub(super) begun: AtomicBool,
+}
+
+impl Job {
+    pub(super) fn size(&self) -> SegmentSize {
+        self.catalog.lineage.segment_size
+    }
+
+    /// Returns whether the next object may be read.
+    pub(super) fn is_allowed(&self) -> bool {
+        let first = !self.begun.swap(true, Ordering::Relaxed);
+        !self.stopped.load(Ordering::Relaxed) && (first || self.meter.bytes() < self.until_bytes)
+    }
+}
+
+/// What a piece of work came to.
+#[derive(Debug, Default)]
+pub(super) struct Done {
+    /// Objects that were read.
+    pub(super) objects: u64,
+    pub(super) findings: Vec<Finding>,
+    /// Segments that are sound.
+    pub(super) proven: Vec<SegmentName>,
+    /// Segments that are not.
+    pub(super) doubted: Vec<SegmentName>,
+    /// Segments that were listed and are gone.
+    pub(super) vanished: Vec<SegmentName>,
+    /// Segments whose parts are sound.
+    pub(super) parts: Vec<SegmentName>,
+    /// Data objects of backups, and whether they are sound.
+    pub(super) backup_objects: Vec<(String, u32, bool)>,
+    /// Backups that are gone.
+    pub(super) vanished_backups: Vec<String>,
+    /// Segments of the piece that were not read.
+    pub(super) left: u64,
+}
+
+/// What all work came to.
+#[derive(Debug, Default)]
+pub(super) struct Worked {
+    pub(super) objects: u64,
+    pub(super) findings: Vec<Finding>,
+    pub(super) findings_total: u64,
+    pub(super) unread: Vec<Unread>,
+    pub(super) vanished: BTreeSet<SegmentName>,
+    pub(super) vanished_backups: BTreeSet<String>,
+    /// What was not read: segments, segments with parts, data objects.
+    pub(super) left: u64,
+    read: BTreeMap<TimelineId, BTreeMap<u64, u64>>,
+    /// The pieces that were not read, with when they were last proven.
+    left_at: Vec<Option<DateTime<Utc>>>,
+    pub(super) interrupted: bool,
+    broken_off: bool,
+}
+
+impl Worked {
+    fn add(&mut self, done: Done, state: &mut ProvenState, at: DateTime<Utc>, size: SegmentSize) {
+        self.objects += done.objects;
+        self.add_findings(done.findings);
+        for name in &done.proven {
+            state.prove_segment(*name, at);
+        }
+        for name in &done.doubted {
+            state.doubt_segment(*name);
+        }
+        for name in done.proven.iter().chain(&done.doubted) {
+            self.note_read(*name, size);
+        }
+        for name in &done.parts {
+            state.prove_parts(*name, at);
+        }
+        for (backup, place, sound) in done.backup_objects {
+            state.set_object(&backup, place, sound.then_some(at));
+        }
+        self.vanished.extend(done.vanished);
+        self.vanished_backups.extend(done.vanished_backups);
+    }
+
+    pub(super) fn add_findings(&mut self, findings: Vec<Finding>) {
+        self.findings_total += findings.len() as u64;
+        let room = crate::verify::RepositoryReport::FINDINGS_MAX.saturating_sub(self.findings.len());
+        self.findings.extend(findings.into_iter().take(room));
+    }
+
+    fn note_read(&mut self, name: SegmentName, size: SegmentSize) {
+        let number = name.number(size);
+        let runs = self.read.entry(name.timeline).or_default();
+        let (mut from, mut until) = (number, number + 1);
+        if let Some((start, end)) = runs.range(..=number).next_back().map(|(a, b)| (*a, *b))
+            && end >= number
+        {
+            (from, until) = (start, end.max(until));
+        }
+        if let Some(end) = runs.remove(&until) {
+            until = until.max(end);
+        }
+        runs.insert(from, until);
+    }
+
+    /// Returns the segments that were read.
+    pub(super) fn ranges(&self, size: SegmentSize) -> Vec<VerifiedRange> {
+        let runs = self.read.iter().flat_map(|(timeline, runs)| runs.iter().map(move |run| (*timeline, run)));
+        let ranges = runs.filter_map(|(timeline, (from, until))| {
+            Some(VerifiedRange {
+                first: SegmentName::from_number(timeline, *from, size)?,
+                last: SegmentName::from_number(timeline, until - 1, size)?,
+                segments: until - from,
+            })
+        });
+        ranges.collect()
+    }
+
+    /// Returns how many of the pieces that were not read were never proven, and when the oldest of the others was.
+    pub(super) fn oldest_left(&self) -> (u64, Option<DateTime<Utc>>) {
+        let never = self.left_at.iter().filter(|at| at.is_none()).count() as u64;
+        (never, self.left_at.iter().flatten().min().copied())
+    }
+
+    /// Returns whether a repository that does not answer was left.
+    pub(super) fn is_broken_off(&self) -> bool {
+        self.broken_off
+    }
+}
+
+/// What is shown while it works.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Pieces of work in all repositories.
+    pub pieces: AtomicU64,
+    /// Those that are done.
+    pub done: AtomicU64,
+}
+
+/// Does all work, `workers` pieces at a time.
+pub(super) async fn work(
+    job: &Job,
+    work: Vec<Work>,
+    workers: usize,
+    notes: &mut Notes<'_>,
+    progress: &Progress,
+) -> Worked {
+    let mut worked = Worked::default();
+    let mut queue = work.into_iter();
+    let mut running = FuturesUnordered::new();
+    let mut failures = 0;
+    loop {
+        while running.len() < workers.max(1) && !worked.broken_off && is_allowed(job) {
+            let Some(next) = queue.next() else { break };
+            running.push(async move {
+                let done = do_one(job, &next.what).await;
+                (next, done)
+            });
+        }
+        let Some((piece, done)) = running.next().await else { break };
+        progress.done.fetch_add(1, Ordering::Relaxed);
+        match done {
+            Ok(done) => {
+                failures = 0;
+                if done.left > 0 {
+                    worked.left += done.left;
+                    worked.left_at.push(piece.at);
+                }
+                worked.add(done, &mut notes.state, notes.at, job.size());
+            }
+            Err(error) => {
+                failures += 1;
+                worked.broken_off |= failures >= FAILURES_MAX;
+                let object = shown(&piece.what, job.size());
+                worked.unread.push(Unread { object, why: error.to_string() });
+                worked.left += pieces_in(&piece.what);
+                worked.left_at.push(piece.at);
+            }
+        }
+        notes.now_and_then().await;
+    }
+    drop(running);
+    for piece in queue {
+        worked.left += pieces_in(&piece.what);
+        worked.left_at.push(piece.at);
+    }
+    worked.interrupted = job.stopped.load(Ordering::Relaxed);
+    worked
+}
+
+/// Returns whether another piece may be begun; does not use up the right to the first.
+fn is_allowed(job: &Job) -> bool {
+    let first = !job.begun.load(Ordering::Relaxed);
+    !job.stopped.load(Ordering::Relaxed) && (first || job.meter.bytes() < job.until_bytes)
+}
+
+fn pieces_in(what: &WorkKind) -> u64 {
+    match what {
+        WorkKind::Wal { from, until, .. } => until - from,
+        WorkKind::Parts(_) | WorkKind::Object { .. } => 1,
+    }
+}
+
+fn shown(what: &WorkKind, size: SegmentSize) -> String {
+    match what {
+        WorkKind::Wal { timeline, from, until } => {
+            let name =
+                |number| SegmentName::from_number(*timeline, number, size).map(|name| name.to_string());
+            match (name(*from), name(until - 1)) {
+                (Some(first), Some(last)) if first == last => first,
+                (Some(first), Some(last)) => format!("{first} to {last}"),
+                _ => format!("timeline {timeline}"),
+            }
+        }
+        WorkKind::Parts(name) => format!("parts of {name}"),
+        WorkKind::Object { backup, place } => format!("data object {} of backup {backup}", place + 1),
+    }
+}
+
+async fn do_one(job: &Job, what: &WorkKind) -> Result<Done> {
+    match what {
+        WorkKind::Wal { timeline, from, until } => read_wal(job, *timeline, *from, *until).await,
+        WorkKind::Parts(name) => read_parts(job, *name).await,
+        WorkKind::Object { backup, place } => read_object(job, backup, *place).await,
+    }
+}
+
+/// Reads the parts of a segment that is stored whole too: nothing depends on them.
+async fn read_parts(job: &Job, name: SegmentName) -> Result<Done> {
+    let mut done = Done::default();
+    let mut sound = true;
+    for part in job.repository.tail_of(name).await? {
+        if !job.is_allowed() {
+            done.left = 1;
+            return Ok(done);
+        }
+        done.objects += 1;
+        match job.repository.check_part(name, &part).await {
+            Ok(_) => {}
+            Err(Error::Corrupt(error)) => {
+                sound = false;
+                let what = format!("{error}; the segment is stored whole");
+                done.findings.push(Finding::note(
+                    crate::verify::FindingKind::Damaged,
+                    &job.location,
+                    job.repository.part_location(&part),
+                    what,
+                ));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if sound {
+        done.parts.push(name);
+    }
+    Ok(done)
+}
+
+/// What is proven, and where that is noted.
+pub(super) struct Notes<'a> {
+    pub(super) state: ProvenState,
+    /// When this verification began.
+    pub(super) at: DateTime<Utc>,
+    pub(super) id: &'a str,
+    pub(super) round: DateTime<Utc>,
+    pub(super) accepts_missing: bool,
+    pub(super) repository: &'a LineageRepository,
+    number: u32,
+    noted: Instant,
+    pause: Duration,
+    /// Why it cannot be noted.
+    pub(super) failure: Option<Error>,
+}
+
+impl<'a> Notes<'a> {
+    pub(super) fn new(
+        state: ProvenState,
+        at: DateTime<Utc>,
+        id: &'a str,
+        round: DateTime<Utc>,
+        accepts_missing: bool,
+        repository: &'a LineageRepository,
+    ) -> Self {
+        let (noted, pause) = (Instant::now(), FIRST_NOTE);
+        Self { state, at, id, round, accepts_missing, repository, number: 0, noted, pause, failure: None }
+    }
+
+    async fn now_and_then(&mut self) {
+        if self.noted.elapsed() >= self.pause && self.failure.is_none() {
+            self.pause = (self.pause * 2).min(NOTE_EVERY);
+            self.note().await;
+        }
+    }
+
+    /// Notes what is proven by now.
+    pub(super) async fn note(&mut self) {
+        self.number += 1;
+        let mut proven = self.state.recorded(self.id);
+        proven.round = Some(self.round);
+        proven.accepts_missing = self.accepts_missing;
+        if let Err(error) = self.repository.put_proven(&proven, self.number).await {
+            self.failure.get_or_insert(error);
+        }
+        self.noted = Instant::now();
+    }
+}
+
+/// Returns what is known of the backups of the scope.
+pub(super) fn backups(
+    ids: &BTreeSet<String>,
+    objects: &BTreeMap<String, u32>,
+    state: &ProvenState,
+    findings: &[Finding],
+    unread: &[Unread],
+) -> Vec<VerifiedBackup> {
+    let of = |id: &String| {
+        let pieces = state.objects(id).pieces(0, u64::from(objects.get(id).copied().unwrap_or(0)));
+        let never = pieces.is_empty() || pieces.iter().any(|piece| piece.at.is_none());
+        let proven_since = pieces.iter().filter_map(|piece| piece.at).min().filter(|_| !never);
+        let damaged = findings.iter().any(|finding| {
+            finding.is_damage()
+                && matches!(&finding.takes, crate::verify::Takes::Backup { id: known, .. } if known == id)
+        });
+        let outcome = if damaged {
+            VerifyOutcome::Damaged
+        } else if unread.iter().any(|unread| unread.object.contains(&**id)) {
+            VerifyOutcome::Unread
+        } else if never {
+            VerifyOutcome::Partly
+        } else {
+            VerifyOutcome::Sound
+        };
+        VerifiedBackup { id: id.clone(), outcome, proven_since }
+    };
+    ids.iter().map(of).collect()
+}

@@ -1,0 +1,291 @@
+//! What is not there: holes, less than was seen before, less than the server has handed over.
+
+use std::collections::BTreeSet;
+
+use walship::catalog::{Catalog, GapRecord};
+use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId, WalFileName};
+use walship::replication::ServerPosition;
+
+use super::needed::Needed;
+use super::proven::SeenBefore;
+use super::{Finding, FindingKind, Takes};
+use crate::plan::{Chain, chains_of, gaps_of};
+
+/// An archive that ends no further behind a server than so many segments is at work on them.
+const BEHIND_SEGMENTS_MAX: u64 = 2;
+
+/// Returns the WAL that is missing between what is stored, or behind it where something tells that there was more. What
+/// the ledger knows is no damage: it is on record.
+pub fn gaps_found(repository: &str, catalog: &Catalog, needed: &Needed) -> Vec<Finding> {
+    let size = catalog.lineage.segment_size;
+    let (mut findings, mut told) = (Vec::new(), BTreeSet::new());
+    for timeline in catalog.timelines() {
+        let Some(history) = catalog.history(timeline) else { continue };
+        for gap in gaps_of(catalog, &history) {
+            let (first, last) = (gap.first_missing, gap.last_missing);
+            if gap.expired
+                || !needed.has_any(first, last.on(first.timeline), size)
+                || !told.insert((first, last))
+            {
+                continue;
+            }
+            let object = if first == last { first.to_string() } else { format!("{first} to {last}") };
+            let what = gap.to_string();
+            let on_record = is_covered(&gap.ledger, gap.from, gap.to);
+            findings.push(if on_record {
+                Finding::note(FindingKind::Missing, repository, object, what)
+            } else {
+                let takes = Takes::Segments { first, last };
+                Finding::damage(FindingKind::Missing, repository, object, what, takes)
+            });
+        }
+    }
+    findings
+}
+
+/// Returns whether records of the ledger tell of all of a stretch.
+fn is_covered(ledger: &[GapRecord], from: Lsn, to: Lsn) -> bool {
+    let mut stretches: Vec<_> = ledger.iter().map(|record| (record.start_lsn, record.end_lsn)).collect();
+    stretches.sort_unstable();
+    stretches.iter().fold(from, |at, (start, end)| if *start <= at { at.max(*end) } else { at }) >= to
+}
+
+/// Returns what was seen by earlier verifications, or in other repositories, and is not there now. `gone` are the
+/// backups that retention has removed or is removing; WAL that it removed is in the ledger. `told` was found already.
+pub fn less_than_seen(
+    repository: &str,
+    catalog: &Catalog,
+    seen: &SeenBefore,
+    gone: &BTreeSet<String>,
+    needed: &Needed,
+    told: &[Finding],
+) -> Vec<Finding> {
+    let size = catalog.lineage.segment_size;
+    let mut findings = Vec::new();
+    for timeline in seen.wal.timelines() {
+        for run in seen.wal.runs(timeline) {
+            for (from, until) in
+                missing_of(catalog, timeline, run.first.number(size), run.last.number(size) + 1)
+            {
+                for (from, until) in needed.within(timeline, from, until) {
+                    findings.extend(missing_run(repository, catalog, timeline, (from, until), told));
+                }
+            }
+        }
+    }
+    for (timeline, until) in &seen.tails {
+        let tail = catalog.tails.as_ref().and_then(|tails| tails.get(timeline)).map(|tail| tail.until_lsn);
+        let reached = catalog.stored_until(*timeline).max(tail).unwrap_or(Lsn(0));
+        let segment = SegmentName::ending_at(*timeline, *until, size);
+        let Some(segment) = segment.filter(|_| *until > reached) else { continue };
+        let known = catalog.gaps.iter().any(|gap| gap.touches(segment, size));
+        if needed.to_the_end && !known && !already_told(told.iter().chain(&findings), segment, segment, size)
+        {
+            findings.push(Finding::damage(
+                FindingKind::MissingEnd,
+                repository,
+                segment.to_string(),
+                format!("parts of it reached to {until}, now timeline {timeline} ends at {reached}"),
+                Takes::Segments { first: segment, last: segment },
+            ));
+        }
+    }
+    for timeline in &seen.histories {
+        let object = format!("{}.history", timeline.hex());
+        let known = catalog.histories.contains_key(timeline);
+        if !known && !told.iter().any(|finding| finding.takes == Takes::History(*timeline)) {
+            let what = "it was there, and is gone; retention keeps history files for ever".to_owned();
+            findings.push(Finding::damage(
+                FindingKind::Missing,
+                repository,
+                object,
+                what,
+                Takes::History(*timeline),
+            ));
+        }
+    }
+    let stored: BTreeSet<&str> = catalog
+        .backups
+        .iter()
+        .map(|backup| &*backup.id)
+        .chain(catalog.orphaned_backups.iter().map(|backup| &*backup.id))
+        .collect();
+    let lost = |takes: &Takes, id: &str| matches!(takes, Takes::Backup { id: known, .. } if known == id);
+    for id in seen.backups.iter().filter(|id| !stored.contains(&***id) && !gone.contains(&***id)) {
+        if (needed.everything || needed.backups.contains(id))
+            && !told.iter().any(|finding| lost(&finding.takes, id))
+        {
+            findings.push(Finding::damage(
+                FindingKind::Missing,
+                repository,
+                format!("backup {id}"),
+                "it was there, and is gone; no removal by retention is on record",
+                Takes::Backup { id: id.clone(), part: "record".to_owned() },
+            ));
+        }
+    }
+    findings
+}
+
+fn missing_run(
+    repository: &str,
+    catalog: &Catalog,
+    timeline: TimelineId,
+    (from, until): (u64, u64),
+    told: &[Finding],
+) -> Option<Finding> {
+    let size = catalog.lineage.segment_size;
+    let first = SegmentName::from_number(timeline, from, size)?;
+    let last = SegmentName::from_number(timeline, until - 1, size)?;
+    let on_way = catalog.gaps.iter().filter(|gap| gap.timeline == timeline).cloned().collect::<Vec<_>>();
+    if is_covered(&on_way, first.start(size), last.end(size)) || already_told(told.iter(), first, last, size)
+    {
+        return None;
+    }
+    let at_end = catalog.stored_until(timeline).is_none_or(|end| end <= first.start(size));
+    let kind = if at_end { FindingKind::MissingEnd } else { FindingKind::Missing };
+    let object = if first == last { first.to_string() } else { format!("{first} to {last}") };
+    let segments = until - from;
+    let what = format!(
+        "{} there, and {} gone: {segments} segment(s); no removal by retention is on record",
+        if segments == 1 { "it was" } else { "they were" },
+        if segments == 1 { "is" } else { "are" }
+    );
+    Some(Finding::damage(kind, repository, object, what, Takes::Segments { first, last }))
+}
+
+fn already_told<'a>(
+    mut told: impl Iterator<Item = &'a Finding>,
+    first: SegmentName,
+    last: SegmentName,
+    size: SegmentSize,
+) -> bool {
+    told.any(|finding| match &finding.takes {
+        Takes::Segments { first: a, last: b } => {
+            a.timeline == first.timeline
+                && a.number(size) <= last.number(size)
+                && first.number(size) <= b.number(size)
+                && finding.kind != FindingKind::Damaged
+        }
+        _ => false,
+    })
+}
+
+/// Returns the numbers in a range of a timeline that are not stored, as ranges.
+fn missing_of(catalog: &Catalog, timeline: TimelineId, from: u64, until: u64) -> Vec<(u64, u64)> {
+    let size = catalog.lineage.segment_size;
+    let (mut missing, mut at) = (Vec::new(), from);
+    for run in catalog.segments.runs(timeline) {
+        let (first, end) = (run.first.number(size), run.last.number(size) + 1);
+        if end <= at {
+            continue;
+        }
+        if first >= until {
+            break;
+        }
+        if at < first {
+            missing.push((at, first));
+        }
+        at = end;
+    }
+    if at < until {
+        missing.push((at, until));
+    }
+    missing
+}
+
+/// Returns how an archive falls short of a server that was asked before the archive was looked at. `slot` is the one
+/// that a receiver of this archive streams through.
+///
+/// What the server's archiver has handed over, and what a receiver has acknowledged, must be there. WAL that the server
+/// still has to hand over is no damage while its archiver is at work.
+pub fn behind_server(
+    repository: &str,
+    catalog: &Catalog,
+    server: &ServerPosition,
+    slot: Option<&str>,
+) -> Vec<Finding> {
+    let size = catalog.lineage.segment_size;
+    let timeline = server.timeline;
+    let missing = |kind, object: String, what: String, takes| {
+        vec![Finding::damage(kind, repository, object, what, takes)]
+    };
+    let Some(history) = catalog.history(timeline) else {
+        return missing(
+            FindingKind::MissingEnd,
+            format!("timeline {timeline}"),
+            format!("the server is on timeline {timeline}, whose history file is not archived"),
+            Takes::History(timeline),
+        );
+    };
+    let until = chains_of(catalog, &history).last().map_or(Lsn(0), Chain::end);
+    let takes = |end: Lsn| {
+        let first = SegmentName::containing(timeline, until, size);
+        let last = SegmentName::ending_at(timeline, end, size).unwrap_or(first);
+        Takes::Segments { first, last: last.max(first) }
+    };
+    if let Some(archived) = handed_over(server).filter(|name| !is_there(catalog, *name)) {
+        let expired = catalog.gaps.iter().any(|gap| gap.covers(archived, size));
+        if !expired {
+            return missing(
+                FindingKind::MissingEnd,
+                archived.to_string(),
+                format!(
+                    "the server's archiver has handed it over, the archive ends at {until}: this is an older copy of \
+                     the repository, or the server archives elsewhere"
+                ),
+                takes(archived.end(size)),
+            );
+        }
+    }
+    let acknowledged =
+        server.slots.iter().find(|known| slot == Some(&*known.name)).map(|known| known.restart_lsn);
+    if let Some(lsn) = acknowledged.filter(|lsn| *lsn > until) {
+        return missing(
+            FindingKind::MissingEnd,
+            format!("timeline {timeline}"),
+            format!("the receiver has acknowledged WAL up to {lsn}, the archive ends at {until}"),
+            takes(lsn),
+        );
+    }
+    let behind = server.wal_lsn.0.saturating_sub(until.0) / size.bytes();
+    if behind < BEHIND_SEGMENTS_MAX {
+        return Vec::new();
+    }
+    let object = format!("timeline {timeline}");
+    let what =
+        format!("the archive ends at {until}, {behind} segments before the server's {}", server.wal_lsn);
+    match handed_over(server) {
+        Some(_) => vec![Finding::note(
+            FindingKind::MissingEnd,
+            repository,
+            object,
+            format!("{what}: its archiver has yet to hand them over"),
+        )],
+        None => missing(
+            FindingKind::MissingEnd,
+            object,
+            format!(
+                "{what}, and nothing tells that they are on their way: this is an older copy of the repository, or \
+                 nothing is archived any more"
+            ),
+            takes(server.wal_lsn),
+        ),
+    }
+}
+
+/// Returns the last whole segment that the server's archiver has handed over.
+fn handed_over(server: &ServerPosition) -> Option<SegmentName> {
+    match server.archiver.last_archived_wal.as_deref()?.parse().ok()? {
+        WalFileName::Segment(name) => Some(name),
+        // Of the others it is known that the segment before was handed over.
+        WalFileName::Partial(name) | WalFileName::BackupHistory(name, _) => {
+            name.previous(server.segment_size)
+        }
+        WalFileName::History(_) => None,
+    }
+}
+
+fn is_there(catalog: &Catalog, name: SegmentName) -> bool {
+    catalog.segments.contains(name) || catalog.incomplete.contains(&name)
+}
