@@ -16,6 +16,7 @@ mod log;
 mod offers_tests;
 mod output;
 mod plan;
+mod remembered;
 mod restore;
 mod role;
 mod scratch;

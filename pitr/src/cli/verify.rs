@@ -19,7 +19,7 @@ use super::output::{self, Style};
 use super::plan::{open_and_plan, refused};
 use super::scratch::Told;
 use super::source::{open_lineages, say_notes};
-use super::{DAMAGED, DONE, FAILED};
+use super::{DAMAGED, DONE, FAILED, remembered};
 use crate::execute::verify::{Progress, Request, Scope, verify};
 use crate::plan::Refusal;
 use crate::retention::Policy;
@@ -68,6 +68,7 @@ pub(super) async fn run(args: &VerifyArgs) -> Result<u8> {
         bytes_per_second: args.max_rate,
         workers: args.workers.map_or_else(workers, |workers| workers as usize),
         server: server.and_then(Result::ok).map(|server| (server, Some(slot))),
+        remembered: remembered::read(&config, &repository),
         anew: args.anew,
         accept_missing: args.accept_missing,
     };
@@ -97,6 +98,7 @@ pub(super) async fn run(args: &VerifyArgs) -> Result<u8> {
         }
         report?
     };
+    remembered::write(&config, &repository, &report);
     record(&repository, &request, &report, args.reason.as_deref()).await;
     say_notes(&repository);
     finish(args, &report, unasked)

@@ -2,12 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 
 use crate::plan::{RestorePlan, build_chain};
-use crate::retention::CLOCK_MARGIN;
+
+/// How far before a moment the backup was finished that leads to it: the clocks of the server and of the machine that took
+/// it may differ.
+const CLOCK_MARGIN: TimeDelta = TimeDelta::hours(1);
 
 /// What is to be proven, by numbers of segments and ids of backups.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

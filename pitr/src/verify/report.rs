@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use walship::catalog::{VerifiedBackup, VerifyOutcome, VerifyRecord};
+use walship::catalog::{Seen, VerifiedBackup, VerifyOutcome, VerifyRecord};
 
 use super::Finding;
 use super::affected::Affected;
@@ -63,6 +63,9 @@ pub struct RepositoryReport {
     pub findings_total: u64,
     /// What could not be read, for a reason that is no damage.
     pub unread: Vec<Unread>,
+    /// What was seen in it, by now and before; `None` where it could not be looked at.
+    #[serde(skip)]
+    pub seen: Option<Seen>,
 }
 
 impl RepositoryReport {

@@ -44,5 +44,6 @@ mod surviving;
 mod tablespaces;
 mod texts;
 mod thin;
+mod verify;
 mod wal_files;
 mod waldump_oracle;

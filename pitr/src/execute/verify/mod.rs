@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use walship::catalog::{Catalog, VerifyOutcome};
+use walship::catalog::{Catalog, Seen, VerifyOutcome};
 use walship::pg::{Lsn, SegmentName};
 use walship::replication::ServerPosition;
 use walship::repository::LineageRepository;
@@ -93,6 +93,9 @@ pub struct Request {
     pub workers: usize,
     /// Where the server was, asked before anything was read; and the slot of the archive's receiver.
     pub server: Option<(ServerPosition, Option<String>)>,
+    /// What this machine remembers to have seen, by the repository's location: an older copy that takes a repository's
+    /// place brings its own records along.
+    pub remembered: BTreeMap<String, Seen>,
     /// Read also what a verification that was killed has proven.
     pub anew: bool,
     /// What was there before and is missing now is known, and is not to be told any more.
@@ -198,6 +201,7 @@ fn unread_report(repository: String, error: &Error) -> RepositoryReport {
         backups: Vec::new(),
         findings: Vec::new(),
         findings_total: 0,
+        seen: None,
     }
 }
 
@@ -217,6 +221,9 @@ async fn verify_one(
     findings.extend(history_flaws(&location, &found.catalog));
     findings.extend(gaps_found(&location, &found.catalog, &needed));
     let mut state = ProvenState::of(found.catalog.lineage.segment_size, &found.proven);
+    if let Some(seen) = request.remembered.get(&location) {
+        state.seen.add(seen);
+    }
     let gone = look::gone_backups(repository).await?;
     if !request.accept_missing {
         let mut less = less_than_seen(&location, &found.catalog, &state.seen, &gone, &needed, &findings);
@@ -230,7 +237,7 @@ async fn verify_one(
         let behind = behind_server(&location, &found.catalog, server, slot.as_deref());
         findings.extend(behind);
     }
-    findings.extend(wal::check_forks(repository, &found.catalog, &location).await?);
+    findings.extend(wal::check_forks(repository, &found.catalog, &needed, &location).await?);
     let going_on = look::goes_on_from(repository, found, request).await?;
     if request.accept_missing {
         state.seen = found.seen_now();
@@ -323,6 +330,7 @@ fn report_of(
         findings: worked.findings,
         findings_total: worked.findings_total,
         unread: worked.unread,
+        seen: Some(state.seen.recorded()),
     }
 }
 

@@ -13,7 +13,7 @@ use walship::wal::scan::{SegmentScan, SegmentScanner, Verdict};
 use walship::{Error, Result};
 
 use super::run::{Done, Job};
-use crate::verify::{Finding, FindingKind, Takes};
+use crate::verify::{Finding, FindingKind, Needed, Takes};
 
 /// Reads everything that is stored under `wal/` of the segments from `from` on and before `until`, while that is allowed.
 ///
@@ -249,6 +249,7 @@ async fn check_other(job: &Job, name: SegmentName, object: &WalObject, done: &mu
 pub(super) async fn check_forks(
     repository: &LineageRepository,
     catalog: &Catalog,
+    needed: &Needed,
     location: &str,
 ) -> Result<Vec<Finding>> {
     let size = catalog.lineage.segment_size;
@@ -257,7 +258,11 @@ pub(super) async fn check_forks(
         let Some(fork) = history.ancestors.last() else { continue };
         let own = SegmentName::containing(history.timeline, fork.switch_lsn, size);
         let (parent, until) = (own.on(fork.timeline), size.offset_of(fork.switch_lsn));
-        if until == 0 || !catalog.segments.contains(own) || !catalog.segments.contains(parent) {
+        if until == 0
+            || !needed.has_segment(own, size)
+            || !catalog.segments.contains(own)
+            || !catalog.segments.contains(parent)
+        {
             continue;
         }
         let digests =
