@@ -9,7 +9,7 @@ use walship::replication::ServerPosition;
 use super::needed::Needed;
 use super::proven::SeenBefore;
 use super::{Finding, FindingKind, Takes};
-use crate::plan::{Chain, chains_of, gaps_of};
+use crate::plan::{Chain, KnownBy, chains_of, gaps_of};
 
 /// An archive that ends no further behind a server than so many segments is at work on them.
 const BEHIND_SEGMENTS_MAX: u64 = 2;
@@ -36,7 +36,9 @@ pub fn gaps_found(repository: &str, catalog: &Catalog, needed: &Needed) -> Vec<F
                 Finding::note(FindingKind::Missing, repository, object, what)
             } else {
                 let takes = Takes::Segments { first, last };
-                Finding::damage(FindingKind::Missing, repository, object, what, takes)
+                let behind = gap.known_by == KnownBy::LaterWal;
+                let kind = if behind { FindingKind::Missing } else { FindingKind::MissingEnd };
+                Finding::damage(kind, repository, object, what, takes)
             });
         }
     }

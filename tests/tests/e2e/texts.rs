@@ -57,8 +57,8 @@ fn helps_read_as_they_should() {
         helps(
             &bins::pitr(),
             &[
-                "", "info", "plan", "restore", "drill", "extract", "history", "log", "index", "expire",
-                "hold", "release",
+                "", "info", "plan", "restore", "drill", "extract", "verify", "history", "log", "index",
+                "expire", "hold", "release",
             ]
         )
     );

@@ -247,11 +247,13 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
     let report = damaged(&stage, "the last segment is gone");
     assert_eq!(damage_of(&report, "missing_end"), [name(&last)], "{report:#}");
     assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "{report:#}");
-    // Whoever knows of it says so, and hears no more of it.
+    // Whoever knows of it makes the index forget it, says so, and hears no more of it.
+    stage.ok(&mut stage.pitr(&["index", "--rebuild"]));
     let accept = ["--accept-missing", "--reason", "known"];
     sound(&stage, &accept);
     sound(&stage, &[]);
     fs::write(&last, &kept).unwrap();
+    stage.ok(&mut stage.pitr(&["index"]));
     sound(&stage, &[]);
 
     // History files.
@@ -311,6 +313,7 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
         write(&record, text.as_bytes());
         let report = damaged(&stage, "record");
         assert_eq!(report["affected"]["backups"].as_array().unwrap().len(), 2, "case {case}: {report:#}");
+        answers.push(report);
     }
     fs::remove_file(&record).unwrap();
     let report = damaged(&stage, "the record is gone");
