@@ -277,16 +277,8 @@ async fn verify_one(
         repository.note(format!("what is proven of {location} cannot be noted there: {error}"));
     }
     worked.add_findings(findings);
-    Ok(report_of(
-        location,
-        &needed,
-        found,
-        &notes.state,
-        worked,
-        meter.bytes() - read_before,
-        request.started,
-        round,
-    ))
+    let report = report_of(location, &needed, found, &notes.state, worked, request.started, round);
+    Ok(RepositoryReport { bytes: meter.bytes() - read_before, ..report })
 }
 
 fn report_of(
@@ -295,7 +287,6 @@ fn report_of(
     found: &Looked,
     state: &ProvenState,
     worked: Worked,
-    bytes: u64,
     at: DateTime<Utc>,
     goes_on_from: Option<DateTime<Utc>>,
 ) -> RepositoryReport {
@@ -320,7 +311,7 @@ fn report_of(
         repository,
         outcome,
         objects: worked.objects,
-        bytes,
+        bytes: 0,
         objects_left: worked.left,
         never_proven,
         proven_since: proven_since.filter(|_| never_proven == 0),
