@@ -20,6 +20,7 @@
 mod objectives;
 mod receive;
 mod retention;
+mod watch;
 
 use std::ffi::OsString;
 use std::fs;
@@ -37,6 +38,7 @@ use crate::storage::{AddressingStyle, Limits, S3Settings, Secret, StorageConfig}
 pub use objectives::{Objectives, parse_duration};
 pub use receive::ReceiveSettings;
 pub use retention::{RetentionSettings, Span};
+pub use watch::{NotifyLeast, NotifySettings, Overdue, WatchSettings, WebhookForm};
 
 /// Where the file is looked for when nothing names one; it may be missing there.
 pub const DEFAULT_PATH: &str = "/etc/walship/walship.toml";
@@ -70,6 +72,10 @@ pub struct Config {
     pub retention: RetentionSettings,
     /// What recovery is to achieve.
     pub objectives: Objectives,
+    /// When watching calls something overdue or full.
+    pub watch: WatchSettings,
+    /// Who hears of it from `walship serve`.
+    pub notify: NotifySettings,
 }
 
 /// Whether `archive-cmd` and `restore-cmd` may start an agent for the calls to come.
@@ -191,6 +197,8 @@ struct FileConfig {
     rpo: Option<String>,
     receive: ReceiveSettings,
     retention: RetentionSettings,
+    watch: WatchSettings,
+    notify: NotifySettings,
     s3: S3Settings,
     limits: FileLimits,
 }
@@ -303,6 +311,8 @@ impl Config {
             receive: file.receive.with_environment(&environment)?,
             retention: file.retention.with_environment(&environment)?,
             objectives: Objectives::read(&environment, file.rto, file.rpo)?,
+            watch: file.watch.with_environment(&environment)?,
+            notify: file.notify.with_environment(&environment)?,
         })
     }
 }
@@ -496,6 +506,7 @@ impl FileConfig {
             text.contains("password") || text.split_once("://").is_some_and(|(_, rest)| rest.contains('@'))
         };
         s3_secret(&self.s3)
+            || self.notify.webhook.is_some()
             || self.repositories.iter().any(own)
             || self.connection.as_ref().is_some_and(password)
     }

@@ -27,6 +27,8 @@ pub mod config;
 pub mod durable;
 pub mod error;
 pub mod feed;
+#[cfg(feature = "replication")]
+pub mod observe;
 pub mod pg;
 #[cfg(feature = "replication")]
 pub mod receive;
@@ -34,9 +36,12 @@ pub mod receive;
 pub mod replication;
 #[cfg(feature = "store")]
 pub mod repository;
+#[cfg(feature = "serve")]
+pub mod serve;
 #[cfg(feature = "store")]
 pub mod spool;
 pub mod storage;
 pub mod wal;
+pub mod watch;
 
 pub use error::{Error, Result};

@@ -13,13 +13,14 @@ const WALSHIP_FLOORS: &[&[&str]] = &[
     &["pg"],
     &["wal"],
     &["catalog"],
-    &["codec", "feed"],
+    &["codec", "feed", "watch"],
     &["durable"],
     &["spool", "storage", "replication"],
     &["repository"],
     &["archive"],
     &["agent"],
-    &["backup", "receive"],
+    &["backup", "receive", "observe"],
+    &["serve"],
     &["cli"],
 ];
 
@@ -37,7 +38,7 @@ const BESIDE: &[(&str, &[&str])] = &[("error", &["pg"]), ("config", &["pg", "cod
 
 /// Rooms that compute and nothing else.
 const PURE: &[(&str, &[&str])] = &[
-    ("walship", &["pg", "wal", "catalog", "codec", "feed"]),
+    ("walship", &["pg", "wal", "catalog", "codec", "feed", "watch"]),
     (
         "pitr",
         &[
@@ -157,7 +158,8 @@ fn thin_commands_link_neither_tokio_nor_the_aws_sdk() {
         assert!(names.contains("walship"), "{package} is built on the library: {names:?}");
         let heavy = |name: &&&str| {
             name.starts_with("aws-")
-                || ["tokio", "hyper", "rustls", "clap", "tracing-subscriber"].contains(*name)
+                || ["tokio", "hyper", "hyper-util", "prometheus", "rustls", "clap", "tracing-subscriber"]
+                    .contains(*name)
         };
         assert_eq!(
             names.iter().filter(heavy).collect::<Vec<_>>(),

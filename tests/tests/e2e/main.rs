@@ -47,3 +47,4 @@ mod thin;
 mod verify;
 mod wal_files;
 mod waldump_oracle;
+mod watch;

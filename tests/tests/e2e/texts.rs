@@ -52,6 +52,7 @@ fn helps(program: &Path, commands: &[&str]) -> String {
 fn helps_read_as_they_should() {
     let walship = ["", "init", "check", "backup", "wal", "wal push", "wal fetch", "wal give-up"];
     insta::assert_snapshot!("help_walship", helps(&bins::walship(), &walship));
+    insta::assert_snapshot!("help_walship_serve", helps(&bins::walship(), &["serve"]));
     insta::assert_snapshot!(
         "help_pitr",
         helps(

@@ -1,5 +1,7 @@
 //! `walship check`: finds out what is wrong and says how to mend it.
 
+mod monitor;
+
 use chrono::{TimeDelta, Utc};
 use serde::Serialize;
 use walship::catalog::Catalog;
@@ -15,6 +17,8 @@ use walship::storage::{self, StorageConfig};
 use super::server::{self, Identity, Weight};
 use super::synchronous;
 
+pub(super) use monitor::{is_for_monitor, run as monitor, unknown};
+
 /// What is younger may be part of a backup that runs.
 const UNDER_WAY: TimeDelta = TimeDelta::days(1);
 
@@ -29,10 +33,18 @@ const PARTS_LEFT_MAX: usize = 1000;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
+Examples:
+  walship check
+  walship check --monitor --timeout 50
+
+--monitor is for Nagios, Icinga and others that run plugins: one line with performance data, then one for each problem; \
+beside what is found here it looks at what `rpo`, `rto` and [watch] in the configuration say (docs/monitoring.md).
+
 Exit status:
   0  nothing is wrong (advice may be printed)
   1  something is
-  2  the command line makes no sense")]
+  2  the command line makes no sense
+With --monitor: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.")]
 pub(super) struct Args {
     /// Look at the repositories only, not at the server
     #[arg(long)]
@@ -40,6 +52,18 @@ pub(super) struct Args {
     /// Print the findings as JSON
     #[arg(long)]
     json: bool,
+    /// Answer as a plugin of a monitor does, with its exit statuses
+    #[arg(long)]
+    monitor: bool,
+    /// With --monitor: seconds after which the answer is CRITICAL
+    #[arg(long, value_name = "SECONDS", default_value_t = 50, requires = "monitor", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    timeout: u64,
+}
+
+impl Args {
+    pub(super) fn is_for_monitor(&self) -> bool {
+        self.monitor
+    }
 }
 
 /// One thing that was looked at.
@@ -49,6 +73,9 @@ struct Finding {
     what: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<String>,
+    /// Advice that is a matter of taste, or of the store: nothing a monitor should speak of for ever.
+    #[serde(skip)]
+    is_lasting: bool,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -58,23 +85,27 @@ struct Findings {
 
 pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
     let config = super::config(overrides)?;
-    let name: ClusterName = config.cluster.parse()?;
     let mut findings = Findings::default();
+    check(&config, args.offline, overrides, &mut findings).await?;
+    super::print_report(&findings, args.json, || findings.text())?;
+    Ok(u8::from(findings.findings.iter().any(|finding| finding.weight == Weight::Needed)))
+}
+
+async fn check(config: &Config, offline: bool, overrides: &Overrides, findings: &mut Findings) -> Result<()> {
+    let name: ClusterName = config.cluster.parse()?;
     let mut server = None;
-    if !args.offline {
-        match check_server(&config, overrides, &mut findings).await {
+    if !offline {
+        match check_server(config, overrides, findings).await {
             Ok(found) => server = Some(found),
             Err(error) => findings.failed(&error),
         }
     }
     for repository in &config.repositories {
-        if let Err(error) = check_repository(repository, &config, &name, server.as_ref(), &mut findings).await
-        {
+        if let Err(error) = check_repository(repository, config, &name, server.as_ref(), findings).await {
             findings.failed(&error);
         }
     }
-    super::print_report(&findings, args.json, || findings.text())?;
-    Ok(u8::from(findings.findings.iter().any(|finding| finding.weight == Weight::Needed)))
+    Ok(())
 }
 
 /// What the server said that the repositories are compared with.
@@ -104,11 +135,10 @@ async fn check_server(config: &Config, overrides: &Overrides, findings: &mut Fin
         match setting.weight {
             Weight::Good => findings.good(what),
             _ if instead => findings.good(format!("{what}; `walship receive` streams WAL instead")),
-            weight => findings.add(
-                weight,
-                format!("{what}: {}", setting.why),
-                setting.wanted.map(|wanted| format!("Set {name} = '{wanted}'{restart}.")),
-            ),
+            weight => {
+                let next = setting.wanted.map(|wanted| format!("Set {name} = '{wanted}'{restart}."));
+                findings.lasting(weight, format!("{what}: {}", setting.why), next);
+            }
         }
     }
     for (weight, what, next) in receiving.findings {
@@ -186,7 +216,7 @@ async fn check_repository(
     let cluster = ClusterRepository::open(storage, name).await?;
     findings.good(format!("{location} holds cluster \"{name}\""));
     for warning in super::open::probe(&**cluster.storage(), whole.accept_unsafe_store).await? {
-        findings.add(Weight::Advice, format!("{location}: {warning}"), None);
+        findings.lasting(Weight::Advice, format!("{location}: {warning}"), None);
     }
     findings.good(format!("{location} was tried: conditional writes, checksums, what is absent"));
     let lineage = match server {
@@ -215,13 +245,13 @@ async fn check_unfinished(cluster: &ClusterRepository, findings: &mut Findings) 
         Ok(Some(unfinished)) => unfinished,
         Ok(None) => {
             let next = "The store does not list uploads; look at the room it uses.".to_owned();
-            findings.add(Weight::Advice, cannot_tell, Some(next));
+            findings.lasting(Weight::Advice, cannot_tell, Some(next));
             return Ok(());
         }
         Err(error @ Error::Denied(_)) => {
             let next =
                 "Grant s3:ListBucketMultipartUploads on the bucket to the credentials that check with.";
-            findings.add(Weight::Advice, format!("{cannot_tell}: {error}"), Some(next.to_owned()));
+            findings.lasting(Weight::Advice, format!("{cannot_tell}: {error}"), Some(next.to_owned()));
             return Ok(());
         }
         Err(error) => return Err(error),
@@ -387,7 +417,11 @@ async fn check_leftovers(lineage: &LineageRepository, findings: &mut Findings) -
 
 impl Findings {
     fn add(&mut self, weight: Weight, what: String, next: Option<String>) {
-        self.findings.push(Finding { weight, what, next });
+        self.findings.push(Finding { weight, what, next, is_lasting: false });
+    }
+
+    fn lasting(&mut self, weight: Weight, what: String, next: Option<String>) {
+        self.findings.push(Finding { weight, what, next, is_lasting: true });
     }
 
     fn good(&mut self, what: String) {

@@ -7,6 +7,7 @@ mod give_up;
 mod init;
 mod open;
 mod receive;
+mod serve;
 mod server;
 mod synchronous;
 mod wal;
@@ -51,6 +52,8 @@ enum Command {
     Receive(receive::Args),
     /// Find out what is wrong, and say how to mend it
     Check(check::Args),
+    /// Serve metrics to Prometheus, and tell of problems
+    Serve(serve::Args),
     /// Answer archive-cmd and restore-cmd, and work ahead of them
     #[command(after_help = agent::HELP)]
     Agent(agent::Args),
@@ -65,7 +68,12 @@ pub(crate) fn main() -> ExitCode {
     let fetch = wal::FetchCall::in_arguments(&arguments);
     let status = catch_unwind(AssertUnwindSafe(|| run(&arguments, fetch.as_ref())));
     // 101, the status of a panic, would read as "absent".
-    let status = status.unwrap_or(if fetch.is_some() { walship::agent::client::STATUS_STOP } else { 1 });
+    let failed = || match fetch {
+        Some(_) => walship::agent::client::STATUS_STOP,
+        None if check::is_for_monitor(&arguments) => check::unknown("a mistake in walship ended the check"),
+        None => 1,
+    };
+    let status = status.unwrap_or_else(|_| failed());
     let _ = std::io::stdout().flush();
     // Not waiting for threads that hang in a system call on a dead mount.
     std::process::exit(i32::from(status))
@@ -82,6 +90,7 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
             return match fetch {
                 _ if only_asked => 0,
                 Some(call) => call.unanswered(),
+                None if check::is_for_monitor(arguments) => check::unknown("the command line makes no sense"),
                 None => 2,
             };
         }
@@ -103,6 +112,8 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
         // One thread reads, decides and sends; encoding and disks have threads of their own. More would only hand over.
         Command::Receive(args) => block_on(receive::run(&args, overrides)),
         Command::Agent(args) => block_on_threads(agent::run(&args, overrides)),
+        Command::Serve(args) => block_on_threads(serve::run(&args, overrides)),
+        Command::Check(args) if args.is_for_monitor() => block_on(check::monitor(&args, overrides)),
         Command::Check(args) => block_on(check::run(&args, overrides)),
         Command::Wal(wal::Command::GiveUp(args)) => block_on(give_up::run(&args, overrides)),
         Command::Wal(wal::Command::Push(args)) => block_on(wal::push(&args, overrides)),

@@ -1,0 +1,146 @@
+//! Looks at repositories, server and disks, for what `watch` judges. Few requests, each within a bound, and never more than
+//! one look at a time.
+//!
+//! What could not be read keeps what was seen of it last: a repository that is away does not make its last backup unknown.
+
+mod disk;
+mod repository;
+mod server;
+
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+use tokio::time::timeout;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::replication::options::ConnectOptions;
+use crate::repository::ClusterName;
+use crate::storage::{Location, StorageConfig};
+use crate::watch::{Disk, Facts, Limits, RepositoryFacts, ServerAnswer};
+
+pub use server::Identity;
+
+/// How long the server may take to answer all that it is asked.
+const SERVER_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long the local file system may take to say how full it is.
+const DISK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Looks, again and again, and remembers.
+#[derive(Debug)]
+pub struct Watcher {
+    cluster: ClusterName,
+    repositories: Vec<(StorageConfig, RepositoryFacts)>,
+    server: Option<ConnectOptions>,
+    slot: String,
+    limits: Limits,
+    patience: Duration,
+}
+
+impl Watcher {
+    /// Returns one that looks at what is configured; without `server` at the repositories only. A look at a repository that
+    /// takes longer than `patience` has failed.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a cluster's name or a repository's address that is none.
+    pub fn new(config: &Config, server: Option<ConnectOptions>, patience: Duration) -> Result<Self> {
+        let nothing_seen = |storage: &StorageConfig| {
+            let url = match storage.location()? {
+                Location::Folder(root) => format!("file://{}", root.display()),
+                Location::S3 { bucket, prefix } if prefix.is_empty() => format!("s3://{bucket}"),
+                Location::S3 { bucket, prefix } => format!("s3://{bucket}/{prefix}"),
+            };
+            let facts = RepositoryFacts {
+                url,
+                failure: None,
+                failures_total: 0,
+                latency: None,
+                seen: None,
+                contents: None,
+                disk: None,
+            };
+            Ok((storage.clone(), facts))
+        };
+        Ok(Self {
+            cluster: config.cluster.parse()?,
+            repositories: config.repositories.iter().map(nothing_seen).collect::<Result<_>>()?,
+            server,
+            slot: config.receive.slot.clone().unwrap_or_else(|| "walship".to_owned()),
+            limits: Limits::of(config),
+            patience,
+        })
+    }
+
+    /// Returns the cluster's name.
+    pub fn cluster(&self) -> &str {
+        self.cluster.as_str()
+    }
+
+    /// Returns what is measured by.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Looks at everything. `now` is this machine's clock.
+    ///
+    /// # Cancel safety
+    /// What was seen before stays; what this look saw is lost.
+    pub async fn look(&mut self, now: DateTime<Utc>) -> Facts {
+        let (server, identity) = match &self.server {
+            None => (ServerAnswer::NotAsked, None),
+            Some(options) => {
+                let asked = timeout(SERVER_PATIENCE, server::ask(options, &self.slot)).await;
+                match asked.unwrap_or_else(|_| Err(late("the server", SERVER_PATIENCE))) {
+                    Ok((facts, identity)) => (ServerAnswer::Told(facts), Some(identity)),
+                    Err(error) => {
+                        let (what, next) = (error.to_string(), error.next().to_owned());
+                        (ServerAnswer::Failed { what, next }, None)
+                    }
+                }
+            }
+        };
+        let (cluster, patience) = (&self.cluster, self.patience);
+        let looks = self.repositories.iter().map(|(config, facts)| async move {
+            let began = Instant::now();
+            let look = repository::look(config, cluster, identity.as_ref());
+            let seen = timeout(patience, look).await;
+            let seen = seen.unwrap_or_else(|_| Err(late(&facts.url, began.elapsed())));
+            (seen, disk_of(config).await)
+        });
+        let seen = futures_util::future::join_all(looks).await;
+        for ((_, facts), (seen, disk)) in self.repositories.iter_mut().zip(seen) {
+            facts.disk = disk;
+            match seen {
+                Ok((contents, latency)) => {
+                    facts.failure = None;
+                    facts.latency = Some(latency);
+                    facts.seen = Some(now);
+                    facts.contents = Some(contents);
+                }
+                Err(error) => {
+                    facts.failure = Some((error.to_string(), error.next().to_owned()));
+                    facts.latency = None;
+                    facts.failures_total += 1;
+                }
+            }
+        }
+        Facts {
+            at: now,
+            cluster: self.cluster.to_string(),
+            repositories: self.repositories.iter().map(|(_, facts)| facts.clone()).collect(),
+            server,
+        }
+    }
+}
+
+fn late(what: &str, after: Duration) -> Error {
+    Error::unavailable(format!("{what} could not be looked at within {} s", after.as_secs().max(1)))
+}
+
+/// Returns how full the disk of a repository in a folder is; `None` for others, and when that cannot be told.
+async fn disk_of(config: &StorageConfig) -> Option<Disk> {
+    let Ok(Location::Folder(root)) = config.location() else { return None };
+    let looked = tokio::task::spawn_blocking(move || disk::room(&root));
+    timeout(DISK_PATIENCE, looked).await.ok()?.ok()?
+}

@@ -1,0 +1,380 @@
+//! What was seen: plain data, gathered by `observe`.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use crate::catalog::{BackupRecord, DrillRecord, ExpireOutcome, ExpireRecord};
+use crate::pg::{Lsn, TimelineId};
+
+/// Everything that was seen of one cluster at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// When, by this machine's clock.
+    pub at: DateTime<Utc>,
+    /// The operator's name of the cluster.
+    pub cluster: String,
+    /// The configured repositories, in their order.
+    pub repositories: Vec<RepositoryFacts>,
+    /// What the server said.
+    pub server: ServerAnswer,
+}
+
+/// Whether the server answered.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ServerAnswer {
+    /// It was not to be asked.
+    NotAsked,
+    /// It did not answer, and why.
+    Failed {
+        /// What happened.
+        what: String,
+        /// What to do.
+        next: String,
+    },
+    /// It did.
+    Told(ServerFacts),
+}
+
+impl ServerAnswer {
+    /// Returns what it told.
+    pub fn told(&self) -> Option<&ServerFacts> {
+        match self {
+            Self::Told(facts) => Some(facts),
+            _ => None,
+        }
+    }
+}
+
+/// What was seen of one repository.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RepositoryFacts {
+    /// Where it lies, without secrets.
+    pub url: String,
+    /// What happened when it was looked at last, and what to do; `None` when all could be read.
+    pub failure: Option<(String, String)>,
+    /// How many looks have failed since the process began.
+    pub failures_total: u64,
+    /// How long the store took for one small read.
+    pub latency: Option<Duration>,
+    /// When everything could be read last.
+    pub seen: Option<DateTime<Utc>>,
+    /// What it held then.
+    pub contents: Option<Contents>,
+    /// The disk of a repository in a folder.
+    pub disk: Option<Disk>,
+}
+
+/// What a repository holds of the cluster's lineage.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Contents {
+    /// The lineage's number.
+    pub lineage: u32,
+    /// The timeline that the rest is about: the server's, or the newest with WAL.
+    pub timeline: Option<TimelineId>,
+    /// Complete backups, oldest start first.
+    pub backups: Vec<BackupFacts>,
+    /// Backups that were started and not finished.
+    pub unfinished_backups: u64,
+    /// Incremental backups without one that they build on.
+    pub orphaned_backups: u64,
+    /// Up to where WAL is durable on the timeline without a hole behind it.
+    pub durable_lsn: Option<Lsn>,
+    /// When the newest transaction ended that is durable, by the server's clock.
+    pub newest_commit: Option<DateTime<Utc>>,
+    /// The largest number of a transaction whose end is durable in the newest WAL.
+    pub newest_xid: Option<u32>,
+    /// The span in which every commit can be reached, up to the end of the archive.
+    pub window: Option<WindowFacts>,
+    /// Open gaps that are nobody's intention.
+    pub gaps: u64,
+    /// Those among them behind which no backup begins.
+    pub gaps_without_backup: u64,
+    /// Timelines of which WAL at the end is gone.
+    pub lost_ends: u64,
+    /// Whole segments that are stored, on all timelines.
+    pub segments: u64,
+    /// Their stored size.
+    pub wal_bytes: u64,
+    /// The last drill.
+    pub drill: Option<DrillFacts>,
+    /// The last drill that proved what it had to.
+    pub proven: Option<DateTime<Utc>>,
+    /// The last removal by retention.
+    pub expire: Option<ExpireFacts>,
+    /// The last verification.
+    pub verification: Option<VerificationFacts>,
+    /// When the last one began that read what it was to read.
+    pub verified: Option<DateTime<Utc>>,
+    /// Whether this release's verifications are recorded at all: what was never recorded is not overdue.
+    pub verifications_known: bool,
+}
+
+/// Full or incremental.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum BackupKind {
+    /// It stands alone.
+    Full,
+    /// It builds on another.
+    Incremental,
+}
+
+impl BackupKind {
+    /// Returns the word for it, as labels have it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Incremental => "incremental",
+        }
+    }
+}
+
+/// Returns both kinds.
+pub fn backup_kinds() -> [BackupKind; 2] {
+    [BackupKind::Full, BackupKind::Incremental]
+}
+
+/// A complete backup.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BackupFacts {
+    /// Its id.
+    pub id: String,
+    /// Which kind.
+    pub kind: BackupKind,
+    /// When it was started.
+    pub started: DateTime<Utc>,
+    /// When it was complete.
+    pub finished: DateTime<Utc>,
+    /// Bytes of all files.
+    pub data_bytes: u64,
+    /// Bytes as stored.
+    pub stored_bytes: u64,
+    /// Pages whose checksum was wrong.
+    pub damaged_pages: u64,
+}
+
+impl BackupFacts {
+    /// Returns what is to be known of a backup.
+    pub fn of(record: &BackupRecord) -> Self {
+        Self {
+            id: record.id.clone(),
+            kind: if record.parent.is_some() { BackupKind::Incremental } else { BackupKind::Full },
+            started: record.started,
+            finished: record.finished,
+            data_bytes: record.data_bytes,
+            stored_bytes: record.stored_bytes,
+            damaged_pages: record.damaged_pages.as_ref().map_or(0, |pages| pages.total),
+        }
+    }
+}
+
+impl Contents {
+    /// Returns the newest backup of a kind and the one of that kind before it.
+    pub fn newest(&self, kind: BackupKind) -> (Option<&BackupFacts>, Option<&BackupFacts>) {
+        let mut these: Vec<_> = self.backups.iter().filter(|backup| backup.kind == kind).collect();
+        these.sort_by(|a, b| (b.finished, &b.id).cmp(&(a.finished, &a.id)));
+        (these.first().copied(), these.get(1).copied())
+    }
+
+    /// Returns when the newest backup of any kind was complete.
+    pub fn newest_backup(&self) -> Option<DateTime<Utc>> {
+        self.backups.iter().map(|backup| backup.finished).max()
+    }
+
+    /// Returns when the oldest backup was complete: since then there is something to drill and to verify.
+    pub fn oldest_backup(&self) -> Option<DateTime<Utc>> {
+        self.backups.iter().map(|backup| backup.finished).min()
+    }
+}
+
+/// A span in which every commit can be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowFacts {
+    /// Where it begins: its first backup is consistent there.
+    pub from_lsn: Lsn,
+    /// When that backup was complete.
+    pub from: DateTime<Utc>,
+    /// Where it ends.
+    pub until_lsn: Lsn,
+}
+
+/// A drill.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DrillFacts {
+    /// When it began.
+    pub started: DateTime<Utc>,
+    /// How long it took.
+    pub took: Duration,
+    /// `proven`, `objective_missed`, `not_proven`, `failed`, `interrupted` or `no_plan`.
+    pub outcome: String,
+    /// The recovery time that it measured.
+    pub recovery: Option<Duration>,
+}
+
+impl DrillFacts {
+    /// Returns what is to be known of a drill.
+    pub fn of(record: &DrillRecord) -> Self {
+        Self {
+            started: record.started,
+            took: Duration::from_millis(record.millis),
+            outcome: record.outcome.clone(),
+            recovery: record.recovery_millis.map(Duration::from_millis),
+        }
+    }
+
+    /// Returns whether it showed that a restore works, in time or not.
+    pub fn has_proven(outcome: &str) -> bool {
+        matches!(outcome, "proven" | "objective_missed")
+    }
+}
+
+/// A removal by retention.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpireFacts {
+    /// When it began.
+    pub started: DateTime<Utc>,
+    /// When it ended; `None`: it was killed, or is at work.
+    pub finished: Option<DateTime<Utc>>,
+    /// What went wrong.
+    pub failure: Option<String>,
+}
+
+impl ExpireFacts {
+    /// Returns what is to be known of a removal.
+    pub fn of(record: &ExpireRecord, outcome: Option<&ExpireOutcome>) -> Self {
+        Self {
+            started: record.started,
+            finished: outcome.map(|outcome| outcome.finished),
+            failure: outcome.and_then(|outcome| outcome.failure.clone()),
+        }
+    }
+}
+
+/// A verification.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerificationFacts {
+    /// When it began.
+    pub started: DateTime<Utc>,
+    /// How long it took.
+    pub took: Duration,
+    /// Whether everything that was read is as it should be.
+    pub is_good: bool,
+    /// Whether something is damaged or missing.
+    pub is_damaged: bool,
+    /// What it says in a word.
+    pub outcome: String,
+    /// How many bytes were read.
+    pub bytes: u64,
+}
+
+/// What the server told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ServerFacts {
+    /// The timeline that it is on.
+    pub timeline: TimelineId,
+    /// Whether it is a standby.
+    pub in_recovery: bool,
+    /// The position after the last byte of WAL that it has flushed, or as a standby received or replayed.
+    pub wal_lsn: Lsn,
+    /// The size of its segments.
+    pub segment_bytes: u64,
+    /// The largest number of a transaction that has ended, without its epoch; `None` on a standby.
+    pub newest_xid: Option<u32>,
+    /// Whether an archiver is to archive: `archive_mode` is not off.
+    pub archives: bool,
+    /// How many files wait in `archive_status`; `None` where the role may not look.
+    pub ready_files: Option<u64>,
+    /// How many times the archiver failed.
+    pub archive_failures_total: u64,
+    /// The file with which the archiver failed last, when nothing was archived since.
+    pub failing_wal: Option<String>,
+    /// When something was archived last.
+    pub last_archived: Option<DateTime<Utc>>,
+    /// The slot that `walship receive` uses, where it is there.
+    pub slot: Option<SlotFacts>,
+    /// Whether commits wait for `walship receive`.
+    pub commits_wait: bool,
+    /// The server's disks, where this is its machine.
+    pub disks: Vec<(DiskPlace, Disk)>,
+}
+
+/// A replication slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotFacts {
+    /// Its name.
+    pub name: String,
+    /// Whether somebody streams from it.
+    pub active: bool,
+    /// Bytes of WAL that it holds back.
+    pub lag_bytes: Option<u64>,
+    /// `reserved`, `extended`, `unreserved` or `lost`.
+    pub wal_status: String,
+}
+
+/// What of the server lies on a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DiskPlace {
+    /// The data directory.
+    DataDirectory,
+    /// `pg_wal`.
+    Wal,
+}
+
+impl DiskPlace {
+    /// Returns the word for it, as labels have it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::DataDirectory => "data_directory",
+            Self::Wal => "pg_wal",
+        }
+    }
+}
+
+/// A file system's room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Disk {
+    /// All of it that an ordinary user may use.
+    pub total_bytes: u64,
+    /// What is left for one.
+    pub free_bytes: u64,
+}
+
+impl Disk {
+    /// Returns how full it is, from 0 to 1, as `df` has it.
+    pub fn used_ratio(&self) -> f64 {
+        if self.total_bytes == 0 {
+            return 0.0;
+        }
+        1.0 - self.free_bytes.min(self.total_bytes) as f64 / self.total_bytes as f64
+    }
+}
+
+impl Facts {
+    /// Returns how old what would be lost could be, were the server gone now, with the repository: nothing, or as old as
+    /// the newest transaction that is durable; `None` where that is not known.
+    pub fn recovery_point(&self, contents: &Contents) -> Option<Duration> {
+        let newest = contents.newest_commit?;
+        let age = self.at.signed_duration_since(newest).to_std().unwrap_or_default();
+        let nothing_newer = self.server.told().is_some_and(|server| {
+            let all_is_there = contents.timeline == Some(server.timeline)
+                && contents.durable_lsn.is_some_and(|durable| durable >= server.wal_lsn);
+            // Numbers wrap around: the later is the one that is less than half the circle ahead.
+            let not_later = |server: u32, durable: u32| durable.wrapping_sub(server) < 1 << 31;
+            all_is_there
+                || server
+                    .newest_xid
+                    .zip(contents.newest_xid)
+                    .is_some_and(|(own, there)| not_later(own, there))
+        });
+        Some(if nothing_newer { Duration::ZERO } else { age })
+    }
+
+    /// Returns how many bytes of the server's WAL a repository does not hold; `None` without both.
+    pub fn behind_bytes(&self, contents: &Contents) -> Option<u64> {
+        let server = self.server.told()?;
+        if contents.timeline != Some(server.timeline) {
+            return None;
+        }
+        Some(server.wal_lsn.0.saturating_sub(contents.durable_lsn?.0))
+    }
+}

@@ -1,0 +1,356 @@
+use super::*;
+use crate::pg::{Lsn, TimelineId};
+use crate::watch::{BackupFacts, DiskPlace, ExpireFacts, SlotFacts, VerificationFacts};
+
+const URL: &str = "file:///r";
+const HOUR: i64 = 3600;
+
+fn at(second: i64) -> DateTime<Utc> {
+    DateTime::from_timestamp(1_800_000_000 + second, 0).unwrap()
+}
+
+fn ago(seconds: i64) -> DateTime<Utc> {
+    at(-seconds)
+}
+
+fn backup(kind: BackupKind, age: i64, bytes: u64) -> BackupFacts {
+    BackupFacts {
+        id: format!("{age}"),
+        kind,
+        started: ago(age + 60),
+        finished: ago(age),
+        data_bytes: bytes,
+        stored_bytes: bytes,
+        damaged_pages: 0,
+    }
+}
+
+fn good() -> Facts {
+    let contents = Contents {
+        lineage: 1,
+        timeline: Some(TimelineId::FIRST),
+        backups: vec![backup(BackupKind::Full, 25 * HOUR, 100), backup(BackupKind::Full, HOUR, 100)],
+        unfinished_backups: 0,
+        orphaned_backups: 0,
+        durable_lsn: Some(Lsn(1000)),
+        newest_commit: Some(ago(10)),
+        newest_xid: Some(700),
+        window: None,
+        gaps: 0,
+        gaps_without_backup: 0,
+        lost_ends: 0,
+        segments: 1,
+        wal_bytes: 1,
+        drill: None,
+        proven: None,
+        expire: None,
+        verification: None,
+        verified: None,
+        verifications_known: true,
+    };
+    let repository = RepositoryFacts {
+        url: URL.into(),
+        failure: None,
+        failures_total: 0,
+        latency: Some(Duration::from_millis(1)),
+        seen: Some(at(0)),
+        contents: Some(contents),
+        disk: Some(Disk { total_bytes: 100, free_bytes: 21 }),
+    };
+    let server = ServerFacts {
+        timeline: TimelineId::FIRST,
+        in_recovery: false,
+        wal_lsn: Lsn(1000),
+        segment_bytes: 16,
+        newest_xid: Some(700),
+        archives: true,
+        ready_files: Some(3),
+        archive_failures_total: 0,
+        failing_wal: None,
+        last_archived: Some(ago(60)),
+        slot: None,
+        commits_wait: false,
+        disks: vec![(DiskPlace::Wal, Disk { total_bytes: 100, free_bytes: 21 })],
+    };
+    Facts {
+        at: at(0),
+        cluster: "main".into(),
+        repositories: vec![repository],
+        server: ServerAnswer::Told(server),
+    }
+}
+
+fn limits() -> Limits {
+    Limits {
+        objectives: Objectives {
+            recovery_time: Some(Duration::from_secs(900)),
+            recovery_point: Some(Duration::from_secs(300)),
+        },
+        retention: true,
+        ..Limits::default()
+    }
+}
+
+/// The kinds and severities after a change.
+fn after(change: impl FnOnce(&mut Facts)) -> Vec<(Kind, Severity)> {
+    after_with(limits(), change)
+}
+
+fn after_with(limits: Limits, change: impl FnOnce(&mut Facts)) -> Vec<(Kind, Severity)> {
+    let mut facts = good();
+    change(&mut facts);
+    problems(&facts, &limits).iter().map(|problem| (problem.kind, problem.severity)).collect()
+}
+
+fn contents(facts: &mut Facts) -> &mut Contents {
+    facts.repositories[0].contents.as_mut().unwrap()
+}
+
+fn server(facts: &mut Facts) -> &mut ServerFacts {
+    match &mut facts.server {
+        ServerAnswer::Told(server) => server,
+        _ => unreachable!("the server told"),
+    }
+}
+
+use Severity::{Critical, Warning};
+
+#[test]
+fn nothing_is_wrong_where_nothing_is() {
+    assert_eq!(after(|_| {}), []);
+}
+
+#[test]
+fn backups_are_overdue_missing_odd_or_damaged() {
+    let overdue = |age: i64| after(|facts| contents(facts).backups = vec![backup(BackupKind::Full, age, 1)]);
+    assert_eq!(overdue(26 * HOUR), []);
+    assert_eq!(overdue(26 * HOUR + 1), [(Kind::BackupOverdue, Warning)]);
+    assert_eq!(overdue(52 * HOUR + 1), [(Kind::BackupOverdue, Critical)]);
+    assert_eq!(after(|facts| contents(facts).backups.clear()), [(Kind::BackupMissing, Critical)]);
+    // A young incremental one counts, unless full ones have a limit of their own.
+    let mixed = |facts: &mut Facts| {
+        contents(facts).backups =
+            vec![backup(BackupKind::Full, 100 * HOUR, 1), backup(BackupKind::Incremental, HOUR, 1)];
+    };
+    assert_eq!(after(mixed), []);
+    let mut strict = limits();
+    strict.watch.full_backup_overdue.0 = Some(Duration::from_secs(90 * 3600));
+    assert_eq!(after_with(strict, mixed), [(Kind::BackupOverdue, Warning)]);
+    for (before, now, is_odd) in [(100, 50, false), (100, 49, true), (100, 300, false), (100, 301, true)] {
+        let found = after(|facts| {
+            contents(facts).backups =
+                vec![backup(BackupKind::Full, 2 * HOUR, before), backup(BackupKind::Full, HOUR, now)];
+        });
+        assert_eq!(found.first(), is_odd.then_some(&(Kind::BackupSize, Warning)), "{before} {now}");
+    }
+    let damaged = after(|facts| contents(facts).backups[1].damaged_pages = 1);
+    assert_eq!(damaged, [(Kind::BackupDamagedPages, Critical)]);
+}
+
+#[test]
+fn what_was_seen_last_is_judged_while_a_repository_is_away() {
+    let found = after(|facts| {
+        facts.repositories[0].failure = Some(("gone".into(), "Look.".into()));
+        contents(facts).backups = vec![backup(BackupKind::Full, 27 * HOUR, 1)];
+    });
+    assert_eq!(found, [(Kind::RepositoryUnreachable, Critical), (Kind::BackupOverdue, Warning)]);
+    let silent = |facts: &mut Facts| {
+        facts.server = ServerAnswer::Failed { what: "refused".into(), next: "Start it.".into() };
+    };
+    assert_eq!(after(silent), [(Kind::ServerUnreachable, Critical)]);
+    assert_eq!(after(|facts| facts.server = ServerAnswer::NotAsked), []);
+}
+
+#[test]
+fn the_recovery_point_is_what_would_be_lost() {
+    let point = |change: fn(&mut Facts)| {
+        let mut facts = good();
+        contents(&mut facts).newest_commit = Some(ago(301));
+        change(&mut facts);
+        let point = facts.recovery_point(facts.repositories[0].contents.as_ref().unwrap());
+        let missed = problems(&facts, &limits()).iter().any(|problem| problem.kind == Kind::RpoMissed);
+        assert_eq!(missed, point > Some(Duration::from_secs(300)));
+        point.map(|point| point.as_secs())
+    };
+    assert_eq!(point(|_| {}), Some(0), "the archive holds all that there is");
+    assert_eq!(point(|facts| server(facts).wal_lsn = Lsn(1008)), Some(0), "no transaction is behind its end");
+    let newer: fn(&mut Facts) = |facts| {
+        server(facts).wal_lsn = Lsn(1008);
+        server(facts).newest_xid = Some(701);
+    };
+    assert_eq!(point(newer), Some(301));
+    let wrapped = |facts: &mut Facts| {
+        server(facts).wal_lsn = Lsn(1008);
+        server(facts).newest_xid = Some(3);
+        contents(facts).newest_xid = Some(u32::MAX);
+    };
+    assert_eq!(point(wrapped), Some(301), "numbers wrap around");
+    assert_eq!(point(|facts| facts.server = ServerAnswer::NotAsked), Some(301));
+    assert_eq!(point(|facts| contents(facts).newest_commit = None), None);
+    assert_eq!(point(|facts| contents(facts).timeline = TimelineId::new(2)), Some(0), "by its transactions");
+}
+
+#[test]
+fn wal_that_waits_is_told() {
+    // Segments have 16 bytes here.
+    for (behind, severity) in [(63, None), (64, Some(Warning)), (64 * 16, Some(Critical))] {
+        let found = after(|facts| server(facts).wal_lsn = Lsn(1000 + behind));
+        assert_eq!(found.first().map(|(_, severity)| *severity), severity, "{behind}");
+    }
+    for (ready, severity) in [(4, Warning), (64, Critical)] {
+        let found = after(|facts| server(facts).ready_files = Some(ready));
+        assert_eq!(found, [(Kind::WalNotArriving, severity)]);
+    }
+    let failing = after(|facts| server(facts).failing_wal = Some("000000010000000000000001".into()));
+    assert_eq!(failing, [(Kind::WalNotArriving, Critical)]);
+    let idle = after(|facts| {
+        server(facts).archives = false;
+        server(facts).ready_files = Some(100);
+    });
+    assert_eq!(idle, [], "nobody is to archive them");
+    assert_eq!(after(|facts| contents(facts).gaps = 1), [(Kind::WalGap, Warning)]);
+    let bare = after(|facts| {
+        contents(facts).gaps = 1;
+        contents(facts).gaps_without_backup = 1;
+    });
+    assert_eq!(bare, [(Kind::WalGap, Critical)]);
+    assert_eq!(after(|facts| contents(facts).lost_ends = 1), [(Kind::WalEndLost, Critical)]);
+}
+
+#[test]
+fn slots_are_judged() {
+    for (status, active, commits_wait, expected) in [
+        ("reserved", true, false, None),
+        ("extended", true, true, None),
+        ("reserved", false, false, Some(Warning)),
+        ("reserved", false, true, Some(Critical)),
+        ("unreserved", true, false, Some(Critical)),
+        ("lost", false, false, Some(Critical)),
+    ] {
+        let found = after(|facts| {
+            server(facts).commits_wait = commits_wait;
+            server(facts).slot = Some(SlotFacts {
+                name: "walship".into(),
+                active,
+                lag_bytes: Some(5),
+                wal_status: status.into(),
+            });
+        });
+        assert_eq!(found.first().map(|(_, severity)| *severity), expected, "{status} {active}");
+    }
+    assert_eq!(after(|facts| server(facts).commits_wait = true), [(Kind::Slot, Critical)]);
+}
+
+#[test]
+fn disks_fill_up() {
+    for (free, expected) in
+        [(21, None), (20, Some(Warning)), (11, Some(Warning)), (10, Some(Critical)), (0, Some(Critical))]
+    {
+        let disk = Disk { total_bytes: 100, free_bytes: free };
+        let repository = after(|facts| facts.repositories[0].disk = Some(disk));
+        assert_eq!(repository.first().copied(), expected.map(|severity| (Kind::RepositoryDisk, severity)));
+        let own = after(|facts| server(facts).disks[0].1 = disk);
+        assert_eq!(own.first().copied(), expected.map(|severity| (Kind::ServerDisk, severity)));
+    }
+    assert_eq!(Disk { total_bytes: 0, free_bytes: 0 }.used_ratio(), 0.0);
+}
+
+#[test]
+fn drills_fail_are_slow_or_overdue() {
+    let drilled = |outcome: &str, age: i64, seconds: u64, proven: Option<i64>| {
+        after(|facts| {
+            contents(facts).drill = Some(DrillFacts {
+                started: ago(age),
+                took: Duration::from_secs(seconds),
+                outcome: outcome.into(),
+                recovery: Some(Duration::from_secs(seconds)),
+            });
+            contents(facts).proven = proven.map(ago);
+        })
+    };
+    assert_eq!(drilled("proven", HOUR, 900, Some(HOUR)), []);
+    assert_eq!(drilled("objective_missed", HOUR, 901, Some(HOUR)), [(Kind::RtoMissed, Warning)]);
+    assert_eq!(drilled("not_proven", HOUR, 1, Some(2 * HOUR)), [(Kind::DrillFailed, Critical)]);
+    let month = 36 * 24 * HOUR;
+    assert_eq!(drilled("proven", month, 1, Some(month)), [(Kind::DrillOverdue, Warning)]);
+    let never = |age: i64| {
+        after(|facts| contents(facts).backups.insert(0, backup(BackupKind::Full, age, 100)))
+            .into_iter()
+            .filter(|(kind, _)| *kind == Kind::DrillOverdue)
+            .count()
+    };
+    assert_eq!((never(34 * 24 * HOUR), never(month)), (0, 1), "there must be something to drill for so long");
+}
+
+#[test]
+fn verifications_and_retention_fail_or_are_overdue() {
+    let verified = |outcome: &str, is_good: bool, age: i64| {
+        after(|facts| {
+            contents(facts).verification = Some(VerificationFacts {
+                started: ago(age),
+                took: Duration::from_secs(1),
+                is_good,
+                is_damaged: outcome == "damaged",
+                outcome: outcome.into(),
+                bytes: 1,
+            });
+            contents(facts).verified = Some(ago(age));
+        })
+    };
+    assert_eq!(verified("sound", true, HOUR), []);
+    assert_eq!(verified("damaged", false, HOUR), [(Kind::VerificationFailed, Critical)]);
+    assert_eq!(verified("unread", false, HOUR), [(Kind::VerificationFailed, Warning)]);
+    assert_eq!(verified("sound", true, 9 * 24 * HOUR), [(Kind::VerificationOverdue, Warning)]);
+
+    let expired = |failure: Option<&str>, finished: bool, age: i64, limits: Limits| {
+        after_with(limits, |facts| {
+            contents(facts).expire = Some(ExpireFacts {
+                started: ago(age),
+                finished: finished.then(|| ago(age)),
+                failure: failure.map(str::to_owned),
+            });
+        })
+    };
+    assert_eq!(expired(None, true, 100 * HOUR, limits()), []);
+    assert_eq!(expired(None, false, HOUR, limits()), [], "it may be at work");
+    assert_eq!(expired(None, false, 25 * HOUR, limits()), [(Kind::RetentionFailed, Warning)]);
+    assert_eq!(expired(Some("full"), true, HOUR, limits()), [(Kind::RetentionFailed, Warning)]);
+    let mut strict = limits();
+    strict.watch.retention_overdue.0 = Some(Duration::from_secs(99 * 3600));
+    assert_eq!(expired(None, true, 100 * HOUR, strict), [(Kind::RetentionOverdue, Warning)]);
+    strict.retention = false;
+    assert_eq!(expired(None, true, 100 * HOUR, strict), [], "there is no policy");
+}
+
+#[test]
+fn the_monitor_says_the_worst_first_and_every_figure() {
+    use crate::watch::monitor::{Line, State, answer, worst};
+    let facts = good();
+    let text = answer("main", &[], Some((&facts, &limits())));
+    assert_eq!(
+        text,
+        "WALSHIP OK - main: the newest backup is 1 h old | store_latency=0.001s;;;0; repository_disk=79.0%;80;90;0;100 \
+         full_backup_age=3600s;;;0; full_backup_size=100B;;;0; backup_age=3600s;93600;187200;0; \
+         newest_commit_age=10s;;;0; rpo=0s;;300;0; wal_behind=0B;;;0; gaps=0;0;;0; waiting_files=3;3;;0; \
+         pg_wal_disk=79.0%;80;90;0;100"
+    );
+    let line = |state, text: &str| Line { state, text: text.into(), next: Some("Do it.".into()) };
+    let lines =
+        [line(State::Critical, "a | b\nc"), line(State::Warning, "old"), line(State::Ok, "no checksums")];
+    assert_eq!(worst(&lines), State::Critical);
+    assert_eq!(
+        answer("main", &lines, None),
+        "WALSHIP CRITICAL - main: a / b c (and 1 more)\nCRITICAL: a / b c - Do it.\nWARNING: old - Do it.\n\
+         OK: no checksums - Do it."
+    );
+}
+
+#[test]
+fn lengths_and_sizes_are_said_as_people_do() {
+    let text = |seconds| length(Duration::from_secs(seconds));
+    assert_eq!(
+        [5, 65, 3600, 3 * 3600 + 60, 27 * 3600, 71 * 3600, 73 * 3600].map(text),
+        ["5 s", "1 min", "1 h", "3 h 1 min", "27 h", "71 h", "3 days"]
+    );
+    assert_eq!([5, 2048, 3 << 30].map(bytes), ["5 bytes", "2.0 KiB", "3.0 GiB"]);
+}
