@@ -11,8 +11,7 @@ use crate::watch::Disk;
 pub(super) fn room(path: &Path) -> Option<Disk> {
     let stat = statvfs(path).ok()?;
     let block = stat.fragment_size() as u64;
-    let (all, free, available) =
-        (u64::from(stat.blocks()), u64::from(stat.blocks_free()), u64::from(stat.blocks_available()));
+    let (all, free, available) = (stat.blocks(), stat.blocks_free(), stat.blocks_available());
     // What is kept for root is nobody else's.
     let total = all.saturating_sub(free.saturating_sub(available));
     Some(Disk { total_bytes: total.saturating_mul(block), free_bytes: available.saturating_mul(block) })

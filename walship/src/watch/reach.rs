@@ -123,3 +123,146 @@ fn last_break(
     });
     on_way.filter_map(broken_from).max()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::{BackupRecord, Lineage, StoredSegments, StoredTail};
+    use crate::pg::SegmentSize;
+    use crate::wal::event::ServerLimits;
+    use chrono::DateTime;
+
+    const SIZE: SegmentSize = SegmentSize::MIN;
+    const MIB: u64 = 1 << 20;
+
+    fn timeline(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    /// Segments as (timeline, first number, how many); backups as (timeline, start, stop) in MiB.
+    fn catalog(segments: &[(u32, u64, u64)], backups: &[(u32, u64, u64)]) -> Catalog {
+        let lineage = Lineage {
+            number: 1,
+            system_identifier: 1,
+            segment_size: SIZE,
+            postgres_major: 15,
+            created: DateTime::UNIX_EPOCH,
+        };
+        let mut stored = StoredSegments::new(SIZE);
+        for (on, first, many) in segments {
+            for number in *first..first + many {
+                stored.insert(SegmentName::from_number(timeline(*on), number, SIZE).unwrap(), 1);
+            }
+        }
+        let backup = |(on, start, stop): &(u32, u64, u64)| BackupRecord {
+            format: 1,
+            id: format!("{on}-{start}"),
+            label: String::new(),
+            timeline: timeline(*on),
+            start_lsn: Lsn(start * MIB),
+            stop_timeline: timeline(*on),
+            stop_lsn: Lsn(stop * MIB),
+            started: DateTime::UNIX_EPOCH,
+            finished: DateTime::from_timestamp(*start as i64, 0).unwrap(),
+            server_version: 150_000,
+            from_standby: false,
+            data_bytes: 1,
+            stored_bytes: 1,
+            files: 1,
+            tablespaces: Vec::new(),
+            objects: Vec::new(),
+            limits: limits(1),
+            data_checksums: true,
+            manifest_digest: String::new(),
+            settings_files: Vec::new(),
+            names: None,
+            prepared: None,
+            damaged_pages: None,
+            parent: None,
+        };
+        // Timeline 2 leaves 1 in the middle of segment 10.
+        let history = TimelineHistory::parse(timeline(2), "1\t0/A80000\twhy\n").unwrap();
+        Catalog {
+            cluster: "main".into(),
+            lineage,
+            histories: [(timeline(2), history)].into(),
+            segments: stored,
+            in_parts: BTreeMap::new(),
+            tails: Some(BTreeMap::new()),
+            stranded: BTreeMap::new(),
+            lost_ends: BTreeMap::new(),
+            rollups: Vec::new(),
+            partials: Vec::new(),
+            incomplete: Vec::new(),
+            gaps: Vec::new(),
+            backups: backups.iter().map(backup).collect(),
+            orphaned_backups: Vec::new(),
+            unfinished_backups: Vec::new(),
+        }
+    }
+
+    fn limits(wal_level: i32) -> ServerLimits {
+        ServerLimits {
+            max_connections: 1,
+            max_worker_processes: 1,
+            max_wal_senders: 1,
+            max_prepared_transactions: 1,
+            max_locks_per_transaction: 1,
+            wal_level,
+            wal_log_hints: false,
+            track_commit_timestamp: false,
+        }
+    }
+
+    /// In MiB: unbroken from, until, and where the window begins.
+    fn reached(catalog: &Catalog, on: u32, newest: &[WalEvent]) -> Option<(u64, u64, Option<u64>)> {
+        let newest = BTreeMap::from([(TimelineId::FIRST, newest.to_vec())]);
+        let reach = reach(catalog, timeline(on), &newest)?;
+        let window = reach.window.map(|window| window.from_lsn.0 / MIB);
+        Some((reach.unbroken_from.0 / MIB, reach.until.0 / MIB, window))
+    }
+
+    #[test]
+    fn the_last_window_ends_at_holes_and_leads_across_forks() {
+        let backups = &[(1, 2, 3), (1, 6, 7)];
+        assert_eq!(reached(&catalog(&[], backups), 1, &[]), None);
+        assert_eq!(reached(&catalog(&[(1, 1, 9)], backups), 1, &[]), Some((1, 10, Some(3))));
+        assert_eq!(reached(&catalog(&[(1, 1, 3), (1, 5, 5)], backups), 1, &[]), Some((5, 10, Some(7))));
+        assert_eq!(reached(&catalog(&[(1, 8, 2)], backups), 1, &[]), Some((8, 10, None)), "no backup there");
+        // Along the fork: segment 10 is stored under the descendant's name.
+        let forked = &[(1, 1, 9), (2, 10, 3)];
+        assert_eq!(reached(&catalog(forked, backups), 2, &[]), Some((1, 13, Some(3))));
+        assert_eq!(reached(&catalog(&[(1, 1, 8), (2, 10, 3)], backups), 2, &[]), Some((10, 13, None)));
+        // What the old timeline wrote behind the fork is not on the way.
+        let behind = &[(1, 11, 12)];
+        assert_eq!(reached(&catalog(&[(1, 1, 20), (2, 10, 3)], behind), 2, &[]), Some((1, 13, None)));
+        assert_eq!(reached(&catalog(forked, backups), 3, &[]), None, "its history is not stored");
+    }
+
+    #[test]
+    fn the_open_segment_counts_and_no_window_crosses_a_break() {
+        let backups = &[(1, 2, 3), (1, 6, 7)];
+        let mut with_tail = catalog(&[(1, 1, 9)], backups);
+        let tail = StoredTail {
+            segment: SegmentName::from_number(TimelineId::FIRST, 10, SIZE).unwrap(),
+            until_lsn: Lsn(10 * MIB + 8),
+            end_lsn: Lsn(10 * MIB + 16),
+            parts: 1,
+            stored_bytes: 1,
+            flaw: None,
+            lost_from: None,
+        };
+        with_tail.tails = Some([(TimelineId::FIRST, tail)].into());
+        let reach = reach(&with_tail, TimelineId::FIRST, &BTreeMap::new()).unwrap();
+        // Timeline 2 leaves timeline 1 inside of that segment: it is served.
+        assert_eq!((reach.unbroken_from, reach.until), (Lsn(MIB), Lsn(10 * MIB + 8)));
+        let minimal = WalEvent {
+            lsn: Lsn(4 * MIB),
+            end_lsn: Lsn(4 * MIB + 8),
+            xid: 0,
+            kind: EventKind::ParameterChange { settings: limits(WAL_LEVEL_MINIMAL) },
+        };
+        let catalog = catalog(&[(1, 1, 9)], backups);
+        assert_eq!(reached(&catalog, 1, &[minimal]), Some((1, 10, Some(7))));
+    }
+}
