@@ -80,7 +80,7 @@ pub fn with_commands(text: &str) -> String {
     let escaped = escaped(text);
     let parts: Vec<&str> = escaped.split('`').collect();
     // One that is not closed is a character.
-    if parts.len() % 2 == 0 {
+    if parts.len().is_multiple_of(2) {
         return escaped;
     }
     let parts = parts.iter().enumerate();
