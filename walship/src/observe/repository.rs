@@ -11,7 +11,7 @@ use crate::storage::{self, StorageConfig};
 use crate::wal::SegmentSummary;
 use crate::wal::event::WalEvent;
 use crate::wal::summary::StopTime;
-use crate::watch::{BackupFacts, Contents, DrillFacts, ExpireFacts, reach};
+use crate::watch::{BackupFacts, Contents, DrillFacts, ExpireFacts, VerificationFacts, reach};
 
 use super::Identity;
 
@@ -20,6 +20,9 @@ const LOOK_BACK_MAX: usize = 8;
 
 /// How many drills are read, from the last back, for one that proved something.
 const DRILLS_MAX: usize = 20;
+
+/// How many verifications are read, from the last back, for damage that stands.
+const VERIFICATIONS_MAX: usize = 20;
 
 /// Looks at a repository; returns what it holds, and how long the store took for one small read.
 pub(super) async fn look(
@@ -71,10 +74,11 @@ async fn contents(
     let drills = lineage.recent_drills(DRILLS_MAX).await?;
     let proven = drills.iter().find(|drill| DrillFacts::has_proven(&drill.outcome));
     let expires = lineage.recent_expires(1).await?;
+    let verifications = lineage.recent_verifications(VERIFICATIONS_MAX).await?;
     Ok(Contents {
         lineage: catalog.lineage.number,
         timeline,
-        backups: catalog.backups.iter().map(BackupFacts::of).collect(),
+        backups: catalog.backups.iter().map(|backup| BackupFacts::of(backup, &verifications)).collect(),
         unfinished_backups: catalog.unfinished_backups.len() as u64,
         orphaned_backups: catalog.orphaned_backups.len() as u64,
         durable_lsn: reach.map(|reach| reach.until),
@@ -89,9 +93,8 @@ async fn contents(
         drill: drills.first().map(DrillFacts::of),
         proven: proven.map(|drill| drill.started),
         expire: expires.first().map(|(record, outcome)| ExpireFacts::of(record, outcome.as_ref())),
-        verification: None,
-        verified: None,
-        verifications_known: false,
+        verification: VerificationFacts::of(&verifications),
+        verified: VerificationFacts::last_done(&verifications),
     })
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use crate::catalog::{BackupRecord, DrillRecord, ExpireOutcome, ExpireRecord};
+use crate::catalog::{BackupRecord, DrillRecord, ExpireOutcome, ExpireRecord, VerifyOutcome, VerifyRecord};
 use crate::pg::{Lsn, TimelineId};
 
 /// Everything that was seen of one cluster at one moment.
@@ -106,8 +106,6 @@ pub struct Contents {
     pub verification: Option<VerificationFacts>,
     /// When the last one began that read what it was to read.
     pub verified: Option<DateTime<Utc>>,
-    /// Whether this release's verifications are recorded at all: what was never recorded is not overdue.
-    pub verifications_known: bool,
 }
 
 /// Full or incremental.
@@ -151,11 +149,21 @@ pub struct BackupFacts {
     pub stored_bytes: u64,
     /// Pages whose checksum was wrong.
     pub damaged_pages: u64,
+    /// Whether the last verification that read all of it found it sound; `None` before there was one.
+    pub is_sound: Option<bool>,
 }
 
 impl BackupFacts {
-    /// Returns what is to be known of a backup.
-    pub fn of(record: &BackupRecord) -> Self {
+    /// Returns what is to be known of a backup; the verifications are those of its repository, the newest first.
+    pub fn of(record: &BackupRecord, verifications: &[VerifyRecord]) -> Self {
+        let verdict = |verification: &VerifyRecord| {
+            let found = verification.backups.iter().find(|backup| backup.id == record.id)?;
+            match found.outcome {
+                VerifyOutcome::Sound => Some(true),
+                VerifyOutcome::Damaged => Some(false),
+                _ => None,
+            }
+        };
         Self {
             id: record.id.clone(),
             kind: if record.parent.is_some() { BackupKind::Incremental } else { BackupKind::Full },
@@ -164,6 +172,7 @@ impl BackupFacts {
             data_bytes: record.data_bytes,
             stored_bytes: record.stored_bytes,
             damaged_pages: record.damaged_pages.as_ref().map_or(0, |pages| pages.total),
+            is_sound: verifications.iter().find_map(verdict),
         }
     }
 }
@@ -265,6 +274,41 @@ pub struct VerificationFacts {
     pub outcome: String,
     /// How many bytes were read.
     pub bytes: u64,
+}
+
+impl VerificationFacts {
+    /// Returns what is to be known of verifications, the newest first: the last one, but damage that one found stands
+    /// until a later one of the same scope, or of the whole lineage, finds none.
+    pub fn of(records: &[VerifyRecord]) -> Option<Self> {
+        let clears = |later: &VerifyRecord, damaged: &VerifyRecord| {
+            matches!(later.outcome, VerifyOutcome::Sound | VerifyOutcome::Partly)
+                && (later.whole || later.scope == damaged.scope)
+        };
+        let stands = records.iter().enumerate().find(|(at, record)| {
+            record.outcome == VerifyOutcome::Damaged
+                && !records[..*at].iter().any(|later| clears(later, record))
+        });
+        let record = stands.map(|(_, record)| record).or(records.first())?;
+        Some(Self {
+            started: record.started,
+            took: Duration::from_millis(record.millis),
+            is_good: !matches!(
+                record.outcome,
+                VerifyOutcome::Damaged | VerifyOutcome::Unread | VerifyOutcome::Unknown
+            ),
+            is_damaged: record.outcome == VerifyOutcome::Damaged,
+            outcome: record.outcome.word().to_owned(),
+            bytes: record.bytes,
+        })
+    }
+
+    /// Returns when the last one began that read what it was to read.
+    pub fn last_done(records: &[VerifyRecord]) -> Option<DateTime<Utc>> {
+        let done = |record: &&VerifyRecord| {
+            matches!(record.outcome, VerifyOutcome::Sound | VerifyOutcome::Partly | VerifyOutcome::Damaged)
+        };
+        records.iter().find(done).map(|record| record.started)
+    }
 }
 
 /// What the server told.

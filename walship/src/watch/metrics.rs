@@ -72,6 +72,7 @@ metrics! {
     BACKUP_SIZE_BEFORE: BACKUP, gauge, "walship_backup_previous_size_bytes", "Bytes of all files of the backup of that kind before it.";
     BACKUP_STORED_BEFORE: BACKUP, gauge, "walship_backup_previous_stored_bytes", "Bytes of the backup of that kind before it as stored.";
     BACKUP_DAMAGED: BACKUP, gauge, "walship_backup_last_damaged_pages", "Pages of the newest backup whose checksum was wrong.";
+    BACKUP_SOUND: BACKUP, gauge, "walship_backup_last_verification_good", "Whether the last verification that read all of the newest backup found it sound.";
     BACKUPS_UNFINISHED: LINEAGE, gauge, "walship_backups_unfinished", "Backups that were started and are not complete.";
     BACKUPS_ORPHANED: LINEAGE, gauge, "walship_backups_orphaned", "Incremental backups without one that they build on.";
     COMMIT_TIME: TIMELINE, gauge, "walship_newest_commit_timestamp_seconds", "When the newest durable transaction ended, by the server's clock.";
@@ -226,6 +227,7 @@ impl Samples<'_> {
                 self.add(&BACKUP_SIZE, labels, newest.data_bytes as f64);
                 self.add(&BACKUP_STORED, labels, newest.stored_bytes as f64);
                 self.add(&BACKUP_DAMAGED, labels, newest.damaged_pages as f64);
+                self.some(&BACKUP_SOUND, labels, newest.is_sound.map(flag));
             }
             self.some(&BACKUP_SIZE_BEFORE, labels, before.map(|before| before.data_bytes as f64));
             self.some(&BACKUP_STORED_BEFORE, labels, before.map(|before| before.stored_bytes as f64));

@@ -399,7 +399,6 @@ impl Found {
         let last = contents.verified;
         let since = last.or(contents.oldest_backup());
         if let Some((since, limit)) = since.zip(limits.watch.verification_overdue.0)
-            && contents.verifications_known
             && self.age(since) > limit
         {
             let text = match last {

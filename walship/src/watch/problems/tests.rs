@@ -22,6 +22,7 @@ fn backup(kind: BackupKind, age: i64, bytes: u64) -> BackupFacts {
         data_bytes: bytes,
         stored_bytes: bytes,
         damaged_pages: 0,
+        is_sound: None,
     }
 }
 
@@ -46,7 +47,6 @@ fn good() -> Facts {
         expire: None,
         verification: None,
         verified: None,
-        verifications_known: true,
     };
     let repository = RepositoryFacts {
         url: URL.into(),
@@ -353,4 +353,39 @@ fn lengths_and_sizes_are_said_as_people_do() {
         ["5 s", "1 min", "1 h", "3 h 1 min", "27 h", "71 h", "3 days"]
     );
     assert_eq!([5, 2048, 3 << 30].map(bytes), ["5 bytes", "2.0 KiB", "3.0 GiB"]);
+}
+
+#[test]
+fn damage_stands_until_what_was_damaged_is_sound() {
+    use crate::catalog::{VerifyOutcome, VerifyRecord};
+    let record = |hours: i64, scope: &str, outcome| VerifyRecord {
+        format: 1,
+        id: String::new(),
+        started: ago(hours * HOUR),
+        millis: 1,
+        host: String::new(),
+        user: String::new(),
+        reason: None,
+        repository: String::new(),
+        scope: scope.into(),
+        whole: scope == "all",
+        outcome,
+        problems: Vec::new(),
+        problems_total: 0,
+        objects: 0,
+        bytes: 1,
+        objects_left: 0,
+        proven_since: None,
+        backups: Vec::new(),
+        unreachable: 0,
+    };
+    let damaged = |later: &[VerifyRecord]| {
+        let all = [later, &[record(9, "a", VerifyOutcome::Damaged)]].concat();
+        VerificationFacts::of(&all).unwrap().is_damaged
+    };
+    assert!(damaged(&[]) && damaged(&[record(1, "b", VerifyOutcome::Sound)]));
+    assert!(damaged(&[record(1, "all", VerifyOutcome::Interrupted)]));
+    assert!(!damaged(&[record(1, "a", VerifyOutcome::Sound)]));
+    assert!(!damaged(&[record(1, "all", VerifyOutcome::Partly)]));
+    assert_eq!(VerificationFacts::last_done(&[record(1, "a", VerifyOutcome::Unread)]), None);
 }
