@@ -22,7 +22,7 @@ use crate::wal::event::ServerLimits;
 use crate::wal::rollup::Rollup;
 
 pub use gaps::{GapCause, GapKind, GapRecord};
-pub use history::{DrillRecord, ExtractRecord};
+pub use history::{BackupRun, ChangeRecord, DrillRecord, ExtractRecord, RecordHead};
 pub use holds::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, HeldWal, Hold};
 pub use names::{DatabaseNames, Names, RelationName, SavedNames};
 pub use restores::{Phase, RestoreRecord};

@@ -114,7 +114,7 @@ pub(super) enum Command {
     /// Read every byte of the archive, or of a part of it, and say what is damaged and which moments that takes away
     #[command(after_help = [verify::VERIFY_EXAMPLES, STATUSES].join("\n"))]
     Verify(Box<VerifyArgs>),
-    /// List backups, restores, drills, extracts and verifications, the newest first, or show a drill's report
+    /// List backups, restores, drills, extracts, removals, verifications and changes, the newest first, or show a drill's report
     #[command(after_help = [drill::HISTORY_EXAMPLES, STATUSES].join("\n"))]
     History(HistoryArgs),
     /// Show what happened in the archived WAL, each event with the target that leads to just before it

@@ -9,7 +9,7 @@ use chrono::{DateTime, Utc};
 use serde_json::json;
 use tokio::sync::watch;
 use walship::catalog::ExtractRecord;
-use walship::repository::{LineageRepository, RecordedBy, new_backup_id};
+use walship::repository::{LineageRepository, record_head};
 use walship::{Error, Result};
 
 use super::args::{ExtractArgs, FormWord};
@@ -339,20 +339,14 @@ async fn record(
     delivered: &Delivered,
     broken: Option<&Broken>,
 ) {
-    let RecordedBy { host, user } = RecordedBy::now();
     let outcome = match broken {
         None => "delivered",
         Some(Broken { interrupted: true, .. }) => "interrupted",
         Some(_) => "failed",
     };
     let record = ExtractRecord {
-        format: 1,
-        id: new_backup_id(started, rand::random()),
-        started,
+        head: record_head(started, work.args.scratch.reason.as_deref(), rand::random()),
         millis,
-        host,
-        user,
-        reason: work.args.scratch.reason.clone(),
         outcome: outcome.to_owned(),
         problem: broken.map(|broken| broken.error.to_string()),
         target: work.plan.target_options.clone(),

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use walship::catalog::{Phase, RestoreRecord};
-use walship::repository::{LineageRepository, RecordedBy, new_backup_id};
+use walship::catalog::{Phase, RecordHead, RestoreRecord};
+use walship::repository::{LineageRepository, record_head};
 
 use super::output;
 use crate::execute::RestoreReport;
@@ -49,8 +49,7 @@ pub(super) async fn record(
     started: Option<&Started>,
     reason: Option<&str>,
 ) {
-    let mut record = record_of(plan, report, begun, started, rand::random());
-    record.reason = reason.map(str::to_owned);
+    let record = record_of(plan, report, begun, started, record_head(begun.0, reason, rand::random()));
     for one in repository.each() {
         if let Err(error) = one.put_restore_record(&record).await {
             eprintln!(
@@ -64,9 +63,9 @@ pub(super) async fn record(
 fn record_of(
     plan: &RestorePlan,
     report: &RestoreReport,
-    (begun, took): (DateTime<Utc>, Duration),
+    (_, took): (DateTime<Utc>, Duration),
     started: Option<&Started>,
-    random: u64,
+    head: RecordHead,
 ) -> RestoreRecord {
     let millis = |seconds: f64| (seconds * 1000.0) as u64;
     // A standby's replay has no end, and one that was broken off has no target.
@@ -74,14 +73,8 @@ fn record_of(
     let replay = started.filter(ended).and_then(|started| {
         Some(Phase { bytes: started.replay_bytes?, millis: millis(started.replay_seconds?) })
     });
-    let RecordedBy { host, user } = RecordedBy::now();
     RestoreRecord {
-        format: 1,
-        id: new_backup_id(begun, random),
-        started: begun,
-        host,
-        user,
-        reason: None,
+        head,
         backup: plan.backup.id.clone(),
         target: plan.target_options.clone(),
         restore: Phase { bytes: report.data_bytes, millis: took.as_millis() as u64 },

@@ -1,5 +1,6 @@
 //! `pitr history`: what was done with the archive, and by whom.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use chrono::{DateTime, Utc};
@@ -7,7 +8,8 @@ use clap::ValueEnum as _;
 use serde::Serialize;
 use serde_json::json;
 use walship::catalog::{
-    BackupRecord, DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RestoreRecord, VerifyRecord,
+    BackupRecord, BackupRun, ChangeRecord, DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord,
+    RecordHead, RestoreRecord, VerifyRecord,
 };
 use walship::repository::{DrillReportForm, LineageRepository, load_catalog};
 use walship::{Error, Result};
@@ -34,7 +36,7 @@ pub(super) struct Entry {
     pub(super) problems: Vec<String>,
     /// The target, as options.
     pub(super) target: Option<String>,
-    /// What was extracted, and where it went; what was removed; what was verified.
+    /// What was extracted, and where it went; what was removed, verified or changed; a backup's label.
     pub(super) what: Option<String>,
     /// The backup that it used, or made.
     pub(super) backup: Option<String>,
@@ -79,8 +81,10 @@ pub(super) async fn entries_of(repository: &LineageRepository, kind: Deed, max: 
     Ok(match kind {
         Deed::Backup => {
             let catalog = load_catalog(repository).await?;
-            catalog.backups.into_iter().rev().take(max).map(Entry::from).collect()
+            let runs = repository.recent_backup_runs(max).await?;
+            backups(catalog.backups.into_iter().rev().take(max), runs)
         }
+        Deed::Change => repository.recent_changes(max).await?.into_iter().map(Entry::from).collect(),
         Deed::Restore => repository.recent_restores(max).await?.into_iter().map(Entry::from).collect(),
         Deed::Drill => repository.recent_drills(max).await?.into_iter().map(Entry::from).collect(),
         Deed::Extract => repository.recent_extracts(max).await?.into_iter().map(Entry::from).collect(),
@@ -107,6 +111,53 @@ async fn show(args: &HistoryArgs, repository: &LineageRepository, id: &str) -> R
     Ok(DONE)
 }
 
+/// Puts backups and the records of those who took them together. Backups from before there were such records have
+/// none, and of a backup that failed there is nothing but its record.
+fn backups(records: impl Iterator<Item = BackupRecord>, runs: Vec<BackupRun>) -> Vec<Entry> {
+    let mut known: BTreeMap<String, Entry> =
+        records.map(|record| (record.id.clone(), Entry::from(record))).collect();
+    let mut others = Vec::new();
+    for run in runs {
+        let entry = run.backup.as_ref().and_then(|id| known.get_mut(id));
+        match entry {
+            Some(entry) => entry.add(run),
+            None => others.push(Entry::from(run)),
+        }
+    }
+    others.extend(known.into_values());
+    others
+}
+
+impl Entry {
+    /// Returns what every record tells.
+    fn of(kind: Deed, head: RecordHead, outcome: impl Into<String>) -> Self {
+        Self {
+            kind,
+            id: head.id,
+            started: head.started,
+            millis: None,
+            host: Some(head.host),
+            user: Some(head.user),
+            reason: head.reason,
+            outcome: outcome.into(),
+            problems: Vec::new(),
+            target: None,
+            what: None,
+            backup: None,
+            bytes: 0,
+            recovery_millis: None,
+        }
+    }
+
+    /// Adds to a backup who took it, and why.
+    fn add(&mut self, run: BackupRun) {
+        self.millis = Some(run.millis);
+        self.host = Some(run.head.host);
+        self.user = Some(run.head.user);
+        self.reason = run.head.reason;
+    }
+}
+
 impl From<BackupRecord> for Entry {
     fn from(record: BackupRecord) -> Self {
         let took = (record.finished - record.started).num_milliseconds();
@@ -119,35 +170,46 @@ impl From<BackupRecord> for Entry {
             millis: u64::try_from(took).ok(),
             host: None,
             user: None,
-            reason: Some(record.label).filter(|label| !label.is_empty()),
+            reason: None,
             outcome: if damaged.is_some() { "damaged_pages" } else { "complete" }.to_owned(),
             problems: damaged.map(|pages| format!("{} damaged pages", pages.total)).into_iter().collect(),
             target: None,
-            what: None,
+            what: Some(record.label).filter(|label| !label.is_empty()),
             bytes: record.data_bytes,
             recovery_millis: None,
         }
     }
 }
 
+impl From<BackupRun> for Entry {
+    fn from(record: BackupRun) -> Self {
+        Self {
+            millis: Some(record.millis),
+            problems: record.problem.into_iter().collect(),
+            backup: record.backup,
+            bytes: record.data_bytes,
+            ..Self::of(Deed::Backup, record.head, record.outcome)
+        }
+    }
+}
+
+impl From<ChangeRecord> for Entry {
+    fn from(record: ChangeRecord) -> Self {
+        Self { what: Some(record.what), ..Self::of(Deed::Change, record.head, record.change) }
+    }
+}
+
 impl From<RestoreRecord> for Entry {
     fn from(record: RestoreRecord) -> Self {
         let replayed = record.replay.map(|replay| record.restore.millis.saturating_add(replay.millis));
+        let outcome = if replayed.is_some() { "recovered" } else { "restored" };
         Self {
-            kind: Deed::Restore,
-            id: record.id,
-            started: record.started,
             millis: Some(replayed.unwrap_or(record.restore.millis)),
-            host: Some(record.host),
-            user: Some(record.user),
-            reason: record.reason,
-            outcome: if replayed.is_some() { "recovered" } else { "restored" }.to_owned(),
-            problems: Vec::new(),
             target: Some(record.target),
-            what: None,
             backup: Some(record.backup),
             bytes: record.restore.bytes,
             recovery_millis: replayed,
+            ..Self::of(Deed::Restore, record.head, outcome)
         }
     }
 }
@@ -155,20 +217,13 @@ impl From<RestoreRecord> for Entry {
 impl From<DrillRecord> for Entry {
     fn from(record: DrillRecord) -> Self {
         Self {
-            kind: Deed::Drill,
-            id: record.id,
-            started: record.started,
             millis: Some(record.millis),
-            host: Some(record.host),
-            user: Some(record.user),
-            reason: record.reason,
-            outcome: record.outcome,
             problems: record.problems,
             target: Some(record.target),
-            what: None,
             backup: record.backup,
             bytes: record.restored_bytes,
             recovery_millis: record.recovery_millis,
+            ..Self::of(Deed::Drill, record.head, record.outcome)
         }
     }
 }
@@ -178,20 +233,13 @@ impl From<ExtractRecord> for Entry {
         let database = record.database.map_or_else(String::new, |name| format!(" of database {name}"));
         let into = record.into.map_or_else(String::new, |into| format!(", into {into}"));
         Self {
-            kind: Deed::Extract,
-            id: record.id,
-            started: record.started,
             millis: Some(record.millis),
-            host: Some(record.host),
-            user: Some(record.user),
-            reason: record.reason,
-            outcome: record.outcome,
             problems: record.problem.into_iter().collect(),
             target: Some(record.target),
             what: Some(format!("{}{database}{into}", record.what)),
             backup: Some(record.backup),
             bytes: record.restored_bytes,
-            recovery_millis: None,
+            ..Self::of(Deed::Extract, record.head, record.outcome)
         }
     }
 }
@@ -257,7 +305,7 @@ fn text(entries: &[Entry], more: bool, style: Style) -> String {
     for entry in entries {
         let took = entry.millis.map_or_else(|| "-".to_owned(), duration);
         let head = format!(
-            "{}  {:<8} {:<17} {:>12}  {:>8}",
+            "{}  {:<8} {:<18} {:>12}  {:>8}",
             output::short_time(entry.started),
             entry.kind.word(),
             entry.outcome,
@@ -272,13 +320,13 @@ fn text(entries: &[Entry], more: bool, style: Style) -> String {
             line("by", &format!("{user} on {host}"));
         }
         if let Some(reason) = &entry.reason {
-            line(if entry.kind == Deed::Backup { "label" } else { "reason" }, reason);
+            line("reason", reason);
         }
         if let Some(target) = &entry.target {
             line("target", target);
         }
         if let Some(what) = &entry.what {
-            line("what", what);
+            line(if entry.kind == Deed::Backup { "label" } else { "what" }, what);
         }
         if let Some(millis) = entry.recovery_millis {
             line("open after", &duration(millis));
@@ -297,16 +345,22 @@ mod tests {
 
     use super::*;
 
+    fn head(month: u32, host: &str, reason: Option<&str>) -> RecordHead {
+        RecordHead {
+            format: 1,
+            id: format!("2027{month:02}01T030000Z-00000000000000ff"),
+            started: Utc.with_ymd_and_hms(2027, month, 1, 3, 0, 0).unwrap(),
+            host: host.into(),
+            user: "postgres".into(),
+            reason: reason.map(str::to_owned),
+        }
+    }
+
     #[test]
     fn a_history_reads_well_and_commands_no_terminal() {
         let drill = DrillRecord {
-            format: 1,
-            id: "20270201T030000Z-00000000000000ff".into(),
-            started: Utc.with_ymd_and_hms(2027, 2, 1, 3, 0, 0).unwrap(),
+            head: head(2, "backup1", Some("monthly\u{1b}[2J\ndrill")),
             millis: 754_000,
-            host: "backup1".into(),
-            user: "postgres".into(),
-            reason: Some("monthly\u{1b}[2J\ndrill".into()),
             outcome: "not_proven".into(),
             problems: vec!["SQL checks: 1 of 2 did not: a.sql".into()],
             target: "--latest".into(),
@@ -316,19 +370,28 @@ mod tests {
             newest_commit_age_millis: Some(12_000),
         };
         let restore = RestoreRecord {
-            format: 1,
-            id: "20270101T030000Z-00000000000000fe".into(),
-            started: Utc.with_ymd_and_hms(2027, 1, 1, 3, 0, 0).unwrap(),
-            host: "db2".into(),
-            user: "postgres".into(),
-            reason: None,
+            head: head(1, "db2", None),
             backup: "20261231T010000Z-0123456789abcdef".into(),
             target: "--to-xid 731".into(),
             restore: walship::catalog::Phase { bytes: 1 << 30, millis: 9000 },
             kept_bytes: 0,
             replay: None,
         };
-        let text = text(&[drill.into(), restore.into()], true, Style::Plain);
+        let failed = BackupRun {
+            head: head(3, "db1", Some("nightly")),
+            millis: 1000,
+            outcome: "failed".into(),
+            problem: Some("db1 cannot be reached".into()),
+            backup: None,
+            data_bytes: 0,
+            stored_bytes: 0,
+        };
+        let change = ChangeRecord {
+            head: head(4, "db1", Some("audit")),
+            change: "held".into(),
+            what: "backup 20261231T010000Z-0123456789abcdef, until it is released".into(),
+        };
+        let text = text(&[change.into(), failed.into(), drill.into(), restore.into()], true, Style::Plain);
         insta::assert_snapshot!(text);
         assert!(!text.contains('\x1b'));
     }

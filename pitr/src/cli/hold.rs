@@ -8,6 +8,7 @@ use walship::{Error, Result};
 
 use super::DONE;
 use super::args::{HoldArgs, ReleaseArgs};
+use super::change;
 use super::output;
 use super::source::{Source, open_lineages, say_notes};
 use crate::plan::{RestorePlan, StopKind};
@@ -38,6 +39,15 @@ pub(super) async fn hold(args: &HoldArgs) -> Result<u8> {
             return Err(error);
         }
     }
+    let what = format!(
+        "backup {}, {}",
+        hold.backup,
+        until.map_or_else(
+            || "until it is released".to_owned(),
+            |until| format!("until {}", output::short_time(until))
+        )
+    );
+    change::record(&source.repository, "held", what, Some(&hold.reason)).await;
     if args.source.json {
         output::print_json(&json!({ "hold": hold }))?;
     } else {
@@ -79,6 +89,10 @@ pub(super) async fn release(args: &ReleaseArgs) -> Result<u8> {
             args.id
         ))
         .with_next("`pitr info` lists the holds."));
+    }
+    for hold in &released {
+        let what = format!("backup {}, held because: {}", hold.backup, hold.reason);
+        change::record(&repository, "released", what, None).await;
     }
     if args.source.json {
         output::print_json(&json!({ "released": released }))?;

@@ -2,6 +2,7 @@
 
 mod args;
 mod before;
+mod change;
 mod confirm;
 mod drill;
 mod expire;

@@ -8,7 +8,7 @@ mod text;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use walship::catalog::DrillRecord;
+use walship::catalog::{DrillRecord, RecordHead};
 use walship::pg::Lsn;
 
 use crate::plan::TransactionEnd;
@@ -297,13 +297,15 @@ impl DrillReport {
             problems.push(format!("and {more} more"));
         }
         DrillRecord {
-            format: 1,
-            id: self.id.clone(),
-            started: self.started,
+            head: RecordHead {
+                format: 1,
+                id: self.id.clone(),
+                started: self.started,
+                host: self.host.clone(),
+                user: self.user.clone(),
+                reason: self.reason.clone(),
+            },
             millis: self.millis,
-            host: self.host.clone(),
-            user: self.user.clone(),
-            reason: self.reason.clone(),
             outcome: self.outcome.word().to_owned(),
             problems,
             target: self.target.clone(),

@@ -147,7 +147,13 @@ fn the_page_about_json_says_what_is_printed() {
     let history: Value = serde_json::from_str(&stage.ok(&mut stage.pitr(&["history", "--json"]))).unwrap();
     let kinds: Vec<_> =
         history["entries"].as_array().unwrap().iter().map(|one| one["kind"].clone()).collect();
-    assert_eq!(kinds, ["extract", "extract", "drill", "drill", "restore", "restore", "restore", "backup"]);
+    assert_eq!(
+        kinds,
+        [
+            "extract", "extract", "drill", "drill", "restore", "restore", "restore", "change", "backup",
+            "change"
+        ]
+    );
     compare("pitr history", &[history], &[]);
 
     let log: Value = serde_json::from_str(&stage.ok(&mut stage.pitr(&["log", "--json"]))).unwrap();

@@ -29,6 +29,7 @@ mod outside_settings;
 mod pitr;
 mod prepared_fork;
 mod receive;
+mod records;
 mod recovery;
 mod replication;
 mod repositories;

@@ -142,6 +142,11 @@ impl Survey {
         new_record(&stretch, now)
     }
 
+    /// Returns the lineages, one for each repository.
+    pub fn lineages(&self) -> &[LineageRepository] {
+        &self.lineages
+    }
+
     /// Writes the record into every repository that has none; one after the other, so that a call that was
     /// broken off can be made again.
     ///

@@ -1,19 +1,18 @@
-//! What was done with an archive, as the repository's history tells it: drills and extracts.
+//! What was done with an archive, as the repository's history tells it: backups that were taken or tried, drills,
+//! extracts, changes.
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-/// A drill (`history/drills/<id>.json`): what is to be known of it without its report.
+/// What every record begins with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DrillRecord {
+pub struct RecordHead {
     /// The format of this document; 1.
     pub format: u32,
     /// Its id: time and 64 random bits, `20261121T010203Z-0123456789abcdef`.
     pub id: String,
     /// When it began, by the clock of the machine that did it.
     pub started: DateTime<Utc>,
-    /// How long it took, the clean-up too, in milliseconds.
-    pub millis: u64,
     /// That machine.
     pub host: String,
     /// The user of that machine.
@@ -21,6 +20,51 @@ pub struct DrillRecord {
     /// Why it was done, in the operator's words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+}
+
+/// A backup that was taken, or was to be taken (`history/backups/<id>.json`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupRun {
+    /// Who did it, where, when and why.
+    #[serde(flatten)]
+    pub head: RecordHead,
+    /// How long it took, in milliseconds.
+    pub millis: u64,
+    /// `complete`, `damaged_pages` (complete, with pages in it that do not match their checksums), `failed` or
+    /// `interrupted`.
+    pub outcome: String,
+    /// Why it failed, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    /// The backup, where it came to have an id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup: Option<String>,
+    /// The bytes of its files; 0 where it did not complete.
+    pub data_bytes: u64,
+    /// Their length as stored.
+    pub stored_bytes: u64,
+}
+
+/// A change of what is kept, promised or accepted (`history/changes/<id>.json`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeRecord {
+    /// Who did it, where, when and why.
+    #[serde(flatten)]
+    pub head: RecordHead,
+    /// `lineage_registered`, `settings_changed`, `wal_given_up`, `overtaken_accepted`, `held` or `released`.
+    pub change: String,
+    /// What exactly, for people.
+    pub what: String,
+}
+
+/// A drill (`history/drills/<id>.json`): what is to be known of it without its report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrillRecord {
+    /// Who did it, where, when and why.
+    #[serde(flatten)]
+    pub head: RecordHead,
+    /// How long it took, the clean-up too, in milliseconds.
+    pub millis: u64,
     /// `proven`, `objective_missed`, `not_proven`, `failed`, `interrupted` or `no_plan`.
     pub outcome: String,
     /// What was not proven, missed or in the way, for people.
@@ -44,21 +88,11 @@ pub struct DrillRecord {
 /// An extract (`history/extracts/<id>.json`): tables as they were at a target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExtractRecord {
-    /// The format of this document; 1.
-    pub format: u32,
-    /// Its id, as a drill's.
-    pub id: String,
-    /// When it began, by the clock of the machine that did it.
-    pub started: DateTime<Utc>,
+    /// Who did it, where, when and why.
+    #[serde(flatten)]
+    pub head: RecordHead,
     /// How long it took, the clean-up too, in milliseconds.
     pub millis: u64,
-    /// That machine.
-    pub host: String,
-    /// The user of that machine.
-    pub user: String,
-    /// Why it was done, in the operator's words.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
     /// `delivered`, `failed` or `interrupted`.
     pub outcome: String,
     /// Why it failed, for people.

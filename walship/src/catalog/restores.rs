@@ -1,24 +1,15 @@
 //! What restores took: for a forecast of the next one.
 
-use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+
+use super::RecordHead;
 
 /// A restore that was carried out (`history/restores/....json`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreRecord {
-    /// The format of this document; 1.
-    pub format: u32,
-    /// Its id: time and 64 random bits, `20261121T010203Z-0123456789abcdef`.
-    pub id: String,
-    /// When it began, by the clock of the machine that did it.
-    pub started: DateTime<Utc>,
-    /// That machine.
-    pub host: String,
-    /// The user of that machine.
-    pub user: String,
-    /// Why it was done, in the operator's words.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
+    /// Who did it, where, when and why.
+    #[serde(flatten)]
+    pub head: RecordHead,
     /// The backup.
     pub backup: String,
     /// The target, as options of `pitr restore`.

@@ -2,16 +2,20 @@
 
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
+use chrono::Utc;
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use walship::backup::{BackupEvent, BackupOptions, BackupSource, Incremental, server_identity, take_backup};
 use walship::catalog::{BackupRecord, DamagedPages};
 use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
 use walship::replication::{Checkpoint, ConnectOptions};
+use walship::repository::{ClusterRepository, LineageRepository};
 
 use super::open::Configured;
+use super::record;
 
 /// The exit status when damage was found.
 const DAMAGED: u8 = 4;
@@ -53,6 +57,9 @@ pub(super) struct Args {
     /// A name for the backup, one line
     #[arg(long, default_value = "walship")]
     label: String,
+    /// Why it is taken, for the repository's history
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
     /// Checkpoint at once, or spread over minutes to spare the server
     #[arg(long, value_enum, default_value_t = CheckpointArg::Fast)]
     checkpoint: CheckpointArg,
@@ -166,11 +173,17 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
     let config = super::config(overrides)?;
     let server = connect_options(args, &config)?;
     let clusters = Configured::new(&config)?.open_all().await?;
-    let (identity, segment_size) = server_identity(&server).await?;
-    let mut lineages = Vec::new();
-    for cluster in &clusters {
-        lineages.push(cluster.lineage_of(identity.system_identifier, segment_size).await?);
-    }
+    let mut stop = super::receive::stop_signals()?;
+    let begun = (Utc::now(), Instant::now());
+    let reason = args.reason.as_deref();
+    let lineages = match lineages_of(&clusters, &server).await {
+        Ok(lineages) => lineages,
+        Err(error) => {
+            let newest = record::newest(&clusters).await;
+            record::backup(&newest, begun, (None, reason), record::Ended::Failed(&error)).await;
+            return Err(error);
+        }
+    };
     let options = BackupOptions {
         label: args.label.clone(),
         checkpoint: match args.checkpoint {
@@ -187,12 +200,44 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
             .incremental
             .then(|| Incremental { parent: args.parent.clone(), chain_max: args.chain_max }),
     };
-    let view = View::new();
-    let taken = take_backup(&lineages, &server, &options, &|event| view.show(&event)).await;
+    let (view, id) = (View::new(), OnceLock::new());
+    let progress = |event: BackupEvent| {
+        if let BackupEvent::Started { id: this, .. } = &event {
+            let _ = id.set(this.clone());
+        }
+        view.show(&event);
+    };
+    // Dropped, it lets go of the server; what it has stored stays, and counts for nothing.
+    let taken = tokio::select! {
+        taken = take_backup(&lineages, &server, &options, &progress) => Some(taken),
+        _ = stop.wait_for(|stop| *stop) => None,
+    };
     view.bar.finish_and_clear();
-    let record = taken?;
+    let ended = match &taken {
+        Some(Ok(record)) => record::Ended::Taken(record),
+        Some(Err(error)) => record::Ended::Failed(error),
+        None => record::Ended::Interrupted,
+    };
+    record::backup(&lineages, begun, (id.get().cloned(), reason), ended).await;
+    let record = taken.unwrap_or_else(|| {
+        Err(Error::unavailable("the backup was interrupted by a signal")
+            .with_safe("nothing of it counts as a backup; other backups are untouched")
+            .with_next("Take it again: with --source local what it has stored is taken over."))
+    })?;
     super::print_report(&record, args.json, || text(&record))?;
     Ok(if record.damaged_pages.is_some() { DAMAGED } else { 0 })
+}
+
+async fn lineages_of(
+    clusters: &[ClusterRepository],
+    server: &ConnectOptions,
+) -> Result<Vec<LineageRepository>> {
+    let (identity, segment_size) = server_identity(server).await?;
+    let mut lineages = Vec::new();
+    for cluster in clusters {
+        lineages.push(cluster.lineage_of(identity.system_identifier, segment_size).await?);
+    }
+    Ok(lineages)
 }
 
 fn connect_options(args: &Args, config: &Config) -> Result<ConnectOptions> {

@@ -109,6 +109,8 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         confirm(segment, &record, &found, why_not.as_deref())?;
     }
     found.write(&record).await?;
+    let what = format!("{segment}: timeline {}, {} to {}", record.timeline, record.start_lsn, record.end_lsn);
+    super::record::change(found.lineages(), "wal_given_up", what, Some(args.reason.trim())).await;
     said(args, &Report::GivenUp { segment, record, repositories })
 }
 

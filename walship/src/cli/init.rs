@@ -9,6 +9,7 @@ use walship::error::{Error, Result};
 use walship::repository::{ClusterName, ClusterRepository, LineageRepository, Repository};
 use walship::storage::{self, StorageConfig};
 
+use super::record;
 use super::server::{self, Identity, Setting};
 
 #[derive(Debug, clap::Args)]
@@ -66,17 +67,30 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         (None, None) => return Err(Error::invalid("neither a server nor a data directory is named")),
     };
     let now = Utc::now();
-    let mut repositories = Vec::new();
+    let (mut repositories, mut lineages) = (Vec::new(), Vec::new());
     for repository in &config.repositories {
-        repositories.push(init_one(repository, &config, &name, &identity, args.new_lineage, now).await?);
+        let (report, lineage) =
+            init_one(repository, &config, &name, &identity, args.new_lineage, now).await?;
+        repositories.push(report);
+        lineages.push(lineage);
     }
-    let mut settings = Vec::new();
+    let (mut settings, mut applied) = (Vec::new(), Ok(()));
     if let Some(connection) = &mut connection {
         settings = server::settings(connection, &server::proposed_archive_command(overrides)).await?;
         if args.apply {
-            server::apply(connection, &mut settings).await?;
+            applied = server::apply(connection, &mut settings).await;
         }
     }
+    let set: Vec<String> = settings
+        .iter()
+        .filter(|setting| setting.applied)
+        .map(|setting| format!("{} = {}", setting.name, setting.wanted.as_deref().unwrap_or_default()))
+        .collect();
+    if !set.is_empty() {
+        let text = format!("ALTER SYSTEM: {}", set.join(", "));
+        record::change(&lineages, "settings_changed", text, None).await;
+    }
+    applied?;
     let report = Report { cluster: config.cluster.clone(), server: identity, repositories, settings };
     super::print_report(&report, args.json, || text(&report, connection.is_some()))?;
     Ok(0)
@@ -89,17 +103,34 @@ async fn init_one(
     server: &Identity,
     new_lineage: bool,
     now: DateTime<Utc>,
-) -> Result<RepositoryReport> {
+) -> Result<(RepositoryReport, LineageRepository)> {
     let storage = storage::create_root(config)?;
     let warnings = super::open::probe(&*storage, whole.accept_unsafe_store).await?;
     let cluster = Repository::create(storage, now).await?.create_cluster(name, now).await?;
     let (lineage, registered) = lineage(&cluster, server, new_lineage, now).await?;
-    Ok(RepositoryReport {
+    if registered {
+        let mut text = format!(
+            "lineage {} of system identifier {}, PostgreSQL {}, segments of {}",
+            lineage.lineage().number,
+            server.system_identifier,
+            server.postgres_major,
+            server.segment_size
+        );
+        if new_lineage {
+            text += " (--new-lineage)";
+        }
+        if whole.accept_unsafe_store {
+            text += "; accept_unsafe_store is on";
+        }
+        record::change(std::slice::from_ref(&lineage), "lineage_registered", text, None).await;
+    }
+    let report = RepositoryReport {
         location: lineage.location(),
         lineage: lineage.lineage().number,
         registered,
         warnings,
-    })
+    };
+    Ok((report, lineage))
 }
 
 /// Returns the server's lineage and whether it was registered now.

@@ -7,6 +7,7 @@ mod give_up;
 mod init;
 mod open;
 mod receive;
+mod record;
 mod serve;
 mod server;
 mod synchronous;

@@ -138,6 +138,11 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
     let options = options(args, &config)?;
     let status_file = args.status_file.clone().or(config.receive.status_file.clone());
     let clusters = Configured::new(&config)?.open_all().await?;
+    if args.accept_overtaken {
+        let text = format!("walship receive --accept-overtaken, slot {}", options.slot);
+        super::record::change(&super::record::newest(&clusters).await, "overtaken_accepted", text, None)
+            .await;
+    }
     let stop = stop_signals()?;
     if options.spool.is_none()
         && let Some(folder) = args.spool.as_ref().or(config.receive.spool.as_ref())

@@ -6,16 +6,20 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RestoreRecord, VerifyRecord};
+use crate::catalog::{
+    BackupRun, ChangeRecord, DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RecordHead,
+    RestoreRecord, VerifyRecord,
+};
 use crate::error::{Error, Result};
 use crate::storage::{PutOutcome, list_all};
 
-use super::LineageRepository;
 use super::document;
+use super::{LineageRepository, RecordedBy, new_backup_id};
 
 /// More records of one kind than are ever written.
 const RECORDS_MAX: usize = 100_000;
@@ -29,6 +33,8 @@ const REPORT_BYTES_MAX: u64 = 32 << 20;
 const RESTORES: &str = "restores";
 const DRILLS: &str = "drills";
 const EXTRACTS: &str = "extracts";
+const BACKUPS: &str = "backups";
+const CHANGES: &str = "changes";
 const EXPIRES: &str = "expires";
 const VERIFICATIONS: &str = "verifications";
 
@@ -61,6 +67,13 @@ enum ExpireDocument {
     Record(ExpireRecord),
 }
 
+/// Returns what a record of something that this process does begins with.
+pub fn record_head(started: DateTime<Utc>, reason: Option<&str>, random: u64) -> RecordHead {
+    let RecordedBy { host, user } = RecordedBy::now();
+    let id = new_backup_id(started, random);
+    RecordHead { format: 1, id, started, host, user, reason: reason.map(str::to_owned) }
+}
+
 impl LineageRepository {
     /// Records a restore. The same record again is success.
     ///
@@ -69,7 +82,7 @@ impl LineageRepository {
     /// # Durability
     /// After `Ok` the record survives a crash.
     pub async fn put_restore_record(&self, record: &RestoreRecord) -> Result<()> {
-        self.put_record(RESTORES, &record.id, record).await
+        self.put_record(RESTORES, &record.head.id, record).await
     }
 
     /// Records a drill, as [`put_restore_record`](Self::put_restore_record). Its reports come before.
@@ -77,7 +90,7 @@ impl LineageRepository {
     /// # Errors
     /// As there.
     pub async fn put_drill_record(&self, record: &DrillRecord) -> Result<()> {
-        self.put_record(DRILLS, &record.id, record).await
+        self.put_record(DRILLS, &record.head.id, record).await
     }
 
     /// Records an extract, as [`put_restore_record`](Self::put_restore_record).
@@ -85,7 +98,23 @@ impl LineageRepository {
     /// # Errors
     /// As there.
     pub async fn put_extract_record(&self, record: &ExtractRecord) -> Result<()> {
-        self.put_record(EXTRACTS, &record.id, record).await
+        self.put_record(EXTRACTS, &record.head.id, record).await
+    }
+
+    /// Records a backup that was taken or tried, as [`put_restore_record`](Self::put_restore_record).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn put_backup_run(&self, record: &BackupRun) -> Result<()> {
+        self.put_record(BACKUPS, &record.head.id, record).await
+    }
+
+    /// Records a change, as [`put_restore_record`](Self::put_restore_record).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn put_change_record(&self, record: &ChangeRecord) -> Result<()> {
+        self.put_record(CHANGES, &record.head.id, record).await
     }
 
     /// Records a verification of this repository, as [`put_restore_record`](Self::put_restore_record).
@@ -132,6 +161,23 @@ impl LineageRepository {
         records.sort_by(|a, b| (b.started, &b.id).cmp(&(a.started, &a.id)));
         records.truncate(max);
         Ok(records)
+    }
+
+    /// Returns the records of the last `max` backups that were taken or tried, as
+    /// [`recent_restores`](Self::recent_restores).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn recent_backup_runs(&self, max: usize) -> Result<Vec<BackupRun>> {
+        self.recent(BACKUPS, max).await
+    }
+
+    /// Returns the records of the last `max` changes, as [`recent_restores`](Self::recent_restores).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn recent_changes(&self, max: usize) -> Result<Vec<ChangeRecord>> {
+        self.recent(CHANGES, max).await
     }
 
     /// Returns the records of the last `max` removals, each with how it ended, as
@@ -225,7 +271,7 @@ mod tests {
 
     use super::*;
     use crate::pg::SegmentSize;
-    use crate::repository::{Repository, new_backup_id};
+    use crate::repository::Repository;
     use crate::storage::memory::MemoryStorage;
 
     async fn lineage() -> LineageRepository {
@@ -238,13 +284,8 @@ mod tests {
     fn record(second: i64) -> DrillRecord {
         let started = Utc.timestamp_opt(1_700_000_000 + second, 0).unwrap();
         DrillRecord {
-            format: 1,
-            id: new_backup_id(started, 7),
-            started,
+            head: record_head(started, None, 7),
             millis: 1,
-            host: "h".into(),
-            user: "u".into(),
-            reason: None,
             outcome: "proven".into(),
             problems: Vec::new(),
             target: "--latest".into(),
@@ -263,12 +304,12 @@ mod tests {
         }
         repository.put_drill_record(&record(5)).await.unwrap();
         let seconds = |records: Vec<DrillRecord>| -> Vec<i64> {
-            records.iter().map(|record| record.started.timestamp() - 1_700_000_000).collect()
+            records.iter().map(|record| record.head.started.timestamp() - 1_700_000_000).collect()
         };
         assert_eq!(seconds(repository.recent_drills(9).await.unwrap()), [9, 5, 1]);
         assert_eq!(seconds(repository.recent_drills(2).await.unwrap()), [9, 5]);
         assert!(repository.recent_extracts(9).await.unwrap().is_empty());
-        let id = record(5).id;
+        let id = record(5).head.id;
         let form = DrillReportForm::Html;
         assert_eq!(repository.get_drill_report(&id, form).await.unwrap(), None);
         repository.put_drill_report(&id, form, Bytes::from_static(b"<p>")).await.unwrap();

@@ -58,7 +58,7 @@ pub use backup_blocks::{BackupBlocks, BackupObjects, BlockPlace, FileBlocks, Obj
 pub use backups::{RecordedBy, new_backup_id};
 pub use document::BackupStarted;
 pub use gaps::{CAUSE_BYTES_MAX, ListedGap, new_gap_id};
-pub use history::DrillReportForm;
+pub use history::{DrillReportForm, record_head};
 pub use holds::{HoldReleased, REASON_BYTES_MAX, Recordless, released_now};
 pub use layout::ClusterName;
 pub use load_catalog::{

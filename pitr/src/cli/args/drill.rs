@@ -110,6 +110,7 @@ pub(in crate::cli) enum Deed {
     Extract,
     Expire,
     Verify,
+    Change,
 }
 
 impl Deed {
@@ -122,6 +123,7 @@ impl Deed {
             Self::Extract => "extract",
             Self::Expire => "expire",
             Self::Verify => "verify",
+            Self::Change => "change",
         }
     }
 }
