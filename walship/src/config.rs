@@ -116,7 +116,7 @@ impl std::fmt::Debug for ConnectionString {
 }
 
 /// The flags that every command has.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "args", derive(clap::Args))]
 #[cfg_attr(feature = "args", command(next_help_heading = "Configuration"))]
 pub struct Overrides {

@@ -29,6 +29,8 @@ pub mod error;
 pub mod feed;
 #[cfg(feature = "replication")]
 pub mod observe;
+#[cfg(feature = "pages")]
+pub mod pages;
 pub mod pg;
 #[cfg(feature = "replication")]
 pub mod receive;

@@ -15,7 +15,7 @@ const WALSHIP_FLOORS: &[&[&str]] = &[
     &["catalog"],
     &["codec", "feed", "watch"],
     &["durable"],
-    &["spool", "storage", "replication"],
+    &["spool", "storage", "replication", "pages"],
     &["repository"],
     &["archive"],
     &["agent"],

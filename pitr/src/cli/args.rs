@@ -132,6 +132,20 @@ pub(super) enum Command {
     /// Release a hold, or all holds on a backup
     #[command(after_help = [RELEASE_EXAMPLES, STATUSES].join("\n"))]
     Release(ReleaseArgs),
+    /// Write this program's man pages or completions; `walship setup` calls it
+    #[command(hide = true)]
+    Pages(PagesArgs),
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = true)]
+pub(super) struct PagesArgs {
+    /// The folder of man pages
+    #[arg(long, value_name = "FOLDER")]
+    pub(super) man: Option<PathBuf>,
+    /// The folder of completions
+    #[arg(long, value_name = "FOLDER")]
+    pub(super) completions: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -16,6 +16,7 @@ mod log;
 #[cfg(test)]
 mod offers_tests;
 mod output;
+mod pages;
 mod plan;
 mod remembered;
 mod restore;
@@ -74,6 +75,7 @@ pub fn run() -> ExitCode {
         Command::Expire(expire) => expire.source.json,
         Command::Hold(hold) => hold.source.json,
         Command::Release(release) => release.source.json,
+        Command::Pages(_) => false,
     };
     let status = runtime.block_on(async {
         match args.command {
@@ -89,6 +91,7 @@ pub fn run() -> ExitCode {
             Command::Expire(expire) => expire::run(&expire).await,
             Command::Hold(hold) => hold::hold(&hold).await,
             Command::Release(release) => hold::release(&release).await,
+            Command::Pages(pages) => pages::run(&pages),
         }
     });
     // Not waiting for threads that hang in a system call on a dead mount.

@@ -36,6 +36,7 @@ mod repositories;
 mod reset;
 mod restore;
 mod s3_settings;
+mod setup;
 mod standby;
 pub(crate) mod start;
 mod status_page;

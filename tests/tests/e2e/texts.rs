@@ -50,7 +50,20 @@ fn helps(program: &Path, commands: &[&str]) -> String {
 
 #[test]
 fn helps_read_as_they_should() {
-    let walship = ["", "init", "check", "backup", "wal", "wal push", "wal fetch", "wal give-up"];
+    let walship = [
+        "",
+        "init",
+        "check",
+        "backup",
+        "wal",
+        "wal push",
+        "wal fetch",
+        "wal give-up",
+        "setup",
+        "setup systemd",
+        "setup man",
+        "setup completions",
+    ];
     insta::assert_snapshot!("help_walship", helps(&bins::walship(), &walship));
     insta::assert_snapshot!("help_walship_serve", helps(&bins::walship(), &["serve"]));
     insta::assert_snapshot!(

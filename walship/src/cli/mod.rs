@@ -5,11 +5,13 @@ mod backup;
 mod check;
 mod give_up;
 mod init;
+mod notify;
 mod open;
 mod receive;
 mod record;
 mod serve;
 mod server;
+mod setup;
 mod synchronous;
 mod wal;
 
@@ -61,6 +63,9 @@ enum Command {
     /// Push, fetch or give up one WAL file: what archive-cmd and restore-cmd do, and what helps where they cannot
     #[command(subcommand)]
     Wal(wal::Command),
+    /// Write what belongs around the programs: systemd's units, man pages, completions
+    #[command(subcommand)]
+    Setup(setup::Command),
 }
 
 /// Runs the command in the arguments.
@@ -118,6 +123,7 @@ fn run(arguments: &[OsString], fetch: Option<&wal::FetchCall>) -> u8 {
         Command::Check(args) => block_on(check::run(&args, overrides)),
         Command::Wal(wal::Command::GiveUp(args)) => block_on(give_up::run(&args, overrides)),
         Command::Wal(wal::Command::Push(args)) => block_on(wal::push(&args, overrides)),
+        Command::Setup(command) => setup::run(&command, overrides),
         Command::Wal(wal::Command::Fetch(args)) => return wal::fetch(&args, overrides),
     };
     match done {

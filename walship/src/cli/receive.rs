@@ -22,6 +22,7 @@ use walship::replication::ConnectOptions;
 use walship::repository::ClusterRepository;
 use walship::spool;
 
+use super::notify::Supervisor;
 use super::open::Configured;
 
 /// How many parts of the open segment are on their way at once where nobody waits for them: one while the
@@ -58,6 +59,9 @@ Runs until SIGTERM or SIGINT: what is on its way is stored, the server is told, 
 REPLICATION attribute and a line for \"replication\" in pg_hba.conf. The slot keeps WAL on the server until it is \
 durable in every repository: bound that with max_slot_wal_keep_size. It works beside archive_command and beside \
 another receiver (with a slot of its own): they store the same bytes.
+
+Under systemd (Type=notify) it says when it streams, where it is, and answers the watchdog as long as it makes \
+progress; `walship setup systemd` writes the unit.
 
 Exit status:
   0  told to end, or what --until or --once wait for is durable
@@ -144,6 +148,8 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
             .await;
     }
     let stop = stop_signals()?;
+    let supervisor = Arc::new(Supervisor::of_environment());
+    supervisor.attend(stop.clone());
     if options.spool.is_none()
         && let Some(folder) = args.spool.as_ref().or(config.receive.spool.as_ref())
     {
@@ -157,11 +163,16 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         last_reason: std::sync::Mutex::default(),
         kept_by: if options.spool.is_some() { "the spool" } else { "the server" },
     });
-    let shown = Arc::clone(&view);
-    let done = receive(&clusters, &server, &options, stop, Arc::new(move |event| shown.show(&event))).await;
+    let (shown, told) = (Arc::clone(&view), Arc::clone(&supervisor));
+    let progress = move |event| {
+        shown.show(&event);
+        told.hear(&event);
+    };
+    let done = receive(&clusters, &server, &options, stop, Arc::new(progress)).await;
     let report = match done {
         Ok(report) => report,
         Err(error) => {
+            supervisor.leave(&format!("failed: {error}"));
             view.write_status(&Status {
                 state: "failed",
                 error: Some(error.to_string()),
@@ -171,6 +182,7 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         }
     };
     view.write_status(&Status { state: "stopped", ..view.status(Some(&report)) });
+    supervisor.leave(&format!("stopped; durable up to {}", report.durable_lsn));
     if args.json {
         super::print_report(&report, true, String::new)?;
     }

@@ -176,6 +176,12 @@ impl Receiver {
         }
     }
 
+    /// Says that what follows waits for stores, however long they take: no report comes every second any more.
+    fn streams_no_more(&mut self) {
+        self.report.streaming = false;
+        self.tell();
+    }
+
     /// Ships what is due of the open segment.
     fn ship(&mut self, streaming: &mut Streaming, now: Duration) -> Result<()> {
         let archive = self.archive.as_mut().ok_or_else(no_archive)?;
@@ -267,6 +273,7 @@ impl Receiver {
                 let next = end_streaming(connection, true).await?.ok_or_else(|| {
                     Error::unavailable(format!("{} ended the stream without a word", connection.host()))
                 })?;
+                self.streams_no_more();
                 self.end_timeline(streaming, next.switch_lsn).await?;
                 Ok(Some(Turn::Timeline(next)))
             }
@@ -333,6 +340,7 @@ impl Receiver {
     async fn drain(&mut self, connection: &mut Connection, streaming: &mut Streaming) -> Result<Ended> {
         // What was received of it is sent again next time; its parts are durable.
         streaming.open = None;
+        self.streams_no_more();
         let deadline = Instant::now() + self.options.drain_max;
         loop {
             let now = self.started.elapsed();

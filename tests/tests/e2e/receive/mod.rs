@@ -11,6 +11,7 @@ mod oracle;
 mod promises;
 mod rpo;
 mod spool;
+mod supervised;
 mod tail;
 mod together;
 
@@ -82,6 +83,11 @@ pub(crate) struct Receiving {
 impl Receiving {
     /// Starts it with these arguments behind `receive`.
     pub(crate) fn start(stage: &Stage, conninfo: &str, args: &[&str]) -> Self {
+        Self::start_in(stage, conninfo, args, &[])
+    }
+
+    /// The same with these variables in its environment.
+    pub(crate) fn start_in(stage: &Stage, conninfo: &str, args: &[&str], variables: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let errors = fs::File::create(folder.path().join("stderr")).unwrap();
         let inner = stage.walship(&[]);
@@ -92,6 +98,7 @@ impl Receiving {
                 None => command.env_remove(name),
             };
         }
+        command.envs(variables.iter().copied());
         command.args(["receive", conninfo, "--report-interval", "1", "--status-file"]);
         command.arg(folder.path().join("status.json")).args(args);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
@@ -101,6 +108,11 @@ impl Receiving {
     /// What it has said on standard error.
     pub(crate) fn said(&self) -> String {
         fs::read_to_string(self.folder.path().join("stderr")).unwrap()
+    }
+
+    /// Where the status file is.
+    pub(crate) fn status_file(&self) -> PathBuf {
+        self.folder.path().join("status.json")
     }
 
     /// The status file, when there is one.
