@@ -14,6 +14,7 @@ mod expire;
 mod extract;
 mod forecast;
 mod gaps;
+mod guides;
 mod half_done;
 mod harness;
 mod incremental;
