@@ -94,6 +94,8 @@ impl Scene {
         let mut upload = self.repository.start_backup_object(id, "data/000001.tar").await.unwrap();
         upload.write(vec![1; 100].into()).await.unwrap();
         upload.finish().await.unwrap();
+        let manifest_digest =
+            self.repository.put_backup_manifest(id, b"a manifest".to_vec().into()).await.unwrap();
         let record = BackupRecord {
             format: 1,
             id: id.into(),
@@ -121,7 +123,7 @@ impl Scene {
             }],
             limits: INITDB_LIMITS,
             data_checksums: false,
-            manifest_digest: String::new(),
+            manifest_digest,
             settings_files: vec![],
             names: None,
             prepared: None,
@@ -186,7 +188,11 @@ async fn what_goes_is_gone_and_looking_writes_nothing() {
     let report = scene.expire().await.unwrap();
     assert_eq!((report.backups, report.objects), (2, shown.total().objects));
     assert_eq!(scene.segments().await, (200, SEGMENTS - 1));
-    assert_eq!(scene.keys("0001/backups/").len(), 2 * 3, "a record, what it began with, its data; of two");
+    assert_eq!(
+        scene.keys("0001/backups/").len(),
+        2 * 4,
+        "a record, what it began with, its data, its manifest; of two"
+    );
     assert_eq!(scene.keys("/gaps/").len(), 1);
     assert_eq!((scene.keys("/expiring/").len(), scene.keys("/locks/").len()), (0, 0));
     let index = complete(&scene.repository, Options { task: Task::Verify, dry_run: false }).await.unwrap();
@@ -304,7 +310,7 @@ async fn outages_at_any_call_leave_what_the_next_run_ends() {
         }
         let catalog = load_catalog(&scene.repository).await.unwrap();
         for backup in &catalog.backups {
-            assert_eq!(scene.keys(&format!("/backups/{}/", backup.id)).len(), 2, "half removed at {most}");
+            assert_eq!(scene.keys(&format!("/backups/{}/", backup.id)).len(), 3, "half removed at {most}");
         }
         // Another machine's lock is over after ten minutes; this one's process is alive, so it is taken away here.
         scene
@@ -342,6 +348,17 @@ async fn what_builds_on_a_backup_goes_before_it() {
     // Who has built on one that is gone hears of it.
     let orphan = BackupRecord { parent: Some(parent(0, 1)), ..kept.backups[0].clone() };
     assert!(matches!(scene.repository.check_foundations(&orphan).await, Err(Error::Conflict(_))));
+    // And who is gone itself, in one repository of several for instance.
+    let swept = BackupRecord { id: id(0), parent: None, ..kept.backups[0].clone() };
+    let error = scene.repository.check_foundations(&swept).await.unwrap_err();
+    assert!(matches!(error, Error::Conflict(_)) && error.to_string().contains("started.json"), "{error}");
+    for (name, what) in [("manifest.json.zst", "manifest"), ("data/000001.tar", "000001")] {
+        let damaged = scene.copy().await;
+        damaged.memory.remove(&ObjectKey::new(format!("main/0001/backups/{}/{name}", id(2))).unwrap());
+        let whole = damaged.repository.whole_record(&kept.backups[0]).await.unwrap();
+        let error = damaged.repository.check_foundations(&whole).await.unwrap_err();
+        assert!(matches!(error, Error::Conflict(_)) && error.to_string().contains(what), "{error}");
+    }
     let lender = |name: &str| {
         let mut record = kept.backups[1].clone();
         record.objects = vec![BackupObject {
@@ -387,6 +404,20 @@ async fn a_lock_of_another_machine_holds_until_its_time_is_over() {
 }
 
 #[tokio::test]
+async fn a_clock_that_is_wrong_by_a_year_removes_nothing() {
+    let scene = Scene::make().await;
+    let before = scene.memory.keys();
+    for (by, idle) in [(365, false), (-365, false), (-365, true)] {
+        let request = Request { now: scene.now + TimeDelta::days(by), accept_idle: idle, ..scene.request() };
+        let error = prepare(&scene.repository, &request).await.unwrap_err();
+        assert!(matches!(error, Error::Invalid(_)), "{error}");
+        let shown = scene.shown().await;
+        carry_out(&scene.repository, &request, &shown.plan, &|_| {}).await.unwrap_err();
+        assert_eq!(scene.memory.keys(), before);
+    }
+}
+
+#[tokio::test]
 async fn more_than_was_shown_is_not_removed() {
     let scene = Scene::make().await;
     let hold = scene.hold(&id(0));
@@ -397,4 +428,245 @@ async fn more_than_was_shown_is_not_removed() {
     let error = carry_out(&scene.repository, &scene.request(), &shown.plan, &|_| {}).await.unwrap_err();
     assert!(error.to_string().contains("something changed meanwhile"), "{error}");
     assert_eq!(scene.lasting(), before);
+}
+
+/// Says what a backup that is being taken says at its start, and stores an object of it.
+async fn begin(scene: &Scene, id: &str, number: u64, days: i64) {
+    scene.repository.put_backup_started(&scene.started(id, number, days)).await.unwrap();
+    let mut upload = scene.repository.start_backup_object(id, "data/000001.tar").await.unwrap();
+    upload.write(vec![1; 100].into()).await.unwrap();
+    upload.finish().await.unwrap();
+}
+
+const SLOW: &str = "20260106T010203Z-0123456789abcdef";
+
+#[tokio::test]
+async fn the_age_of_a_backup_under_way_is_that_of_what_it_stored_last_by_the_stores_clock() {
+    let scene = Scene::make().await;
+    // It began long ago, and still stores.
+    begin(&scene, SLOW, 150, 30).await;
+    scene.expire().await.unwrap();
+    assert_eq!(scene.segments().await.0, 150);
+    assert_eq!(scene.keys(&format!("/backups/{SLOW}/")).len(), 2);
+    scene.memory.age(SLOW, TimeDelta::days(8));
+    scene.expire().await.unwrap();
+    assert_eq!(scene.segments().await.0, 200);
+    assert_eq!(scene.keys(SLOW).len(), 0);
+}
+
+#[tokio::test]
+async fn a_backup_that_was_given_up_and_ends_at_the_same_moment_stays_or_hears_of_it() {
+    let original = Scene::make().await;
+    begin(&original, SLOW, 150, 30).await;
+    let whole = [("manifest.json.zst", b"a manifest".to_vec()), ("finishing.json", finishing())];
+    let folder = |name: &str| ObjectKey::new(format!("main/0001/backups/{SLOW}/{name}")).unwrap();
+    let record = {
+        let scene = original.copy().await;
+        scene.backup(SLOW, 150, 30, None).await;
+        load_catalog(&scene.repository).await.unwrap().backups.into_iter().find(|b| b.id == SLOW).unwrap()
+    };
+    let record_key = original_record_key(&record);
+    // Right before each of the removal's steps it says that it is about to end; or has ended already.
+    for (before, ended) in [("/expiring/", false), ("/expiring/", true), ("/gaps/", false)] {
+        let scene = original.copy().await;
+        scene.memory.age(SLOW, TimeDelta::days(8));
+        let (memory, document) = (scene.memory.clone(), serde_json::to_vec_pretty(&record).unwrap());
+        let (whole, record_key) = (whole.clone(), record_key.clone());
+        scene.faulty.set(move |call, asked| {
+            if call == Call::Put && asked.contains(before) {
+                for (name, bytes) in &whole {
+                    memory.overwrite(&folder(name), bytes.clone());
+                }
+                if ended {
+                    memory.overwrite(&record_key, document.clone());
+                    // Whatever the store says of its age.
+                    memory.age(SLOW, TimeDelta::days(8));
+                }
+            }
+            None
+        });
+        let done = scene.expire().await;
+        scene.faulty.heal();
+        if before == "/gaps/" {
+            // Too late for its folder, which was marked before: it hears of that.
+            let heard = scene.repository.check_foundations(&record).await.unwrap_err();
+            assert!(matches!(heard, Error::Conflict(_)), "{heard}");
+            continue;
+        }
+        let error = done.unwrap_err();
+        assert!(error.to_string().contains("needed since"), "{before} {ended}: {error}");
+        assert_eq!(scene.keys("/expiring/").len(), 0);
+        scene.repository.check_foundations(&record).await.unwrap();
+        if !ended {
+            scene.expire().await.unwrap();
+            assert_eq!(scene.segments().await.0, 150);
+            scene.repository.check_foundations(&record).await.unwrap();
+        }
+    }
+    // Marked, it hears of it before it has a record.
+    let scene = original.copy().await;
+    let mark = ObjectKey::new(format!("main/0001/expiring/{SLOW}.20260101T000000Z-0123456789abcdef.json"));
+    scene.memory.overwrite(&mark.unwrap(), b"{}".to_vec());
+    scene.memory.overwrite(&folder("manifest.json.zst"), b"a manifest".to_vec());
+    assert!(matches!(scene.repository.check_foundations(&record).await, Err(Error::Conflict(_))));
+}
+
+fn finishing() -> Vec<u8> {
+    serde_json::to_vec(&serde_json::json!({ "format": 1, "id": SLOW, "finishing": Utc::now() })).unwrap()
+}
+
+fn original_record_key(record: &BackupRecord) -> ObjectKey {
+    let BackupRecord { id, timeline, start_lsn, stop_lsn, .. } = record;
+    ObjectKey::new(format!(
+        "main/0001/backups/catalog/{}-{:016X}-{:016X}-{id}.json",
+        timeline.hex(),
+        start_lsn.0,
+        stop_lsn.0
+    ))
+    .unwrap()
+}
+
+#[tokio::test]
+async fn a_complete_backup_whose_objects_another_took_over_stays_with_it() {
+    let scene = Scene::make().await;
+    // The first backup was being taken when the newest began, and completed later.
+    let newest = load_catalog(&scene.repository).await.unwrap().backups.pop().unwrap();
+    let mut record = scene.repository.whole_record(&newest).await.unwrap();
+    record.objects.push(BackupObject { backup: Some(id(0)), ..record.objects[0].clone() });
+    let key = original_record_key(&record);
+    scene.memory.overwrite(&key, serde_json::to_vec_pretty(&record).unwrap());
+    for list in scene.keys("/index/") {
+        scene.memory.remove(&ObjectKey::new(list).unwrap());
+    }
+    assert_eq!(scene.expire().await.unwrap().backups, 1, "the second alone");
+    scene.repository.check_backup_here(&record).await.unwrap();
+    assert_eq!(scene.keys(&format!("/backups/{}/", id(0))).len(), 3);
+    assert_eq!(scene.keys("/backups/catalog/").len(), 3);
+}
+
+#[tokio::test]
+async fn backups_whose_objects_are_gone_push_out_no_others() {
+    for part in ["data/000001.tar", "manifest.json.zst"] {
+        let scene = Scene::make().await;
+        let gone = |at: usize| ObjectKey::new(format!("main/0001/backups/{}/{part}", id(at))).unwrap();
+        // With the one that the window begins with broken, it begins with the one before.
+        scene.memory.remove(&gone(2));
+        let shown = scene.shown().await;
+        let kept: Vec<&str> = shown.plan.backups_kept.iter().map(|backup| &*backup.id).collect();
+        assert_eq!(kept, [id(3), id(2), id(1)], "{part}");
+        assert_eq!(scene.expire().await.unwrap().backups, 1);
+        assert_eq!(scene.segments().await.0, 100);
+        // The newest broken: nothing goes any more.
+        scene.memory.remove(&gone(3));
+        let before = scene.lasting();
+        let error = prepare(&scene.repository, &scene.request()).await.unwrap_err();
+        assert!(matches!(error, Error::Corrupt(_)) && error.to_string().contains(&id(3)), "{error}");
+        assert_eq!(scene.lasting(), before);
+    }
+}
+
+#[tokio::test]
+async fn an_emptied_wal_folder_costs_nothing() {
+    let scene = Scene::make().await;
+    for key in scene.keys("/wal/").into_iter().chain(scene.keys("/index/")) {
+        scene.memory.remove(&ObjectKey::new(key).unwrap());
+    }
+    let error = prepare(&scene.repository, &scene.request()).await.unwrap_err();
+    assert!(matches!(error, Error::Corrupt(_)) && error.to_string().contains("WAL"), "{error}");
+}
+
+#[tokio::test]
+async fn a_removal_that_stood_still_looks_at_its_mark_and_its_lock_before_it_goes_on() {
+    let original = Scene::make().await;
+    for taken in ["mark", "lock"] {
+        let scene = original.copy().await;
+        let memory = scene.memory.clone();
+        // It has looked who needs the backups, and stands still. Another removal comes and takes what is left behind back.
+        scene.faulty.set(move |call, asked| {
+            let looked = call == Call::List && asked.contains("/backups/catalog/");
+            if looked && memory.keys().iter().any(|key| key.contains("/expiring/")) {
+                let own: Vec<String> = memory.keys();
+                match taken {
+                    "mark" => own.iter().filter(|key| key.contains("/expiring/")).for_each(|key| {
+                        memory.remove(&ObjectKey::new(key.clone()).unwrap());
+                    }),
+                    _ => memory.overwrite(
+                        &ObjectKey::new("main/0001/locks/expire/00000002.json").unwrap(),
+                        b"{}".to_vec(),
+                    ),
+                }
+            }
+            None
+        });
+        let error = scene.expire().await.unwrap_err();
+        assert!(
+            error.to_string().contains(if taken == "mark" { "was taken back" } else { "its lock is lost" }),
+            "{error}"
+        );
+        assert_eq!(scene.keys("/backups/catalog/").len(), 4, "{taken}");
+        assert_eq!(scene.segments().await.0, 1);
+    }
+}
+
+#[tokio::test]
+async fn marks_of_others_stay_until_they_are_old() {
+    let scene = Scene::make().await;
+    let run = "20260101T000000Z-0123456789abcdef";
+    let mark = |at: usize| ObjectKey::new(format!("main/0001/expiring/{}.{run}.json", id(at))).unwrap();
+    // Of one that goes by this policy too, and of one that stays.
+    for at in [0, 3] {
+        scene.memory.overwrite(&mark(at), b"{}".to_vec());
+    }
+    let report = scene.expire().await.unwrap();
+    assert_eq!(report.backups, 2);
+    assert!(report.notes.iter().any(|note| note.contains(&id(3)) && note.contains(run)), "{report:?}");
+    assert_eq!(scene.keys("/expiring/"), BTreeSet::from([mark(3).as_str().to_owned()]));
+    scene.repository.check_not_expiring(&id(3)).await.unwrap_err();
+    scene.memory.age("/expiring/", TimeDelta::hours(2));
+    assert!(!scene.shown().await.is_done());
+    scene.expire().await.unwrap();
+    assert_eq!(scene.keys("/expiring/").len(), 0);
+    // One that finds a backup needed takes its own marks back, and no others.
+    let scene = Scene::make().await;
+    scene.memory.overwrite(&mark(0), b"{}".to_vec());
+    let (memory, hold) = (scene.memory.clone(), serde_json::to_vec(&scene.hold(&id(0))).unwrap());
+    let key = ObjectKey::new("main/0001/holds/20260101T000000Z-0123456789abcdef.json").unwrap();
+    scene.faulty.set(move |call, asked| {
+        if call == Call::Put && asked.contains("/expiring/") {
+            memory.overwrite(&key, hold.clone());
+        }
+        None
+    });
+    scene.expire().await.unwrap_err();
+    assert_eq!(scene.keys("/expiring/"), BTreeSet::from([mark(0).as_str().to_owned()]));
+}
+
+#[tokio::test]
+async fn what_is_gone_of_a_batch_that_failed_is_expired_and_not_lost() {
+    let original = Scene::make().await;
+    for (at, whole) in [(0, true), (1, false), (150, false)] {
+        let scene = original.copy().await;
+        // A hold on every backup that would go: nothing but WAL goes.
+        scene.repository.put_hold(&scene.hold(&id(0))).await.unwrap();
+        let other = Hold { id: "20260102T000000Z-0123456789abcdef".into(), ..scene.hold(&id(1)) };
+        scene.repository.put_hold(&other).await.unwrap();
+        let count = Arc::new(AtomicUsize::new(0));
+        scene.faulty.set(move |call, asked| {
+            let late =
+                call == Call::Remove && asked.contains("/wal/") && count.fetch_add(1, Ordering::SeqCst) >= at;
+            late.then_some(Fault::Unavailable)
+        });
+        scene.expire().await.unwrap_err();
+        scene.faulty.heal();
+        let catalog = load_catalog(&scene.repository).await.unwrap();
+        let stored = catalog.segments.count(TimelineId::FIRST, 0, SEGMENTS);
+        if whole {
+            assert_eq!(stored, SEGMENTS - 1, "nothing is gone, and all of it counts");
+            assert_eq!(scene.keys("/gaps/").len(), 0);
+        } else {
+            assert!(catalog.gaps.iter().all(|gap| gap.is_expired()) && !catalog.gaps.is_empty());
+        }
+        scene.expire().await.unwrap();
+        assert!(load_catalog(&scene.repository).await.unwrap().gaps.iter().all(|gap| gap.is_expired()));
+    }
 }

@@ -4,7 +4,7 @@
 //! It serves HTTP on a free port of the loopback from threads of its own, so that tests which start
 //! programs can use it as well as those that call the library.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -97,11 +97,15 @@ struct Parts {
 
 struct State {
     buckets: HashMap<String, BTreeMap<String, Stored>>,
+    /// The keys, behind their bucket's name and a slash, whose newest version is a delete marker.
+    markers: BTreeSet<String>,
     uploads: HashMap<String, Parts>,
     conditional: ConditionalWrites,
     checksums: bool,
     versioned: bool,
     locked_prefix: Option<String>,
+    /// How far its clock is ahead of this machine's, in seconds.
+    ahead: i64,
     next: u64,
 }
 
@@ -144,11 +148,13 @@ impl S3Server {
     fn start_with(domain: Option<&str>) -> Self {
         let store = Store(Arc::new(Mutex::new(State {
             buckets: HashMap::from([(BUCKET.to_owned(), BTreeMap::new())]),
+            markers: BTreeSet::new(),
             uploads: HashMap::new(),
             conditional: ConditionalWrites::Honoured,
             checksums: true,
             versioned: false,
             locked_prefix: None,
+            ahead: 0,
             next: 0,
         })));
         let mut builder = S3ServiceBuilder::new(store.clone());
@@ -164,7 +170,7 @@ impl S3Server {
         let rule: Arc<Mutex<Rule>> = Arc::new(Mutex::new(Box::new(|_| None)));
         let log = Arc::new(Mutex::new(Vec::new()));
         let (stop, stopped) = oneshot::channel::<()>();
-        let front = Front { service, rule: Arc::clone(&rule), log: Arc::clone(&log) };
+        let front = Front { service, store: store.clone(), rule: Arc::clone(&rule), log: Arc::clone(&log) };
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
@@ -213,9 +219,24 @@ impl S3Server {
         self.store.lock().checksums = checked;
     }
 
-    /// Chooses whether what is deleted is kept as an older version, behind a delete marker.
+    /// Chooses whether what is deleted is kept as an older version, behind a delete marker: reads of it are then answered
+    /// as S3 does, with 404 and the header `x-amz-delete-marker`.
     pub fn set_versioned(&self, versioned: bool) {
         self.store.lock().versioned = versioned;
+    }
+
+    /// Sets its clock, by which it says when objects were written, so many seconds ahead of this machine's.
+    pub fn set_clock_ahead(&self, seconds: i64) {
+        self.store.lock().ahead = seconds;
+    }
+
+    /// Makes the objects whose keys hold this text so much older.
+    pub fn age_objects(&self, part_of_key: &str, by: Duration) {
+        let mut state = self.store.lock();
+        let objects = state.buckets.get_mut(BUCKET).into_iter().flatten();
+        for (_, object) in objects.filter(|(key, _)| key.contains(part_of_key)) {
+            object.modified -= by;
+        }
     }
 
     /// Refuses, in requests that delete many objects, those whose keys hold this text.
@@ -251,12 +272,15 @@ impl S3Server {
     pub fn put(&self, key: &str, bytes: impl Into<Bytes>) {
         let mut state = self.store.lock();
         let stored = stored(&mut state, bytes.into(), None);
+        state.markers.remove(&format!("{BUCKET}/{key}"));
         state.buckets.entry(BUCKET.to_owned()).or_default().insert(key.to_owned(), stored);
     }
 
     /// Removes an object behind everybody's back; returns whether it was there.
     pub fn remove(&self, key: &str) -> bool {
-        self.store.lock().buckets.entry(BUCKET.to_owned()).or_default().remove(key).is_some()
+        let mut state = self.store.lock();
+        state.markers.remove(&format!("{BUCKET}/{key}"));
+        state.buckets.entry(BUCKET.to_owned()).or_default().remove(key).is_some()
     }
 
     /// Returns how many multipart uploads were neither completed nor aborted.
@@ -315,6 +339,7 @@ pub fn env_for(endpoint: &str) -> Vec<(&'static str, String)> {
 #[derive(Clone)]
 struct Front {
     service: S3Service,
+    store: Store,
     rule: Arc<Mutex<Rule>>,
     log: Arc<Mutex<Vec<Seen>>>,
 }
@@ -354,6 +379,8 @@ impl Front {
             query: request.uri().query().unwrap_or_default().to_owned(),
         };
         let fault = (self.rule.lock().unwrap_or_else(PoisonError::into_inner))(&seen);
+        let is_read = ["GET", "HEAD"].contains(&&*seen.method);
+        let name = seen.path.trim_start_matches('/').to_owned();
         self.log.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
         let refusal = match &fault {
             Some(Fault::S3(status, code)) => Some(s3_error_page(*status, code)),
@@ -376,11 +403,15 @@ impl Front {
         if let Some(Fault::Late(time)) = fault {
             tokio::time::sleep(time).await;
         }
-        let response = self
+        let mut response = self
             .service
             .call(request.map(Body::from))
             .await
             .map_err(|error| Problem::other(format!("{error:?}")))?;
+        if is_read && response.status() == StatusCode::NOT_FOUND && self.store.lock().markers.contains(&name)
+        {
+            response.headers_mut().insert("x-amz-delete-marker", HeaderValue::from_static("true"));
+        }
         match fault {
             Some(Fault::AnswerLost) => Err(Problem::other("the answer is lost")),
             Some(Fault::Truncated(length)) => {
@@ -422,7 +453,10 @@ fn page(status: u16, kind: &'static str, text: String) -> Response<Body> {
 
 fn stored(state: &mut State, bytes: Bytes, crc32: Option<String>) -> Stored {
     state.next += 1;
-    Stored { e_tag: format!("{:032x}", state.next), bytes, crc32, modified: SystemTime::now() }
+    let by = Duration::from_secs(state.ahead.unsigned_abs());
+    let now = SystemTime::now();
+    let modified = if state.ahead < 0 { now - by } else { now + by };
+    Stored { e_tag: format!("{:032x}", state.next), bytes, crc32, modified }
 }
 
 async fn collected(body: Option<StreamingBlob>) -> S3Result<Bytes> {
@@ -471,7 +505,19 @@ impl Store {
             return Err(s3_error!(PreconditionFailed));
         }
         bucket(&mut state, name)?.insert(key.to_owned(), object);
+        state.markers.remove(&format!("{name}/{key}"));
         Ok(())
+    }
+}
+
+impl State {
+    /// Removes an object, or hides it behind a delete marker; returns whether it is that.
+    fn delete(&mut self, name: &str, key: &str) -> S3Result<Option<bool>> {
+        bucket(self, name)?.remove(key);
+        if self.versioned {
+            self.markers.insert(format!("{name}/{key}"));
+        }
+        Ok(self.versioned.then_some(true))
     }
 }
 
@@ -532,9 +578,7 @@ impl S3 for Store {
         &self,
         request: S3Request<DeleteObjectInput>,
     ) -> S3Result<S3Response<DeleteObjectOutput>> {
-        let mut state = self.lock();
-        let marker = state.versioned.then_some(true);
-        bucket(&mut state, &request.input.bucket)?.remove(&request.input.key);
+        let marker = self.lock().delete(&request.input.bucket, &request.input.key)?;
         let output = DeleteObjectOutput { delete_marker: marker, ..DeleteObjectOutput::default() };
         Ok(S3Response::with_status(output, StatusCode::NO_CONTENT))
     }
@@ -544,9 +588,7 @@ impl S3 for Store {
         request: S3Request<DeleteObjectsInput>,
     ) -> S3Result<S3Response<DeleteObjectsOutput>> {
         let mut state = self.lock();
-        let marker = state.versioned.then_some(true);
         let keep = state.locked_prefix.clone();
-        let bucket = bucket(&mut state, &request.input.bucket)?;
         let (mut deleted, mut errors) = (Vec::new(), Vec::new());
         for object in request.input.delete.objects {
             if keep.as_ref().is_some_and(|keep| object.key.contains(keep)) {
@@ -558,7 +600,7 @@ impl S3 for Store {
                 });
                 continue;
             }
-            bucket.remove(&object.key);
+            let marker = state.delete(&request.input.bucket, &object.key)?;
             let one =
                 DeletedObject { key: Some(object.key), delete_marker: marker, ..DeletedObject::default() };
             deleted.push(one);

@@ -1,9 +1,12 @@
 //! `pitr hold` and `pitr release`; and the hold that a restore has on what it reads.
 
+use std::collections::BTreeSet;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 use walship::catalog::{HeldWal, Hold};
-use walship::repository::{LineageRepository, RecordedBy, new_gap_id, released_now};
+use walship::pg::SegmentName;
+use walship::repository::{LineageRepository, RecordedBy, load_catalog, new_gap_id, released_now};
 use walship::{Error, Result};
 
 use super::DONE;
@@ -108,7 +111,7 @@ pub(super) async fn release(args: &ReleaseArgs) -> Result<u8> {
 /// Holds what a restore reads, where this user may write, so that retention does not remove it meanwhile.
 ///
 /// # Errors
-/// [`Error::Conflict`] when it is being removed already.
+/// [`Error::Conflict`] when it is being removed already, or WAL that it needs was since the plan was made.
 pub(super) async fn hold_for_restore(repository: &LineageRepository, plan: &RestorePlan) -> Result<()> {
     let now = Utc::now();
     let through_lsn = (plan.stop.kind != StopKind::EndOfWal).then_some(plan.stop.through_lsn);
@@ -123,15 +126,72 @@ pub(super) async fn hold_for_restore(repository: &LineageRepository, plan: &Rest
         Some(wal),
         now,
     );
+    let size = repository.lineage().segment_size;
+    let stretches: Vec<_> = (plan.chain.iter())
+        .map(|part| (part.first.timeline, part.first.start(size), part.last.end(size)))
+        .collect();
+    let (mut sound, mut gone) = (Vec::new(), None);
     for one in repository.each() {
         // Who may only read restores as well.
         if let Err(error) = one.put_hold(&hold).await {
             tracing::debug!(%error, "what is restored is not held");
-            continue;
         }
-        one.check_not_expiring(&plan.backup.id).await?;
+        // In this order: retention says first what it removes, and looks for holds then.
+        match check_not_expiring(&one, plan).await {
+            Ok(()) => match one.check_wal_not_expired(&stretches).await {
+                Ok(()) => sound.push(one),
+                Err(error @ Error::Conflict(_)) => {
+                    // Others may have it.
+                    sound.push(one);
+                    gone = Some(error);
+                }
+                Err(error) => one.failed(&error),
+            },
+            Err(error @ Error::Conflict(_)) => gone = Some(error),
+            Err(error) => one.failed(&error),
+        }
+    }
+    let Some(error) = gone else { return Ok(()) };
+    if sound.is_empty() || !is_still_there(sound, plan).await? {
+        return Err(error
+            .with_safe("nothing was restored, and the repository is as retention keeps it")
+            .with_next(
+                "Run it again: the plan is made from what is there now. What retention keeps is the policy's: [retention] in the \
+                 configuration.",
+            ));
     }
     Ok(())
+}
+
+/// Fails when a backup that is restored from is being removed.
+async fn check_not_expiring(repository: &LineageRepository, plan: &RestorePlan) -> Result<()> {
+    for backup in plan.backups() {
+        let lenders = backup.objects.iter().filter_map(|object| object.backup.as_deref());
+        for id in lenders.chain([&*backup.id]).collect::<BTreeSet<_>>() {
+            repository.check_not_expiring(id).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Returns whether these repositories together still hold what a plan needs.
+async fn is_still_there(mut repositories: Vec<LineageRepository>, plan: &RestorePlan) -> Result<bool> {
+    let first = repositories.remove(0);
+    let size = first.lineage().segment_size;
+    let catalog = load_catalog(&first.with_others(repositories)).await?;
+    let backups = plan.backups().all(|needed| catalog.backups.iter().any(|backup| backup.id == needed.id));
+    let wal = plan.chain.iter().filter(|part| !part.open).all(|part| {
+        let (from, until) = (part.first.number(size), part.last.number(size) + 1);
+        // What is stored in parts alone is not expired, else it were not looked for here.
+        let in_parts = (from..until).filter(|number| {
+            let name = SegmentName::from_number(part.first.timeline, *number, size);
+            name.is_some_and(|name| {
+                !catalog.segments.contains(name) && !catalog.gaps.iter().any(|gap| gap.touches(name, size))
+            })
+        });
+        catalog.segments.count(part.first.timeline, from, until) + in_parts.count() as u64 == until - from
+    });
+    Ok(backups && wal)
 }
 
 fn new_hold(

@@ -11,6 +11,7 @@ use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
 use super::args::ScratchArgs;
+use super::hold::hold_for_restore;
 use super::restore::tail_arguments;
 use super::source::{restore_cmd, restore_cmd_arguments};
 use super::{restore, start};
@@ -100,7 +101,7 @@ pub(super) fn folder(args: &ScratchArgs, overrides: &Overrides) -> Result<PathBu
 /// Returns what it takes to bring the scratch server up.
 ///
 /// # Errors
-/// [`Error::Missing`] without a fitting pg_ctl or restore-cmd.
+/// [`Error::Missing`] without a fitting pg_ctl or restore-cmd; [`Error::Conflict`] when retention is removing what is needed.
 pub(super) async fn private<'a>(
     args: &ScratchArgs,
     overrides: &Overrides,
@@ -117,6 +118,7 @@ pub(super) async fn private<'a>(
             "Install PostgreSQL {major} on this machine, or name the folder of its programs with --pg-bin."
         ))
     })?;
+    hold_for_restore(repository, plan).await?;
     Ok(Private {
         repository,
         plan,

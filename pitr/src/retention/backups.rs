@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use chrono::{DateTime, TimeDelta, Utc};
 use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::TimelineId;
+use walship::{Error, Result};
 
-use super::wal::Way;
+use super::wal::{Stage, Way};
 use super::{Begun, GIVEN_UP_AFTER, KeptBackup, Policy, RemovedBackup, Seen};
 use crate::plan::{build_chain, is_on_path};
 
@@ -21,19 +22,68 @@ pub(super) struct Chosen {
     pub(super) whole: BTreeSet<TimelineId>,
 }
 
-/// Returns whether a backup can be restored: its own WAL is stored.
-pub(super) fn is_usable(catalog: &Catalog, backup: &BackupRecord) -> bool {
-    let history = catalog.history(backup.stop_timeline);
-    history.is_some_and(|history| {
-        is_on_path(&history, backup)
-            && build_chain(catalog, &history, backup.start_lsn).end() >= backup.stop_lsn
-    })
+/// How far the clocks of machines that take backups may differ.
+const CLOCKS_DIFFER: TimeDelta = TimeDelta::days(1);
+
+/// Returns why a backup cannot be restored, as far as can be told: its WAL, or what it is made of, is not stored.
+fn flaw_of(catalog: &Catalog, seen: &Seen, backup: &BackupRecord) -> Option<String> {
+    let chain = std::iter::successors(Some(&backup.id), |id| seen.parents.get(*id));
+    for id in chain.take(seen.parents.len() + 1) {
+        match seen.flaws.get(id) {
+            Some(flaw) if *id == backup.id => return Some(flaw.clone()),
+            Some(flaw) => return Some(format!("of backup {id}, which it builds on: {flaw}")),
+            None => {}
+        }
+    }
+    let Some(history) = catalog.history(backup.stop_timeline) else {
+        return Some(format!("the history of timeline {} is not stored", backup.stop_timeline));
+    };
+    let end = build_chain(catalog, &history, backup.start_lsn).end();
+    (!is_on_path(&history, backup) || end < backup.stop_lsn)
+        .then(|| format!("WAL that it needs is missing from {end} on"))
+}
+
+/// Refuses to remove anything while the newest backup cannot be restored: more may be missing than that, and it is no time to
+/// remove older ones.
+///
+/// # Errors
+/// [`Error::Corrupt`] with what is missing.
+pub fn check_newest(catalog: &Catalog, seen: &Seen) -> Result<()> {
+    let complete = catalog.backups.iter().map(|backup| {
+        let flaw = || flaw_of(catalog, &with_parents(catalog, seen), backup);
+        (backup.finished, &backup.id, flaw())
+    });
+    let orphaned = catalog.orphaned_backups.iter().map(|backup| {
+        (backup.finished, &backup.id, Some(format!("it builds on {}, which is not there", backup.missing)))
+    });
+    match complete.chain(orphaned).max_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1))) {
+        Some((_, id, Some(flaw))) => {
+            Err(Error::corrupt(format!("the newest backup, {id}, cannot be restored: {flaw}"))
+                .with_safe("nothing was removed: older backups may be needed")
+                .with_next(
+                    "Look whether the whole repository is there (mounts, what other programs have removed). If what is missing \
+                     does not come back, take a new backup: `walship backup`.",
+                ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Returns what is seen with the parents of complete backups too.
+pub(super) fn with_parents(catalog: &Catalog, seen: &Seen) -> Seen {
+    let mut seen = seen.clone();
+    let parents = catalog.backups.iter().filter_map(|backup| Some((&backup.id, &backup.parent.as_ref()?.id)));
+    seen.parents.extend(parents.map(|(id, parent)| (id.clone(), parent.clone())));
+    seen
 }
 
 /// Returns whether a backup that was only begun may still be under way.
 pub(super) fn is_running(seen: &Seen, begun: &Begun, now: DateTime<Utc>) -> bool {
-    !seen.expiring.contains(&begun.id)
-        && begun.start.is_some_and(|start| now.signed_duration_since(start.started) < GIVEN_UP_AFTER)
+    let young = match begun.last_written {
+        Some(written) => now.signed_duration_since(written) < GIVEN_UP_AFTER,
+        None => begun.start.is_some(),
+    };
+    begun.complete || (young && !seen.expiring.contains(&begun.id))
 }
 
 pub(super) fn choose(
@@ -45,21 +95,26 @@ pub(super) fn choose(
     margin: TimeDelta,
     notes: &mut Vec<String>,
 ) -> Chosen {
-    let mut chosen = Chosen::default();
+    let flaws: BTreeMap<&str, String> = (catalog.backups.iter())
+        .filter_map(|backup| Some((&*backup.id, flaw_of(catalog, seen, backup)?)))
+        .collect();
+    let all: Vec<&BackupRecord> = catalog.backups.iter().collect();
     let usable: Vec<&BackupRecord> =
-        catalog.backups.iter().filter(|backup| is_usable(catalog, backup)).collect();
-    for backup in &catalog.backups {
-        let known = catalog.history(backup.stop_timeline).is_some();
-        if !known {
-            chosen.keep(&backup.id, "the history of its timeline is not stored: nothing can be told of it");
-        } else if !usable.iter().any(|other| other.id == backup.id) {
-            notes.push(format!(
-                "backup {} cannot be restored, WAL that it needs is missing: it does not count",
-                backup.id
-            ));
+        all.iter().copied().filter(|backup| !flaws.contains_key(&*backup.id)).collect();
+    let mut chosen = by_policy(seen, policy, ways, &usable, now, margin, notes);
+    if !flaws.is_empty() {
+        // What cannot be restored takes no other's place, and goes no earlier than it would if it could be.
+        let as_if = by_policy(seen, policy, ways, &all, now, margin, &mut Vec::new());
+        for (id, flaw) in &flaws {
+            notes.push(format!("backup {id} cannot be restored, and does not count: {flaw}"));
+            for reason in as_if.reasons.get(*id).into_iter().flatten() {
+                chosen.keep(id, &format!("if it could be restored: {reason}"));
+            }
         }
     }
-    full_backups(&mut chosen, seen, policy, &usable, now);
+    for backup in catalog.backups.iter().filter(|backup| catalog.history(backup.stop_timeline).is_none()) {
+        chosen.keep(&backup.id, "the history of its timeline is not stored: nothing can be told of it");
+    }
     for hold in seen.holds.iter().filter(|hold| hold.holds_at(now)) {
         if !catalog.backups.iter().any(|backup| backup.id == hold.backup) {
             notes.push(format!("hold {} is on backup {}, which is not there", hold.id, hold.backup));
@@ -69,35 +124,53 @@ pub(super) fn choose(
             .map_or_else(String::new, |until| format!(" until {}", until.format("%Y-%m-%d %H:%MZ")));
         chosen.keep(&hold.backup, &format!("held{until} by {}: {}", hold.user, hold.reason));
     }
-    windows(&mut chosen, policy, ways, &usable, now, margin, notes);
-    for begun in seen.recordless.iter().filter(|begun| is_running(seen, begun, now)) {
-        chosen.keep(&begun.id, "begun and not complete: it may be under way");
-    }
-    chosen.keep_parents(seen);
-    keep_lenders(&mut chosen, catalog, seen, now);
+    keep_running(&mut chosen, catalog, seen, now);
+    chosen.keep_foundations(catalog, seen);
     chosen
 }
 
-/// Keeps what backups that did not complete have stored where another has taken it over, or may be about to.
-fn keep_lenders(chosen: &mut Chosen, catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) {
-    let lenders = seen.lenders.as_ref().filter(|_| catalog.orphaned_backups.is_empty());
-    let running = seen.recordless.iter().any(|begun| is_running(seen, begun, now));
-    for begun in &seen.recordless {
-        let Some(lenders) = lenders else {
-            chosen.keep(&begun.id, "it is not known which backups have taken over what it has stored");
-            continue;
+/// Keeps what the policy wants, when these are all the backups that there are.
+fn by_policy(
+    seen: &Seen,
+    policy: &Policy,
+    ways: &[Way],
+    backups: &[&BackupRecord],
+    now: DateTime<Utc>,
+    margin: TimeDelta,
+    notes: &mut Vec<String>,
+) -> Chosen {
+    let mut chosen = Chosen::default();
+    full_backups(&mut chosen, seen, policy, backups, now);
+    windows(&mut chosen, policy, ways, backups, now, margin, notes);
+    chosen
+}
+
+/// Keeps backups under way, and all that they may have taken over: whatever was not complete when they began.
+fn keep_running(chosen: &mut Chosen, catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) {
+    let running: Vec<&Begun> = seen.recordless.iter().filter(|begun| is_running(seen, begun, now)).collect();
+    for begun in &running {
+        let why = match begun.complete {
+            true => "it has become complete a moment ago",
+            false => "begun and not complete: it may be under way",
         };
-        let takers = lenders.iter().filter(|(taker, lent)| chosen.keeps(taker) && lent.contains(&begun.id));
-        let takers: Vec<String> = takers.map(|(taker, _)| taker.clone()).collect();
-        for taker in takers {
-            chosen.keep(
-                &begun.id,
-                &format!("not complete, but backup {taker} has taken over what it has stored"),
-            );
-        }
-        if running && begun.start.is_some() && !seen.expiring.contains(&begun.id) {
+        chosen.keep(&begun.id, why);
+    }
+    // One that does not say any more that it has begun does not become complete; of one that is, it is known what it took over.
+    let began = running.iter().filter(|begun| !begun.complete).filter_map(|begun| begun.start);
+    let Some(first) = began.map(|start| start.started).min() else { return };
+    for begun in &seen.recordless {
+        if begun.start.is_some() && !seen.expiring.contains(&begun.id) {
             chosen.keep(&begun.id, "not complete, but a backup under way may take over what it has stored");
         }
+    }
+    let not_before = |backup: &BackupRecord| {
+        backup.finished.checked_add_signed(CLOCKS_DIFFER).is_none_or(|finished| first <= finished)
+    };
+    for backup in catalog.backups.iter().filter(|backup| not_before(backup)) {
+        chosen.keep(
+            &backup.id,
+            "it may not have been complete when a backup under way began, which may take over what it has stored",
+        );
     }
 }
 
@@ -147,7 +220,8 @@ fn full_backups(
     }
 }
 
-/// Keeps, for each way on which anything happens, what its window begins with and all backups in it; and the newest.
+/// Keeps, for each way on which anything happens, what its window begins with and all backups in it; and the newest of each
+/// whose end stays.
 fn windows(
     chosen: &mut Chosen,
     policy: &Policy,
@@ -157,7 +231,7 @@ fn windows(
     margin: TimeDelta,
     notes: &mut Vec<String>,
 ) {
-    for way in ways.iter().filter(|way| way.in_use) {
+    for way in ways.iter().filter(|way| way.end_stays()) {
         let mut on_way: Vec<&BackupRecord> =
             usable.iter().copied().filter(|backup| is_on_path(&way.history, backup)).collect();
         on_way.sort_by(|a, b| (b.stop_lsn, b.start_lsn, &b.id).cmp(&(a.stop_lsn, a.start_lsn, &a.id)));
@@ -167,6 +241,10 @@ fn windows(
             continue;
         };
         chosen.keep(&newest.id, &format!("the newest backup on the way to timeline {timeline}"));
+        if way.stage == Stage::Over {
+            chosen.bases.insert(timeline, newest.id.clone());
+            continue;
+        }
         let Some(from) = policy.window_from(now) else { continue };
         let base = on_way
             .iter()
@@ -198,7 +276,7 @@ fn windows(
         return;
     }
     // Without a window WAL stays from the oldest backup on that stays.
-    for way in ways.iter().filter(|way| way.in_use) {
+    for way in ways.iter().filter(|way| way.end_stays()) {
         let kept =
             usable.iter().filter(|backup| is_on_path(&way.history, backup) && chosen.keeps(&backup.id));
         if let Some(oldest) = kept.min_by_key(|backup| (backup.start_lsn, backup.stop_lsn)) {
@@ -221,13 +299,23 @@ impl Chosen {
         self.reasons.contains_key(id)
     }
 
-    /// Keeps whatever a kept backup builds on.
-    fn keep_parents(&mut self, seen: &Seen) {
-        let kept: Vec<String> = self.reasons.keys().cloned().collect();
-        for id in kept {
-            let parents = std::iter::successors(seen.parents.get(&id), |id| seen.parents.get(*id));
-            for parent in parents.take(seen.parents.len()) {
+    /// Keeps what stays builds on, and what it has taken over from backups that were not complete then; and so on from there.
+    /// Backups that lack what they build on stay too: it may be in another repository.
+    fn keep_foundations(&mut self, catalog: &Catalog, seen: &Seen) {
+        let mut open: Vec<String> = self.reasons.keys().cloned().collect();
+        open.extend(catalog.orphaned_backups.iter().map(|backup| backup.id.clone()));
+        let mut done = BTreeSet::new();
+        while let Some(id) = open.pop() {
+            if !done.insert(id.clone()) {
+                continue;
+            }
+            if let Some(parent) = seen.parents.get(&id) {
                 self.keep(parent, &format!("backup {id} builds on it"));
+                open.push(parent.clone());
+            }
+            for lender in seen.lenders.get(&id).into_iter().flatten() {
+                self.keep(lender, &format!("backup {id} has taken over what it has stored"));
+                open.push(lender.clone());
             }
         }
     }
@@ -275,10 +363,10 @@ impl Chosen {
         removed.sort_by(|a, b| (a.finished, &a.id).cmp(&(b.finished, &b.id)));
         let begun = seen.recordless.iter().filter(|begun| !self.keeps(&begun.id));
         removed.extend(begun.map(|begun| {
-            let reason = match begun.start {
-                Some(start) if !seen.expiring.contains(&begun.id) => format!(
-                    "begun {} ago and never complete: it was given up",
-                    days(now.signed_duration_since(start.started))
+            let reason = match begun.last_written {
+                Some(written) if !seen.expiring.contains(&begun.id) => format!(
+                    "not complete, and nothing was stored for it since {}: it was given up",
+                    days(now.signed_duration_since(written))
                 ),
                 _ => "an earlier removal did not come to its end".to_owned(),
             };

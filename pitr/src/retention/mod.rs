@@ -19,10 +19,11 @@ use serde::Serialize;
 use walship::catalog::{Catalog, GapRecord, Hold};
 use walship::pg::{Lsn, SegmentName, TimelineId};
 
+pub use backups::check_newest;
 pub use clock::check_clock;
 pub use policy::Policy;
 
-/// A backup that was begun so long ago and has no record was given up.
+/// A backup without a record for which nothing was stored for so long, by the store's clock, was given up.
 pub const GIVEN_UP_AFTER: TimeDelta = TimeDelta::days(7);
 
 /// How far before the window's start the backup that it begins with was finished: the clocks of the server and of the
@@ -40,11 +41,14 @@ pub struct Seen {
     pub expiring: BTreeSet<String>,
     /// The backup that a backup without a record builds on, by their ids; those of complete ones are in the catalog.
     pub parents: BTreeMap<String, String>,
-    /// The backups without a record in whose folders objects of a complete one lie, by its id; `None` where that is
-    /// not known of all.
-    pub lenders: Option<BTreeMap<String, BTreeSet<String>>>,
+    /// The backups in whose folders objects of a complete one lie, by its id.
+    pub lenders: BTreeMap<String, BTreeSet<String>>,
+    /// What is not stored of a complete backup, in words, by its id.
+    pub flaws: BTreeMap<String, String>,
     /// When something happened last on a timeline, by its WAL; a timeline that is not here may be in use.
     pub last_times: BTreeMap<TimelineId, DateTime<Utc>>,
+    /// When something happened last on a timeline before the last one of those that left it.
+    pub left_times: BTreeMap<TimelineId, DateTime<Utc>>,
     /// Stretches of WAL (numbers of segments, the end excluded) that were expired before and of which something is
     /// still stored.
     pub leftovers: Vec<(TimelineId, u64, u64)>,
@@ -57,6 +61,10 @@ pub struct Begun {
     pub id: String,
     /// What it said at its start; `None` where that is gone already.
     pub start: Option<BegunAt>,
+    /// When the newest of its objects was written, by the store's clock; `None` where the store does not say.
+    pub last_written: Option<DateTime<Utc>>,
+    /// Whether it has become complete since the catalog was read.
+    pub complete: bool,
 }
 
 /// Where and when a backup was begun.
@@ -89,6 +97,9 @@ pub struct RetentionPlan {
     pub wal_removed: Vec<RemovedWal>,
     /// What else is to be known.
     pub notes: Vec<String>,
+    /// The timelines whose end stays in reach.
+    #[serde(skip)]
+    pub ends: Vec<TimelineId>,
 }
 
 impl RetentionPlan {
@@ -186,10 +197,7 @@ pub fn retain(
 ) -> RetentionPlan {
     let window_from = policy.window_from(now);
     let mut notes = Vec::new();
-    let mut seen = seen.clone();
-    let parents = catalog.backups.iter().filter_map(|backup| Some((&backup.id, &backup.parent.as_ref()?.id)));
-    seen.parents.extend(parents.map(|(id, parent)| (id.clone(), parent.clone())));
-    let seen = &seen;
+    let seen = &backups::with_parents(catalog, seen);
     for orphan in &catalog.orphaned_backups {
         notes.push(format!(
             "backup {} cannot be restored, because it builds on {}, which is not there: it stays, and does not count",
@@ -209,6 +217,7 @@ pub fn retain(
         wal_kept,
         wal_removed,
         notes,
+        ends: ways.iter().filter(|way| way.end_stays()).map(|way| way.history.timeline).collect(),
     }
 }
 

@@ -71,7 +71,18 @@ fn seen(world: &World) -> Seen {
         records.iter().rev().find_map(|record| record.event.as_ref()?.kind.stop_time())
     };
     let last_times = world.records.iter().filter_map(|(timeline, records)| Some((*timeline, last(records)?)));
-    Seen { last_times: last_times.collect(), lenders: Some(BTreeMap::new()), ..Seen::default() }
+    let left = |timeline: TimelineId| {
+        let lsn =
+            world.catalog.histories.values().filter_map(|history| history.switch_lsn_of(timeline)).max()?;
+        let before = world.records[&timeline].iter().filter(|record| record.lsn < lsn).cloned().collect();
+        Some((timeline, last(&before)?))
+    };
+    let left_times = world.records.keys().filter_map(|timeline| left(*timeline)).collect();
+    Seen { last_times: last_times.collect(), left_times, ..Seen::default() }
+}
+
+fn begun(id: &str, start: Option<BegunAt>, last_written: Option<i64>) -> Begun {
+    Begun { id: id.into(), start, last_written: last_written.map(at), complete: false }
 }
 
 fn planned(world: &World, seen: &Seen, policy: &Policy, now: DateTime<Utc>) -> RetentionPlan {
@@ -214,23 +225,31 @@ fn holds_keep_a_backup_until_they_end() {
 fn running_backups_keep_their_wal_and_given_up_ones_go() {
     let world = world(30, &[0, 7, 14, 21, 28]);
     let start_lsn = world.catalog.backups[1].start_lsn;
-    let begun = |id: &str, started: i64| Begun {
-        id: id.into(),
-        start: Some(BegunAt { timeline: tli(1), start_lsn, started: at(started) }),
-    };
+    let begun_at = |started: i64| BegunAt { timeline: tli(1), start_lsn, started: at(started) };
+    let told = |id: &str, started: i64, written: i64| begun(id, Some(begun_at(started)), Some(written));
     let with = |begun: Begun, expiring: &[&str]| {
         let expiring = expiring.iter().map(|id| (*id).to_owned()).collect();
         let seen = Seen { recordless: vec![begun], expiring, ..seen(&world) };
         planned(&world, &seen, &policy(window("10 days")), at(30 * DAY))
     };
-    let plan = with(begun("new", 29 * DAY), &[]);
-    assert_eq!(plan.wal_removed[0].end_lsn.0 / SIZE.bytes(), start_lsn.0 / SIZE.bytes());
-    assert!(kept(&plan).contains(&"new"));
-    for plan in [with(begun("old", 2 * DAY), &[]), with(begun("new", 29 * DAY), &["new"])] {
+    let running = [
+        told("new", 29 * DAY, 29 * DAY),
+        // It says that it is old, and the store that something came a moment ago.
+        told("slow", 2 * DAY, 29 * DAY),
+        // A store without a clock tells nothing of its age.
+        begun("untold", Some(begun_at(2 * DAY)), None),
+        Begun { complete: true, ..told("complete", 2 * DAY, 2 * DAY) },
+    ];
+    for one in running {
+        let (id, plan) = (one.id.clone(), with(one, &[]));
+        assert_eq!(plan.wal_removed[0].end_lsn.0 / SIZE.bytes(), start_lsn.0 / SIZE.bytes(), "{id}");
+        assert!(kept(&plan).contains(&&*id));
+    }
+    for plan in [with(told("old", 2 * DAY, 2 * DAY), &[]), with(told("new", 29 * DAY, 29 * DAY), &["new"])] {
         assert!(plan.wal_removed[0].end_lsn > start_lsn);
         assert_eq!(plan.backups_removed.len(), 3);
     }
-    let half_removed = with(Begun { id: "half".into(), start: None }, &[]);
+    let half_removed = with(begun("half", None, None), &[]);
     assert!(half_removed.backups_removed.iter().any(|backup| backup.id == "half"));
 }
 
@@ -239,34 +258,68 @@ fn what_others_have_taken_over_of_a_backup_that_did_not_complete_stays() {
     let world = world(30, &[0, 7, 14, 21, 28]);
     let start =
         BegunAt { timeline: tli(1), start_lsn: world.catalog.backups[1].start_lsn, started: at(2 * DAY) };
-    let begun = |id: &str, started: i64| Begun {
-        id: id.into(),
-        start: Some(BegunAt { started: at(started), ..start }),
-    };
-    let with = |lenders: Option<&[(&str, &str)]>, recordless: Vec<Begun>| {
+    let at_day =
+        |id: &str, day: i64| begun(id, Some(BegunAt { started: at(day * DAY), ..start }), Some(day * DAY));
+    let with = |world: &World, lenders: &[(&str, &str)], recordless: Vec<Begun>| {
         let lent =
             |(taker, lender): &(&str, &str)| ((*taker).to_owned(), BTreeSet::from([(*lender).to_owned()]));
-        let lenders = lenders.map(|all| all.iter().map(lent).collect());
-        let seen = Seen { lenders, recordless, ..seen(&world) };
-        planned(&world, &seen, &policy(window("10 days")), at(30 * DAY))
+        let seen = Seen { lenders: lenders.iter().map(lent).collect(), recordless, ..seen(world) };
+        planned(world, &seen, &policy(window("10 days")), at(30 * DAY))
     };
-    let old = || vec![begun("old", 2 * DAY)];
-    assert!(!kept(&with(Some(&[]), old())).contains(&"old"));
-    assert!(!kept(&with(Some(&[("b0", "old")]), old())).contains(&"old"), "its taker goes as well");
-    let plan = with(Some(&[("b21", "old")]), old());
+    let old = || vec![at_day("old", 2)];
+    assert!(!kept(&with(&world, &[], old())).contains(&"old"));
+    assert!(!kept(&with(&world, &[("b0", "old")], old())).contains(&"old"), "its taker goes as well");
+    let plan = with(&world, &[("b21", "old")], old());
     assert!(kept(&plan).contains(&"old"));
     assert!(plan.wal_removed[0].end_lsn > start.start_lsn, "its WAL is nobody's");
-    assert!(kept(&with(None, old())).contains(&"old"), "what is not known may be");
-    let both = vec![begun("old", 2 * DAY), begun("new", 29 * DAY)];
-    assert!(kept(&with(Some(&[]), both)).contains(&"old"), "one under way may take it over");
+    let both = vec![at_day("old", 2), at_day("new", 29)];
+    assert!(kept(&with(&world, &[], both)).contains(&"old"), "one under way may take it over");
     let mut orphaned = world.clone();
     orphaned.catalog.orphaned_backups.push(walship::catalog::OrphanedBackup {
         id: "orphan".into(),
         finished: at(0),
         missing: "gone".into(),
     });
-    let seen = Seen { recordless: old(), ..seen(&world) };
-    assert!(kept(&planned(&orphaned, &seen, &policy(window("10 days")), at(30 * DAY))).contains(&"old"));
+    assert!(!kept(&with(&orphaned, &[], old())).contains(&"old"));
+    assert!(
+        kept(&with(&orphaned, &[("orphan", "old")], old())).contains(&"old"),
+        "orphans stay, with theirs"
+    );
+}
+
+#[test]
+fn a_complete_backup_stays_while_others_have_its_objects() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let with = |lenders: &[(&str, &str)], parents: &[(&str, &str)], recordless: Vec<Begun>| {
+        let mut lent: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (taker, lender) in lenders {
+            lent.entry((*taker).to_owned()).or_default().insert((*lender).to_owned());
+        }
+        let parents = parents.iter().map(|(id, parent)| ((*id).to_owned(), (*parent).to_owned())).collect();
+        let seen = Seen { lenders: lent, parents, recordless, ..seen(&world) };
+        planned(&world, &seen, &policy(window("5 days")), at(30 * DAY))
+    };
+    assert_eq!(kept(&with(&[], &[], vec![])), ["b28", "b21"]);
+    // b0 was being taken when b21 took its objects over, and completed later; and b7 builds on what b0 has.
+    let plan = with(&[("b21", "b0")], &[], vec![]);
+    assert_eq!(kept(&plan), ["b28", "b21", "b0"]);
+    let after = carried_out(&world, &plan);
+    let immediate = RecoveryTarget::new(TargetKind::Immediate);
+    assert!(reaches(&after, &immediate, Some("b0")).is_some(), "what stays can be restored");
+    assert_eq!(kept(&with(&[("b21", "b14"), ("b7", "b0")], &[("b14", "b7")], vec![])).len(), 5, "and so on");
+    // One under way began when b14 was not complete yet.
+    let start = BegunAt {
+        timeline: tli(1),
+        start_lsn: world.catalog.backups[4].start_lsn,
+        started: at(14 * DAY - HOUR),
+    };
+    let slow = with(&[], &[], vec![begun("slow", Some(start), Some(29 * DAY))]);
+    assert_eq!(kept(&slow), ["slow", "b28", "b21", "b14"]);
+    // What is left of one that was removed becomes complete no more; one that has just become complete takes over no more.
+    let rest = with(&[], &[], vec![begun("rest", None, Some(29 * DAY))]);
+    assert_eq!(kept(&rest), ["rest", "b28", "b21"]);
+    let done = Begun { complete: true, ..begun("done", Some(start), None) };
+    assert_eq!(kept(&with(&[("done", "b7")], &[], vec![done])), ["done", "b28", "b21", "b7"]);
 }
 
 #[test]
@@ -361,17 +414,107 @@ fn a_clock_that_cannot_be_right_is_refused() {
 }
 
 #[test]
-fn damaged_backups_do_not_count() {
-    let mut world = world(30, &[0, 7, 14, 21, 28]);
-    let broken = world.catalog.backups[4].clone();
+fn backups_that_cannot_be_restored_do_not_count_and_go_no_earlier_than_others() {
+    let whole = world(30, &[0, 7, 14, 21, 28]);
+    let mut world = whole.clone();
+    let broken = world.catalog.backups[3].clone();
     world.catalog.segments.remove(&SegmentName::containing(tli(1), broken.start_lsn, SIZE));
-    let settings = RetentionSettings { keep_last: Some(1), ..RetentionSettings::default() };
-    let plan = planned(&world, &seen(&world), &policy(settings), at(30 * DAY));
-    assert!(kept(&plan).contains(&"b21"), "{plan:#?}");
+    let settings = || RetentionSettings { keep_last: Some(2), ..RetentionSettings::default() };
+    let plan = planned(&world, &seen(&world), &policy(settings()), at(30 * DAY));
+    assert_eq!(kept(&plan), ["b28", "b21", "b14"], "b14 in the place of b21, which stays too: {plan:#?}");
     assert!(
-        plan.notes.iter().any(|note| note.contains("b28") && note.contains("does not count")),
+        plan.notes.iter().any(|note| note.contains("b21") && note.contains("does not count")),
         "{plan:#?}"
     );
+    assert!(check_newest(&world.catalog, &seen(&world)).is_ok());
+    // When the rules would let it go if it were whole, it goes.
+    let last = RetentionSettings { keep_last: Some(1), ..RetentionSettings::default() };
+    assert_eq!(kept(&planned(&world, &seen(&world), &policy(last), at(30 * DAY))), ["b28"]);
+
+    // What it is made of is gone, or that of what it builds on.
+    let flawed = |id: &str| Seen {
+        flaws: BTreeMap::from([(id.to_owned(), "data/000001.tar is not there".to_owned())]),
+        parents: BTreeMap::from([("b28".to_owned(), "b21".to_owned())]),
+        ..seen(&whole)
+    };
+    let plan = planned(&whole, &flawed("b21"), &policy(window("1 days")), at(30 * DAY));
+    assert_eq!(kept(&plan), ["b28", "b21", "b14"], "{plan:#?}");
+    for id in ["b28", "b21"] {
+        let error = check_newest(&whole.catalog, &flawed(id)).unwrap_err().to_string();
+        assert!(error.contains("b28") && error.contains("data/000001.tar"), "{error}");
+    }
+    assert!(check_newest(&whole.catalog, &flawed("b14")).is_ok());
+
+    // An unmounted or emptied wal/ costs nothing.
+    let mut emptied = whole.clone();
+    emptied.catalog.segments = walship::catalog::StoredSegments::new(SIZE);
+    let error = check_newest(&emptied.catalog, &seen(&emptied)).unwrap_err();
+    assert!(matches!(error, walship::Error::Corrupt(_)) && error.to_string().contains("b28"), "{error}");
+    let plan = planned(&emptied, &seen(&emptied), &policy(window("10 days")), at(30 * DAY));
+    assert_eq!(kept(&plan), ["b28", "b21", "b14"]);
+    // A chain that is broken is no newest backup either.
+    let mut orphaned = whole.clone();
+    orphaned.catalog.orphaned_backups.push(walship::catalog::OrphanedBackup {
+        id: "orphan".into(),
+        finished: at(29 * DAY),
+        missing: "gone".into(),
+    });
+    assert!(check_newest(&orphaned.catalog, &seen(&orphaned)).is_err());
+}
+
+#[test]
+fn the_end_of_a_timeline_that_nobody_left_stays_however_old() {
+    // Production is idle on timeline 1; a copy has gone on as timeline 2.
+    let history = |went_on_days: i64| {
+        let mut world = world(20, &[0, 7, 15]);
+        world.fork(tli(1), tli(2));
+        for hour in 0..went_on_days * 24 {
+            world.push(tli(1), 64, commit(4000 + hour as u32, 20 * DAY + hour * HOUR));
+            world.push(tli(1), 100_000, None);
+        }
+        for hour in 20 * 24..60 * 24_i64 {
+            if hour % 240 == 0 {
+                add_backup(&mut world, tli(2), hour * HOUR, &format!("c{}", hour / 24));
+            }
+            world.push(tli(2), 64, commit(9000 + hour as u32, hour * HOUR));
+            world.push(tli(2), 50_000, None);
+        }
+        world.push(tli(1), 3 * SIZE.bytes(), None);
+        world.archive(tli(1));
+        world.archive(tli(2));
+        world
+    };
+    let now = at(60 * DAY);
+    let end = |world: &World| {
+        let latest = RecoveryTarget {
+            timeline: TimelineChoice::Number(tli(1)),
+            ..RecoveryTarget::new(TargetKind::Latest)
+        };
+        reaches(world, &latest, None)
+    };
+    let world = history(5);
+    let plan = planned(&world, &seen(&world), &policy(window("10 days")), now);
+    assert!(kept(&plan).contains(&"b15") && !kept(&plan).contains(&"b7"), "{plan:#?}");
+    let after = carried_out(&world, &plan);
+    assert!(end(&world).is_some());
+    assert_eq!(end(&after), end(&world), "it went on for days after it was left: {plan:#?}");
+    assert!(planned(&after, &seen(&world), &policy(window("10 days")), now).is_empty(), "once is enough");
+    // Nothing is left of it when the copy is what went on: it ended where the other begins.
+    let world = history(0);
+    let plan = planned(&world, &seen(&world), &policy(window("10 days")), now);
+    assert!(!kept(&plan).contains(&"b15"), "{plan:#?}");
+    // Unless the copy is over as well, and proves nothing.
+    let mut dead = history(0);
+    dead.fork(tli(2), tli(3));
+    dead.push(tli(3), 64, commit(1, 110 * DAY));
+    dead.push(tli(3), 3 * SIZE.bytes(), None);
+    dead.archive(tli(3));
+    let mut told = seen(&dead);
+    let plan = planned(&dead, &told, &policy(window("10 days")), at(110 * DAY));
+    assert!(!kept(&plan).contains(&"b15"), "{plan:#?}");
+    told.last_times.remove(&tli(3));
+    let plan = planned(&dead, &told, &policy(window("10 days")), at(110 * DAY));
+    assert!(kept(&plan).contains(&"b15"), "{plan:#?}");
 }
 
 /// A history to be made up.
@@ -479,6 +622,14 @@ proptest! {
                     "{} on {}: {:?}, then {:?}; {:#?}", at(micros), timeline, before, reaches(&after, &target, None), plan
                 );
             }
+        }
+        // So can the end of every timeline that nobody left, however old.
+        for timeline in world.catalog.timelines() {
+            let left = world.catalog.histories.values().any(|other| other.switch_lsn_of(timeline).is_some());
+            let on = TimelineChoice::Number(timeline);
+            let target = RecoveryTarget { timeline: on, ..RecoveryTarget::new(TargetKind::Latest) };
+            let before = reaches(&world, &target, None);
+            prop_assert!(left || before.is_none() || reaches(&after, &target, None) == before, "{}", timeline);
         }
         // The end of what is in use stays in reach.
         let latest = RecoveryTarget::new(TargetKind::Latest);

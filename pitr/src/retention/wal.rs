@@ -18,9 +18,30 @@ const IN_USE_MARGIN: TimeDelta = TimeDelta::days(1);
 #[derive(Debug)]
 pub(super) struct Way {
     pub(super) history: TimelineHistory,
-    /// Whether moments on it are in the window.
-    pub(super) in_use: bool,
+    pub(super) stage: Stage,
 }
+
+impl Way {
+    /// Whether the end of its timeline stays in reach.
+    pub(super) fn end_stays(&self) -> bool {
+        self.stage != Stage::Left
+    }
+}
+
+/// What becomes of a timeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Moments on it are in the window.
+    InUse,
+    /// Nothing happened on it since the window's start, and its end is the last that there is of it: it may be a server's that
+    /// is idle.
+    Over,
+    /// The same, and it went on as another timeline, which is in use.
+    Left,
+}
+
+/// How long after a timeline was left something may happen on it, until it counts as a server's that went on.
+const WENT_ON: TimeDelta = TimeDelta::days(1);
 
 /// Returns the way to every timeline whose history is known.
 pub(super) fn ways(
@@ -35,17 +56,47 @@ pub(super) fn ways(
         let history = catalog.history(timeline)?;
         let last = seen.last_times.get(&timeline);
         let over = window_from.and_then(|from| from.checked_sub_signed(IN_USE_MARGIN));
-        let ended = matches!((last, over), (Some(last), Some(over)) if *last < over);
-        let in_use = Some(timeline) == newest || !ended;
-        if !in_use {
-            notes.push(format!(
-                "nothing happened on timeline {timeline} since the window's start: of its own WAL only what kept \
-                 backups need stays"
-            ));
+        let stage = match (last, over) {
+            (Some(last), Some(over)) if *last < over && Some(timeline) != newest => {
+                match was_left(catalog, seen, timeline, over) {
+                    true => Stage::Left,
+                    false => Stage::Over,
+                }
+            }
+            _ => Stage::InUse,
+        };
+        match stage {
+            Stage::InUse => {}
+            Stage::Over => notes.push(format!(
+                "nothing happened on timeline {timeline} since the window's start, and no other went on from its end: its newest \
+                 backup stays, with all WAL from there on"
+            )),
+            Stage::Left => notes.push(format!(
+                "nothing happened on timeline {timeline} since the window's start, and others went on from its end: of its own WAL \
+                 only what kept backups need stays"
+            )),
         }
-        Some(Way { history, in_use })
+        Some(Way { history, stage })
     });
     ways.collect()
+}
+
+/// Returns whether a timeline on which nothing happens any more went on as another one that is in use.
+fn was_left(catalog: &Catalog, seen: &Seen, timeline: TimelineId, over: DateTime<Utc>) -> bool {
+    let size = catalog.lineage.segment_size;
+    let left_for = |history: &TimelineHistory| Some((history.timeline, history.switch_lsn_of(timeline)?));
+    let left: Vec<(TimelineId, Lsn)> = catalog.histories.values().filter_map(left_for).collect();
+    let Some(last_left) = left.iter().map(|(_, lsn)| *lsn).max() else { return false };
+    let goes_on = left.iter().any(|(child, _)| seen.last_times.get(child).is_some_and(|last| *last >= over));
+    // That much of it may be gone already, because this was so before.
+    let tail = catalog.tails.iter().flatten().find(|(on, _)| **on == timeline);
+    let ends = catalog.stored_until(timeline).max(tail.map(|(_, tail)| tail.end_lsn));
+    let is_shorter = ends.is_none_or(|end| end.0 <= last_left.0 / size.bytes() * size.bytes());
+    let went_on = match (seen.last_times.get(&timeline), seen.left_times.get(&timeline)) {
+        (Some(last), Some(left)) => last.signed_duration_since(*left) > WENT_ON,
+        _ => true,
+    };
+    goes_on && (is_shorter || !went_on)
 }
 
 fn all_timelines(catalog: &Catalog) -> Vec<TimelineId> {
@@ -138,11 +189,14 @@ pub(super) fn needed(
             }
         }
     }
-    for way in ways.iter().filter(|way| way.in_use) {
+    for way in ways.iter().filter(|way| way.end_stays()) {
         let timeline = way.history.timeline;
         let base = chosen.bases.get(&timeline);
         let base = base.and_then(|id| catalog.backups.iter().find(|backup| backup.id == *id));
         let (start, reason) = match base {
+            Some(base) if way.stage == Stage::Over => {
+                (base.start_lsn, format!("the end of timeline {timeline}, from backup {} on", base.id))
+            }
             Some(base) if policy.window().is_some() => {
                 (base.start_lsn, format!("the window, from backup {} on", base.id))
             }

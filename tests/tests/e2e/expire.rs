@@ -21,29 +21,29 @@ use crate::json_docs::compare;
 use crate::start::Place;
 
 /// The repository's objects.
-struct Store {
+pub(crate) struct Store {
     runtime: Runtime,
     storage: Arc<dyn Storage>,
 }
 
 impl Store {
-    fn open(config: &StorageConfig) -> Self {
+    pub(crate) fn open(config: &StorageConfig) -> Self {
         let runtime = Runtime::new().unwrap();
         let storage = runtime.block_on(async { walship::storage::open(config) }).unwrap();
         Self { runtime, storage }
     }
 
-    fn folder(stage: &Stage) -> Self {
+    pub(crate) fn folder(stage: &Stage) -> Self {
         Self::open(&StorageConfig::new(stage.url()))
     }
 
-    fn keys(&self) -> BTreeSet<String> {
+    pub(crate) fn keys(&self) -> BTreeSet<String> {
         let listed = self.runtime.block_on(list_all(&*self.storage, "main/", 100_000)).unwrap();
         listed.into_iter().map(|meta| meta.key.as_str().to_owned()).collect()
     }
 
     /// What retention has to do with: all but the history of what was done and who did it.
-    fn kept_keys(&self) -> BTreeSet<String> {
+    pub(crate) fn kept_keys(&self) -> BTreeSet<String> {
         let own = |key: &String| {
             ["/history/", "/locks/", "/index/", "/gaps/", "/expiring/"].iter().any(|part| key.contains(part))
         };
@@ -51,7 +51,7 @@ impl Store {
     }
 
     /// Makes a complete backup so many days older.
-    fn age(&self, id: &str, days: i64) {
+    pub(crate) fn age(&self, id: &str, days: i64) {
         let key = self
             .keys()
             .into_iter()
@@ -76,13 +76,13 @@ impl Store {
 
 /// Three backups with four rows behind each, every row in a segment of its own: the first is 400 days old, the second
 /// 20. The policy is a window of ten days.
-struct Scene {
-    stage: Stage,
-    server: PgServer,
-    store: Store,
-    backups: Vec<String>,
+pub(crate) struct Scene {
+    pub(crate) stage: Stage,
+    pub(crate) server: PgServer,
+    pub(crate) store: Store,
+    pub(crate) backups: Vec<String>,
     /// The transaction of each row.
-    xids: Vec<String>,
+    pub(crate) xids: Vec<String>,
 }
 
 impl Scene {
@@ -112,23 +112,23 @@ impl Scene {
         Self { stage, server, store, backups, xids }
     }
 
-    fn folder(major: u32) -> Self {
+    pub(crate) fn folder(major: u32) -> Self {
         Self::make(Stage::folder("main"), Store::folder, major)
     }
 
-    fn s3(server: &S3Server) -> Self {
+    pub(crate) fn s3(server: &S3Server) -> Self {
         let config = server.config("walship");
         Self::make(Stage::s3("main", &server.endpoint()), |_| Store::open(&config), primary_major())
     }
 
-    fn expire(&self, words: &[&str]) -> Value {
+    pub(crate) fn expire(&self, words: &[&str]) -> Value {
         let text = self.stage.ok(self.stage.pitr(&["expire", "--json"]).args(words));
         let value: Value = serde_json::from_str(&text).unwrap();
         compare("pitr expire", std::slice::from_ref(&value), &[]);
         value["repositories"][0].clone()
     }
 
-    fn hold_first(&self) -> String {
+    pub(crate) fn hold_first(&self) -> String {
         let text = self.stage.ok(&mut self.stage.pitr(&[
             "hold",
             &self.backups[0],
@@ -141,17 +141,17 @@ impl Scene {
         held["hold"]["id"].as_str().unwrap().to_owned()
     }
 
-    fn info(&self) -> Value {
+    pub(crate) fn info(&self) -> Value {
         serde_json::from_str(&self.stage.ok(&mut self.stage.pitr(&["info", "--json"]))).unwrap()
     }
 
-    fn plans(&self, words: &[&str]) -> bool {
+    pub(crate) fn plans(&self, words: &[&str]) -> bool {
         let output = self.stage.run(self.stage.pitr(&["plan"]).args(words));
         assert!([Some(0), Some(3)].contains(&output.status.code()), "{output:?}");
         output.status.success()
     }
 
-    fn restored_rows(&self, name: &str, words: &[&str]) -> String {
+    pub(crate) fn restored_rows(&self, name: &str, words: &[&str]) -> String {
         let place = Place::new(&self.stage, name, self.server.major());
         let mut restore = place.restore(&self.stage, words);
         self.stage.ok(restore.args(["--target-action", "promote"]));
@@ -159,7 +159,7 @@ impl Scene {
     }
 }
 
-fn ids(value: &Value) -> Vec<&str> {
+pub(crate) fn ids(value: &Value) -> Vec<&str> {
     value.as_array().unwrap().iter().map(|one| one["id"].as_str().unwrap()).collect()
 }
 
@@ -277,21 +277,31 @@ fn changes(seen: &Seen) -> bool {
         || (seen.method == "POST" && seen.query.contains("delete"))
 }
 
-fn removes(seen: &Seen) -> bool {
+pub(crate) fn removes(seen: &Seen) -> bool {
     seen.method == "DELETE" || (seen.method == "POST" && seen.query.contains("delete"))
 }
 
-fn started(stage: &Stage, words: &[&str]) -> Child {
+pub(crate) fn started(stage: &Stage, words: &[&str]) -> Child {
     let mut command = process::guarded(walship_tests::bins::pitr());
     command.args(words).env("WALSHIP_CONFIG", stage.config()).env("AWS_EC2_METADATA_DISABLED", "true");
-    command.env("WALSHIP_UNRELEASED", "expire").stdout(Stdio::null()).stderr(Stdio::null());
+    command.stdout(Stdio::null()).stderr(Stdio::null());
     process::spawn(command).unwrap()
 }
 
 #[test]
 fn killed_at_any_request_it_leaves_whole_chains_and_goes_on() {
+    killed_at_any_request(&S3Server::start());
+}
+
+#[test]
+fn killed_at_any_request_where_versions_are_kept_it_leaves_whole_chains_and_goes_on() {
     let server = S3Server::start();
-    let scene = Scene::s3(&server);
+    server.set_versioned(true);
+    killed_at_any_request(&server);
+}
+
+fn killed_at_any_request(server: &S3Server) {
+    let scene = Scene::s3(server);
     scene.hold_first();
     scene.store.age(&scene.backups[1], 400);
     scene.store.age(&scene.backups[2], 20);

@@ -11,6 +11,7 @@ mod doctor;
 mod drill;
 mod exact;
 mod expire;
+mod expire_races;
 mod extract;
 mod forecast;
 mod gaps;

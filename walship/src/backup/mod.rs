@@ -226,12 +226,6 @@ pub async fn take_backup(
         progress(BackupEvent::WaitingForWal { first: missing.first, segments: missing.segments });
     })
     .await?;
-    for repository in repositories {
-        // A backup that takes longer than any is taken for given up, and one whose WAL was removed under it, must not
-        // look complete.
-        repository.check_wal_not_expired(&ranges).await?;
-        repository.check_not_expiring(&id).await?;
-    }
     session.close().await;
     let record = BackupRecord {
         format: 1,
@@ -260,10 +254,22 @@ pub async fn take_backup(
         damaged_pages: (received.damaged.total > 0).then_some(received.damaged),
         parent: taking.parent.as_ref().map(|parent| parent.link.clone()),
     };
+    // In this order: retention marks first, and looks then for what is about to be complete. A backup that was taken for given up,
+    // and one whose WAL or foundations were removed under it, must not look complete.
     for repository in repositories {
+        repository.put_backup_finishing(&id, record.finished).await?;
+    }
+    for repository in repositories {
+        repository.check_wal_not_expired(&ranges).await?;
         repository.check_foundations(&record).await?;
     }
     put_records(repositories, &record).await?;
+    for repository in repositories {
+        // Only a machine that stood still for days between these two steps ever hears of it here.
+        if let Err(error @ Error::Conflict(_)) = repository.check_foundations(&record).await {
+            return Err(error.context(format!("backup {id} has a record, and was removed before it had one")));
+        }
+    }
     Ok(record)
 }
 
@@ -331,6 +337,9 @@ impl Taking<'_> {
         // In this order: retention says first what it removes, and looks for backups then.
         for repository in self.repositories {
             repository.check_wal_not_expired(&[(start.timeline, start.lsn, Lsn(u64::MAX))]).await?;
+            if let Some(parent) = &self.parent {
+                repository.check_not_expiring(&parent.link.id).await?;
+            }
         }
         Ok(())
     }

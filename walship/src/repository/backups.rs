@@ -11,10 +11,11 @@ use chrono::{DateTime, Utc};
 use crate::catalog::{BackupObject, BackupRecord, Names, SettingsFile};
 use crate::codec::Digest;
 use crate::error::{Error, Result};
-use crate::storage::{PutOutcome, Upload, list_all};
+use crate::storage::{ObjectKey, PutOutcome, Upload, list_all};
 
 use super::document::{
-    self, BackupSettings, BackupStarted, DOCUMENT_VERSION, ObjectNote, RECORD_BYTES_MAX, SavedFile,
+    self, BackupFinishing, BackupSettings, BackupStarted, DOCUMENT_BYTES_MAX, DOCUMENT_VERSION, ObjectNote,
+    RECORD_BYTES_MAX, SavedFile,
 };
 use super::{LineageRepository, layout};
 
@@ -23,6 +24,9 @@ const MANIFEST_BYTES_MAX: u64 = 1 << 30;
 
 /// More than a backup has of data objects and of notes on them.
 const DATA_OBJECTS_MAX: usize = 2_000_000;
+
+/// The name of what is said at a backup's start.
+pub(super) const STARTED: &str = "started.json";
 
 /// The stored manifest's name below its backup's folder.
 const MANIFEST: &str = "manifest.json.zst";
@@ -66,13 +70,22 @@ impl RecordedBy {
 impl LineageRepository {
     /// Says that a backup was begun: WAL from its start on is needed from now on.
     pub async fn put_backup_started(&self, started: &BackupStarted) -> Result<()> {
-        let key = self.layout.backup_object(&started.id, "started.json")?;
+        let key = self.layout.backup_object(&started.id, STARTED)?;
         document::put_same(&*self.storage, &key, started).await
     }
 
-    /// Returns what was said when a backup was begun; `None` when nothing was.
+    /// Returns what was said when a backup was begun; `None` when nothing was, or it was removed.
     pub async fn backup_started(&self, id: &str) -> Result<Option<BackupStarted>> {
-        document::read(&*self.storage, &self.layout.backup_object(id, "started.json")?).await
+        let key = self.layout.backup_object(id, STARTED)?;
+        document::read_listed(&*self.storage, &key, DOCUMENT_BYTES_MAX).await
+    }
+
+    /// Says that a backup is about to become complete: from now on it is not taken for given up. To be followed by
+    /// [`LineageRepository::check_foundations`].
+    pub async fn put_backup_finishing(&self, id: &str, now: DateTime<Utc>) -> Result<()> {
+        let key = self.layout.backup_object(id, "finishing.json")?;
+        let document = BackupFinishing { format: DOCUMENT_VERSION, id: id.to_owned(), finishing: now };
+        document::put_same(&*self.storage, &key, &document).await
     }
 
     /// Starts storing one of a backup's data objects, `data/000001.tar`.
@@ -145,6 +158,31 @@ impl LineageRepository {
             }
         }
         Err(failure.unwrap_or_else(|| Error::invalid("no repository is configured")))
+    }
+
+    /// Looks whether all that a restore reads of a backup is stored in this very repository: its manifest, the settings files
+    /// saved beside it, and each data object with its length, also where it lies below another backup's folder.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] and [`Error::Corrupt`] for the first that is not.
+    pub async fn check_backup_here(&self, record: &BackupRecord) -> Result<()> {
+        let settings = (!record.settings_files.is_empty()).then_some(SETTINGS);
+        for name in std::iter::once(MANIFEST).chain(settings) {
+            let key = self.layout.backup_object(&record.id, name)?;
+            if !self.is_listed(&key).await? {
+                return Err(Error::missing(format!(
+                    "{}, a part of the backup, is not there",
+                    self.shown(&key)
+                )));
+            }
+        }
+        self.alone().check_backup_objects(record).await
+    }
+
+    /// Returns whether an object is there, by a listing: where versions are kept, a read of what was removed is an error.
+    pub(super) async fn is_listed(&self, key: &ObjectKey) -> Result<bool> {
+        let listed = self.storage.list(key.as_str(), None).await?;
+        Ok(listed.objects.iter().any(|meta| meta.key == *key))
     }
 
     /// Returns the lengths of the data objects of some backups by their keys.
@@ -354,7 +392,7 @@ impl LineageRepository {
         document::put_same_within(&*self.storage, &key, record, RECORD_BYTES_MAX).await
     }
 
-    fn data_key(&self, id: &str, name: &str) -> Result<crate::storage::ObjectKey> {
+    fn data_key(&self, id: &str, name: &str) -> Result<ObjectKey> {
         let number = name.strip_prefix("data/").and_then(|rest| rest.strip_suffix(".tar"));
         if number.is_none_or(|number| number.len() != 6 || !number.bytes().all(|b| b.is_ascii_digit())) {
             return Err(Error::invalid(format!("{name:?} is not the name of a backup's data object")));

@@ -67,6 +67,16 @@ pub struct BackupStarted {
     pub parent: Option<String>,
 }
 
+/// A backup has all that it needs, and is about to become complete.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BackupFinishing {
+    /// The format of this document; 1.
+    pub(super) format: u32,
+    pub(super) id: String,
+    /// When, by the clock of the machine that takes it.
+    pub(super) finishing: DateTime<Utc>,
+}
+
 /// That a backup's data object is whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ObjectNote {
@@ -96,6 +106,31 @@ pub(super) struct SavedFile {
 /// [`Error::Corrupt`] when it cannot be read, [`Error::Mismatch`] when its format is newer.
 pub(super) async fn read<T: DeserializeOwned>(storage: &dyn Storage, key: &ObjectKey) -> Result<Option<T>> {
     read_within(storage, key, DOCUMENT_BYTES_MAX).await
+}
+
+/// Reads a document of at most `bytes_max` bytes that may have been removed since it was listed; `None` then. Where versions are kept, a
+/// read of what was removed is an error and no absence: the listing tells.
+///
+/// # Errors
+/// As [`read`].
+pub(super) async fn read_listed<T: DeserializeOwned>(
+    storage: &dyn Storage,
+    key: &ObjectKey,
+    bytes_max: u64,
+) -> Result<Option<T>> {
+    let missing = match read_within(storage, key, bytes_max).await {
+        Ok(Some(document)) => return Ok(Some(document)),
+        Ok(None) => None,
+        Err(error @ Error::Missing(_)) => Some(error),
+        Err(error) => return Err(error),
+    };
+    // The key itself comes before all that it is the beginning of.
+    if !storage.list(key.as_str(), None).await?.objects.iter().any(|meta| meta.key == *key) {
+        return Ok(None);
+    }
+    Err(missing.unwrap_or_else(|| {
+        Error::unavailable(format!("{}/{key} is listed, and not there when it is read", storage.location()))
+    }))
 }
 
 /// Reads a document of at most `bytes_max` bytes, as [`read`].

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use crate::storage::{ObjectKey, list_all};
 
-use super::document::{self, DOCUMENT_VERSION};
+use super::document::{self, DOCUMENT_BYTES_MAX, DOCUMENT_VERSION};
 use super::layout::GapKey;
 use super::{LineageRepository, new_backup_id};
 
@@ -132,7 +132,7 @@ impl LineageRepository {
     /// # Errors
     /// [`Error::Mismatch`] when its format is newer.
     pub async fn read_gap(&self, gap: &ListedGap) -> Result<GapRecord> {
-        let read = document::read::<GapRecord>(&*self.storage, &gap.key).await;
+        let read = document::read_listed::<GapRecord>(&*self.storage, &gap.key, DOCUMENT_BYTES_MAX).await;
         let shown = self.shown(&gap.key);
         Ok(match read {
             Ok(Some(record)) if key_of(&record) == gap.told => cleaned(record),

@@ -10,7 +10,8 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
 
 use super::LineageRepository;
-use super::document::{self, BackupStarted, DOCUMENT_VERSION};
+use super::backups::STARTED;
+use super::document::{self, BackupStarted, DOCUMENT_BYTES_MAX, DOCUMENT_VERSION};
 use super::load_catalog::{list_records, started_ids};
 use crate::catalog::{BackupRecord, Hold};
 use crate::error::{Error, Result};
@@ -22,9 +23,6 @@ const HOLDS_MAX: usize = 100_000;
 
 /// More backups than are ever removed at once.
 const MARKS_MAX: usize = 1_000_000;
-
-/// More objects than a backup has.
-const OBJECTS_MAX: usize = 4_000_000;
 
 /// How many documents are read at once.
 const READS_MAX: usize = 16;
@@ -45,6 +43,15 @@ pub struct HoldReleased {
     pub host: String,
     /// The user of that machine.
     pub user: String,
+}
+
+/// That a removal is about to remove a backup (`expiring/<backup>.<run>.json`).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark {
+    /// The backup.
+    pub backup: String,
+    /// The id of the removal.
+    pub run: String,
 }
 
 /// A backup whose folder is there without a record: being taken, given up, or half removed.
@@ -93,13 +100,18 @@ impl LineageRepository {
         let open = names.iter().filter(|name| !name.ends_with(".released") && !released.contains(&***name));
         let reads = open.map(|id| async move {
             let key = self.layout.hold(id)?;
-            let hold: Option<Hold> = document::read(&*self.storage, &key).await?;
+            let hold: Option<Hold> = document::read_listed(&*self.storage, &key, DOCUMENT_BYTES_MAX).await?;
             match hold {
-                Some(hold) if hold.id == *id => Ok(hold),
-                _ => Err(Error::corrupt(format!("{} is not the hold that its name says", self.shown(&key)))),
+                Some(hold) if hold.id != *id => {
+                    Err(Error::corrupt(format!("{} is not the hold that its name says", self.shown(&key))))
+                }
+                // None: it was over long ago, and tidied away since.
+                hold => Ok(hold),
             }
         });
-        futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await
+        let read: Vec<Option<Hold>> =
+            futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
+        Ok(read.into_iter().flatten().collect())
     }
 
     /// Returns the documents that release holds.
@@ -108,19 +120,29 @@ impl LineageRepository {
         let listed = list_all(&*self.storage, &prefix, HOLDS_MAX).await?;
         let mut released = Vec::new();
         for meta in listed.iter().filter(|meta| meta.key.as_str().ends_with(".released.json")) {
-            released.extend(document::read::<HoldReleased>(&*self.storage, &meta.key).await?);
+            let read = document::read_listed::<HoldReleased>(&*self.storage, &meta.key, DOCUMENT_BYTES_MAX);
+            released.extend(read.await?);
         }
         Ok(released)
     }
 
+    /// Returns the marks of backups that are being removed.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for an object that is none: which backup goes is not known.
+    pub async fn marks(&self) -> Result<Vec<Mark>> {
+        let listed = list_all(&*self.storage, &self.layout.expiring_prefix(), MARKS_MAX).await?;
+        let marks = listed.iter().map(|meta| match self.layout.parse_mark(&meta.key) {
+            Some((backup, run)) => Ok(Mark { backup, run }),
+            None => Err(Error::corrupt(format!("{} is not the name of a mark", self.shown(&meta.key)))
+                .with_next("Look at the object: what does not belong to the repository has to be removed.")),
+        });
+        marks.collect()
+    }
+
     /// Returns the backups that are being removed.
     pub async fn expiring(&self) -> Result<BTreeSet<String>> {
-        let prefix = self.layout.expiring_prefix();
-        let listed = list_all(&*self.storage, &prefix, MARKS_MAX).await?;
-        let ids = listed.iter().filter_map(|meta| {
-            meta.key.as_str().strip_prefix(&prefix)?.strip_suffix(".json").map(str::to_owned)
-        });
-        Ok(ids.collect())
+        Ok(self.marks().await?.into_iter().map(|mark| mark.backup).collect())
     }
 
     /// Returns the backups without a record, in the order of their ids; `complete` are those with one.
@@ -140,18 +162,18 @@ impl LineageRepository {
     /// # Errors
     /// [`Error::Conflict`]: it is marked.
     pub async fn check_not_expiring(&self, id: &str) -> Result<()> {
-        let key = self.layout.expiring(id)?;
         // A listing, not a read: where versions are kept, a mark that was taken back leaves a delete marker.
-        let listed = self.storage.list(key.as_str(), None).await?;
-        match listed.objects.iter().any(|meta| meta.key == key) {
-            false => Ok(()),
-            true => Err(Error::conflict(format!("backup {id} in {} is being removed by retention", self.location()))
+        let listed = self.storage.list(&self.layout.marks_prefix(id)?, None).await?;
+        match listed.objects.is_empty() {
+            true => Ok(()),
+            false => Err(Error::conflict(format!("backup {id} in {} is being removed by retention", self.location()))
                 .with_safe("nothing depends on it any more")
                 .with_next("Choose another backup: `pitr info` lists them. What retention keeps is the policy's: [retention] in the configuration.")),
         }
     }
 
-    /// Fails when what a backup builds on, or has taken over from one that did not complete, is being removed, or gone.
+    /// Fails when a backup that is about to become complete, what it builds on, or what it has taken over from one that did
+    /// not complete, is being removed, or gone.
     ///
     /// # Errors
     /// [`Error::Conflict`]: the backup could not be restored.
@@ -165,25 +187,21 @@ impl LineageRepository {
         }
         let lenders: BTreeSet<&str> =
             record.objects.iter().filter_map(|object| object.backup.as_deref()).collect();
-        for lender in lenders {
-            self.check_not_expiring(lender).await?;
-            let stored = list_all(&*self.storage, &self.layout.backup_prefix(lender)?, OBJECTS_MAX).await?;
-            let stored: BTreeSet<&str> = stored.iter().map(|meta| meta.key.as_str()).collect();
-            let taken = record.objects.iter().filter(|object| object.backup.as_deref() == Some(lender));
-            for object in taken {
-                let key = self.layout.backup_object(lender, &object.name)?;
-                if !stored.contains(key.as_str()) {
-                    return Err(self.foundation_gone(&format!("{key}, which it took over,")));
-                }
-            }
+        for id in lenders.into_iter().chain([&*record.id]) {
+            self.check_not_expiring(id).await?;
         }
-        Ok(())
+        let started = self.layout.backup_object(&record.id, STARTED)?;
+        if !self.is_listed(&started).await? {
+            return Err(self.foundation_gone(&format!("{started}, of this very backup,")));
+        }
+        match self.check_backup_here(record).await {
+            Err(error @ (Error::Missing(_) | Error::Corrupt(_))) => Err(not_restorable(error.to_string())),
+            checked => checked,
+        }
     }
 
     fn foundation_gone(&self, what: &str) -> Error {
-        Error::conflict(format!("{what} is not in {} any more", self.location()))
-            .with_safe("this backup does not exist; others are as they were")
-            .with_next("Take the backup again.")
+        not_restorable(format!("{what} is not in {} any more", self.location()))
     }
 
     /// Fails when WAL of one of these stretches was expired: what needs it is not restorable.
@@ -209,6 +227,12 @@ impl LineageRepository {
         }
         Ok(())
     }
+}
+
+fn not_restorable(what: String) -> Error {
+    Error::conflict(what)
+        .with_safe("others are as they were; this backup cannot be restored")
+        .with_next("Take the backup again.")
 }
 
 /// Returns the document that releases a hold now.

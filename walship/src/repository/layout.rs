@@ -422,10 +422,25 @@ impl LineageLayout {
         format!("{}/expiring/", self.base)
     }
 
-    /// The key of the mark of a backup that is being removed.
-    pub(super) fn expiring(&self, id: &str) -> Result<ObjectKey> {
+    /// What the keys of the marks of one backup start with.
+    pub(super) fn marks_prefix(&self, id: &str) -> Result<String> {
         check_backup_id(id)?;
-        self.key(format_args!("expiring/{id}.json"))
+        Ok(format!("{}/expiring/{id}.", self.base))
+    }
+
+    /// The key of the mark by which a removal says that it removes a backup.
+    pub(super) fn mark(&self, id: &str, run: &str) -> Result<ObjectKey> {
+        check_backup_id(id)?;
+        check_id(run, "a removal")?;
+        self.key(format_args!("expiring/{id}.{run}.json"))
+    }
+
+    /// Returns the backup and the removal of a mark.
+    pub(super) fn parse_mark(&self, key: &ObjectKey) -> Option<(String, String)> {
+        let name = key.as_str().strip_prefix(&self.expiring_prefix())?.strip_suffix(".json")?;
+        let (id, run) = name.split_once('.')?;
+        let sound = check_backup_id(id).and_then(|()| check_id(run, "a removal"));
+        sound.ok().map(|()| (id.to_owned(), run.to_owned()))
     }
 
     /// What the keys of the locks of removals start with.

@@ -387,11 +387,12 @@ pub(super) async fn read_records(
     let wanted: Vec<&ObjectMeta> = listed.iter().filter(|meta| !known.contains_key(&meta.key)).collect();
     let reads = wanted
         .iter()
-        .map(|meta| document::read_within::<BackupRecord>(&*repository.storage, &meta.key, RECORD_BYTES_MAX));
+        .map(|meta| document::read_listed::<BackupRecord>(&*repository.storage, &meta.key, RECORD_BYTES_MAX));
     let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).collect().await;
     let mut records = Vec::with_capacity(read.len());
     for (meta, record) in wanted.into_iter().zip(read) {
-        let record = record?.ok_or_else(|| vanished(meta.key.as_str()))?;
+        // Removed since: then the backup does not exist.
+        let Some(record) = record? else { continue };
         let named =
             repository.layout.backup_record(&record.id, record.timeline, record.start_lsn, record.stop_lsn);
         if named.ok().as_ref() != Some(&meta.key) {
@@ -416,12 +417,7 @@ async fn load_backups(repository: &LineageRepository) -> Result<Backups> {
     let mut unfinished = Vec::new();
     for id in started_ids(repository).await? {
         if !complete.contains(&*id) {
-            match repository.backup_started(&id).await {
-                Ok(started) => unfinished.extend(started),
-                // In a bucket with versions it may have been removed.
-                Err(Error::Missing(_)) => {}
-                Err(error) => return Err(error),
-            }
+            unfinished.extend(repository.backup_started(&id).await?);
         }
     }
     Ok((records, unfinished))
@@ -502,8 +498,4 @@ impl LineageRepository {
         .await?;
         Ok(leftovers)
     }
-}
-
-fn vanished(what: &str) -> Error {
-    Error::unavailable(format!("{what} was listed a moment ago and is not there any more"))
 }

@@ -37,13 +37,15 @@ impl LineageRepository {
 
     /// Returns this repository and the others, each by itself; those that answer before those that had an outage.
     pub fn each(&self) -> Vec<Self> {
-        let alone = |one: &Self| Self {
-            others: Others { repositories: Vec::new(), ..one.others.clone() },
-            ..one.clone()
-        };
-        let mut each: Vec<Self> = std::iter::once(self).chain(&self.others.repositories).map(alone).collect();
+        let all = std::iter::once(self).chain(&self.others.repositories);
+        let mut each: Vec<Self> = all.map(Self::alone).collect();
         each.sort_by_key(|one| one.others.down.load(Ordering::Relaxed));
         each
+    }
+
+    /// Returns this repository by itself.
+    pub(super) fn alone(&self) -> Self {
+        Self { others: Others { repositories: Vec::new(), ..self.others.clone() }, ..self.clone() }
     }
 
     /// Returns what was taken from others, and why; and what else is to be known about the repositories.

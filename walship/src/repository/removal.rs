@@ -3,28 +3,23 @@
 //! Decides nothing: what is to go is said by whoever calls. Nothing else in the program asks a storage for
 //! [`crate::storage::StoreRemoval`]; a test of the layers sees to that.
 
-use std::time::{Duration, Instant};
+mod lock;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use super::document::{self, DOCUMENT_VERSION};
 use super::layout::LineageLayout;
-use super::{LineageRepository, RecordedBy};
+use super::{LineageRepository, Mark};
 use crate::catalog::{BackupRecord, ExpireOutcome, ExpireRecord, GapRecord, Hold};
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, TimelineId, WalFileName};
-use crate::storage::{ObjectKey, ObjectMeta, PutOutcome, REMOVE_MAX, StoreRemoval, list_all};
+use crate::storage::{ObjectKey, ObjectMeta, REMOVE_MAX, StoreRemoval, list_all};
 use crate::wal::rollup::{LEVEL_MAX, span};
+use lock::Lock;
 
-/// How long a lock holds that is not renewed.
-const LOCK: Duration = Duration::from_secs(600);
-
-/// A lock is renewed when it is this old.
-const RENEW_AFTER: Duration = Duration::from_secs(180);
-
-/// More locks than there ever are.
-const LOCKS_MAX: usize = 10_000;
+/// More lists of backups than there ever are.
+const LISTS_MAX: usize = 10_000;
 
 /// More objects than a backup has: four data objects for each GiB.
 const OBJECTS_MAX: usize = 4_000_000;
@@ -35,30 +30,20 @@ const HOLDS_STAY: chrono::TimeDelta = chrono::TimeDelta::days(30);
 /// How far a store's clock and this machine's may lie apart.
 const CLOCKS_DIFFER_MAX: chrono::TimeDelta = chrono::TimeDelta::minutes(15);
 
+/// Marks of a removal that did not end stay for so long: it may only have stood still, and looks for them before it goes on.
+const MARKS_STAY: chrono::TimeDelta = chrono::TimeDelta::hours(1);
+
 /// The right to remove from one lineage, and the lock that keeps others from doing so at the same time.
 #[derive(Debug)]
 pub struct Remover {
     repository: LineageRepository,
     run: String,
-    lock: u32,
-    renewed: Instant,
+    lock: Lock,
 }
 
-/// Who removes (`locks/expire/<number>.json`).
+/// The mark of a backup that is being removed (`expiring/<backup>.<run>.json`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct LockDocument {
-    format: u32,
-    run: String,
-    host: String,
-    user: String,
-    pid: u32,
-    taken: DateTime<Utc>,
-    until: DateTime<Utc>,
-}
-
-/// The mark of a backup that is being removed (`expiring/<id>.json`).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Mark {
+struct MarkDocument {
     format: u32,
     backup: String,
     run: String,
@@ -106,6 +91,15 @@ impl LineageRepository {
         Ok((objects.len() as u64, objects.iter().map(|meta| meta.bytes).sum()))
     }
 
+    /// Returns when the newest of a backup's own objects was written, by the store's clock; `None` where there is none or
+    /// the store has no clock.
+    pub async fn backup_written_at(&self, id: &str) -> Result<Option<DateTime<Utc>>> {
+        match self.storage.removal() {
+            Some(removal) => removal.last_written(&self.layout.backup_prefix(id)?).await,
+            None => Ok(None),
+        }
+    }
+
     /// Takes the lock and returns the right to remove; first it is tried whether the store lets this user remove
     /// anything, and whether its clock agrees with `now`.
     ///
@@ -113,9 +107,13 @@ impl LineageRepository {
     /// [`Error::Unavailable`] while another removal is at work; [`Error::Denied`] where the store forbids removal;
     /// [`Error::Invalid`] when the clocks differ.
     pub async fn begin_removal(&self, run: &str, now: DateTime<Utc>) -> Result<Remover> {
-        let lock = take_lock(self, run, now).await?;
-        let remover =
-            Remover { repository: self.clone(), run: run.to_owned(), lock, renewed: Instant::now() };
+        let (lock, over) = Lock::take(self, run, now).await?;
+        let remover = Remover { repository: self.clone(), run: run.to_owned(), lock };
+        if !over.is_empty()
+            && let Err(error) = remover.remove_keys(&over).await
+        {
+            tracing::debug!(%error, "old locks stay");
+        }
         match remover.try_out(now).await {
             Ok(()) => Ok(remover),
             Err(error) => {
@@ -146,7 +144,7 @@ impl Remover {
     async fn try_out(&self, now: DateTime<Utc>) -> Result<()> {
         let key = self.layout().removal_canary(&self.run)?;
         self.repository.storage.put_if_absent(&key, b"canary\n".to_vec().into()).await?;
-        let written = self.removal()?.written_at(&key).await?;
+        let written = self.removal()?.last_written(key.as_str()).await?;
         self.removal()?.remove(std::slice::from_ref(&key)).await.map_err(|error| match error {
             Error::Denied(_) => error
                 .context("nothing can be removed")
@@ -166,39 +164,43 @@ impl Remover {
         }
     }
 
+    async fn remove_keys(&self, keys: &[ObjectKey]) -> Result<()> {
+        for some in keys.chunks(REMOVE_MAX) {
+            self.removal()?.remove(some).await?;
+        }
+        Ok(())
+    }
+
     /// Renews the lock where that is due.
     ///
     /// # Errors
     /// [`Error::Unavailable`] when it was lost.
-    pub async fn stay(&mut self) -> Result<()> {
-        let age = self.renewed.elapsed();
-        if age < RENEW_AFTER {
-            return Ok(());
+    async fn stay(&mut self) -> Result<()> {
+        match self.lock.stay(&self.repository).await? {
+            Some(old) => self.remove_keys(&[old]).await,
+            None => Ok(()),
         }
-        let lost = || {
-            Error::unavailable("this removal was held up for too long, and its lock is lost")
-                .with_safe("what is left is whole: what was to be removed does not count any more")
-                .with_next("Run `pitr expire` again: it goes on where this one ended.")
-        };
-        if age >= LOCK {
-            return Err(lost());
+    }
+
+    /// Makes sure, right before something goes, that the lock is still held and, for a backup, that its mark is still there:
+    /// while this process stood still another removal may have gone on, and somebody may depend on the backup by now.
+    async fn confirm(&mut self, backup: Option<&str>) -> Result<()> {
+        self.stay().await?;
+        self.lock.confirm(&self.repository).await?;
+        let Some(id) = backup else { return Ok(()) };
+        match self.repository.is_listed(&self.layout().mark(id, &self.run)?).await? {
+            true => Ok(()),
+            false => Err(Error::unavailable(format!("the mark of backup {id} was taken back meanwhile"))
+                .with_safe("the backup was not removed")
+                .with_next("Run `pitr expire` again.")),
         }
-        let (next, begun) = (self.lock + 1, Instant::now());
-        let key = self.layout().expire_lock(next)?;
-        let document = lock_document(&self.run, Utc::now());
-        if document::put(&*self.repository.storage, &key, &document).await? == PutOutcome::Exists {
-            return Err(lost());
-        }
-        let old = self.layout().expire_lock(self.lock)?;
-        (self.lock, self.renewed) = (next, begun);
-        self.removal()?.remove(&[old]).await.map(drop)
     }
 
     /// Gives the lock back; one that cannot be given back ends by itself.
     pub async fn end(self) {
         let given_back = async {
-            let key = self.layout().expire_lock(self.lock)?;
-            self.removal()?.remove(&[key]).await
+            let key = self.lock.key(&self.repository)?;
+            self.remove_keys(&[key]).await
         };
         if let Err(error) = given_back.await {
             tracing::debug!(%error, "the lock of a removal stays until its time is over");
@@ -219,32 +221,53 @@ impl Remover {
 
     /// Marks a backup: nobody may begin to depend on it any more.
     pub async fn mark(&self, id: &str) -> Result<()> {
-        let mark = Mark { format: DOCUMENT_VERSION, backup: id.to_owned(), run: self.run.clone() };
-        document::put(&*self.repository.storage, &self.layout().expiring(id)?, &mark).await.map(drop)
+        let mark = MarkDocument { format: DOCUMENT_VERSION, backup: id.to_owned(), run: self.run.clone() };
+        document::put(&*self.repository.storage, &self.layout().mark(id, &self.run)?, &mark).await.map(drop)
     }
 
-    /// Takes marks back: these backups stay, or are gone.
+    /// Takes this removal's own marks back: these backups stay.
     pub async fn unmark<'a>(&self, ids: impl IntoIterator<Item = &'a str>) -> Result<()> {
-        let keys: Vec<_> = ids.into_iter().map(|id| self.layout().expiring(id)).collect::<Result<_>>()?;
-        for some in keys.chunks(REMOVE_MAX) {
-            self.removal()?.remove(some).await?;
-        }
-        Ok(())
+        let keys: Result<Vec<_>> = ids.into_iter().map(|id| self.layout().mark(id, &self.run)).collect();
+        self.remove_keys(&keys?).await
     }
 
-    /// Removes a backup's record: from then on it does not exist.
-    pub async fn remove_record(&self, record: &BackupRecord) -> Result<()> {
+    /// Removes all marks of a backup that is gone.
+    pub async fn remove_marks(&self, id: &str) -> Result<()> {
+        let listed = list_all(&*self.repository.storage, &self.layout().marks_prefix(id)?, LISTS_MAX).await?;
+        let keys: Vec<ObjectKey> = listed.into_iter().map(|meta| meta.key).collect();
+        self.remove_keys(&keys).await
+    }
+
+    /// Takes back marks that other removals have left behind; returns those that may not have ended yet.
+    pub async fn take_back(&self, marks: &[Mark], now: DateTime<Utc>) -> Result<Vec<Mark>> {
+        let mut left = Vec::new();
+        for mark in marks {
+            let key = self.layout().mark(&mark.backup, &mark.run)?;
+            let written = self.removal()?.last_written(key.as_str()).await?;
+            if written.is_some_and(|written| now.signed_duration_since(written) < MARKS_STAY) {
+                left.push(mark.clone());
+            } else {
+                self.remove_keys(&[key]).await?;
+            }
+        }
+        Ok(left)
+    }
+
+    /// Removes the record of a backup that this removal has marked: from then on it does not exist.
+    pub async fn remove_record(&mut self, record: &BackupRecord) -> Result<()> {
         let BackupRecord { id, timeline, start_lsn, stop_lsn, .. } = record;
         let key = self.layout().backup_record(id, *timeline, *start_lsn, *stop_lsn)?;
-        self.removal()?.remove(&[key]).await.map(drop)
+        self.confirm(Some(id)).await?;
+        self.remove_keys(&[key]).await
     }
 
-    /// Removes all that is left of a backup without a record, what tells that it was begun first.
+    /// Removes all that is left of a backup without a record that this removal has marked, what tells that it was begun first.
     pub async fn remove_backup(&mut self, id: &str) -> Result<RemovedObjects> {
         let objects =
             list_all(&*self.repository.storage, &self.layout().backup_prefix(id)?, OBJECTS_MAX).await?;
         let started = self.layout().backup_object(id, "started.json")?;
         let (first, rest): (Vec<_>, Vec<_>) = objects.into_iter().partition(|meta| meta.key == started);
+        self.confirm(Some(id)).await?;
         let mut removed = self.remove(&first).await?;
         removed.add(self.remove(&rest).await?);
         Ok(removed)
@@ -258,11 +281,8 @@ impl Remover {
     /// Takes records of expired WAL out of the ledger: others say the same, or it was not removed after all.
     pub async fn withdraw_expired(&self, records: &[GapRecord]) -> Result<()> {
         let keys = records.iter().filter(|record| record.is_expired());
-        let keys: Vec<_> = keys.map(|record| self.repository.gap_key(record)).collect::<Result<_>>()?;
-        for some in keys.chunks(REMOVE_MAX) {
-            self.removal()?.remove(some).await?;
-        }
-        Ok(())
+        let keys: Result<Vec<_>> = keys.map(|record| self.repository.gap_key(record)).collect();
+        self.remove_keys(&keys?).await
     }
 
     /// Removes what is stored of a range of segments, the oldest first, and says after each thousand objects how
@@ -274,6 +294,7 @@ impl Remover {
         until: u64,
         report: &mut (dyn FnMut(RemovedObjects) + Send),
     ) -> Result<()> {
+        self.confirm(None).await?;
         let mut after = None;
         loop {
             let page = wal_page(&self.repository, timeline, from, until, after).await?;
@@ -304,12 +325,9 @@ impl Remover {
     /// Removes the lists of backups: the one that holds most would count, and that is the one that lags behind.
     pub async fn remove_backup_lists(&self) -> Result<()> {
         let prefix = self.layout().backup_lists_prefix();
-        let listed = list_all(&*self.repository.storage, &prefix, LOCKS_MAX).await?;
+        let listed = list_all(&*self.repository.storage, &prefix, LISTS_MAX).await?;
         let keys: Vec<ObjectKey> = listed.into_iter().map(|meta| meta.key).collect();
-        for some in keys.chunks(REMOVE_MAX) {
-            self.removal()?.remove(some).await?;
-        }
-        Ok(())
+        self.remove_keys(&keys).await
     }
 
     /// Removes the documents of holds that ended, or were released, long ago.
@@ -346,86 +364,6 @@ impl Remover {
         }
         Ok(all)
     }
-}
-
-fn lock_document(run: &str, now: DateTime<Utc>) -> LockDocument {
-    let RecordedBy { host, user } = RecordedBy::now();
-    let until = now + LOCK;
-    LockDocument {
-        format: DOCUMENT_VERSION,
-        run: run.to_owned(),
-        host,
-        user,
-        pid: std::process::id(),
-        taken: now,
-        until,
-    }
-}
-
-/// Takes the lock of a lineage; returns its number.
-async fn take_lock(repository: &LineageRepository, run: &str, now: DateTime<Utc>) -> Result<u32> {
-    let prefix = repository.layout.expire_locks_prefix();
-    let listed = list_all(&*repository.storage, &prefix, LOCKS_MAX).await?;
-    let number =
-        |key: &ObjectKey| key.as_str().strip_prefix(&prefix)?.strip_suffix(".json")?.parse::<u32>().ok();
-    let newest = listed.iter().filter_map(|meta| Some((number(&meta.key)?, &meta.key))).max();
-    if let Some((_, key)) = newest {
-        let held: Option<LockDocument> = document::read(&*repository.storage, key).await?;
-        if let Some(held) = held.filter(|held| now < held.until && !has_died(held)) {
-            return Err(busy(repository, &held, now));
-        }
-    }
-    let next = newest.map_or(1, |(number, _)| number.saturating_add(1));
-    let key = repository.layout.expire_lock(next)?;
-    match document::put(&*repository.storage, &key, &lock_document(run, now)).await? {
-        PutOutcome::Stored => {}
-        PutOutcome::Exists => match document::read::<LockDocument>(&*repository.storage, &key).await? {
-            // The answer to this very call's first attempt was lost.
-            Some(held) if held.run == run => {}
-            Some(held) => return Err(busy(repository, &held, now)),
-            None => {
-                return Err(
-                    Error::unavailable("another removal has just ended").with_safe("nothing was removed")
-                );
-            }
-        },
-    }
-    // What others left behind is over.
-    let old: Vec<ObjectKey> = listed.into_iter().map(|meta| meta.key).collect();
-    if let (Some(removal), false) = (repository.storage.removal(), old.is_empty())
-        && let Err(error) = removal.remove(&old[..old.len().min(REMOVE_MAX)]).await
-    {
-        tracing::debug!(%error, "old locks stay");
-    }
-    Ok(next)
-}
-
-/// Returns whether the holder of a lock is known to be gone: a process of this machine that is not there any more.
-fn has_died(held: &LockDocument) -> bool {
-    let Ok(pid) = i32::try_from(held.pid) else { return false };
-    let RecordedBy { host, .. } = RecordedBy::now();
-    let asked = || nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None);
-    !host.is_empty() && host == held.host && pid > 0 && asked() == Err(nix::errno::Errno::ESRCH)
-}
-
-fn busy(repository: &LineageRepository, held: &LockDocument, now: DateTime<Utc>) -> Error {
-    let clean = |text: &str| -> String {
-        text.chars().map(|c| if c.is_control() { '?' } else { c }).take(100).collect()
-    };
-    let seconds = (held.until - now).num_seconds().max(1);
-    Error::unavailable(format!(
-        "another removal is at work in {}: of {} on {} (process {}), since {}",
-        repository.location(),
-        clean(&held.user),
-        clean(&held.host),
-        held.pid,
-        held.taken.format("%Y-%m-%d %H:%M:%SZ")
-    ))
-    .with_safe("nothing was removed by this one")
-    .with_next(format!(
-        "Wait for it to end. If it was killed, its lock is over in {seconds} s, and `pitr expire` then goes on where it \
-         ended."
-    ))
 }
 
 /// A page of objects that belong to a range of segments.

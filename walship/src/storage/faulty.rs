@@ -190,9 +190,9 @@ impl StoreRemoval for FaultyStorage {
         Ok(all)
     }
 
-    async fn written_at(&self, key: &ObjectKey) -> Result<Option<DateTime<Utc>>> {
+    async fn last_written(&self, prefix: &str) -> Result<Option<DateTime<Utc>>> {
         match self.inner.removal() {
-            Some(removal) => removal.written_at(key).await,
+            Some(removal) => removal.last_written(prefix).await,
             None => Ok(None),
         }
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 
 use super::{ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Removed, Storage, StoreRemoval, Upload};
 use crate::error::{Error, Result};
@@ -20,6 +20,8 @@ type Objects = BTreeMap<String, Bytes>;
 #[derive(Debug, Clone, Default)]
 pub struct MemoryStorage {
     objects: Arc<Mutex<Objects>>,
+    /// When each was written.
+    written: Arc<Mutex<BTreeMap<String, DateTime<Utc>>>>,
 }
 
 impl MemoryStorage {
@@ -36,6 +38,19 @@ impl MemoryStorage {
     /// Replaces or adds an object whatever the rules say, to play a damaged store.
     pub fn overwrite(&self, key: &ObjectKey, bytes: impl Into<Bytes>) {
         self.lock().insert(key.as_str().to_owned(), bytes.into());
+        self.note_written(key);
+    }
+
+    /// Makes the objects whose keys hold this text so much older.
+    pub fn age(&self, part_of_key: &str, by: TimeDelta) {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let aged = written.iter_mut().filter(|(key, _)| key.contains(part_of_key));
+        aged.for_each(|(_, time)| *time -= by);
+    }
+
+    fn note_written(&self, key: &ObjectKey) {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        written.insert(key.as_str().to_owned(), Utc::now());
     }
 
     /// Removes an object behind everybody's back.
@@ -53,6 +68,7 @@ impl MemoryStorage {
             return PutOutcome::Exists;
         }
         objects.insert(key.as_str().to_owned(), bytes);
+        self.note_written(key);
         PutOutcome::Stored
     }
 }
@@ -134,8 +150,11 @@ impl StoreRemoval for MemoryStorage {
         Ok(Removed::default())
     }
 
-    async fn written_at(&self, _key: &ObjectKey) -> Result<Option<DateTime<Utc>>> {
-        Ok(None)
+    async fn last_written(&self, prefix: &str) -> Result<Option<DateTime<Utc>>> {
+        let objects = self.lock();
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let there = written.iter().filter(|(key, _)| key.starts_with(prefix) && objects.contains_key(*key));
+        Ok(there.map(|(_, time)| *time).max())
     }
 }
 

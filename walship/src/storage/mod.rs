@@ -407,9 +407,9 @@ pub trait StoreRemoval: Send + Sync {
     /// After `Ok` they are gone after a crash too (folder: fsync of every folder that held one).
     async fn remove(&self, keys: &[ObjectKey]) -> Result<Removed>;
 
-    /// Returns when an object was written, by the store's own clock; `None` where it is not there or the store has
-    /// no clock.
-    async fn written_at(&self, key: &ObjectKey) -> Result<Option<DateTime<Utc>>>;
+    /// Returns when the newest of the objects whose keys start with `prefix` was written, by the store's own clock;
+    /// `None` where there is none or the store has no clock.
+    async fn last_written(&self, prefix: &str) -> Result<Option<DateTime<Utc>>>;
 }
 
 /// What a removal came to.

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use walship::catalog::Catalog;
-use walship::pg::{SegmentName, TimelineId};
-use walship::repository::{LineageRepository, Recordless, load_catalog, load_tails};
+use walship::catalog::{BackupRecord, Catalog};
+use walship::pg::{Lsn, SegmentName, TimelineId};
+use walship::repository::{LineageRepository, Mark, Recordless, load_catalog, load_tails};
 use walship::wal::event::EventKind;
 use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
@@ -19,66 +19,83 @@ const READS_MAX: usize = 16;
 /// How many segments at the end of a timeline are looked at to find when something happened last.
 const LOOK_BACK_MAX: u64 = 16;
 
-pub(super) async fn read(repository: &LineageRepository) -> Result<(Catalog, Seen)> {
+/// Returns the catalog of a repository, what retention has to know beside it, and the marks of other removals.
+pub(super) async fn read(repository: &LineageRepository) -> Result<(Catalog, Seen, Vec<Mark>)> {
     let mut catalog = load_catalog(repository).await?;
     let tails = load_tails(repository, &mut catalog).await?;
-    let found = recordless(repository, &catalog).await?;
+    let marks = repository.marks().await?;
     let mut seen = Seen {
-        lenders: lenders(repository, &catalog, &found).await?,
-        parents: parents(&found),
         holds: repository.holds().await?,
-        recordless: found.into_iter().map(begun).collect(),
-        expiring: repository.expiring().await?,
+        expiring: marks.iter().map(|mark| mark.backup.clone()).collect(),
         last_times: last_times(repository, &catalog, &tails).await,
+        left_times: left_times(repository, &catalog).await,
         ..Seen::default()
     };
+    note_backups(repository, &catalog, &mut seen).await?;
     for gap in catalog.gaps.iter().filter(|gap| gap.is_expired()) {
         let (from, until) = gap.whole_segments(catalog.lineage.segment_size);
         if repository.wal_in_range(gap.timeline, from, until).await?.0 > 0 {
             seen.leftovers.push((gap.timeline, from, until));
         }
     }
-    Ok((catalog, seen))
+    Ok((catalog, seen, marks))
 }
 
-pub(super) async fn recordless(repository: &LineageRepository, catalog: &Catalog) -> Result<Vec<Recordless>> {
+/// Returns what is seen by now of holds and backups; the catalog is the one that was read before.
+pub(super) async fn again(repository: &LineageRepository, catalog: &Catalog, before: &Seen) -> Result<Seen> {
+    let mut seen = Seen { holds: repository.holds().await?, ..before.clone() };
+    note_backups(repository, catalog, &mut seen).await?;
+    Ok(seen)
+}
+
+/// Notes what complete backups depend on, what is missing of them, and the backups that the catalog does not tell of.
+async fn note_backups(repository: &LineageRepository, catalog: &Catalog, seen: &mut Seen) -> Result<()> {
     let complete = catalog.backups.iter().map(|backup| &*backup.id);
     let orphaned = catalog.orphaned_backups.iter().map(|backup| &*backup.id);
-    repository.recordless_backups(&complete.chain(orphaned).collect()).await
-}
-
-pub(super) fn begun(found: Recordless) -> Begun {
-    Begun {
-        id: found.id,
-        start: found.started.map(|started| BegunAt {
+    let known: BTreeSet<&str> = complete.chain(orphaned).collect();
+    // In this order: one that becomes complete meanwhile is found both ways.
+    let found = repository.recordless_backups(&known).await?;
+    seen.recordless.clear();
+    for Recordless { id, started } in found {
+        if let Some(parent) = started.as_ref().and_then(|started| started.parent.clone()) {
+            seen.parents.insert(id.clone(), parent);
+        }
+        let start = started.map(|started| BegunAt {
             timeline: started.timeline,
             start_lsn: started.start_lsn,
             started: started.started,
-        }),
+        });
+        let last_written = repository.backup_written_at(&id).await?;
+        seen.recordless.push(Begun { id, start, last_written, complete: false });
     }
-}
-
-pub(super) fn parents(found: &[Recordless]) -> BTreeMap<String, String> {
-    let of = |one: &Recordless| Some((one.id.clone(), one.started.as_ref()?.parent.clone()?));
-    found.iter().filter_map(of).collect()
-}
-
-/// Returns in whose folders objects of complete backups lie. Only where there are backups without a record the whole
-/// records are read.
-async fn lenders(
-    repository: &LineageRepository,
-    catalog: &Catalog,
-    recordless: &[Recordless],
-) -> Result<Option<BTreeMap<String, BTreeSet<String>>>> {
-    if recordless.is_empty() {
-        return Ok(Some(BTreeMap::new()));
-    }
-    let reads = catalog.backups.iter().map(|backup| async move {
-        let whole = repository.whole_record(backup).await?;
-        let lent: BTreeSet<String> = whole.objects.into_iter().filter_map(|object| object.backup).collect();
-        Ok::<_, Error>((backup.id.clone(), lent))
+    let mut records = repository.complete_backups().await?;
+    // Of what was looked at already nothing has changed: a record is written once.
+    records.retain(|record| !known.contains(&*record.id) || !seen.lenders.contains_key(&record.id));
+    let looks = records.iter().map(|record| async move {
+        let whole = repository.whole_record(record).await?;
+        let flaw = match repository.check_backup_here(&whole).await {
+            Ok(()) => None,
+            Err(error @ (Error::Missing(_) | Error::Corrupt(_))) => Some(error.to_string()),
+            Err(error) => return Err(error),
+        };
+        let lenders: BTreeSet<String> =
+            whole.objects.into_iter().filter_map(|object| object.backup).collect();
+        Ok::<_, Error>((record, lenders, flaw))
     });
-    futures_util::stream::iter(reads).buffer_unordered(READS_MAX).try_collect().await.map(Some)
+    let looked: Vec<_> = futures_util::stream::iter(looks).buffered(READS_MAX).try_collect().await?;
+    for (record, lenders, flaw) in looked {
+        let id = &record.id;
+        seen.lenders.insert(id.clone(), lenders);
+        seen.flaws.extend(flaw.map(|flaw| (id.clone(), flaw)));
+        seen.parents.extend(record.parent.as_ref().map(|parent| (id.clone(), parent.id.clone())));
+        if !known.contains(&**id) {
+            let BackupRecord { timeline, start_lsn, started, .. } = *record;
+            seen.recordless.retain(|begun| begun.id != *id);
+            let start = Some(BegunAt { timeline, start_lsn, started });
+            seen.recordless.push(Begun { id: id.clone(), start, last_written: None, complete: true });
+        }
+    }
+    Ok(())
 }
 
 /// Returns when something happened last on each timeline, as far as its last segments tell. What cannot be read tells
@@ -108,6 +125,43 @@ async fn last_times(
                 Ok(_) => at = name.previous(size),
                 Err(error) => {
                     tracing::debug!(%error, "what happened last on a timeline is not known");
+                    break;
+                }
+            }
+        }
+    }
+    times
+}
+
+/// Returns when something happened last on each timeline before others left it, by the segments up to there. What cannot be read
+/// tells nothing.
+async fn left_times(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+) -> BTreeMap<TimelineId, DateTime<Utc>> {
+    let size = catalog.lineage.segment_size;
+    let mut left: BTreeMap<TimelineId, Lsn> = BTreeMap::new();
+    for entry in catalog.histories.values().flat_map(|history| &history.ancestors) {
+        let known = left.entry(entry.timeline).or_insert(entry.switch_lsn);
+        *known = entry.switch_lsn.max(*known);
+    }
+    let mut times = BTreeMap::new();
+    for (timeline, lsn) in left {
+        let mut at = Some(SegmentName::containing(timeline, lsn, size));
+        for _ in 0..LOOK_BACK_MAX {
+            let Some(name) = at.filter(|name| catalog.segments.contains(*name)) else { break };
+            match repository.segment_summary(name).await {
+                Ok(Some(summary)) => {
+                    let ends = [summary.max_time, summary.min_time].into_iter().flatten();
+                    if let Some(time) = ends.filter(|end| end.lsn < lsn).map(|end| end.time).max() {
+                        times.insert(timeline, time);
+                        break;
+                    }
+                    at = name.previous(size);
+                }
+                Ok(None) => at = name.previous(size),
+                Err(error) => {
+                    tracing::debug!(%error, "when a timeline was left is not known");
                     break;
                 }
             }

@@ -9,12 +9,14 @@ mod removal;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use walship::catalog::{Catalog, GapCause, GapKind, GapRecord};
-use walship::repository::{CAUSE_BYTES_MAX, LineageRepository, RecordedBy, RemovedObjects, new_gap_id};
+use walship::repository::{CAUSE_BYTES_MAX, LineageRepository, Mark, RecordedBy, RemovedObjects, new_gap_id};
 use walship::{Error, Result};
 
 use super::{Planned, Proof, make_plan};
 use crate::plan::PlanOptions;
-use crate::retention::{CLOCK_MARGIN, Policy, RemovedWal, RetentionPlan, Seen, after, check_clock, retain};
+use crate::retention::{
+    CLOCK_MARGIN, Policy, RemovedWal, RetentionPlan, Seen, after, check_clock, check_newest, retain,
+};
 use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, Zone};
 use look::read;
 use removal::Removal;
@@ -42,13 +44,15 @@ pub struct Prepared {
     pub plan: RetentionPlan,
     catalog: Catalog,
     seen: Seen,
+    /// What other removals have marked and not removed.
+    marks: Vec<Mark>,
     margin: TimeDelta,
 }
 
 impl Prepared {
     /// Returns whether there is nothing to do.
     pub fn is_done(&self) -> bool {
-        self.plan.is_empty() && self.seen.expiring.is_empty()
+        self.plan.is_empty() && self.marks.is_empty()
     }
 
     /// Returns the objects and bytes that would be removed.
@@ -91,9 +95,10 @@ pub async fn prepare(repository: &LineageRepository, request: &Request) -> Resul
         }
         error => error,
     });
-    let (catalog, seen) = read?;
+    let (catalog, seen, marks) = read?;
     let Request { policy, now, accept_idle, .. } = request;
     check_clock(&catalog, &seen, policy, *now, *accept_idle)?;
+    check_newest(&catalog, &seen)?;
     let mut margin = CLOCK_MARGIN;
     let mut plan = retain(&catalog, &seen, policy, *now, margin);
     if let Err(lost) = prove(repository, &catalog, &plan).await? {
@@ -118,7 +123,7 @@ pub async fn prepare(repository: &LineageRepository, request: &Request) -> Resul
         let (from, until) = wal.numbers;
         (wal.objects, wal.stored_bytes) = repository.wal_in_range(wal.timeline, from, until).await?;
     }
-    Ok(Prepared { plan, catalog, seen, margin })
+    Ok(Prepared { plan, catalog, seen, marks, margin })
 }
 
 /// Makes plans for what has to stay in reach, as if all was removed already. Returns, in words, what could be reached
@@ -138,6 +143,11 @@ async fn prove(
     if let Some(from) = plan.window_from {
         let target = RecoveryTarget::new(TargetKind::Time { time: from, zone: Zone::Utc });
         targets.push(("the start of the window".to_owned(), target, None));
+    }
+    for timeline in &plan.ends {
+        let on = TimelineChoice::Number(*timeline);
+        let target = RecoveryTarget { timeline: on, ..RecoveryTarget::new(TargetKind::Latest) };
+        targets.push((format!("the end of timeline {timeline}"), target, None));
     }
     let size = catalog.lineage.segment_size;
     for kept in &plan.backups_kept {
@@ -161,8 +171,9 @@ async fn prove(
                 Err(error) => return Err(error),
             })
         };
-        let left = reached(&after).await?;
-        if left.is_none() && reached(catalog).await?.is_some() {
+        // In this order: what comes to the archive meanwhile is no loss. Nothing reached is less than anything.
+        let before = reached(catalog).await?;
+        if reached(&after).await? < before {
             return Ok(Err(what));
         }
     }

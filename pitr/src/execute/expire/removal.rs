@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use chrono::Utc;
 use walship::catalog::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, GapRecord};
 use walship::repository::index::complete::{Options, Task, complete};
-use walship::repository::{RecordedBy, RemovedObjects, Remover};
+use walship::repository::{Mark, RecordedBy, RemovedObjects, Remover};
 use walship::{Error, Result};
 
-use super::look::{begun, parents, recordless};
+use super::look::again;
 use super::{Prepared, Report, Request, expired_records, more_than, one_line};
-use crate::retention::{RemovedWal, RetentionPlan, Seen, retain};
+use crate::retention::{RemovedWal, RetentionPlan, retain};
 
 /// A removal under way.
 pub(super) struct Removal<'a> {
@@ -32,8 +32,16 @@ impl Removal<'_> {
             kept_as_versions: 0,
             notes: Vec::new(),
         };
-        let stale: Vec<String> = self.marks_to_take_back();
-        self.remover.unmark(stale.iter().map(String::as_str)).await?;
+        let (stale, of_gone) = self.marks_of_others();
+        for id in &of_gone {
+            self.remover.remove_marks(id).await?;
+        }
+        for mark in self.remover.take_back(&stale, Utc::now()).await? {
+            report.notes.push(format!(
+                "backup {} stays, and is still marked by a removal that may not have ended ({}): its mark is taken back in an hour",
+                mark.backup, mark.run
+            ));
+        }
         if self.prepared.plan.is_empty() {
             return Ok(report);
         }
@@ -58,10 +66,18 @@ impl Removal<'_> {
         done.map(|()| report)
     }
 
-    /// Returns the marks of backups that stay after all.
-    fn marks_to_take_back(&self) -> Vec<String> {
-        let goes = |id: &&String| self.prepared.plan.backups_removed.iter().any(|backup| backup.id == **id);
-        self.prepared.seen.expiring.iter().filter(|id| !goes(id)).cloned().collect()
+    /// Returns the marks of backups that stay after all, and the marked backups that are gone.
+    fn marks_of_others(&self) -> (Vec<Mark>, BTreeSet<String>) {
+        let Prepared { plan, marks, catalog, seen, .. } = &self.prepared;
+        let complete = catalog.backups.iter().map(|backup| &*backup.id);
+        let orphaned = catalog.orphaned_backups.iter().map(|backup| &*backup.id);
+        let there: BTreeSet<&str> =
+            complete.chain(orphaned).chain(seen.recordless.iter().map(|begun| &*begun.id)).collect();
+        let goes = |mark: &&Mark| plan.backups_removed.iter().any(|backup| backup.id == mark.backup);
+        let (stale, gone): (Vec<&Mark>, _) =
+            marks.iter().filter(|mark| !goes(mark)).partition(|mark| there.contains(&*mark.backup));
+        let gone = gone.into_iter().map(|mark: &Mark| mark.backup.clone()).collect();
+        (stale.into_iter().cloned().collect(), gone)
     }
 
     fn begun(&self, by: &RecordedBy) -> ExpireRecord {
@@ -106,15 +122,13 @@ impl Removal<'_> {
             (self.progress)(done);
             removed.add(done);
             report.backups += 1;
-            self.remover.unmark([&**id]).await.map_err(half_way)?;
+            self.remover.remove_marks(id).await.map_err(half_way)?;
         }
         let records = records?;
-        let wal = self.remove_wal(removed).await;
-        if wal.is_err() && removed.objects == 0 {
-            // Nothing is gone: WAL that stays is to count again.
-            self.remover.withdraw_expired(&records).await.map_err(half_way)?;
+        if let Err(error) = self.remove_wal(removed).await {
+            self.withdraw_whole(&records).await.map_err(half_way)?;
+            return Err(error);
         }
-        wal?;
         self.remover.remove_backup_lists().await.map_err(half_way)?;
         let superseded = self.prepared.plan.wal_removed.iter().flat_map(|wal| wal.supersedes.clone());
         let superseded: Vec<GapRecord> = superseded.collect();
@@ -152,10 +166,12 @@ impl Removal<'_> {
         for record in records {
             match self.remover.remove_record(record).await {
                 Ok(()) => any = true,
-                Err(error) if !any => {
+                // Nothing is gone, and nothing goes.
+                Err(error @ Error::Denied(_)) if !any => {
                     self.remover.unmark(going.iter().map(String::as_str)).await?;
                     return Err(error);
                 }
+                // The answer may be lost of a request that was heard: the marks stay.
                 Err(error) => return Err(half_way(error)),
             }
         }
@@ -166,7 +182,13 @@ impl Removal<'_> {
     async fn tell_of_wal(&mut self, by: &RecordedBy) -> Result<Vec<GapRecord>> {
         let records = expired_records(&self.prepared.plan, by, Utc::now());
         for record in &records {
-            self.remover.put_expired(record).await?;
+            if let Err(error) = self.remover.put_expired(record).await {
+                // Nothing of it is gone. Where this fails as well, the next removal goes on from here.
+                if let Err(error) = self.remover.withdraw_expired(&records).await {
+                    tracing::debug!(%error, "records of WAL that was not removed stay");
+                }
+                return Err(error);
+            }
         }
         if let Some(needed) = self.needed_meanwhile().await?.1 {
             self.remover.withdraw_expired(&records).await?;
@@ -175,20 +197,27 @@ impl Removal<'_> {
         Ok(records)
     }
 
+    /// Takes out of the ledger what it says of WAL of which nothing is gone: that counts again.
+    async fn withdraw_whole(&self, records: &[GapRecord]) -> Result<()> {
+        let mut whole = Vec::new();
+        for (record, wal) in records.iter().zip(&self.prepared.plan.wal_removed) {
+            let (from, until) = wal.numbers;
+            // How much of a batch that failed is gone is not known but by looking.
+            let left = self.remover.repository().wal_in_range(wal.timeline, from, until).await?;
+            if left == (wal.objects, wal.stored_bytes) {
+                whole.push(record.clone());
+            }
+        }
+        self.remover.withdraw_expired(&whole).await
+    }
+
     /// Plans again with the backups and holds that there are now; returns a backup, and WAL in words, that would stay
     /// by now and is about to go.
     async fn needed_meanwhile(&self) -> Result<(Option<String>, Option<String>)> {
-        let Prepared { plan, catalog, seen, margin } = &self.prepared;
+        let Prepared { plan, catalog, seen, margin, .. } = &self.prepared;
         let repository = self.remover.repository();
         let going: BTreeSet<&str> = plan.backups_removed.iter().map(|backup| &*backup.id).collect();
-        // What has a record since is not among the complete ones of the catalog, and counts as under way.
-        let found = recordless(repository, catalog).await?;
-        let seen = Seen {
-            holds: repository.holds().await?,
-            parents: parents(&found),
-            recordless: found.into_iter().map(begun).collect(),
-            ..seen.clone()
-        };
+        let seen = again(repository, catalog, seen).await?;
         let now = retain(catalog, &seen, &self.request.policy, self.request.now, *margin);
         let kept: BTreeSet<&str> = now.backups_kept.iter().map(|backup| &*backup.id).collect();
         let backup = going.iter().find(|id| kept.contains(**id)).map(|id| (*id).to_owned());

@@ -55,9 +55,11 @@ impl Leftovers {
         let mut started = first.unfinished_backups().await?;
         started.retain(|one| one.parent.as_deref() == parent.map(|parent| &*parent.link.id));
         if !started.is_empty() {
-            // What retention is about to remove is as good as gone.
-            let going = first.expiring().await?;
-            started.retain(|one| !going.contains(&one.id));
+            // What retention is about to remove, wherever, is as good as gone.
+            for repository in repositories {
+                let going = repository.expiring().await?;
+                started.retain(|one| !going.contains(&one.id));
+            }
         }
         started.sort_by(|a, b| (a.started, &a.id).cmp(&(b.started, &b.id)));
         let mut all = Vec::new();

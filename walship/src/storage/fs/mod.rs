@@ -242,16 +242,25 @@ impl StoreRemoval for FsStorage {
         .await
     }
 
-    async fn written_at(&self, key: &ObjectKey) -> Result<Option<DateTime<Utc>>> {
-        let name = key.clone();
-        self.run(format!("looking at {key}"), 0, move |root| {
-            let Some((_, file, _)) = open_object(root, &KeyPath::new(&name)?)? else { return Ok(None) };
-            let written = file.metadata().and_then(|metadata| metadata.modified());
-            written
-                .map(|time| Some(DateTime::<Utc>::from(time)))
-                .map_err(|error| root.failed("cannot look at", name.as_str(), error))
-        })
-        .await
+    async fn last_written(&self, prefix: &str) -> Result<Option<DateTime<Utc>>> {
+        let (mut newest, mut after) = (None, None);
+        loop {
+            let (prefix, from) = (prefix.to_owned(), after.take());
+            let looked = self.run("listing".to_owned(), 0, move |root| {
+                let page = list::page(root, &prefix, from.as_deref())?;
+                let mut newest = None;
+                for meta in &page.objects {
+                    newest = newest.max(modified(root, &meta.key)?);
+                }
+                Ok((newest, page.next))
+            });
+            let (written, next) = looked.await?;
+            newest = newest.max(written);
+            match next {
+                Some(next) => after = Some(next),
+                None => return Ok(newest),
+            }
+        }
     }
 }
 
@@ -277,6 +286,15 @@ fn open_object(root: &Arc<Root>, path: &KeyPath<'_>) -> Result<Option<(Folders, 
     let Some(folders) = Folders::open(root, &path.folders)? else { return Ok(None) };
     let Some((file, bytes)) = folders.open_file(path.name)? else { return Ok(None) };
     Ok(Some((folders, file, bytes)))
+}
+
+/// Returns when an object was written; `None` when it is gone.
+fn modified(root: &Arc<Root>, key: &ObjectKey) -> Result<Option<DateTime<Utc>>> {
+    let Some((_, file, _)) = open_object(root, &KeyPath::new(key)?)? else { return Ok(None) };
+    let written = file.metadata().and_then(|metadata| metadata.modified());
+    written
+        .map(|time| Some(DateTime::<Utc>::from(time)))
+        .map_err(|error| root.failed("cannot look at", key.as_str(), error))
 }
 
 fn read(file: &File, path: &KeyPath<'_>, root: &Root, offset: u64, length: u64) -> Result<Bytes> {

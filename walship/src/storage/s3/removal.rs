@@ -44,18 +44,28 @@ impl StoreRemoval for S3Storage {
         }
     }
 
-    async fn written_at(&self, key: &ObjectKey) -> Result<Option<DateTime<Utc>>> {
-        retried(self.inner.options.limits, 0, self.doing("looking at", key), |_| async {
+    async fn last_written(&self, prefix: &str) -> Result<Option<DateTime<Utc>>> {
+        let (full, mut newest, mut after) = (self.full(prefix), None, None::<String>);
+        loop {
+            let what = format!("listing {prefix} in {}", self.location_text());
             // The time of a listing is that of a HEAD, and a listing tells what is not there without a 404.
-            let request = self.client().await?.list_objects_v2().bucket(self.bucket());
-            let full = self.full(key.as_str());
-            let listed = request.prefix(&full).max_keys(1).send().await;
-            let listed = listed.map_err(|error| Answer::of(error, self).into_error())?;
-            let found = listed.contents().iter().find(|object| object.key() == Some(&full));
-            let time = found.and_then(|object| object.last_modified());
-            Ok(time.and_then(|time| DateTime::from_timestamp(time.secs(), time.subsec_nanos())))
-        })
-        .await
+            let listed = retried(self.inner.options.limits, 0, what, |_| async {
+                let request = self.client().await?.list_objects_v2().bucket(self.bucket()).prefix(&full);
+                let listed = request.set_start_after(after.clone()).send().await;
+                listed.map_err(|error| Answer::of(error, self).into_error())
+            });
+            let listed = listed.await?;
+            let times = listed.contents().iter().filter_map(|object| {
+                let time = object.last_modified()?;
+                DateTime::from_timestamp(time.secs(), time.subsec_nanos())
+            });
+            newest = newest.max(times.max());
+            let last = listed.contents().last().and_then(|object| object.key());
+            match last.filter(|_| listed.is_truncated() == Some(true)) {
+                Some(last) => after = Some(last.to_owned()),
+                None => return Ok(newest),
+            }
+        }
     }
 }
 
