@@ -91,7 +91,7 @@ async fn contents(
         segments,
         wal_bytes,
         drill: drills.first().map(DrillFacts::of),
-        proven: proven.map(|drill| drill.started),
+        proven: proven.map(|drill| drill.head.started),
         expire: expires.first().map(|(record, outcome)| ExpireFacts::of(record, outcome.as_ref())),
         verification: VerificationFacts::of(&verifications),
         verified: VerificationFacts::last_done(&verifications),

@@ -224,7 +224,7 @@ impl DrillFacts {
     /// Returns what is to be known of a drill.
     pub fn of(record: &DrillRecord) -> Self {
         Self {
-            started: record.started,
+            started: record.head.started,
             took: Duration::from_millis(record.millis),
             outcome: record.outcome.clone(),
             recovery: record.recovery_millis.map(Duration::from_millis),
@@ -278,11 +278,13 @@ pub struct VerificationFacts {
 
 impl VerificationFacts {
     /// Returns what is to be known of verifications, the newest first: the last one, but damage that one found stands
-    /// until a later one of the same scope, or of the whole lineage, finds none.
+    /// until all of its scope, or of the whole lineage, has been proven in that repository since.
     pub fn of(records: &[VerifyRecord]) -> Option<Self> {
         let clears = |later: &VerifyRecord, damaged: &VerifyRecord| {
             matches!(later.outcome, VerifyOutcome::Sound | VerifyOutcome::Partly)
+                && later.repository == damaged.repository
                 && (later.whole || later.scope == damaged.scope)
+                && later.proven_since.is_some_and(|since| since > damaged.started)
         };
         let stands = records.iter().enumerate().find(|(at, record)| {
             record.outcome == VerifyOutcome::Damaged

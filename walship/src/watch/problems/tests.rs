@@ -385,7 +385,16 @@ fn damage_stands_until_what_was_damaged_is_sound() {
     };
     assert!(damaged(&[]) && damaged(&[record(1, "b", VerifyOutcome::Sound)]));
     assert!(damaged(&[record(1, "all", VerifyOutcome::Interrupted)]));
-    assert!(!damaged(&[record(1, "a", VerifyOutcome::Sound)]));
-    assert!(!damaged(&[record(1, "all", VerifyOutcome::Partly)]));
+    let proven = |scope: &str, outcome, since: i64| VerifyRecord {
+        proven_since: Some(ago(since * HOUR)),
+        ..record(1, scope, outcome)
+    };
+    assert!(!damaged(&[proven("a", VerifyOutcome::Sound, 1)]));
+    assert!(!damaged(&[proven("all", VerifyOutcome::Partly, 8)]));
+    // Not all of it was read since: its budget ended.
+    assert!(damaged(&[record(1, "all", VerifyOutcome::Partly)]));
+    assert!(damaged(&[proven("all", VerifyOutcome::Partly, 10)]));
+    let elsewhere = VerifyRecord { repository: "another".into(), ..proven("all", VerifyOutcome::Sound, 1) };
+    assert!(damaged(&[elsewhere]), "what one repository has sound may be damaged in another");
     assert_eq!(VerificationFacts::last_done(&[record(1, "a", VerifyOutcome::Unread)]), None);
 }
