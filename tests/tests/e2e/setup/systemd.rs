@@ -46,10 +46,10 @@ fn systemd_understands_the_units_and_finds_them_well_locked_up() {
     ] {
         let root = tempfile::tempdir().unwrap();
         let report = written(root.path(), config);
-        assert_eq!((&report["written"], report["units"].as_array().unwrap().len()), (&Value::Bool(true), 7));
+        assert_eq!((&report["written"], report["units"].as_array().unwrap().len()), (&Value::Bool(true), 9));
         compare("walship setup systemd", &[report], &[]);
         let units = files(&root.path().join("etc/systemd/system"));
-        assert_eq!(units.len(), 7);
+        assert_eq!(units.len(), 9);
         let output = run(
             Command::new("systemd-analyze").args(["verify", "--man=no"]).args(&units),
             RunOptions::default(),
@@ -85,7 +85,7 @@ fn what_was_edited_stays_and_settings_that_change_are_written() {
     assert!(shown.contains("    Type=notify\n") && shown.ends_with("--confirm does that.\n"), "{shown}");
     assert!(!folder.exists(), "a dry run writes nothing");
     assert!(succeeds(&with(&["--confirm"])).contains("systemctl enable --now walship-receive.service"));
-    assert!(succeeds(&with(&[])).matches("is there, unchanged").count() == 7);
+    assert!(succeeds(&with(&[])).matches("is there, unchanged").count() == 9);
 
     succeeds(&with(&["--backup-at", "Sat 22:00", "--backup-options", "--source local", "--confirm"]));
     let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap();

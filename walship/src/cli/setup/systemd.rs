@@ -21,7 +21,7 @@ Examples:
   walship setup systemd --backup-at 'Sat 22:00' --backup-options '--source local --incremental' --confirm
   walship setup systemd --name shop --config /etc/walship/shop.toml --confirm      # a second cluster on this host
 
-Written are services for walship receive, base backups, pitr expire and drills, and timers for the last three. \
+Written are services for walship receive, base backups, pitr verify, pitr expire and drills, and timers for the last four. \
 Nothing is started: systemctl enable --now does that, for those that are wanted. What a unit may write to comes from \
 the configuration: run it again when a repository's or the spool's folder changes.
 
@@ -81,6 +81,12 @@ pub(in crate::cli) struct Args {
     /// When backups begin, as systemd.time(7) writes it
     #[arg(long, value_name = "CALENDAR", default_value = "*-*-* 01:30")]
     backup_at: String,
+    /// Options of pitr verify, with spaces between them
+    #[arg(long, value_name = "OPTIONS", default_value = "--budget 10GB", allow_hyphen_values = true)]
+    verify_options: String,
+    /// When pitr verify begins
+    #[arg(long, value_name = "CALENDAR", default_value = "*-*-* 04:00")]
+    verify_at: String,
     /// When pitr expire begins
     #[arg(long, value_name = "CALENDAR", default_value = "*-*-* 05:30")]
     expire_at: String,
@@ -199,9 +205,12 @@ fn units(args: &Args, overrides: &Overrides, notes: &mut Vec<String>) -> Result<
         let line = said.lines().next().unwrap_or_default().trim_start_matches("error: ");
         Error::invalid(format!("--backup-options: {line}")).with_safe("nothing was written")
     })?;
-    for (option, at) in
-        [("--backup-at", &args.backup_at), ("--expire-at", &args.expire_at), ("--drill-at", &args.drill_at)]
-    {
+    for (option, at) in [
+        ("--backup-at", &args.backup_at),
+        ("--verify-at", &args.verify_at),
+        ("--expire-at", &args.expire_at),
+        ("--drill-at", &args.drill_at),
+    ] {
         check_calendar(option, at)?;
     }
     let programs = match &args.bin_dir {
@@ -225,8 +234,10 @@ fn units(args: &Args, overrides: &Overrides, notes: &mut Vec<String>) -> Result<
         own_status_file: config.as_ref().is_some_and(|config| config.receive.status_file.is_some()),
         folders: config.as_ref().map(folders).transpose()?,
         backup_options,
+        verify_options: words(&args.verify_options),
         drill_options: words(&args.drill_options),
         backup_at: args.backup_at.clone(),
+        verify_at: args.verify_at.clone(),
         expire_at: args.expire_at.clone(),
         drill_at: args.drill_at.clone(),
     })
@@ -342,7 +353,8 @@ fn text(report: &Report, name: &str) -> String {
     if report.written {
         text += &format!(
             "Then, for what is wanted:\n  systemctl daemon-reload\n  systemctl enable --now {name}-receive.service\n  \
-             systemctl enable --now {name}-backup.timer {name}-expire.timer {name}-drill.timer\n"
+             systemctl enable --now {name}-backup.timer {name}-verify.timer {name}-expire.timer \
+             {name}-drill.timer\n"
         );
     } else {
         text += "Nothing was written: --confirm does that.\n";

@@ -20,11 +20,13 @@ pub(super) struct Units {
     pub(super) folders: Option<Folders>,
     /// Whether the configuration names a status file.
     pub(super) own_status_file: bool,
-    /// Options of `walship backup` and of `pitr drill`.
+    /// Options of `walship backup`, `pitr verify` and `pitr drill`.
     pub(super) backup_options: Vec<String>,
+    pub(super) verify_options: Vec<String>,
     pub(super) drill_options: Vec<String>,
     /// When the timers elapse.
     pub(super) backup_at: String,
+    pub(super) verify_at: String,
     pub(super) expire_at: String,
     pub(super) drill_at: String,
 }
@@ -60,6 +62,8 @@ impl Units {
             ("backup.timer", self.timer("base backups", &self.backup_at, "1h")?),
             ("expire.service", self.expire()?),
             ("expire.timer", self.timer("what retention keeps", &self.expire_at, "15min")?),
+            ("verify.service", self.verify()?),
+            ("verify.timer", self.timer("verification of what is stored", &self.verify_at, "1h")?),
             ("drill.service", self.drill()?),
             ("drill.timer", self.timer("restore drills", &self.drill_at, "1h")?),
         ];
@@ -126,6 +130,18 @@ WantedBy=multi-user.target
         self.oneshot(
             ("What retention keeps in the repository", "pitr-expire"),
             "# It says what the policy would keep and remove. Nothing is removed.\n",
+            &exec,
+            Runs::Ours,
+        )
+    }
+
+    fn verify(&self) -> Result<String> {
+        let mut command = vec!["verify".to_owned()];
+        command.extend(self.verify_options.iter().cloned());
+        let exec = self.exec("pitr", &command)?;
+        self.oneshot(
+            ("Reads what is stored in the repository, and proves it", "pitr-verify"),
+            "# Status 4: something is damaged. The journal says which moments it takes away.\n",
             &exec,
             Runs::Ours,
         )
@@ -343,8 +359,10 @@ mod tests {
             folders: None,
             own_status_file: false,
             backup_options: vec!["--label".into(), "it costs 5 % of $HOME".into()],
+            verify_options: Vec::new(),
             drill_options: Vec::new(),
             backup_at: "*-*-* 01:30".into(),
+            verify_at: "*-*-* 04:00".into(),
             expire_at: "*-*-* 05:30".into(),
             drill_at: "Sun *-*-1..7 06:00".into(),
         }

@@ -12,7 +12,7 @@ use super::super::super::history::Entry;
 use super::super::super::output::{bytes, short_time};
 use super::LineageStatus;
 use super::clock::Clock;
-use super::health::{drill_tone, flaws, kind_of, plural, said};
+use super::health::{drill_tone, flaws, kind_of, plural, said, verification_tone};
 use crate::execute::info::{Info, TimelineInfo};
 use crate::page::{Scale, Tone, axis, clock_ticks, percent, shortened};
 use crate::words::escaped;
@@ -234,8 +234,9 @@ fn points(timeline: &TimelineInfo) -> Vec<Mark> {
 
 /// What was done with the archive: a row for each kind of which there is something.
 fn deeds(history: &[Entry], (from, to): (DateTime<Utc>, DateTime<Utc>)) -> Vec<(&'static str, Vec<Mark>)> {
-    let rows: [(&'static str, &[Deed]); 3] = [
+    let rows: [(&'static str, &[Deed]); 4] = [
         ("Drills", &[Deed::Drill]),
+        ("Verifications", &[Deed::Verify]),
         ("Restores and extracts", &[Deed::Restore, Deed::Extract]),
         ("Removals", &[Deed::Expire]),
     ];
@@ -247,6 +248,11 @@ fn deeds(history: &[Entry], (from, to): (DateTime<Utc>, DateTime<Utc>)) -> Vec<(
                 (Deed::Drill, Tone::Good) => ("proven", 0),
                 (Deed::Drill, Tone::Warn) => ("missed", 1),
                 (Deed::Drill, _) => ("failed", 2),
+                (Deed::Verify, _) => match verification_tone(&entry.outcome) {
+                    Tone::Bad => ("failed", 2),
+                    Tone::Warn => ("missed", 1),
+                    _ => ("proven", 0),
+                },
                 _ if ["failed", "not_ended", "interrupted"].contains(&&*entry.outcome) => ("failed", 2),
                 _ => ("done", 0),
             };

@@ -391,9 +391,40 @@ pub(super) fn drill_tone(outcome: &str) -> Tone {
     }
 }
 
-fn verification(_: DateTime<Utc>, _: &[Entry], health: &mut Health) {
-    let details = vec!["no verification is on record".to_owned()];
-    health.figure("Last verification", Tone::Soft, "not known", details);
+/// Returns how good the outcome of a verification is.
+pub(super) fn verification_tone(outcome: &str) -> Tone {
+    match outcome {
+        "sound" => Tone::Good,
+        "partly" => Tone::Soft,
+        "damaged" => Tone::Bad,
+        _ => Tone::Warn,
+    }
+}
+
+fn verification(now: DateTime<Utc>, history: &[Entry], health: &mut Health) {
+    let Some(newest) = of_kind(history, Deed::Verify).next() else {
+        health.find(
+            Tone::Soft,
+            "no verification is on record: that what is stored is still what it was has not been looked at",
+            "`pitr verify` reads every byte.",
+        );
+        let details = vec!["no verification is on record".to_owned()];
+        return health.figure("Last verification", Tone::Soft, "none", details);
+    };
+    // Each repository has a record of its own.
+    let run = of_kind(history, Deed::Verify).filter(|entry| entry.id == newest.id);
+    let last = run.max_by_key(|entry| verification_tone(&entry.outcome)).unwrap_or(newest);
+    let tone = verification_tone(&last.outcome);
+    if matches!(tone, Tone::Bad | Tone::Warn) {
+        let problem = last.problems.first().map_or_else(String::new, |problem| format!(": {problem}"));
+        let what = format!("the last verification ended as \"{}\"{problem}", said(&last.outcome));
+        health.find(tone, what, "`pitr verify` says which moments that takes away.");
+    }
+    let mut details = vec![short_time(last.started), ago(now, last.started)];
+    if last.outcome == "partly" {
+        details.push("as far as its budget went".to_owned());
+    }
+    health.figure("Last verification", tone, said(&last.outcome), details);
 }
 
 fn retention(info: &Info, history: &[Entry], health: &mut Health) {

@@ -285,7 +285,7 @@ fn not_known(page: &mut String, status: &Status, current: &LineageStatus) {
     }
     unknown.push("What was dropped, truncated or deleted: `pitr log` tells.".to_owned());
     unknown.push(
-        "Whether what is stored can be read to its last byte: `pitr drill` reads a backup and its WAL."
+        "Whether what is stored can be read to its last byte at this moment: `pitr verify` reads it, and `pitr drill` restores a backup and its WAL."
             .to_owned(),
     );
     unknown.push(

@@ -12,7 +12,7 @@ use super::super::{age, end_of};
 use super::LineageStatus;
 use super::clock::Clock;
 use super::drawing::when;
-use super::health::{drill_tone, flaws, kind_of, plural, said};
+use super::health::{drill_tone, flaws, kind_of, plural, said, verification_tone};
 use crate::execute::info::{Info, TimelineInfo};
 use crate::page::{Cell, Column, Tone, facts, table};
 use crate::words::{duration, escaped};
@@ -198,6 +198,7 @@ fn history(page: &mut String, history: &[Entry]) {
     let rows = history.iter().map(|entry| {
         let tone = match (entry.kind, &*entry.outcome) {
             (Deed::Drill, outcome) => drill_tone(outcome),
+            (Deed::Verify, outcome) => verification_tone(outcome),
             (_, "failed") => Tone::Bad,
             (_, "interrupted" | "not_ended") => Tone::Warn,
             _ => Tone::Plain,

@@ -147,6 +147,18 @@ fn drill(minutes: i64, outcome: &str, recovery: Option<u64>) -> Entry {
     }
 }
 
+/// A verification of one repository; those of one run have one id.
+fn verification(minutes: i64, outcome: &str, bucket: &str) -> Entry {
+    Entry {
+        kind: Deed::Verify,
+        what: Some(format!("the whole lineage, 812 objects in s3://{bucket}/prefix")),
+        target: None,
+        recovery_millis: None,
+        problems: if outcome == "damaged" { vec!["a segment is damaged".into()] } else { vec![] },
+        ..drill(minutes, outcome, None)
+    }
+}
+
 fn status(info: Info, history: Vec<Entry>) -> Status {
     let shown = info.lineages.iter().find(|lineage| lineage.number == info.lineage).unwrap().clone();
     Status {
@@ -406,6 +418,19 @@ async fn what_is_wrong_is_said_first() {
     assert!(judged(&nothing).findings[0].what.contains("no complete backup"));
     let mut good = hour().await;
     good.lineages[0].info.server = None;
+    let drills = std::mem::take(&mut good.lineages[0].history);
+    let verified = |outcome: &str| {
+        let run = [verification(40, "sound", "one"), verification(40, outcome, "two")];
+        run.into_iter().chain([verification(5, "damaged", "two")]).chain(drills.clone()).collect()
+    };
+    for (outcome, tone) in [("partly", Tone::Soft), ("unread", Tone::Warn), ("damaged", Tone::Bad)] {
+        good.lineages[0].history = verified(outcome);
+        let judged = judged(&good);
+        let figure = judged.figures.iter().find(|figure| figure.name == "Last verification").unwrap();
+        assert_eq!((&*figure.value, figure.tone), (outcome, tone), "the worst of the newest run");
+        assert_eq!(judged.findings.is_empty(), tone == Tone::Soft, "{:?}", judged.findings);
+    }
+    good.lineages[0].history = verified("sound");
     assert!(word(&good).contains("in order"), "{:?}", judged(&good).findings);
     // The newest commit is older than the objective: what that means the server tells.
     let info = &mut good.lineages[0].info;
