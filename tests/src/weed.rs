@@ -186,7 +186,7 @@ impl Drop for WeedServer {
 /// Returns a port that is free now, and free 10,000 higher as well.
 fn free_port() -> u16 {
     for _ in 0..1000 {
-        let port = rand::random_range(20_000..32_000);
+        let port = rand::random_range(20_000..30_000);
         let free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
         if free(port) && free(port + 10_000) {
             return port;

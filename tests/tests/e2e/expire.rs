@@ -284,7 +284,8 @@ pub(crate) fn removes(seen: &Seen) -> bool {
 pub(crate) fn started(stage: &Stage, words: &[&str]) -> Child {
     let mut command = process::guarded(walship_tests::bins::pitr());
     command.args(words).env("WALSHIP_CONFIG", stage.config()).env("AWS_EC2_METADATA_DISABLED", "true");
-    command.stdout(Stdio::null()).stderr(Stdio::null());
+    // Removal is tested before it is released.
+    command.env("WALSHIP_UNRELEASED", "expire").stdout(Stdio::null()).stderr(Stdio::null());
     process::spawn(command).unwrap()
 }
 

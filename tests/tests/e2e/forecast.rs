@@ -59,7 +59,7 @@ fn credentials_that_only_read_restore_without_a_record() {
     server.archive_now();
     server.stop(StopMode::Fast);
     // What stands in the way of the record stands for a store that refuses it.
-    std::fs::write(stage.repository_dir().join("main/0001/history"), "").unwrap();
+    std::fs::write(stage.repository_dir().join("main/0001/history/restores"), "").unwrap();
     let restored = stage.run(stage.pitr(&["restore", "--latest", "-D"]).arg(stage.path().join("restored")));
     assert!(restored.status.success());
     let said = String::from_utf8_lossy(&restored.stderr).into_owned();

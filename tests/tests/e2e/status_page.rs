@@ -40,6 +40,7 @@ fn a_page_says_what_the_archive_holds() {
         let mut drill = stage.pitr_as_user(&["drill", "--latest", "--reason", "is it <real>?", "--scratch"]);
         drill.arg(stage.path().join("scratch")).arg("--pg-bin").arg(server.binaries().server_bin());
         stage.ok(&mut drill);
+        stage.ok(&mut stage.pitr(&["verify"]));
         // A page that is there is replaced, and keeps its mode.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
         let good = page(&path);
@@ -58,6 +59,7 @@ fn a_page_says_what_the_archive_holds() {
             "here &lt;b&gt;".to_owned(),
             "reason: is it &lt;real&gt;?".to_owned(),
             "<path class=\"proven\"".to_owned(),
+            "<dt>Last verification</dt><dd class=\"value good\">sound</dd>".to_owned(),
             "<rect class=\"window\"".to_owned(),
         ] {
             assert!(good.contains(&said), "{said}\n{good}");

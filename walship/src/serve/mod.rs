@@ -95,7 +95,7 @@ pub async fn serve(
         let problems = problems(&facts, &limits);
         let notices = match &mut notifier {
             Some(notifier) => {
-                notifier.step(&problems, facts.at).await;
+                notifier.step(&problems, &facts).await;
                 Some(notifier.notices())
             }
             None => None,

@@ -8,7 +8,6 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -23,7 +22,7 @@ use crate::config::{NotifyLeast, NotifySettings, WebhookForm};
 use crate::error::{Error, Result};
 use crate::watch::metrics::Notices;
 use crate::watch::steady::{Event, Notice, Rules, Steady};
-use crate::watch::{Problem, Severity};
+use crate::watch::{Facts, Problem, Severity, is_known};
 
 /// The version of messages and of the state file.
 const FORMAT: u32 = 1;
@@ -139,11 +138,16 @@ impl Notifier {
     }
 
     /// Takes what is wrong now; what is to be told of it is delivered by and by.
-    pub(super) async fn step(&mut self, problems: &[Problem], now: DateTime<Utc>) {
+    pub(super) async fn step(&mut self, problems: &[Problem], facts: &Facts) {
         let changed = {
             let mut state = self.shared.state();
             let before = state.clone();
-            let notices = state.steady.step(problems, now, &self.rules);
+            let notices = state.steady.step(
+                problems,
+                &|kind, subject| is_known(facts, kind, subject),
+                facts.at,
+                &self.rules,
+            );
             for notice in notices {
                 for to in &self.receivers {
                     state.waiting.push_back(Waiting { to: *to, notice: notice.clone(), attempts: 0 });

@@ -15,5 +15,5 @@ pub use facts::{
     BackupFacts, BackupKind, Contents, Disk, DiskPlace, DrillFacts, ExpireFacts, Facts, RepositoryFacts,
     ServerAnswer, ServerFacts, SlotFacts, VerificationFacts, WindowFacts, backup_kinds,
 };
-pub use problems::{Kind, Limits, Problem, Severity, problems};
+pub use problems::{Kind, Limits, Problem, Severity, is_known, problems};
 pub use reach::{Reach, reach};

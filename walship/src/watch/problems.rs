@@ -197,6 +197,19 @@ pub fn problems(facts: &Facts, limits: &Limits) -> Vec<Problem> {
     problems
 }
 
+/// Returns whether facts tell if there is a problem of this kind: what nobody could look at is neither there nor over.
+pub fn is_known(facts: &Facts, kind: Kind, subject: &str) -> bool {
+    let server = facts.server.told().is_some();
+    let mut about = facts.repositories.iter().filter(|repository| subject.starts_with(&repository.url));
+    match kind {
+        Kind::ServerUnreachable | Kind::RepositoryUnreachable => true,
+        Kind::Slot | Kind::ServerDisk => server,
+        Kind::WalNotArriving => server && about.all(|repository| repository.contents.is_some()),
+        Kind::RepositoryDisk => about.all(|repository| repository.disk.is_some()),
+        _ => about.all(|repository| repository.contents.is_some()),
+    }
+}
+
 struct Found {
     at: DateTime<Utc>,
     problems: Vec<Problem>,
@@ -440,7 +453,8 @@ impl Found {
     }
 
     fn server(&mut self, server: &ServerFacts, limits: &Limits) {
-        if let Some(failing) = &server.failing_wal {
+        // What failed last stands in the statistics for ever, also where nothing is archived any more.
+        if let Some(failing) = server.failing_wal.as_ref().filter(|_| server.archives) {
             let text = format!("the archiver fails with {failing}");
             let next = "Look into the server's log: archive-cmd says there what happened.";
             self.add(Kind::WalNotArriving, "archiver", Severity::Critical, text, next);

@@ -72,8 +72,15 @@ struct Told {
 }
 
 impl Steady {
-    /// Takes what is wrong now, and returns what is to be told.
-    pub fn step(&mut self, problems: &[Problem], now: DateTime<Utc>, rules: &Rules) -> Vec<Notice> {
+    /// Takes what is wrong now, and returns what is to be told. `is_known` says whether there would be a problem of a kind
+    /// and about a subject if there was one: while it is not known, nothing is over.
+    pub fn step(
+        &mut self,
+        problems: &[Problem],
+        is_known: &dyn Fn(Kind, &str) -> bool,
+        now: DateTime<Utc>,
+        rules: &Rules,
+    ) -> Vec<Notice> {
         let mut here: BTreeMap<(Kind, String), &Problem> = BTreeMap::new();
         for problem in problems.iter().filter(|problem| problem.severity >= rules.least) {
             // Of two about the same thing the worse counts.
@@ -87,7 +94,8 @@ impl Steady {
             let key = (episode.problem.kind, episode.problem.subject.clone());
             match here.remove(&key) {
                 Some(problem) => episode.is_there(problem, now, rules, &mut notices),
-                None => return episode.is_gone(now, rules, &mut notices),
+                None if is_known(key.0, &key.1) => return episode.is_gone(now, rules, &mut notices),
+                None => episode.gone_since = None,
             }
             true
         });
@@ -185,7 +193,10 @@ mod tests {
             // What is kept over a restart is all there is.
             steady = serde_json::from_str(&serde_json::to_string(&steady).unwrap()).unwrap();
             events.extend(
-                steady.step(&problems, at(*second), &RULES).into_iter().map(|notice| (*second, notice.event)),
+                steady
+                    .step(&problems, &|_, _| true, at(*second), &RULES)
+                    .into_iter()
+                    .map(|notice| (*second, notice.event)),
             );
         }
         events
@@ -229,14 +240,26 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_can_look_at_is_not_over() {
+        let rules = Rules { least: Severity::Warning, hold: Duration::ZERO, repeat: None };
+        let mut steady = Steady::default();
+        assert_eq!(steady.step(&[problem(Severity::Critical)], &|_, _| true, at(0), &rules).len(), 1);
+        let unknown = |kind, subject: &str| kind != Kind::BackupOverdue && subject != "file:///r";
+        assert!(steady.step(&[], &unknown, at(1), &rules).is_empty());
+        assert!(steady.step(&[], &unknown, at(100_000), &rules).is_empty());
+        let over = steady.step(&[], &|_, _| true, at(100_001), &rules);
+        assert_eq!(over[0].event, Event::Recovery);
+    }
+
+    #[test]
     fn what_matters_less_is_left_out() {
         let rules = Rules { least: Severity::Critical, hold: Duration::ZERO, repeat: None };
         let mut steady = Steady::default();
-        assert!(steady.step(&[problem(Severity::Warning)], at(0), &rules).is_empty());
-        assert_eq!(steady.step(&[problem(Severity::Critical)], at(1), &rules).len(), 1);
-        assert!(steady.step(&[problem(Severity::Critical)], at(1_000_000), &rules).is_empty());
+        assert!(steady.step(&[problem(Severity::Warning)], &|_, _| true, at(0), &rules).is_empty());
+        assert_eq!(steady.step(&[problem(Severity::Critical)], &|_, _| true, at(1), &rules).len(), 1);
+        assert!(steady.step(&[problem(Severity::Critical)], &|_, _| true, at(1_000_000), &rules).is_empty());
         assert_eq!(
-            steady.step(&[problem(Severity::Warning)], at(1_000_001), &rules)[0].event,
+            steady.step(&[problem(Severity::Warning)], &|_, _| true, at(1_000_001), &rules)[0].event,
             Event::Recovery
         );
     }

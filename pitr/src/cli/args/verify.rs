@@ -21,6 +21,8 @@ reached, which backups cannot be restored. Nothing is repaired and nothing is re
 
 With --budget the objects that were not proven for longest are read first: run every night, it gets round to everything.
 One that was killed or interrupted is gone on with by the next, within a week.
+
+It does not see everything yet: the page about verification lists the cases. `pitr drill` restores, and proves that.
 ";
 
 #[derive(Debug, clap::Args)]

@@ -11,7 +11,7 @@ mod wal;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use walship::catalog::{Catalog, Seen, VerifyOutcome};
@@ -175,6 +175,9 @@ pub async fn verify(
     })
 }
 
+/// How long something that one repository has may be on its way to another.
+const ON_ITS_WAY: Duration = Duration::from_secs(5);
+
 /// Returns how bad an outcome is.
 fn weight(outcome: VerifyOutcome) -> u8 {
     match outcome {
@@ -227,10 +230,23 @@ async fn verify_one(
     let gone = look::gone_backups(repository).await?;
     if !request.accept_missing {
         let mut less = less_than_seen(&location, &found.catalog, &state.seen, &gone, &needed, &findings);
-        for seen in elsewhere {
-            let told: Vec<Finding> = findings.iter().chain(&less).cloned().collect();
-            less.extend(less_than_seen(&location, &found.catalog, seen, &gone, &needed, &told));
+        let than_elsewhere = |catalog: &Catalog, told: &[Finding]| {
+            let (mut less, mut told) = (Vec::new(), told.to_vec());
+            for seen in elsewhere {
+                let more = less_than_seen(&location, catalog, seen, &gone, &needed, &told);
+                told.extend(more.iter().cloned());
+                less.extend(more);
+            }
+            less
+        };
+        let told: Vec<Finding> = findings.iter().chain(&less).cloned().collect();
+        let mut than_others = than_elsewhere(&found.catalog, &told);
+        if !than_others.is_empty() {
+            // The others were looked at later: what has come meanwhile is on its way here, or has arrived.
+            tokio::time::sleep(ON_ITS_WAY).await;
+            than_others = than_elsewhere(&look::look(repository).await?.catalog, &told);
         }
+        less.extend(than_others);
         findings.extend(less);
     }
     if let Some((server, slot)) = request.server.as_ref().filter(|_| needed.to_the_end) {
@@ -292,7 +308,7 @@ fn report_of(
 ) -> RepositoryReport {
     let backups = backups(&needed.backups, &found.objects, state, &worked.findings, &worked.unread);
     let (never_proven, oldest) = worked.oldest_left();
-    let damaged = worked.findings.iter().any(Finding::is_damage);
+    let damaged = worked.damages > 0;
     let outcome = if damaged {
         VerifyOutcome::Damaged
     } else if !worked.unread.is_empty() {

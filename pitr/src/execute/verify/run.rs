@@ -16,7 +16,7 @@ use walship::{Error, Result};
 
 use super::backup::{Cases, read_object};
 use super::wal::read_wal;
-use crate::verify::{Finding, ProvenState, Unread, VerifiedRange, Work, WorkKind};
+use crate::verify::{Finding, ProvenState, RepositoryReport, Unread, VerifiedRange, Work, WorkKind};
 
 /// What was proven is noted for the first time after this long, then after twice as long each time.
 const FIRST_NOTE: Duration = Duration::from_secs(2);
@@ -86,6 +86,8 @@ pub(super) struct Worked {
     pub(super) objects: u64,
     pub(super) findings: Vec<Finding>,
     pub(super) findings_total: u64,
+    /// How many of all findings are damage.
+    pub(super) damages: u64,
     pub(super) unread: Vec<Unread>,
     pub(super) vanished: BTreeSet<SegmentName>,
     pub(super) vanished_backups: BTreeSet<String>,
@@ -122,9 +124,18 @@ impl Worked {
     }
 
     pub(super) fn add_findings(&mut self, findings: Vec<Finding>) {
-        self.findings_total += findings.len() as u64;
-        let room = crate::verify::RepositoryReport::FINDINGS_MAX.saturating_sub(self.findings.len());
-        self.findings.extend(findings.into_iter().take(room));
+        for finding in findings {
+            self.findings_total += 1;
+            self.damages += u64::from(finding.is_damage());
+            // However many notes there are, damage has its room.
+            let most = match finding.is_damage() {
+                true => RepositoryReport::FINDINGS_MAX,
+                false => RepositoryReport::FINDINGS_MAX / 2,
+            };
+            if self.findings.len() < most {
+                self.findings.push(finding);
+            }
+        }
     }
 
     fn note_read(&mut self, name: SegmentName, size: SegmentSize) {
@@ -372,4 +383,22 @@ pub(super) fn backups(
         VerifiedBackup { id: id.clone(), outcome, proven_since }
     };
     ids.iter().map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::{FindingKind, Takes};
+
+    #[test]
+    fn no_number_of_notes_hides_damage() {
+        let mut worked = Worked::default();
+        let note = || Finding::note(FindingKind::Damaged, "r", "a segment".to_owned(), "cannot be decoded");
+        worked.add_findings((0..RepositoryReport::FINDINGS_MAX + 1).map(|_| note()).collect());
+        let damage = Finding::damage(FindingKind::Damaged, "r", "another".to_owned(), "no", Takes::Nothing);
+        worked.add_findings(vec![damage]);
+        assert!(worked.findings.iter().any(Finding::is_damage) && worked.damages == 1);
+        assert!(worked.findings.len() < RepositoryReport::FINDINGS_MAX);
+        assert_eq!(worked.findings_total, RepositoryReport::FINDINGS_MAX as u64 + 2);
+    }
 }

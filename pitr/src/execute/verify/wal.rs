@@ -91,7 +91,7 @@ async fn read_segment(
 ) -> Result<Option<Reader>> {
     let (mut next, mut carried) = (None, carried);
     let mut damages: Vec<(String, String)> = Vec::new();
-    let mut sound = 0;
+    let (mut sound, mut is_broken) = (0, false);
     let is_segment = |object: &&&WalObject| object.kind == ObjectKind::Segment;
     if !objects.iter().any(|object| is_segment(&object)) {
         if job.catalog.in_parts.contains_key(&name) {
@@ -123,7 +123,9 @@ async fn read_segment(
                         sound += 1;
                         if next.is_none() {
                             next = reader;
-                            done.findings.extend(broken(job, name, &scan, join));
+                            let found = broken(job, name, &scan, join);
+                            is_broken |= found.as_ref().is_some_and(Finding::is_damage);
+                            done.findings.extend(found);
                         }
                     }
                     Some(wrong) => damages.push((job.repository.wal_location(object), wrong)),
@@ -140,10 +142,10 @@ async fn read_segment(
     for object in others {
         check_other(job, name, object, done).await?;
     }
-    if sound > 0 {
-        done.proven.push(name);
-    } else if !damages.is_empty() {
+    if is_broken || (sound == 0 && !damages.is_empty()) {
         done.doubted.push(name);
+    } else if sound > 0 {
+        done.proven.push(name);
     }
     for (location, what) in damages {
         done.findings.push(if sound > 0 {

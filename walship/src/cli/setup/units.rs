@@ -149,7 +149,7 @@ WantedBy=multi-user.target
 
     fn drill(&self) -> Result<String> {
         let mut command = vec!["drill".to_owned()];
-        if !self.drill_options.iter().any(|option| option.starts_with("--scratch")) {
+        if self.scratch().is_none() {
             command.extend(["--scratch".to_owned(), format!("/var/lib/{}/drill", self.name)]);
         }
         command.extend(self.drill_options.iter().cloned());
@@ -161,6 +161,15 @@ WantedBy=multi-user.target
             &exec,
             Runs::Server,
         )
+    }
+
+    /// Returns where drills restore to, where the options say that.
+    fn scratch(&self) -> Option<&str> {
+        let mut options = self.drill_options.iter();
+        options.find_map(|option| option.strip_prefix("--scratch=")).or_else(|| {
+            let mut options = self.drill_options.iter();
+            options.find(|option| *option == "--scratch").and_then(|_| options.next()).map(String::as_str)
+        })
     }
 
     fn oneshot(&self, (what, page): (&str, &str), statuses: &str, exec: &str, runs: Runs) -> Result<String> {
@@ -237,8 +246,13 @@ WantedBy=timers.target
         match &self.folders {
             Some(folders) => {
                 text.push_str("ProtectSystem=strict\n");
-                for folder in folders.repositories.iter().chain(&folders.others) {
+                for folder in &folders.repositories {
                     let _ = writeln!(text, "ReadWritePaths={}", word(&path_text(folder)?)?);
+                }
+                // A service must start without them: that of a status file below /run is there while the receiver runs.
+                let scratch = self.scratch().map(Path::new).filter(|_| runs == Runs::Server);
+                for folder in folders.others.iter().map(PathBuf::as_path).chain(scratch) {
+                    let _ = writeln!(text, "ReadWritePaths={}", word(&format!("-{}", path_text(folder)?))?);
                 }
             }
             None => text.push_str(
@@ -401,10 +415,22 @@ mod tests {
             "RequiresMountsFor=\"/srv/wal ship\"",
             "ProtectSystem=strict",
             "ReadWritePaths=\"/srv/wal ship\"",
-            "ReadWritePaths=/var/spool/w",
+            "ReadWritePaths=-/var/spool/w",
             "ExecStart=/usr/bin/walship receive",
         ] {
             assert!(receive.lines().any(|known| known == line), "{line} in {receive}");
+        }
+        let options = |words: &[&str]| Units {
+            folders: Some(Folders::default()),
+            drill_options: words.iter().map(|word| (*word).to_owned()).collect(),
+            ..units()
+        };
+        for words in [&["--scratch", "/srv/big"][..], &["--latest", "--scratch=/srv/big"]] {
+            let units = options(words);
+            let drill = text(&units, "walship-drill.service");
+            assert!(drill.contains("\nReadWritePaths=-/srv/big\n"), "{drill}");
+            assert!(!drill.contains("/var/lib/walship/drill"), "{drill}");
+            assert!(!text(&units, "walship-backup.service").contains("/srv/big"));
         }
     }
 }

@@ -206,6 +206,7 @@ fn wal_that_waits_is_told() {
     let idle = after(|facts| {
         server(facts).archives = false;
         server(facts).ready_files = Some(100);
+        server(facts).failing_wal = Some("000000010000000000000001".into());
     });
     assert_eq!(idle, [], "nobody is to archive them");
     assert_eq!(after(|facts| contents(facts).gaps = 1), [(Kind::WalGap, Warning)]);
@@ -353,6 +354,24 @@ fn lengths_and_sizes_are_said_as_people_do() {
         ["5 s", "1 min", "1 h", "3 h 1 min", "27 h", "71 h", "3 days"]
     );
     assert_eq!([5, 2048, 3 << 30].map(bytes), ["5 bytes", "2.0 KiB", "3.0 GiB"]);
+}
+
+#[test]
+fn what_is_away_cannot_tell_that_something_is_over() {
+    let known = |facts: &Facts, kind| is_known(facts, kind, URL);
+    let all = good();
+    assert!(known(&all, Kind::BackupOverdue) && known(&all, Kind::ServerDisk) && known(&all, Kind::WalGap));
+    let mut facts = good();
+    facts.server = ServerAnswer::Failed { what: "down".into(), next: "Start it.".into() };
+    assert!(!known(&facts, Kind::ServerDisk) && !known(&facts, Kind::Slot) && known(&facts, Kind::WalGap));
+    assert!(known(&facts, Kind::ServerUnreachable), "that it cannot be asked is known");
+    let mut facts = good();
+    facts.repositories[0].contents = None;
+    facts.repositories[0].disk = None;
+    assert!(
+        !known(&facts, Kind::WalGap) && !known(&facts, Kind::RepositoryDisk) && known(&facts, Kind::Slot)
+    );
+    assert!(is_known(&facts, Kind::WalGap, "file:///other"));
 }
 
 #[test]
