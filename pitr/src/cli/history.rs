@@ -279,20 +279,11 @@ impl From<VerifyRecord> for Entry {
     fn from(record: VerifyRecord) -> Self {
         let what = format!("{}, {} objects in {}", record.scope, record.objects, record.repository);
         Self {
-            kind: Deed::Verify,
-            id: record.id,
-            started: record.started,
             millis: Some(record.millis),
-            host: Some(record.host),
-            user: Some(record.user),
-            reason: record.reason,
-            outcome: record.outcome.word().to_owned(),
             problems: record.problems,
-            target: None,
             what: Some(what),
-            backup: None,
             bytes: record.bytes,
-            recovery_millis: None,
+            ..Self::of(Deed::Verify, record.head, record.outcome.word())
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use chrono::Utc;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use walship::catalog::VerifyOutcome;
+use walship::catalog::{RecordHead, VerifyOutcome};
 use walship::config::Config;
 use walship::replication::{ConnectOptions, Connection, ServerPosition, SessionKind, server_position};
 use walship::repository::{LineageRepository, RecordedBy, new_backup_id};
@@ -195,13 +195,14 @@ fn draw(bar: Option<&ProgressBar>, progress: &Progress) {
 /// Puts a record into the history of each repository; where that cannot be, a line on standard error says so.
 async fn record(repository: &LineageRepository, request: &Request, report: &Report, reason: Option<&str>) {
     let RecordedBy { host, user } = RecordedBy::now();
+    let (id, reason) = (report.id.clone(), reason.map(str::to_owned));
+    let head = RecordHead { format: 1, id, started: report.started, host, user, reason };
     let whole = matches!(request.scope, Scope::Whole);
     for one in repository.each() {
         let location = one.location();
         let found = report.repositories.iter().find(|found| found.repository == location);
         let Some(found) = found else { continue };
-        let by = (host.clone(), user.clone());
-        let record = found.record(report, by, reason.map(str::to_owned), whole);
+        let record = found.record(report, head.clone(), whole);
         if let Err(error) = one.put_verify_record(&record).await {
             eprintln!(
                 "note:  the verification is not in the history of {}: {}",

@@ -225,7 +225,7 @@ fn counts(report: &DrillReport, page: &mut String) {
 mod tests {
     use super::super::tests::report;
     use super::*;
-    use crate::page::tests::assert_sound;
+    use crate::page::tests::{assert_sound, percent_of};
 
     #[test]
     fn nothing_of_a_name_becomes_part_of_the_page() {
@@ -245,16 +245,7 @@ mod tests {
         let figure = page.split("<figure").nth(1).unwrap().split("</svg>").next().unwrap();
         assert_eq!(figure.matches("<rect ").count(), report().steps.len());
         for bar in figure.split("<rect ").skip(1) {
-            let number = |name: &str| -> f64 {
-                bar.split(&format!(" {name}=\""))
-                    .nth(1)
-                    .unwrap()
-                    .split("%\"")
-                    .next()
-                    .unwrap()
-                    .parse()
-                    .unwrap()
-            };
+            let number = |name: &str| percent_of(bar, name);
             assert!(number("x") >= 0.0 && number("x") + number("width") <= 100.01, "{bar}");
         }
     }

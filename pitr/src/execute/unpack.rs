@@ -275,6 +275,21 @@ pub(super) fn unpack(destination: &Destination, object: &BackupObject, arriving:
     }
 }
 
+/// Returns where a member belongs, relative to the data directory or the tablespace; `None`: it is that folder itself.
+///
+/// # Errors
+/// What is wrong with it, in words: it leads elsewhere.
+pub(super) fn member_path(entry: &tar::Entry<'_, impl Read>) -> std::result::Result<Option<PathBuf>, String> {
+    let name = entry.path().map_err(|error| format!("it cannot be unpacked: {error}"))?;
+    let name = Path::new(&*name).components().as_path();
+    let name = name.strip_prefix(".").unwrap_or(name);
+    if name.as_os_str().is_empty() && entry.header().entry_type().is_dir() {
+        return Ok(None);
+    }
+    check_path(name).map_err(|error| error.to_string())?;
+    Ok(Some(name.to_owned()))
+}
+
 fn unpack_stream(destination: &Destination, object: &BackupObject, arriving: Arriving) -> Result<()> {
     let unreadable = |error: io::Error| damaged(format!("it cannot be unpacked: {error}"));
     let decoder = zstd::stream::read::Decoder::new(arriving).map_err(unreadable)?;
@@ -283,14 +298,8 @@ fn unpack_stream(destination: &Destination, object: &BackupObject, arriving: Arr
     // Raw: extensions that carry long names or sizes are never written, and would be kept in memory.
     for entry in archive.entries().map_err(unreadable)?.raw(true) {
         let mut entry = entry.map_err(unreadable)?;
-        let name = entry.path().map_err(unreadable)?.into_owned();
-        let name = PathBuf::from(Path::new(&name).components().as_path());
-        let name = name.strip_prefix(".").map(Path::to_owned).unwrap_or(name);
+        let Some(name) = member_path(&entry).map_err(damaged)? else { continue };
         let kind = entry.header().entry_type();
-        if name.as_os_str().is_empty() && kind.is_dir() {
-            continue;
-        }
-        check_path(&name).map_err(|error| damaged(error.to_string()))?;
         let mode = entry.header().mode().unwrap_or(0o600);
         let place = place_of(destination, object.tablespace, &name)?;
         match kind {

@@ -240,6 +240,12 @@ pub fn axis(page: &mut String, ticks: impl Fn(usize) -> Vec<Tick>, top: u32, y: 
 pub(crate) mod tests {
     use super::*;
 
+    /// Returns an attribute of an element, which is in percent.
+    pub(crate) fn percent_of(element: &str, name: &str) -> f64 {
+        let behind = element.split(&format!(" {name}=\"")).nth(1).unwrap();
+        behind.split("%\"").next().unwrap().parse().unwrap()
+    }
+
     /// Panics where a page is not what every page is: whole, one that loads nothing and runs nothing, and whose elements are
     /// closed in the order in which they were opened.
     pub(crate) fn assert_sound(page: &str) {

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use walship::catalog::{Seen, VerifiedBackup, VerifyOutcome, VerifyRecord};
+use walship::catalog::{RecordHead, Seen, VerifiedBackup, VerifyOutcome, VerifyRecord};
 
 use super::Finding;
 use super::affected::Affected;
@@ -78,26 +78,15 @@ impl RepositoryReport {
     }
 
     /// Returns the record of it for the repository's history.
-    pub fn record(
-        &self,
-        report: &Report,
-        by: (String, String),
-        reason: Option<String>,
-        whole: bool,
-    ) -> VerifyRecord {
+    pub fn record(&self, report: &Report, head: RecordHead, whole: bool) -> VerifyRecord {
         let damages = self.findings.iter().filter(|finding| finding.is_damage());
         let damages = damages.map(|finding| format!("{}: {}", finding.object, finding.what));
         let unread =
             self.unread.iter().map(|unread| format!("{} could not be read: {}", unread.object, unread.why));
         let problems: Vec<String> = damages.chain(unread).collect();
         VerifyRecord {
-            format: 1,
-            id: report.id.clone(),
-            started: report.started,
+            head,
             millis: report.millis,
-            host: by.0,
-            user: by.1,
-            reason,
             repository: self.repository.clone(),
             scope: report.scope.clone(),
             whole,

@@ -250,7 +250,11 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
     // Whoever knows of it makes the index forget it, says so, and hears no more of it.
     stage.ok(&mut stage.pitr(&["index", "--rebuild"]));
     let accept = ["--accept-missing", "--reason", "known"];
+    // Ids of one second are in any order.
+    let next_second = || std::thread::sleep(Duration::from_millis(1100));
+    next_second();
     sound(&stage, &accept);
+    next_second();
     sound(&stage, &[]);
     fs::write(&last, &kept).unwrap();
     stage.ok(&mut stage.pitr(&["index"]));

@@ -5,27 +5,18 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use super::history::RecordHead;
 use crate::pg::{Lsn, SegmentName, TimelineId};
 use crate::wal::rollup::Run;
 
 /// What a verification of one repository came to (`history/verifications/<id>.json`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyRecord {
-    /// The format of this document; 1.
-    pub format: u32,
-    /// Its id: time and 64 random bits, `20261121T010203Z-0123456789abcdef`; the same in all repositories that it read.
-    pub id: String,
-    /// When it began, by the clock of the machine that did it.
-    pub started: DateTime<Utc>,
+    /// Who did it, where, when and why; the id is the same in all repositories that it read.
+    #[serde(flatten)]
+    pub head: RecordHead,
     /// How long it took in milliseconds.
     pub millis: u64,
-    /// That machine.
-    pub host: String,
-    /// The user of that machine.
-    pub user: String,
-    /// Why it was done, in the operator's words.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
     /// The lineage's folder that was read, with the repository's address.
     pub repository: String,
     /// What was to be proven, in words: `the whole lineage`, `backup ID`, `--latest`.

@@ -122,7 +122,7 @@ impl LineageRepository {
     /// # Errors
     /// As there.
     pub async fn put_verify_record(&self, record: &VerifyRecord) -> Result<()> {
-        self.put_record(VERIFICATIONS, &record.id, record).await
+        self.put_record(VERIFICATIONS, &record.head.id, record).await
     }
 
     /// Returns the records of the last `max` restores, the newest first; from the first repository that has any.
@@ -158,7 +158,7 @@ impl LineageRepository {
         for one in self.each() {
             records.extend(one.recent_here(VERIFICATIONS, max).await?);
         }
-        records.sort_by(|a, b| (b.started, &b.id).cmp(&(a.started, &a.id)));
+        records.sort_by(|a, b| (b.head.started, &b.head.id).cmp(&(a.head.started, &a.head.id)));
         records.truncate(max);
         Ok(records)
     }

@@ -284,7 +284,7 @@ impl VerificationFacts {
             matches!(later.outcome, VerifyOutcome::Sound | VerifyOutcome::Partly)
                 && later.repository == damaged.repository
                 && (later.whole || later.scope == damaged.scope)
-                && later.proven_since.is_some_and(|since| since > damaged.started)
+                && later.proven_since.is_some_and(|since| since > damaged.head.started)
         };
         let stands = records.iter().enumerate().find(|(at, record)| {
             record.outcome == VerifyOutcome::Damaged
@@ -292,7 +292,7 @@ impl VerificationFacts {
         });
         let record = stands.map(|(_, record)| record).or(records.first())?;
         Some(Self {
-            started: record.started,
+            started: record.head.started,
             took: Duration::from_millis(record.millis),
             is_good: !matches!(
                 record.outcome,
@@ -309,7 +309,7 @@ impl VerificationFacts {
         let done = |record: &&VerifyRecord| {
             matches!(record.outcome, VerifyOutcome::Sound | VerifyOutcome::Partly | VerifyOutcome::Damaged)
         };
-        records.iter().find(done).map(|record| record.started)
+        records.iter().find(done).map(|record| record.head.started)
     }
 }
 

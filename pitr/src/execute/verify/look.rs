@@ -209,7 +209,7 @@ pub(super) async fn goes_on_from(
         return Ok(None);
     };
     let records = repository.recent_verifications(super::run::RECORDS_MAX).await?;
-    let ended = records.iter().find(|record| record.id == last.id);
+    let ended = records.iter().find(|record| record.head.id == last.id);
     let unended = ended.is_none_or(|record| record.outcome == VerifyOutcome::Interrupted);
     Ok(unended.then_some(round))
 }

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest as _, Sha224, Sha256, Sha384, Sha512};
 use walship::codec::backup_index::{BLOCK_BYTES, BlockDigest, block_digests};
 use walship::pg::backup_label::without_incremental_lines;
-use walship::pg::backup_manifest::{ChecksumAlgorithm, ManifestFile, check_path};
+use walship::pg::backup_manifest::{ChecksumAlgorithm, ManifestFile};
 use walship::pg::incremental::{PartialFile, whole_path};
 use walship::pg::page::{PAGE_BYTES, PageState, RelationFile, judge};
 
 use super::backup::{Case, FLAWS_MAX};
-use crate::execute::unpack::Arriving;
+use crate::execute::unpack::{Arriving, member_path};
 
 /// How many pages a relation's file holds before the next one begins: 1 GiB.
 const BLOCKS_PER_FILE: u32 = 131_072;
@@ -118,15 +118,8 @@ fn read_tar(case: &Case, place: u32, stored: &mut Hashed, found: &mut Found) -> 
     let mut archive = tar::Archive::new(decoder.take(object.tar_bytes.saturating_add(1)));
     for entry in archive.entries().map_err(unreadable)?.raw(true) {
         let mut entry = entry.map_err(unreadable)?;
-        let name = entry.path().map_err(unreadable)?.into_owned();
-        let name = PathBuf::from(Path::new(&name).components().as_path());
-        let name = name.strip_prefix(".").map(Path::to_owned).unwrap_or(name);
-        let kind = entry.header().entry_type();
-        if name.as_os_str().is_empty() && kind.is_dir() {
-            continue;
-        }
-        check_path(&name).map_err(|error| error.to_string())?;
-        match kind {
+        let Some(name) = member_path(&entry)? else { continue };
+        match entry.header().entry_type() {
             tar::EntryType::Directory | tar::EntryType::Symlink => {}
             tar::EntryType::Regular => {
                 let tar_at = entry.raw_file_position();

@@ -165,11 +165,9 @@ WantedBy=multi-user.target
 
     /// Returns where drills restore to, where the options say that.
     fn scratch(&self) -> Option<&str> {
-        let mut options = self.drill_options.iter();
-        options.find_map(|option| option.strip_prefix("--scratch=")).or_else(|| {
-            let mut options = self.drill_options.iter();
-            options.find(|option| *option == "--scratch").and_then(|_| options.next()).map(String::as_str)
-        })
+        let options = &self.drill_options;
+        let joined = options.iter().find_map(|option| option.strip_prefix("--scratch="));
+        joined.or_else(|| options.windows(2).find(|two| two[0] == "--scratch").map(|two| &*two[1]))
     }
 
     fn oneshot(&self, (what, page): (&str, &str), statuses: &str, exec: &str, runs: Runs) -> Result<String> {

@@ -376,15 +376,17 @@ fn what_is_away_cannot_tell_that_something_is_over() {
 
 #[test]
 fn damage_stands_until_what_was_damaged_is_sound() {
-    use crate::catalog::{VerifyOutcome, VerifyRecord};
+    use crate::catalog::{RecordHead, VerifyOutcome, VerifyRecord};
     let record = |hours: i64, scope: &str, outcome| VerifyRecord {
-        format: 1,
-        id: String::new(),
-        started: ago(hours * HOUR),
+        head: RecordHead {
+            format: 1,
+            id: String::new(),
+            started: ago(hours * HOUR),
+            host: String::new(),
+            user: String::new(),
+            reason: None,
+        },
         millis: 1,
-        host: String::new(),
-        user: String::new(),
-        reason: None,
         repository: String::new(),
         scope: scope.into(),
         whole: scope == "all",

@@ -10,7 +10,7 @@ use super::*;
 use crate::execute::info::{
     RestorePoint, ServerInfo, TailInfo, TimelineInfo, TransactionTime, UnfinishedBackup, WindowInfo,
 };
-use crate::page::tests::assert_sound;
+use crate::page::tests::{assert_sound, percent_of};
 use crate::plan::tests::tli;
 use crate::plan::{Gap, KnownBy, Window, WindowEnd};
 
@@ -391,16 +391,7 @@ async fn every_page_is_sound_and_has_an_end() {
         // Nothing is drawn outside.
         let rects = page.split("<rect ").skip(1).filter_map(|rest| rest.split('>').next());
         for rect in rects.filter(|rect| rect.contains('%')) {
-            let number = |name: &str| -> f64 {
-                rect.split(&format!(" {name}=\""))
-                    .nth(1)
-                    .unwrap()
-                    .split("%\"")
-                    .next()
-                    .unwrap()
-                    .parse()
-                    .unwrap()
-            };
+            let number = |name: &str| percent_of(rect, name);
             assert!(number("x") >= 0.0 && number("x") + number("width") <= 100.02, "{name}: {rect:.200}");
         }
     }
