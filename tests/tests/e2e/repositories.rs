@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use walship_tests::postgres::{PgServer, StopMode, primary_major};
+use walship_tests::postgres::{PgBinaries, PgServer, StopMode, primary_major};
 use walship_tests::process::copy_tree;
 use walship_tests::s3_inprocess::{ACCESS_KEY, BUCKET, SECRET_KEY};
 use walship_tests::stage::Stage;
@@ -156,4 +156,51 @@ fn one_repository_makes_up_for_what_another_lacks() {
     assert!(said.contains("cannot be read") && said.contains("--without-repo"), "{said}");
     let settings = fs::read_to_string(scene.stage.path().join("dead-first/postgresql.auto.conf")).unwrap();
     assert!(settings.contains("--without-repo"), "{settings}");
+}
+
+#[test]
+fn drills_and_extracts_read_s3_and_make_up_for_what_a_repository_lacks() {
+    let mut scene = Scene::new();
+    let pristine = scene.stage.path().join("pristine");
+    copy_tree(&scene.stage.repository_dir(), &pristine);
+    let damaged = scene.stage.repository_dir();
+    fs::remove_file(scene.segment(&damaged, 4)).unwrap();
+    flip(&find(&damaged, "000001.tar").unwrap());
+    let binaries = PgBinaries::find(primary_major()).server_bin().to_owned();
+    let run = |scene: &Scene, words: &[&str]| -> Value {
+        let mut command = scene.stage.pitr_as_user(words);
+        command.arg("--scratch").arg(scene.stage.path().join("scratch")).arg("--pg-bin").arg(&binaries);
+        serde_json::from_str(&scene.stage.ok(command.arg("--json"))).unwrap()
+    };
+    let both = |scene: &Scene, name: &str| {
+        let drill = run(scene, &["drill", "--latest"]);
+        assert_eq!(drill["outcome"], "proven", "{name}: {drill:#}");
+        assert_eq!(drill["row_counts"][0]["rows"], 5, "{name}: {drill:#}");
+        let file = scene.stage.path().join(format!("{name}.sql"));
+        let extract =
+            run(scene, &["extract", "--table", "public.t", "--latest", "--output", file.to_str().unwrap()]);
+        let text = fs::read_to_string(&file).unwrap();
+        assert!(text.contains("COPY public.t (id) FROM stdin;\n1\n2\n3\n4\n5\n"), "{name}: {text}");
+        assert!(!scene.stage.path().join("scratch").exists(), "{name}");
+        [drill, extract].map(|report| report["notes"].to_string())
+    };
+    // What the folder lacks comes from S3.
+    for said in both(&scene, "damaged") {
+        assert!(said.contains("000001.tar") && said.contains("was taken from s3://"), "{said}");
+    }
+    // S3 alone; the records of what was done lie there as well.
+    scene.configure(&[&scene.s3()]);
+    both(&scene, "s3");
+    let history: Value =
+        serde_json::from_str(&scene.stage.ok(&mut scene.stage.pitr(&["history", "--json"]))).unwrap();
+    let kinds = |kind: &str| {
+        history["entries"].as_array().unwrap().iter().filter(|done| done["kind"] == kind).count()
+    };
+    assert_eq!((kinds("drill"), kinds("extract")), (2, 2), "{history:#}");
+    // S3 is dead, and comes first.
+    scene.configure(&[&scene.s3(), &scene.folder("pristine")]);
+    scene.weed.kill9();
+    for said in both(&scene, "dead-first") {
+        assert!(said.contains("cannot be read"), "{said}");
+    }
 }
