@@ -10,7 +10,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use pitr::execute::expire::{Prepared, Report, Request, carry_out, prepare};
 use pitr::retention::Policy;
 use walship::Error;
-use walship::catalog::{BackupObject, BackupRecord, Hold, ParentBackup};
+use walship::catalog::{BackupObject, BackupRecord, HeldWal, Hold, ParentBackup};
 use walship::config::RetentionSettings;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use walship::repository::index::complete::{Options, Task, complete};
@@ -34,6 +34,15 @@ fn id(at: usize) -> String {
     format!("2026010{}T010203Z-000000000000000{}", at + 1, at + 1)
 }
 
+/// How old what happened in a segment is: as old as the backups there.
+fn age_of(number: u64) -> TimeDelta {
+    let known = [(0, 402)].into_iter().chain(BACKUPS).chain([(SEGMENTS, 0)]).collect::<Vec<_>>();
+    let at = known.iter().position(|(segment, _)| number < *segment).unwrap();
+    let ((before, older), (behind, newer)) = (known[at - 1], known[at]);
+    let minutes = older * 1440 * (behind - number) as i64 + newer * 1440 * (number - before) as i64;
+    TimeDelta::minutes(minutes / (behind - before) as i64)
+}
+
 /// A repository, what it lies in, and what goes wrong there.
 struct Scene {
     memory: MemoryStorage,
@@ -50,7 +59,7 @@ impl Scene {
         let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
         let repository = cluster.register_lineage(7, SIZE, 17, now).await.unwrap();
         for number in 1..SEGMENTS {
-            let time = now - TimeDelta::minutes((SEGMENTS - number) as i64);
+            let time = now - age_of(number);
             let summary = made_up_summary(repository.lineage(), name(number), 2 * number as u32, [time; 2]);
             repository.put_wal_file(&made_up_object(&summary).unwrap()).await.unwrap();
         }
@@ -64,11 +73,7 @@ impl Scene {
 
     /// The same once more, on its own.
     async fn copy(&self) -> Self {
-        let memory = MemoryStorage::new();
-        for key in self.memory.keys() {
-            let key = ObjectKey::new(key).unwrap();
-            memory.overwrite(&key, self.memory.get(&key, 1 << 30).await.unwrap().unwrap());
-        }
+        let memory = self.memory.copy();
         let faulty = FaultyStorage::new(Arc::new(memory.clone()));
         let repository = Repository::open(Arc::new(faulty.clone())).await.unwrap();
         let cluster = repository.cluster(&"main".parse().unwrap()).await.unwrap();
@@ -131,6 +136,7 @@ impl Scene {
             parent,
         };
         self.repository.put_backup_record(&record).await.unwrap();
+        self.memory.age(&format!("/backups/{id}/"), TimeDelta::days(days));
     }
 
     fn request(&self) -> Request {
@@ -401,6 +407,37 @@ async fn a_lock_of_another_machine_holds_until_its_time_is_over() {
     scene.memory.overwrite(&key, serde_json::to_vec(&lock(scene.now - TimeDelta::minutes(5))).unwrap());
     scene.expire().await.unwrap();
     assert_eq!(scene.keys("/locks/").len(), 0);
+
+    // Of a machine whose clock is ahead: after ten minutes by the store's clock nobody has renewed it.
+    let ahead = |minutes: i64| {
+        let mut lock = lock(scene.now + TimeDelta::minutes(minutes + 10));
+        lock["taken"] = serde_json::to_value(scene.now + TimeDelta::minutes(minutes)).unwrap();
+        serde_json::to_vec(&lock).unwrap()
+    };
+    let over = async |document: Vec<u8>, minutes_ago: i64| {
+        scene.memory.overwrite(&key, document);
+        scene.memory.age("/locks/", TimeDelta::minutes(minutes_ago));
+        let begun = scene.repository.begin_removal("20260102T000000Z-0123456789abcdef", Utc::now()).await;
+        match begun {
+            Ok(remover) => {
+                remover.end().await;
+                assert_eq!(scene.keys("/locks/").len(), 0);
+                true
+            }
+            Err(error) => {
+                assert!(matches!(error, Error::Unavailable(_)), "{error}");
+                assert!(error.safe().contains("nothing was removed"), "{error}");
+                assert_eq!(scene.keys("/locks/").len(), 1, "nothing but the other's is left");
+                false
+            }
+        }
+    };
+    assert!(!over(ahead(14), 9).await && over(ahead(14), 11).await);
+    assert!(over(ahead(16), 0).await, "no clock that removes anything is so far ahead");
+    // So is one that cannot be read.
+    for unreadable in ["{}", "{\"format\": 9}", ""] {
+        assert!(!over(unreadable.into(), 9).await && over(unreadable.into(), 11).await, "{unreadable}");
+    }
 }
 
 #[tokio::test]
@@ -566,6 +603,158 @@ async fn backups_whose_objects_are_gone_push_out_no_others() {
 }
 
 #[tokio::test]
+async fn a_complete_backup_whose_record_is_gone_is_not_taken_for_one_that_was_given_up() {
+    let original = Scene::make().await;
+    let records: Vec<ObjectKey> =
+        original.keys("/backups/catalog/").into_iter().map(|key| ObjectKey::new(key).unwrap()).collect();
+    let refused = async |scene: &Scene, id: &str, why: &str| {
+        scene.memory.age("", TimeDelta::days(30));
+        let before = scene.memory.keys();
+        let error = prepare(&scene.repository, &scene.request()).await.unwrap_err();
+        assert!(matches!(error, Error::Corrupt(_)), "{error}");
+        assert!(error.to_string().contains(id) && error.to_string().contains(why), "{error}");
+        assert!(error.safe().contains("nothing was removed"), "{}", error.safe());
+        assert_eq!(scene.memory.keys(), before);
+    };
+    // The index knows it.
+    let scene = original.copy().await;
+    scene.memory.remove(&records[2]);
+    refused(&scene, &id(2), "the index knows it").await;
+    // One that a removal had marked is half removed.
+    let mark = format!("main/0001/expiring/{}.20260101T000000Z-0123456789abcdef.json", id(2));
+    scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+    let plan = scene.shown().await.plan;
+    assert!(plan.backups_removed.iter().any(|backup| backup.id == id(2)), "{plan:#?}");
+    // A hold keeps that, and the mark stays, which tells it from what has lost its record.
+    scene.repository.put_hold(&scene.hold(&id(2))).await.unwrap();
+    scene.memory.age("/expiring/", TimeDelta::days(1));
+    scene.expire().await.unwrap();
+    assert_eq!(scene.keys("/expiring/").len(), 1);
+    scene.shown().await;
+
+    // No record is there at all, nor the index.
+    let scene = original.copy().await;
+    let index = scene.keys("/index/").into_iter().map(|key| ObjectKey::new(key).unwrap());
+    records.iter().cloned().chain(index).for_each(|key| scene.memory.remove(&key));
+    refused(&scene, &id(0), "no record of any backup").await;
+    // What never came to its manifest was never complete.
+    for at in 0..BACKUPS.len() {
+        let key = format!("main/0001/backups/{}/manifest.json.zst", id(at));
+        scene.memory.remove(&ObjectKey::new(key).unwrap());
+    }
+    assert_eq!(scene.shown().await.plan.backups_removed.len(), BACKUPS.len());
+}
+
+#[tokio::test]
+async fn what_is_stored_is_listed_and_not_taken_from_the_index() {
+    let scene = Scene::make().await;
+    // A segment behind the backup that the window begins with; the index still tells of it.
+    let lost = scene.keys("/wal/").into_iter().find(|key| key.contains(&name(250).to_string())).unwrap();
+    scene.memory.remove(&ObjectKey::new(lost).unwrap());
+    assert!(load_catalog(&scene.repository).await.unwrap().segments.contains(name(250)));
+    let kept = scene.shown().await.plan.wal_kept;
+    assert_eq!(kept.iter().map(|wal| wal.segments).sum::<u64>(), SEGMENTS - 200 - 1, "{kept:#?}");
+    // One that makes the newest backup consistent.
+    let lost = scene.keys("/wal/").into_iter().find(|key| key.contains(&name(290).to_string())).unwrap();
+    scene.memory.remove(&ObjectKey::new(lost).unwrap());
+    let error = prepare(&scene.repository, &scene.request()).await.unwrap_err();
+    assert!(matches!(error, Error::Corrupt(_)) && error.to_string().contains(&id(3)), "{error}");
+}
+
+#[tokio::test]
+async fn a_backup_is_as_old_as_the_store_says() {
+    let scene = Scene::make().await;
+    // The machine that took it had a clock that was weeks behind.
+    scene.backup("20260105T010203Z-0123456789abcdef", 295, 300, None).await;
+    scene.memory.age("20260105T010203Z-0123456789abcdef", -TimeDelta::days(300));
+    let kept: Vec<String> =
+        scene.shown().await.plan.backups_kept.into_iter().map(|backup| backup.id).collect();
+    assert!(kept.contains(&id(2)) && kept.contains(&id(3)), "the window does not begin with it: {kept:?}");
+    // One from the future blocks nothing where the store knows better.
+    scene.backup("20260106T010203Z-0123456789abcdef", 297, -3000, None).await;
+    scene.memory.age("20260106T010203Z-0123456789abcdef", TimeDelta::days(3000));
+    assert_eq!(scene.expire().await.unwrap().backups, 2);
+}
+
+#[tokio::test]
+async fn where_all_clocks_were_wrong_the_first_moment_of_the_window_stays() {
+    let scene = Scene::make().await;
+    let settings = RetentionSettings { window: Some("500 days".parse().unwrap()), ..Default::default() };
+    let request = Request { policy: Policy::of(&settings).unwrap(), ..scene.request() };
+    let shown = prepare(&scene.repository, &request).await.unwrap();
+    assert!(shown.plan.is_empty(), "the window is longer than the archive");
+    // A backup of today, by its host and by the store older than all.
+    scene.backup("20240105T010203Z-0123456789abcdef", 295, 600, None).await;
+    let error = prepare(&scene.repository, &request).await.unwrap_err();
+    assert!(matches!(error, Error::Conflict(_)), "{error}");
+    assert!(error.to_string().contains("the first moment of the window on timeline 1"), "{error}");
+}
+
+#[tokio::test]
+async fn a_restores_hold_lasts_a_day_by_the_stores_clock() {
+    let original = Scene::make().await;
+    let wal = HeldWal {
+        timeline: TimelineId::FIRST,
+        start_lsn: Some(name(10).start(SIZE)),
+        through_lsn: Some(name(20).start(SIZE)),
+    };
+    let kept = async |clock: i64, hours_ago: i64| {
+        let scene = original.copy().await;
+        let created = scene.now + TimeDelta::days(clock);
+        let hold = Hold {
+            until: Some(created + TimeDelta::days(1)),
+            wal: Some(wal),
+            created,
+            ..scene.hold(&id(0))
+        };
+        scene.repository.put_hold(&hold).await.unwrap();
+        scene.memory.age("/holds/", TimeDelta::hours(hours_ago));
+        let plan = scene.shown().await.plan;
+        plan.backups_kept.iter().any(|backup| backup.id == id(0))
+    };
+    for clock in [0, -30, 3000] {
+        assert!(kept(clock, 23).await, "{clock}");
+        assert!(!kept(clock, 25).await, "{clock}");
+    }
+}
+
+#[tokio::test]
+async fn a_hold_that_came_when_a_removal_was_killed_brings_back_its_wal() {
+    let scene = Scene::make().await;
+    for at in [0, 1] {
+        let hold = Hold { id: format!("2026010{}T000000Z-0123456789abcdef", at + 1), ..scene.hold(&id(at)) };
+        scene.repository.put_hold(&hold).await.unwrap();
+    }
+    // Both old backups are held, and nothing but WAL goes; killed when the ledger tells of it, and nothing is gone yet.
+    scene.faulty.set(|call, asked| {
+        (call == Call::Remove && asked.contains("/index/")).then_some(Fault::Unavailable)
+    });
+    scene.expire().await.unwrap_err();
+    scene.faulty.heal();
+    let stored = async || load_catalog(&scene.repository).await.unwrap().segments.count(TimelineId::FIRST, 0, SEGMENTS);
+    assert!(stored().await < 150 && scene.keys("/gaps/").len() == 3);
+    // A restore from the first backup begins, and needs what is behind it.
+    let wal = HeldWal {
+        timeline: TimelineId::FIRST,
+        start_lsn: Some(name(10).start(SIZE)),
+        through_lsn: Some(name(50).start(SIZE)),
+    };
+    let restore = Hold { id: "20260104T000000Z-0123456789abcdef".into(), wal: Some(wal), ..scene.hold(&id(0)) };
+    scene.repository.put_hold(&restore).await.unwrap();
+    // A request of the one that was killed may still take effect: not before an hour is over.
+    assert!(scene.shown().await.plan.counts_again.is_empty());
+    scene.memory.age("/gaps/", TimeDelta::hours(2));
+    let shown = scene.shown().await;
+    assert!(shown.plan.notes.iter().any(|note| note.contains("counts again")) && !shown.is_done());
+    scene.expire().await.unwrap();
+    let catalog = load_catalog(&scene.repository).await.unwrap();
+    assert_eq!(catalog.segments.count(TimelineId::FIRST, 10, 51), 41, "what is held counts");
+    assert!(catalog.gaps.iter().all(|gap| gap.is_expired()), "the rest is expired, and not lost");
+    let error = scene.repository.check_wal_not_expired(&[(TimelineId::FIRST, name(60).start(SIZE), name(61).start(SIZE))]);
+    assert!(matches!(error.await, Err(Error::Conflict(_))));
+}
+
+#[tokio::test]
 async fn an_emptied_wal_folder_costs_nothing() {
     let scene = Scene::make().await;
     for key in scene.keys("/wal/").into_iter().chain(scene.keys("/index/")) {
@@ -644,7 +833,14 @@ async fn marks_of_others_stay_until_they_are_old() {
 #[tokio::test]
 async fn what_is_gone_of_a_batch_that_failed_is_expired_and_not_lost() {
     let original = Scene::make().await;
-    for (at, whole) in [(0, true), (1, false), (150, false)] {
+    // Only a store that answered has done nothing more: what got no answer may still be done.
+    let cases = [
+        (0, Fault::Denied, true),
+        (1, Fault::Denied, false),
+        (0, Fault::Unavailable, false),
+        (150, Fault::Unavailable, false),
+    ];
+    for (at, fault, whole) in cases {
         let scene = original.copy().await;
         // A hold on every backup that would go: nothing but WAL goes.
         scene.repository.put_hold(&scene.hold(&id(0))).await.unwrap();
@@ -654,7 +850,7 @@ async fn what_is_gone_of_a_batch_that_failed_is_expired_and_not_lost() {
         scene.faulty.set(move |call, asked| {
             let late =
                 call == Call::Remove && asked.contains("/wal/") && count.fetch_add(1, Ordering::SeqCst) >= at;
-            late.then_some(Fault::Unavailable)
+            late.then_some(fault)
         });
         scene.expire().await.unwrap_err();
         scene.faulty.heal();

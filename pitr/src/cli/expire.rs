@@ -35,11 +35,12 @@ const UNRELEASED: &str = "WALSHIP_UNRELEASED";
 pub(super) async fn run(args: &ExpireArgs) -> Result<u8> {
     if args.confirm && std::env::var_os(UNRELEASED).is_none_or(|what| what != "expire") {
         return Err(Error::invalid(
-            "removal is not released in this version: cases are known in which it takes what a backup that stays needs",
+            "removal is not released in this version: cases were known in which it took what a backup that stays needs, and what mends them \
+             was not looked at again yet",
         )
         .with_safe("nothing was removed")
         .with_next(
-            "Leave --confirm out to see what the policy would keep and remove. The page about retention lists the cases.",
+            "Leave --confirm out to see what the policy would keep and remove. The page about retention says how it is meant to work.",
         ));
     }
     let config = Config::load(&args.source.overrides)?;

@@ -1,9 +1,11 @@
 //! `pitr hold` and `pitr release`; and the hold that a restore has on what it reads.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
+use tokio::task::JoinHandle;
 use walship::catalog::{HeldWal, Hold};
 use walship::pg::SegmentName;
 use walship::repository::{LineageRepository, RecordedBy, load_catalog, new_gap_id, released_now};
@@ -18,6 +20,43 @@ use crate::plan::{RestorePlan, StopKind};
 
 /// How long a restore holds what it reads: recovery goes on fetching WAL when the command has ended.
 const RESTORE_HOLDS: TimeDelta = TimeDelta::days(1);
+
+/// How often a restore that is under way holds again what it reads.
+const HOLD_AGAIN_EVERY: Duration = Duration::from_secs(6 * 3600);
+
+/// Holds again and again what a restore reads, until it is dropped.
+#[derive(Debug)]
+#[must_use = "what is held is held for a day only"]
+pub(super) struct RestoreHold(JoinHandle<()>);
+
+impl RestoreHold {
+    fn keep(repositories: Vec<LineageRepository>, hold: Hold, every: Duration) -> Self {
+        Self(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(every).await;
+                // A document is written once: another one says it again.
+                let (now, wal, reason) = (Utc::now(), hold.wal, hold.reason.clone());
+                let again = new_hold(&hold.backup, reason, Some(now + RESTORE_HOLDS), wal, now);
+                put_everywhere(&repositories, &again).await;
+            }
+        }))
+    }
+}
+
+impl Drop for RestoreHold {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Writes a hold wherever this user may: who may only read restores as well.
+async fn put_everywhere(repositories: &[LineageRepository], hold: &Hold) {
+    for one in repositories {
+        if let Err(error) = one.put_hold(hold).await {
+            tracing::debug!(%error, "what is restored is not held");
+        }
+    }
+}
 
 pub(super) async fn hold(args: &HoldArgs) -> Result<u8> {
     let now = Utc::now();
@@ -108,14 +147,19 @@ pub(super) async fn release(args: &ReleaseArgs) -> Result<u8> {
     everywhere(&repository, "the hold is released")
 }
 
-/// Holds what a restore reads, where this user may write, so that retention does not remove it meanwhile.
+/// Holds what a restore reads, where this user may write, so that retention does not remove it meanwhile; as long as what is
+/// returned lives, and for a day from then on at least.
 ///
 /// # Errors
 /// [`Error::Conflict`] when it is being removed already, or WAL that it needs was since the plan was made.
-pub(super) async fn hold_for_restore(repository: &LineageRepository, plan: &RestorePlan) -> Result<()> {
+pub(super) async fn hold_for_restore(
+    repository: &LineageRepository,
+    plan: &RestorePlan,
+) -> Result<RestoreHold> {
     let now = Utc::now();
     let through_lsn = (plan.stop.kind != StopKind::EndOfWal).then_some(plan.stop.through_lsn);
-    let wal = HeldWal { timeline: plan.timeline, through_lsn };
+    let wal =
+        HeldWal { timeline: plan.timeline, start_lsn: Some(plan.backup.start_lsn), through_lsn };
     let hold = new_hold(
         &plan.backup.id,
         format!(
@@ -131,11 +175,10 @@ pub(super) async fn hold_for_restore(repository: &LineageRepository, plan: &Rest
         .map(|part| (part.first.timeline, part.first.start(size), part.last.end(size)))
         .collect();
     let (mut sound, mut gone) = (Vec::new(), None);
-    for one in repository.each() {
-        // Who may only read restores as well.
-        if let Err(error) = one.put_hold(&hold).await {
-            tracing::debug!(%error, "what is restored is not held");
-        }
+    let repositories = repository.each();
+    put_everywhere(&repositories, &hold).await;
+    let held = RestoreHold::keep(repositories.clone(), hold, HOLD_AGAIN_EVERY);
+    for one in repositories {
         // In this order: retention says first what it removes, and looks for holds then.
         match check_not_expiring(&one, plan).await {
             Ok(()) => match one.check_wal_not_expired(&stretches).await {
@@ -151,7 +194,7 @@ pub(super) async fn hold_for_restore(repository: &LineageRepository, plan: &Rest
             Err(error) => one.failed(&error),
         }
     }
-    let Some(error) = gone else { return Ok(()) };
+    let Some(error) = gone else { return Ok(held) };
     if sound.is_empty() || !is_still_there(sound, plan).await? {
         return Err(error
             .with_safe("nothing was restored, and the repository is as retention keeps it")
@@ -160,7 +203,7 @@ pub(super) async fn hold_for_restore(repository: &LineageRepository, plan: &Rest
                  configuration.",
             ));
     }
-    Ok(())
+    Ok(held)
 }
 
 /// Fails when a backup that is restored from is being removed.
@@ -204,4 +247,41 @@ fn new_hold(
     let RecordedBy { host, user } = RecordedBy::now();
     let id = new_gap_id(now, rand::random());
     Hold { format: 1, id, backup: backup.to_owned(), reason, until, wal, created: now, host, user }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use walship::pg::{Lsn, SegmentSize, TimelineId};
+    use walship::repository::Repository;
+    use walship::storage::memory::MemoryStorage;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_restore_holds_again_while_it_runs_and_no_longer() {
+        let now = Utc::now();
+        let repository = Repository::create(Arc::new(MemoryStorage::new()), now).await.unwrap();
+        let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
+        let lineage = cluster.register_lineage(7, SegmentSize::MIN, 17, now).await.unwrap();
+        let wal = HeldWal { timeline: TimelineId::FIRST, start_lsn: Some(Lsn(1 << 20)), through_lsn: None };
+        let backup = "20260101T010203Z-0123456789abcdef";
+        let hold = new_hold(backup, "a restore to --latest".into(), Some(now + RESTORE_HOLDS), Some(wal), now);
+        lineage.put_hold(&hold).await.unwrap();
+        let held = RestoreHold::keep(vec![lineage.clone()], hold.clone(), Duration::from_millis(5));
+        while lineage.holds().await.unwrap().len() < 4 {
+            tokio::task::yield_now().await;
+        }
+        drop(held);
+        tokio::task::yield_now().await;
+        let holds = lineage.holds().await.unwrap();
+        for again in &holds {
+            assert_eq!((&*again.backup, again.wal, &again.reason), (backup, hold.wal, &hold.reason));
+            assert_eq!(again.until, Some(again.created + RESTORE_HOLDS));
+        }
+        assert!(holds.iter().any(|again| again.created > hold.created));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(lineage.holds().await.unwrap().len(), holds.len(), "it has ended");
+    }
 }

@@ -71,6 +71,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         output::print(&output::plan_text(&plan, Way::of(&options.settings.recovery), None, style))?;
     }
     let (begun_at, begun) = (Utc::now(), Instant::now());
+    let mut held = None;
     let mut report = if args.dry_run {
         let report = check(&plan, &options)?;
         source.repository.check_backup_objects(&plan.backup).await?;
@@ -82,7 +83,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         {
             confirm(&what, &plan.cluster)?;
         }
-        hold_for_restore(&source.repository, &plan).await?;
+        held = Some(hold_for_restore(&source.repository, &plan).await?);
         let progress = Arc::new(Progress::default());
         let shown = progress.clone();
         tokio::select! {
@@ -107,6 +108,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Some(starting) if args.dry_run => Some(Ok(would_start(&report, starting))),
         Some(starting) => Some(start::carry_out(&plan, &report, starting, restored_in).await),
     };
+    drop(held);
     if !args.dry_run {
         let started = ended.as_ref().and_then(|ended| ended.as_ref().ok());
         let reason = args.reason.as_deref();

@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use chrono::{DateTime, TimeDelta, Utc};
 use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::TimelineId;
+use walship::repository::REMAINS_LOOKED_AT_MAX;
 use walship::{Error, Result};
 
 use super::wal::{Stage, Way};
-use super::{Begun, GIVEN_UP_AFTER, KeptBackup, Policy, RemovedBackup, Seen};
+use super::clock::is_to_come;
+use super::{Begun, BegunAt, GIVEN_UP_AFTER, KeptBackup, Policy, RemovedBackup, Seen};
 use crate::plan::{build_chain, is_on_path};
 
 /// The choice.
@@ -48,25 +50,29 @@ fn flaw_of(catalog: &Catalog, seen: &Seen, backup: &BackupRecord) -> Option<Stri
 ///
 /// # Errors
 /// [`Error::Corrupt`] with what is missing.
-pub fn check_newest(catalog: &Catalog, seen: &Seen) -> Result<()> {
-    let complete = catalog.backups.iter().map(|backup| {
-        let flaw = || flaw_of(catalog, &with_parents(catalog, seen), backup);
-        (backup.finished, &backup.id, flaw())
-    });
-    let orphaned = catalog.orphaned_backups.iter().map(|backup| {
-        (backup.finished, &backup.id, Some(format!("it builds on {}, which is not there", backup.missing)))
-    });
-    match complete.chain(orphaned).max_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1))) {
-        Some((_, id, Some(flaw))) => {
-            Err(Error::corrupt(format!("the newest backup, {id}, cannot be restored: {flaw}"))
-                .with_safe("nothing was removed: older backups may be needed")
-                .with_next(
-                    "Look whether the whole repository is there (mounts, what other programs have removed). If what is missing \
-                     does not come back, take a new backup: `walship backup`.",
-                ))
-        }
-        _ => Ok(()),
+pub fn check_newest(catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) -> Result<()> {
+    let seen = with_parents(catalog, seen);
+    let complete = catalog.backups.iter().map(|backup| (backup.finished, &*backup.id));
+    let orphaned = catalog.orphaned_backups.iter().map(|backup| (backup.finished, &*backup.id));
+    let all = || complete.clone().chain(orphaned.clone());
+    // By the store's clock a copied repository's backups are all alike, by their own machines' one of them may be wrong.
+    let by_store = all().max_by_key(|(finished, id)| (seen.completed(id, *finished, now), *id));
+    let by_own = all().filter(|(finished, _)| !is_to_come(*finished, now)).max();
+    for (_, id) in by_store.into_iter().chain(by_own) {
+        let backup = catalog.backups.iter().find(|backup| backup.id == id);
+        let missing = || {
+            let orphan = catalog.orphaned_backups.iter().find(|orphan| orphan.id == id)?;
+            Some(format!("it builds on {}, which is not there", orphan.missing))
+        };
+        let Some(flaw) = backup.map_or_else(missing, |backup| flaw_of(catalog, &seen, backup)) else { continue };
+        return Err(Error::corrupt(format!("the newest backup, {id}, cannot be restored: {flaw}"))
+            .with_safe("nothing was removed: older backups may be needed")
+            .with_next(
+                "Look whether the whole repository is there (mounts, what other programs have removed). If what is missing \
+                 does not come back, take a new backup: `walship backup`.",
+            ));
     }
+    Ok(())
 }
 
 /// Returns what is seen with the parents of complete backups too.
@@ -126,6 +132,10 @@ pub(super) fn choose(
     }
     keep_running(&mut chosen, catalog, seen, now);
     chosen.keep_foundations(catalog, seen);
+    if policy.window().is_none() {
+        chosen.begin_with_oldest(catalog, ways);
+        notes.push("the policy has no window: WAL stays from the oldest backup on that stays".to_owned());
+    }
     chosen
 }
 
@@ -141,7 +151,7 @@ fn by_policy(
 ) -> Chosen {
     let mut chosen = Chosen::default();
     full_backups(&mut chosen, seen, policy, backups, now);
-    windows(&mut chosen, policy, ways, backups, now, margin, notes);
+    windows(&mut chosen, seen, policy, ways, backups, now, margin, notes);
     chosen
 }
 
@@ -156,15 +166,18 @@ fn keep_running(chosen: &mut Chosen, catalog: &Catalog, seen: &Seen, now: DateTi
         chosen.keep(&begun.id, why);
     }
     // One that does not say any more that it has begun does not become complete; of one that is, it is known what it took over.
-    let began = running.iter().filter(|begun| !begun.complete).filter_map(|begun| begun.start);
-    let Some(first) = began.map(|start| start.started).min() else { return };
-    for begun in &seen.recordless {
-        if begun.start.is_some() && !seen.expiring.contains(&begun.id) {
-            chosen.keep(&begun.id, "not complete, but a backup under way may take over what it has stored");
+    let began = running.iter().filter(|begun| !begun.complete);
+    let began: Vec<(&str, BegunAt)> =
+        began.filter_map(|begun| Some((&*begun.id, begun.start?))).collect();
+    let Some(first) = began.iter().map(|(_, start)| start.started).min() else { return };
+    for taker in began {
+        for id in may_lend(seen, taker) {
+            chosen.keep(id, "not complete, but a backup under way may take over what it has stored");
         }
     }
     let not_before = |backup: &BackupRecord| {
-        backup.finished.checked_add_signed(CLOCKS_DIFFER).is_none_or(|finished| first <= finished)
+        let completed = seen.completed(&backup.id, backup.finished, now);
+        completed.checked_add_signed(CLOCKS_DIFFER).is_none_or(|completed| first <= completed)
     };
     for backup in catalog.backups.iter().filter(|backup| not_before(backup)) {
         chosen.keep(
@@ -172,6 +185,26 @@ fn keep_running(chosen: &mut Chosen, catalog: &Catalog, seen: &Seen, now: DateTi
             "it may not have been complete when a backup under way began, which may take over what it has stored",
         );
     }
+}
+
+/// Returns the backups that did not complete at which one under way may have looked when it began: the newest before it that
+/// build on the same one; and those that began after it only by another machine's clock.
+fn may_lend<'a>(seen: &'a Seen, (taker, start): (&str, BegunAt)) -> Vec<&'a str> {
+    let lends = |begun: &&Begun| {
+        begun.id != taker
+            && !begun.complete
+            && !seen.expiring.contains(&begun.id)
+            && seen.parents.get(&begun.id) == seen.parents.get(taker)
+    };
+    let lenders = seen.recordless.iter().filter(lends);
+    let mut lenders: Vec<(DateTime<Utc>, &str)> =
+        lenders.filter_map(|begun| Some((begun.start?.started, &*begun.id))).collect();
+    lenders.sort_unstable();
+    let before = lenders.partition_point(|(started, id)| (*started, *id) < (start.started, taker));
+    let near = |started: DateTime<Utc>| started.signed_duration_since(start.started) <= CLOCKS_DIFFER;
+    let after = lenders[before..].iter().filter(|(started, _)| near(*started));
+    let newest = lenders[..before].iter().rev().take(REMAINS_LOOKED_AT_MAX);
+    newest.chain(after).map(|(_, id)| *id).collect()
 }
 
 /// Keeps full backups by number, age and rotation.
@@ -184,7 +217,8 @@ fn full_backups(
 ) {
     let mut full: Vec<&BackupRecord> =
         usable.iter().copied().filter(|backup| !seen.parents.contains_key(&backup.id)).collect();
-    full.sort_by(|a, b| (b.finished, &b.id).cmp(&(a.finished, &a.id)));
+    let completed = |backup: &BackupRecord| seen.completed(&backup.id, backup.finished, now);
+    full.sort_by(|a, b| (completed(b), b.finished, &b.id).cmp(&(completed(a), a.finished, &a.id)));
     let mut with_children = BTreeSet::new();
     for (at, backup) in full.iter().take(policy.keep_last()).enumerate() {
         let which = if at == 0 {
@@ -196,7 +230,7 @@ fn full_backups(
         with_children.insert(&*backup.id);
     }
     if let Some(keep_for) = policy.keep_for() {
-        let young = |backup: &&&BackupRecord| now.signed_duration_since(backup.finished) <= keep_for.length();
+        let young = |backup: &&&BackupRecord| now.signed_duration_since(completed(backup)) <= keep_for.length();
         for backup in full.iter().filter(young) {
             chosen.keep(&backup.id, &format!("a full backup not older than {keep_for}"));
             with_children.insert(&*backup.id);
@@ -205,7 +239,7 @@ fn full_backups(
     for (rotation, spans) in policy.rotations() {
         let mut spans_seen = BTreeSet::new();
         for backup in &full {
-            let span = rotation.span_of(backup.finished);
+            let span = rotation.span_of(completed(backup));
             if spans_seen.len() < spans && spans_seen.insert(span) {
                 chosen.keep(&backup.id, &format!("the newest full backup of its {}", rotation.noun()));
             }
@@ -222,8 +256,10 @@ fn full_backups(
 
 /// Keeps, for each way on which anything happens, what its window begins with and all backups in it; and the newest of each
 /// whose end stays.
+#[allow(clippy::too_many_arguments, reason = "each is one thing that the choice depends on, and they meet only here")]
 fn windows(
     chosen: &mut Chosen,
+    seen: &Seen,
     policy: &Policy,
     ways: &[Way],
     usable: &[&BackupRecord],
@@ -246,9 +282,10 @@ fn windows(
             continue;
         }
         let Some(from) = policy.window_from(now) else { continue };
-        let base = on_way
-            .iter()
-            .position(|backup| backup.finished.checked_add_signed(margin).is_some_and(|at| at <= from));
+        let base = on_way.iter().position(|backup| {
+            let completed = seen.completed(&backup.id, backup.finished, now);
+            completed.checked_add_signed(margin).is_some_and(|at| at <= from)
+        });
         match base {
             Some(base) => {
                 for backup in &on_way[..base] {
@@ -272,18 +309,6 @@ fn windows(
             }
         }
     }
-    if policy.window().is_some() {
-        return;
-    }
-    // Without a window WAL stays from the oldest backup on that stays.
-    for way in ways.iter().filter(|way| way.end_stays()) {
-        let kept =
-            usable.iter().filter(|backup| is_on_path(&way.history, backup) && chosen.keeps(&backup.id));
-        if let Some(oldest) = kept.min_by_key(|backup| (backup.start_lsn, backup.stop_lsn)) {
-            chosen.bases.insert(way.history.timeline, oldest.id.clone());
-        }
-    }
-    notes.push("the policy has no window: WAL stays from the oldest backup on that stays".to_owned());
 }
 
 impl Chosen {
@@ -316,6 +341,17 @@ impl Chosen {
             for lender in seen.lenders.get(&id).into_iter().flatten() {
                 self.keep(lender, &format!("backup {id} has taken over what it has stored"));
                 open.push(lender.clone());
+            }
+        }
+    }
+
+    /// Lets each way begin with the oldest backup that stays, whatever keeps it.
+    fn begin_with_oldest(&mut self, catalog: &Catalog, ways: &[Way]) {
+        for way in ways.iter().filter(|way| way.end_stays()) {
+            let on_way = catalog.backups.iter().filter(|backup| is_on_path(&way.history, backup));
+            let kept = on_way.filter(|backup| self.keeps(&backup.id));
+            if let Some(oldest) = kept.min_by_key(|backup| (backup.start_lsn, backup.stop_lsn)) {
+                self.bases.insert(way.history.timeline, oldest.id.clone());
             }
         }
     }
@@ -356,7 +392,7 @@ impl Chosen {
                 objects: 0,
                 reason: format!(
                     "finished {} ago, and no rule of the policy keeps it",
-                    days(now.signed_duration_since(backup.finished))
+                    days(now.signed_duration_since(seen.completed(&backup.id, backup.finished, now)))
                 ),
             })
             .collect();

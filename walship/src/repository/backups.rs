@@ -179,6 +179,11 @@ impl LineageRepository {
         self.alone().check_backup_objects(record).await
     }
 
+    /// Returns whether a backup's manifest is stored: it comes last but for the record.
+    pub async fn has_manifest(&self, id: &str) -> Result<bool> {
+        self.is_listed(&self.layout.backup_object(id, MANIFEST)?).await
+    }
+
     /// Returns whether an object is there, by a listing: where versions are kept, a read of what was removed is an error.
     pub(super) async fn is_listed(&self, key: &ObjectKey) -> Result<bool> {
         let listed = self.storage.list(key.as_str(), None).await?;

@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use walship::catalog::{BackupRecord, Catalog};
+use walship::catalog::{BackupRecord, Catalog, Hold};
 use walship::pg::{Lsn, SegmentName, TimelineId};
-use walship::repository::{LineageRepository, Mark, Recordless, load_catalog, load_tails};
+use walship::repository::{
+    LineageRepository, Mark, Recordless, load_catalog, load_catalog_from_listings, load_tails,
+};
 use walship::wal::event::EventKind;
 use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
@@ -19,13 +21,25 @@ const READS_MAX: usize = 16;
 /// How many segments at the end of a timeline are looked at to find when something happened last.
 const LOOK_BACK_MAX: u64 = 16;
 
+/// What was asked of a store so long ago has taken effect, or never will.
+const SETTLED_AFTER: TimeDelta = TimeDelta::hours(1);
+
 /// Returns the catalog of a repository, what retention has to know beside it, and the marks of other removals.
-pub(super) async fn read(repository: &LineageRepository) -> Result<(Catalog, Seen, Vec<Mark>)> {
-    let mut catalog = load_catalog(repository).await?;
+pub(super) async fn read(
+    repository: &LineageRepository,
+    now: DateTime<Utc>,
+) -> Result<(Catalog, Seen, Vec<Mark>)> {
+    // What is stored is listed: an index may tell of what is gone, and hide what a plan then takes for kept. It says only when
+    // things happened, and where a timeline once ended.
+    let indexed = load_catalog(repository).await?;
+    let mut catalog = load_catalog_from_listings(repository).await?;
+    (catalog.rollups, catalog.lost_ends) = (indexed.rollups, indexed.lost_ends);
+    let Catalog { lost_ends, segments, .. } = &mut catalog;
+    lost_ends.retain(|_, last| !segments.contains(*last));
     let tails = load_tails(repository, &mut catalog).await?;
     let marks = repository.marks().await?;
     let mut seen = Seen {
-        holds: repository.holds().await?,
+        holds: holds(repository).await?,
         expiring: marks.iter().map(|mark| mark.backup.clone()).collect(),
         last_times: last_times(repository, &catalog, &tails).await,
         left_times: left_times(repository, &catalog).await,
@@ -36,6 +50,12 @@ pub(super) async fn read(repository: &LineageRepository) -> Result<(Catalog, See
         let (from, until) = gap.whole_segments(catalog.lineage.segment_size);
         if repository.wal_in_range(gap.timeline, from, until).await?.0 > 0 {
             seen.leftovers.push((gap.timeline, from, until));
+            // A request of a removal that was killed may still take effect for a while.
+            let told = repository.gap_written_at(gap).await?.unwrap_or(gap.recorded);
+            if now.signed_duration_since(told) > SETTLED_AFTER {
+                let whole = repository.whole_segments_in_range(gap.timeline, from, until).await?;
+                seen.still_whole.insert(gap.id.clone(), whole);
+            }
         }
     }
     Ok((catalog, seen, marks))
@@ -43,9 +63,52 @@ pub(super) async fn read(repository: &LineageRepository) -> Result<(Catalog, See
 
 /// Returns what is seen by now of holds and backups; the catalog is the one that was read before.
 pub(super) async fn again(repository: &LineageRepository, catalog: &Catalog, before: &Seen) -> Result<Seen> {
-    let mut seen = Seen { holds: repository.holds().await?, ..before.clone() };
+    let mut seen = Seen { holds: holds(repository).await?, ..before.clone() };
     note_backups(repository, catalog, &mut seen).await?;
     Ok(seen)
+}
+
+/// Returns the holds that were not released. A restore's hold lasts as long as the restore meant it to, but by the store's
+/// clock: the restoring machine's may be wrong.
+async fn holds(repository: &LineageRepository) -> Result<Vec<Hold>> {
+    let mut holds = repository.holds().await?;
+    for hold in holds.iter_mut().filter(|hold| hold.wal.is_some()) {
+        let (Some(until), Some(written)) = (hold.until, repository.hold_written_at(&hold.id).await?) else {
+            continue;
+        };
+        hold.until = written.checked_add_signed(until.signed_duration_since(hold.created)).or(hold.until);
+    }
+    Ok(holds)
+}
+
+/// Refuses to go on where a backup seems to have lost its record: it looks like one that never became complete, and is none.
+///
+/// # Errors
+/// [`Error::Corrupt`] with the backup.
+async fn check_records(repository: &LineageRepository, seen: &Seen, no_records: bool) -> Result<()> {
+    let unmarked = |begun: &&Begun| !begun.complete && !seen.expiring.contains(&begun.id);
+    let open: Vec<&str> = seen.recordless.iter().filter(unmarked).map(|begun| &*begun.id).collect();
+    if open.is_empty() {
+        return Ok(());
+    }
+    let indexed = repository.indexed_backups().await?;
+    for id in open {
+        let why = if indexed.contains(id) {
+            "the index knows it as a complete one"
+        } else if no_records && repository.has_manifest(id).await? {
+            "its manifest is stored, and no record of any backup is"
+        } else {
+            continue;
+        };
+        return Err(Error::corrupt(format!("the record of backup {id} is not there, and {why}"))
+            .with_safe("nothing was removed: without its record a complete backup looks like one that was given up")
+            .with_next(
+                "Look whether the whole repository is there (mounts, a copy that was broken off), and bring back what is missing \
+                 below backups/catalog/. If that backup was never complete, or is given up, remove its folder, and what lies below \
+                 index/backups/: that is made again.",
+            ));
+    }
+    Ok(())
 }
 
 /// Notes what complete backups depend on, what is missing of them, and the backups that the catalog does not tell of.
@@ -69,6 +132,7 @@ async fn note_backups(repository: &LineageRepository, catalog: &Catalog, seen: &
         seen.recordless.push(Begun { id, start, last_written, complete: false });
     }
     let mut records = repository.complete_backups().await?;
+    let no_records = records.is_empty() && known.is_empty();
     // Of what was looked at already nothing has changed: a record is written once.
     records.retain(|record| !known.contains(&*record.id) || !seen.lenders.contains_key(&record.id));
     let looks = records.iter().map(|record| async move {
@@ -80,12 +144,14 @@ async fn note_backups(repository: &LineageRepository, catalog: &Catalog, seen: &
         };
         let lenders: BTreeSet<String> =
             whole.objects.into_iter().filter_map(|object| object.backup).collect();
-        Ok::<_, Error>((record, lenders, flaw))
+        let written = repository.backup_written_at(&record.id).await?;
+        Ok::<_, Error>((record, lenders, flaw, written))
     });
     let looked: Vec<_> = futures_util::stream::iter(looks).buffered(READS_MAX).try_collect().await?;
-    for (record, lenders, flaw) in looked {
+    for (record, lenders, flaw, written) in looked {
         let id = &record.id;
         seen.lenders.insert(id.clone(), lenders);
+        seen.written.extend(written.map(|written| (id.clone(), written)));
         seen.flaws.extend(flaw.map(|flaw| (id.clone(), flaw)));
         seen.parents.extend(record.parent.as_ref().map(|parent| (id.clone(), parent.id.clone())));
         if !known.contains(&**id) {
@@ -95,7 +161,7 @@ async fn note_backups(repository: &LineageRepository, catalog: &Catalog, seen: &
             seen.recordless.push(Begun { id: id.clone(), start, last_written: None, complete: true });
         }
     }
-    Ok(())
+    check_records(repository, seen, no_records).await
 }
 
 /// Returns when something happened last on each timeline, as far as its last segments tell. What cannot be read tells

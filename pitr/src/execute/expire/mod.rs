@@ -9,11 +9,12 @@ mod removal;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use walship::catalog::{Catalog, GapCause, GapKind, GapRecord};
+use walship::pg::{Lsn, TimelineId};
 use walship::repository::{CAUSE_BYTES_MAX, LineageRepository, Mark, RecordedBy, RemovedObjects, new_gap_id};
 use walship::{Error, Result};
 
 use super::{Planned, Proof, make_plan};
-use crate::plan::PlanOptions;
+use crate::plan::{PlanOptions, RefusalKind, is_on_path};
 use crate::retention::{
     CLOCK_MARGIN, Policy, RemovedWal, RetentionPlan, Seen, after, check_clock, check_newest, retain,
 };
@@ -23,6 +24,9 @@ use removal::Removal;
 
 /// The margin where the clocks of the server and of the machine that takes backups seem to differ.
 const WIDE_MARGIN: TimeDelta = TimeDelta::days(1);
+
+/// How many backups that lead nowhere are passed over.
+const TORN_MAX: usize = 16;
 
 /// What is asked for.
 #[derive(Debug, Clone)]
@@ -52,7 +56,7 @@ pub struct Prepared {
 impl Prepared {
     /// Returns whether there is nothing to do.
     pub fn is_done(&self) -> bool {
-        self.plan.is_empty() && self.marks.is_empty()
+        self.plan.is_empty() && self.marks.is_empty() && self.plan.counts_again.is_empty()
     }
 
     /// Returns the objects and bytes that would be removed.
@@ -89,7 +93,7 @@ pub struct Report {
 /// # Errors
 /// [`Error::Invalid`] for a clock that cannot be right; whatever cannot be read: nothing is removed then.
 pub async fn prepare(repository: &LineageRepository, request: &Request) -> Result<Prepared> {
-    let read = read(repository).await.map_err(|error| match error {
+    let read = read(repository, request.now).await.map_err(|error| match error {
         Error::Corrupt(_) | Error::Mismatch(_) => {
             error.with_safe("nothing was removed: what cannot be read may be needed")
         }
@@ -98,7 +102,7 @@ pub async fn prepare(repository: &LineageRepository, request: &Request) -> Resul
     let (catalog, seen, marks) = read?;
     let Request { policy, now, accept_idle, .. } = request;
     check_clock(&catalog, &seen, policy, *now, *accept_idle)?;
-    check_newest(&catalog, &seen)?;
+    check_newest(&catalog, &seen, *now)?;
     let mut margin = CLOCK_MARGIN;
     let mut plan = retain(&catalog, &seen, policy, *now, margin);
     if let Err(lost) = prove(repository, &catalog, &plan).await? {
@@ -149,6 +153,9 @@ async fn prove(
         let target = RecoveryTarget { timeline: on, ..RecoveryTarget::new(TargetKind::Latest) };
         targets.push((format!("the end of timeline {timeline}"), target, None));
     }
+    for timeline in plan.ends.iter().filter(|_| plan.window_from.is_some()) {
+        targets.extend(window_start(repository, catalog, *timeline, plan.window_from).await?);
+    }
     let size = catalog.lineage.segment_size;
     for kept in &plan.backups_kept {
         let Some(backup) = catalog.backups.iter().find(|backup| backup.id == kept.id) else { continue };
@@ -162,22 +169,74 @@ async fn prove(
         }
     }
     for (what, target, backup) in targets {
-        let options = PlanOptions { backup };
-        let reached = async |catalog: &Catalog| {
-            let planned = make_plan(repository, catalog, &target, &options, Proof::Bounded).await;
-            Ok::<_, Error>(match planned {
-                Ok(Planned::Plan(plan)) => Some(plan.stop.final_lsn),
-                Ok(Planned::Refused(_)) | Err(Error::Corrupt(_)) => None,
-                Err(error) => return Err(error),
-            })
-        };
+        let reached =
+            async |catalog: &Catalog| reach(repository, catalog, &target, backup.as_deref()).await;
         // In this order: what comes to the archive meanwhile is no loss. Nothing reached is less than anything.
-        let before = reached(catalog).await?;
-        if reached(&after).await? < before {
+        let before = reached(catalog).await?.ok();
+        if reached(&after).await?.ok() < before {
             return Ok(Err(what));
         }
     }
     Ok(Ok(()))
+}
+
+/// What is to stay in reach: in words, the target, and the backup that it is reached from where that matters.
+type Wanted = (String, RecoveryTarget, Option<String>);
+
+/// Returns where a target leads, or why nowhere.
+async fn reach(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    target: &RecoveryTarget,
+    backup: Option<&str>,
+) -> Result<std::result::Result<Lsn, Option<RefusalKind>>> {
+    let options = PlanOptions { backup: backup.map(str::to_owned) };
+    Ok(match make_plan(repository, catalog, target, &options, Proof::Bounded).await {
+        Ok(Planned::Plan(plan)) => Ok(plan.stop.final_lsn),
+        Ok(Planned::Refused(refusal)) => Err(Some(refusal.kind)),
+        Err(Error::Corrupt(_)) => Err(None),
+        Err(error) => return Err(error),
+    })
+}
+
+/// Returns the start of the window on the way to a timeline. Where that is not in reach, the first moment after it that is: where
+/// the oldest backup is consistent that is newer by its WAL, whatever it and the store say of its age.
+async fn window_start(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    timeline: TimelineId,
+    from: Option<DateTime<Utc>>,
+) -> Result<Option<Wanted>> {
+    let (Some(time), Some(history)) = (from, catalog.history(timeline)) else { return Ok(None) };
+    let on_way = |kind| RecoveryTarget {
+        timeline: TimelineChoice::Number(timeline),
+        ..RecoveryTarget::new(kind)
+    };
+    let start = on_way(TargetKind::Time { time, zone: Zone::Utc });
+    if reach(repository, catalog, &start, None).await?.is_ok() {
+        return Ok(Some((format!("the start of the window on timeline {timeline}"), start, None)));
+    }
+    let mut backups: Vec<_> =
+        catalog.backups.iter().filter(|backup| is_on_path(&history, backup)).collect();
+    backups.sort_by_key(|backup| (backup.stop_lsn, backup.start_lsn));
+    // WAL goes on in time: what is behind one that is newer is newer.
+    let (mut first, mut end) = (0, backups.len());
+    while first < end {
+        let middle = first.midpoint(end);
+        match reach(repository, catalog, &start, Some(&backups[middle].id)).await? {
+            Err(Some(RefusalKind::BeforeFirst)) => end = middle,
+            _ => first = middle + 1,
+        }
+    }
+    // One whose own WAL is not whole leads nowhere.
+    for backup in backups[first..].iter().take(TORN_MAX) {
+        let target = on_way(TargetKind::Lsn(backup.stop_lsn));
+        if reach(repository, catalog, &target, None).await?.is_ok() {
+            let what = format!("the first moment of the window on timeline {timeline}, at {}", backup.stop_lsn);
+            return Ok(Some((what, target, None)));
+        }
+    }
+    Ok(None)
 }
 
 /// Returns the records of the ledger for WAL that goes.
@@ -219,7 +278,11 @@ pub async fn carry_out(
     let id = new_gap_id(Utc::now(), rand::random());
     let mut remover = repository.begin_removal(&id, Utc::now()).await?;
     let done = async {
-        let prepared = prepare(repository, request).await?;
+        let mut prepared = prepare(repository, request).await?;
+        if Removal::count_again(&remover, &prepared).await? {
+            // What counts again may stand in the place of what was to stay.
+            prepared = prepare(repository, request).await?;
+        }
         if let Some(more) = more_than(&prepared.plan, shown) {
             return Err(Error::unavailable(format!("something changed meanwhile: {more} would go as well"))
                 .with_safe("nothing was removed")

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use super::CLOCKS_DIFFER_MAX;
 use crate::error::{Error, Result};
 use crate::repository::document::{self, DOCUMENT_BYTES_MAX, DOCUMENT_VERSION};
 use crate::repository::{LineageRepository, RecordedBy};
@@ -52,14 +53,33 @@ impl Lock {
         repository: &LineageRepository,
         run: &str,
         now: DateTime<Utc>,
+        store_now: Option<DateTime<Utc>>,
     ) -> Result<(Self, Vec<ObjectKey>)> {
         let renewed = Instant::now();
         let listed = listed(repository).await?;
         if let Some((_, key)) = listed.last() {
-            let held: Option<LockDocument> =
-                document::read_listed(&*repository.storage, key, DOCUMENT_BYTES_MAX).await?;
-            if let Some(held) = held.filter(|held| now < held.until && !has_died(held)) {
-                return Err(busy(repository, &held, now));
+            let written = repository.written_at(key).await?;
+            let stale = match (written, store_now) {
+                (Some(written), Some(store_now)) => store_now.signed_duration_since(written).to_std(),
+                _ => Ok(Duration::ZERO),
+            };
+            // Whatever it says: nobody has renewed it in its time.
+            let stale = stale.is_ok_and(|age| age >= LOCK);
+            match document::read_listed::<LockDocument>(&*repository.storage, key, DOCUMENT_BYTES_MAX).await {
+                Ok(Some(held)) if !stale && is_held(&held, now, store_now) => {
+                    return Err(busy(repository, &held, now));
+                }
+                Ok(_) => {}
+                Err(Error::Corrupt(_) | Error::Mismatch(_)) if stale => {}
+                Err(error @ (Error::Corrupt(_) | Error::Mismatch(_))) => {
+                    return Err(Error::unavailable(format!(
+                        "another removal may be at work in {}: its lock cannot be read ({error})",
+                        repository.location()
+                    ))
+                    .with_safe("nothing was removed by this one")
+                    .with_next("Wait for ten minutes: a lock that nobody renews is over then."));
+                }
+                Err(error) => return Err(error),
             }
         }
         let number = listed.last().map_or(1, |(number, _)| number.saturating_add(1));
@@ -163,6 +183,13 @@ fn processes() -> Option<String> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     let namespace = std::fs::read_link("/proc/self/ns/pid").ok()?;
     Some(format!("{} {}", boot.trim(), namespace.to_str()?))
+}
+
+/// Returns whether a lock still holds, by what it says.
+fn is_held(held: &LockDocument, now: DateTime<Utc>, store_now: Option<DateTime<Utc>>) -> bool {
+    // One that was taken at a time that is still to come says nothing of its end.
+    let ahead = held.taken.signed_duration_since(store_now.unwrap_or(now)) > CLOCKS_DIFFER_MAX;
+    now < held.until && !ahead && !has_died(held)
 }
 
 /// Returns whether the holder of a lock is known to be gone: a process that this one would see, and that is not there.

@@ -301,6 +301,7 @@ pub(super) async fn years() -> Status {
         id: "20261115T020000Z-00000000000000aa".into(),
         finished: time_at(12 * DAY),
         missing: "20261114T020000Z-00000000000000aa".into(),
+        wal: like.wal(),
     }];
     let history = (0..100).map(|number| {
         drill(number * 10 * DAY, if number % 5 == 0 { "not_proven" } else { "proven" }, Some(650_000))
