@@ -372,7 +372,12 @@ impl Catalog {
     pub fn set_orphans_aside(&mut self) {
         let orphan = |backup: &BackupRecord| {
             let missing = self.parents_of(backup).err()?.to_owned();
-            Some(OrphanedBackup { id: backup.id.clone(), finished: backup.finished, missing, wal: backup.wal() })
+            Some(OrphanedBackup {
+                id: backup.id.clone(),
+                finished: backup.finished,
+                missing,
+                wal: backup.wal(),
+            })
         };
         self.orphaned_backups = self.backups.iter().filter_map(orphan).collect();
         let Self { backups, orphaned_backups, .. } = self;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 use tokio::task::JoinHandle;
-use walship::catalog::{HeldWal, Hold};
+use walship::catalog::{BackupRecord, HeldWal, Hold};
 use walship::pg::SegmentName;
 use walship::repository::{LineageRepository, RecordedBy, load_catalog, new_gap_id, released_now};
 use walship::{Error, Result};
@@ -18,8 +18,11 @@ use super::output;
 use super::source::{Source, open_lineages, say_notes};
 use crate::plan::{RestorePlan, StopKind};
 
-/// How long a restore holds what it reads: recovery goes on fetching WAL when the command has ended.
+/// How long a restore holds what it reads, unless it says so again.
 const RESTORE_HOLDS: TimeDelta = TimeDelta::days(1);
+
+/// How long what was restored is held for a recovery that nobody watches: it fetches WAL when the command has ended.
+const RECOVERY_HOLDS: TimeDelta = TimeDelta::days(7);
 
 /// How often a restore that is under way holds again what it reads.
 const HOLD_AGAIN_EVERY: Duration = Duration::from_secs(6 * 3600);
@@ -27,26 +30,41 @@ const HOLD_AGAIN_EVERY: Duration = Duration::from_secs(6 * 3600);
 /// Holds again and again what a restore reads, until it is dropped.
 #[derive(Debug)]
 #[must_use = "what is held is held for a day only"]
-pub(super) struct RestoreHold(JoinHandle<()>);
+pub(super) struct RestoreHold {
+    repositories: Vec<LineageRepository>,
+    hold: Hold,
+    renewal: JoinHandle<()>,
+}
 
 impl RestoreHold {
     fn keep(repositories: Vec<LineageRepository>, hold: Hold, every: Duration) -> Self {
-        Self(tokio::spawn(async move {
+        let (everywhere, again) = (repositories.clone(), hold.clone());
+        let renewal = tokio::spawn(async move {
             loop {
                 tokio::time::sleep(every).await;
-                // A document is written once: another one says it again.
-                let (now, wal, reason) = (Utc::now(), hold.wal, hold.reason.clone());
-                let again = new_hold(&hold.backup, reason, Some(now + RESTORE_HOLDS), wal, now);
-                put_everywhere(&repositories, &again).await;
+                put_everywhere(&everywhere, &renewed(&again, RESTORE_HOLDS)).await;
             }
-        }))
+        });
+        Self { repositories, hold, renewal }
+    }
+
+    /// Holds it all for a recovery that goes on where nobody watches it.
+    pub(super) async fn leave_to_recovery(self) {
+        put_everywhere(&self.repositories, &renewed(&self.hold, RECOVERY_HOLDS)).await;
     }
 }
 
 impl Drop for RestoreHold {
     fn drop(&mut self) {
-        self.0.abort();
+        self.renewal.abort();
     }
+}
+
+/// Returns a hold that says the same again: a document is written once.
+fn renewed(hold: &Hold, length: TimeDelta) -> Hold {
+    let now = Utc::now();
+    let id = new_gap_id(now, rand::random());
+    Hold { id, until: Some(now + length), created: now, ..hold.clone() }
 }
 
 /// Writes a hold wherever this user may: who may only read restores as well.
@@ -67,12 +85,20 @@ pub(super) async fn hold(args: &HoldArgs) -> Result<u8> {
     }
     let source = Source::open(&args.source).await?;
     say_notes(&source.repository);
-    let orphaned = source.catalog.orphaned_backups.iter().any(|backup| backup.id == args.backup);
-    if !orphaned && !source.catalog.backups.iter().any(|backup| backup.id == args.backup) {
-        return Err(Error::missing(format!("there is no complete backup {:?}", args.backup))
-            .with_next("`pitr info` lists the backups."));
-    }
-    let hold = new_hold(&args.backup, args.reason.clone(), until, None, now);
+    let orphaned = source.catalog.orphaned_backups.iter().find(|backup| backup.id == args.backup);
+    let complete = source.catalog.backups.iter().find(|backup| backup.id == args.backup);
+    let with = match (complete, orphaned) {
+        (Some(backup), _) => {
+            let parents = source.catalog.parents_of(backup).unwrap_or_default();
+            foundations(&source.repository, backup, parents).await
+        }
+        (None, Some(backup)) => vec![backup.missing.clone()],
+        (None, None) => {
+            return Err(Error::missing(format!("there is no complete backup {:?}", args.backup))
+                .with_next("`pitr info` lists the backups."));
+        }
+    };
+    let hold = Hold { with, ..new_hold(&args.backup, args.reason.clone(), until, now) };
     for one in source.repository.each() {
         // In this order: retention marks first, and looks for holds then.
         one.put_hold(&hold).await?;
@@ -158,18 +184,16 @@ pub(super) async fn hold_for_restore(
 ) -> Result<RestoreHold> {
     let now = Utc::now();
     let through_lsn = (plan.stop.kind != StopKind::EndOfWal).then_some(plan.stop.through_lsn);
-    let wal =
-        HeldWal { timeline: plan.timeline, start_lsn: Some(plan.backup.start_lsn), through_lsn };
-    let hold = new_hold(
-        &plan.backup.id,
-        format!(
-            "a restore to {}",
-            plan.target_options.chars().filter(|c| !c.is_control()).take(200).collect::<String>()
-        ),
-        Some(now + RESTORE_HOLDS),
-        Some(wal),
-        now,
+    let wal = HeldWal { timeline: plan.timeline, start_lsn: Some(plan.backup.start_lsn), through_lsn };
+    let reason = format!(
+        "a restore to {}",
+        plan.target_options.chars().filter(|c| !c.is_control()).take(200).collect::<String>()
     );
+    let hold = Hold {
+        with: foundations(repository, &plan.backup, &plan.parents).await,
+        wal: Some(wal),
+        ..new_hold(&plan.backup.id, reason, Some(now + RESTORE_HOLDS), now)
+    };
     let size = repository.lineage().segment_size;
     let stretches: Vec<_> = (plan.chain.iter())
         .map(|part| (part.first.timeline, part.first.start(size), part.last.end(size)))
@@ -206,6 +230,29 @@ pub(super) async fn hold_for_restore(
     Ok(held)
 }
 
+/// Returns what a backup builds on, and what these and it have taken over from.
+async fn foundations<'a>(
+    repository: &LineageRepository,
+    backup: &BackupRecord,
+    parents: impl IntoIterator<Item = &'a BackupRecord>,
+) -> Vec<String> {
+    let mut ids = Vec::new();
+    let mut open = vec![backup];
+    for parent in parents {
+        ids.push(parent.id.clone());
+        open.push(parent);
+    }
+    for record in open {
+        match repository.whole_record(record).await {
+            Ok(whole) => ids.extend(whole.objects.into_iter().filter_map(|object| object.backup)),
+            Err(error) => tracing::debug!(%error, "what a backup has taken over is not known"),
+        }
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
 /// Fails when a backup that is restored from is being removed.
 async fn check_not_expiring(repository: &LineageRepository, plan: &RestorePlan) -> Result<()> {
     for backup in plan.backups() {
@@ -237,16 +284,11 @@ async fn is_still_there(mut repositories: Vec<LineageRepository>, plan: &Restore
     Ok(backups && wal)
 }
 
-fn new_hold(
-    backup: &str,
-    reason: String,
-    until: Option<DateTime<Utc>>,
-    wal: Option<HeldWal>,
-    now: DateTime<Utc>,
-) -> Hold {
+fn new_hold(backup: &str, reason: String, until: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Hold {
     let RecordedBy { host, user } = RecordedBy::now();
     let id = new_gap_id(now, rand::random());
-    Hold { format: 1, id, backup: backup.to_owned(), reason, until, wal, created: now, host, user }
+    let (backup, with) = (backup.to_owned(), Vec::new());
+    Hold { format: 1, id, backup, with, reason, until, wal: None, created: now, host, user }
 }
 
 #[cfg(test)]
@@ -267,20 +309,25 @@ mod tests {
         let lineage = cluster.register_lineage(7, SegmentSize::MIN, 17, now).await.unwrap();
         let wal = HeldWal { timeline: TimelineId::FIRST, start_lsn: Some(Lsn(1 << 20)), through_lsn: None };
         let backup = "20260101T010203Z-0123456789abcdef";
-        let hold = new_hold(backup, "a restore to --latest".into(), Some(now + RESTORE_HOLDS), Some(wal), now);
+        let hold = Hold {
+            wal: Some(wal),
+            ..new_hold(backup, "a restore to --latest".into(), Some(now + RESTORE_HOLDS), now)
+        };
         lineage.put_hold(&hold).await.unwrap();
         let held = RestoreHold::keep(vec![lineage.clone()], hold.clone(), Duration::from_millis(5));
         while lineage.holds().await.unwrap().len() < 4 {
             tokio::task::yield_now().await;
         }
-        drop(held);
+        held.leave_to_recovery().await;
         tokio::task::yield_now().await;
         let holds = lineage.holds().await.unwrap();
+        let length = |hold: &Hold| hold.until.unwrap() - hold.created;
         for again in &holds {
             assert_eq!((&*again.backup, again.wal, &again.reason), (backup, hold.wal, &hold.reason));
-            assert_eq!(again.until, Some(again.created + RESTORE_HOLDS));
+            assert!([RESTORE_HOLDS, RECOVERY_HOLDS].contains(&length(again)), "{again:?}");
         }
         assert!(holds.iter().any(|again| again.created > hold.created));
+        assert_eq!(holds.iter().filter(|again| length(again) == RECOVERY_HOLDS).count(), 1);
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert_eq!(lineage.holds().await.unwrap().len(), holds.len(), "it has ended");
     }

@@ -108,7 +108,9 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Some(starting) if args.dry_run => Some(Ok(would_start(&report, starting))),
         Some(starting) => Some(start::carry_out(&plan, &report, starting, restored_in).await),
     };
-    drop(held);
+    if let Some(held) = held.filter(|_| !matches!(ended, Some(Ok(_)))) {
+        held.leave_to_recovery().await;
+    }
     if !args.dry_run {
         let started = ended.as_ref().and_then(|ended| ended.as_ref().ok());
         let reason = args.reason.as_deref();

@@ -8,8 +8,8 @@ use walship::pg::TimelineId;
 use walship::repository::REMAINS_LOOKED_AT_MAX;
 use walship::{Error, Result};
 
-use super::wal::{Stage, Way};
 use super::clock::is_to_come;
+use super::wal::{Stage, Way};
 use super::{Begun, BegunAt, GIVEN_UP_AFTER, KeptBackup, Policy, RemovedBackup, Seen};
 use crate::plan::{build_chain, is_on_path};
 
@@ -52,19 +52,22 @@ fn flaw_of(catalog: &Catalog, seen: &Seen, backup: &BackupRecord) -> Option<Stri
 /// [`Error::Corrupt`] with what is missing.
 pub fn check_newest(catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) -> Result<()> {
     let seen = with_parents(catalog, seen);
-    let complete = catalog.backups.iter().map(|backup| (backup.finished, &*backup.id));
-    let orphaned = catalog.orphaned_backups.iter().map(|backup| (backup.finished, &*backup.id));
+    let complete = catalog.backups.iter().map(|backup| (backup.finished, backup.wal(), &*backup.id));
+    let orphaned = catalog.orphaned_backups.iter().map(|backup| (backup.finished, backup.wal, &*backup.id));
     let all = || complete.clone().chain(orphaned.clone());
-    // By the store's clock a copied repository's backups are all alike, by their own machines' one of them may be wrong.
-    let by_store = all().max_by_key(|(finished, id)| (seen.completed(id, *finished, now), *id));
-    let by_own = all().filter(|(finished, _)| !is_to_come(*finished, now)).max();
-    for (_, id) in by_store.into_iter().chain(by_own) {
+    // A clock may have been wrong, and a timeline that was left reaches far.
+    let by_wal = all().max_by_key(|(_, wal, id)| (wal.stop_timeline, wal.stop_lsn, *id));
+    let by_clock = all().filter(|(finished, ..)| !is_to_come(*finished, now));
+    let by_clock = by_clock.max_by_key(|(finished, _, id)| (*finished, *id));
+    for (.., id) in by_wal.into_iter().chain(by_clock) {
         let backup = catalog.backups.iter().find(|backup| backup.id == id);
         let missing = || {
             let orphan = catalog.orphaned_backups.iter().find(|orphan| orphan.id == id)?;
             Some(format!("it builds on {}, which is not there", orphan.missing))
         };
-        let Some(flaw) = backup.map_or_else(missing, |backup| flaw_of(catalog, &seen, backup)) else { continue };
+        let Some(flaw) = backup.map_or_else(missing, |backup| flaw_of(catalog, &seen, backup)) else {
+            continue;
+        };
         return Err(Error::corrupt(format!("the newest backup, {id}, cannot be restored: {flaw}"))
             .with_safe("nothing was removed: older backups may be needed")
             .with_next(
@@ -83,13 +86,17 @@ pub(super) fn with_parents(catalog: &Catalog, seen: &Seen) -> Seen {
     seen
 }
 
-/// Returns whether a backup that was only begun may still be under way.
-pub(super) fn is_running(seen: &Seen, begun: &Begun, now: DateTime<Utc>) -> bool {
-    let young = match begun.last_written {
+/// Returns whether a backup without a record may still be under way.
+fn is_young(begun: &Begun, now: DateTime<Utc>) -> bool {
+    match begun.last_written {
         Some(written) => now.signed_duration_since(written) < GIVEN_UP_AFTER,
         None => begun.start.is_some(),
-    };
-    begun.complete || (young && !seen.expiring.contains(&begun.id))
+    }
+}
+
+/// Returns whether a backup without a record may be, or become, one with a record.
+pub(super) fn may_be_complete(seen: &Seen, begun: &Begun, now: DateTime<Utc>) -> bool {
+    begun.complete || ((is_young(begun, now) || begun.was_finishing) && !seen.expiring.contains(&begun.id))
 }
 
 pub(super) fn choose(
@@ -122,15 +129,18 @@ pub(super) fn choose(
         chosen.keep(&backup.id, "the history of its timeline is not stored: nothing can be told of it");
     }
     for hold in seen.holds.iter().filter(|hold| hold.holds_at(now)) {
-        if !catalog.backups.iter().any(|backup| backup.id == hold.backup) {
+        // What a restore reads may come from another repository.
+        if hold.wal.is_none() && !catalog.backups.iter().any(|backup| backup.id == hold.backup) {
             notes.push(format!("hold {} is on backup {}, which is not there", hold.id, hold.backup));
         }
         let until = hold
             .until
             .map_or_else(String::new, |until| format!(" until {}", until.format("%Y-%m-%d %H:%MZ")));
-        chosen.keep(&hold.backup, &format!("held{until} by {}: {}", hold.user, hold.reason));
+        for id in hold.with.iter().chain([&hold.backup]) {
+            chosen.keep(id, &format!("held{until} by {}: {}", hold.user, hold.reason));
+        }
     }
-    keep_running(&mut chosen, catalog, seen, now);
+    keep_recordless(&mut chosen, catalog, seen, now, notes);
     chosen.keep_foundations(catalog, seen);
     if policy.window().is_none() {
         chosen.begin_with_oldest(catalog, ways);
@@ -155,20 +165,35 @@ fn by_policy(
     chosen
 }
 
-/// Keeps backups under way, and all that they may have taken over: whatever was not complete when they began.
-fn keep_running(chosen: &mut Chosen, catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) {
-    let running: Vec<&Begun> = seen.recordless.iter().filter(|begun| is_running(seen, begun, now)).collect();
-    for begun in &running {
-        let why = match begun.complete {
-            true => "it has become complete a moment ago",
-            false => "begun and not complete: it may be under way",
+/// Keeps backups under way, those that have lost their record, and all that they may have taken over: whatever was not complete
+/// when they began.
+fn keep_recordless(
+    chosen: &mut Chosen,
+    catalog: &Catalog,
+    seen: &Seen,
+    now: DateTime<Utc>,
+    notes: &mut Vec<String>,
+) {
+    let staying = seen.recordless.iter().filter(|begun| may_be_complete(seen, begun, now));
+    let staying: Vec<&Begun> = staying.collect();
+    for begun in &staying {
+        let why = match (begun.complete, is_young(begun, now)) {
+            (true, _) => "it has become complete a moment ago",
+            (_, true) => "begun and not complete: it may be under way",
+            _ => {
+                notes.push(format!(
+                    "all of backup {id} seems to be there but its record: it stays, and all WAL from its start on. Bring back what is \
+                     missing below backups/catalog/; or, if it was given up, remove its folder backups/{id}",
+                    id = begun.id
+                ));
+                "all of it seems to be there but its record"
+            }
         };
         chosen.keep(&begun.id, why);
     }
-    // One that does not say any more that it has begun does not become complete; of one that is, it is known what it took over.
-    let began = running.iter().filter(|begun| !begun.complete);
-    let began: Vec<(&str, BegunAt)> =
-        began.filter_map(|begun| Some((&*begun.id, begun.start?))).collect();
+    // Of one that is complete it is known what it took over.
+    let began = staying.iter().filter(|begun| !begun.complete);
+    let began: Vec<(&str, BegunAt)> = began.filter_map(|begun| Some((&*begun.id, begun.start?))).collect();
     let Some(first) = began.iter().map(|(_, start)| start.started).min() else { return };
     for taker in began {
         for id in may_lend(seen, taker) {
@@ -188,7 +213,7 @@ fn keep_running(chosen: &mut Chosen, catalog: &Catalog, seen: &Seen, now: DateTi
 }
 
 /// Returns the backups that did not complete at which one under way may have looked when it began: the newest before it that
-/// build on the same one; and those that began after it only by another machine's clock.
+/// build on the same one; and those that began after it, which may be so by another machine's clock only.
 fn may_lend<'a>(seen: &'a Seen, (taker, start): (&str, BegunAt)) -> Vec<&'a str> {
     let lends = |begun: &&Begun| {
         begun.id != taker
@@ -201,10 +226,8 @@ fn may_lend<'a>(seen: &'a Seen, (taker, start): (&str, BegunAt)) -> Vec<&'a str>
         lenders.filter_map(|begun| Some((begun.start?.started, &*begun.id))).collect();
     lenders.sort_unstable();
     let before = lenders.partition_point(|(started, id)| (*started, *id) < (start.started, taker));
-    let near = |started: DateTime<Utc>| started.signed_duration_since(start.started) <= CLOCKS_DIFFER;
-    let after = lenders[before..].iter().filter(|(started, _)| near(*started));
-    let newest = lenders[..before].iter().rev().take(REMAINS_LOOKED_AT_MAX);
-    newest.chain(after).map(|(_, id)| *id).collect()
+    let oldest = before.saturating_sub(REMAINS_LOOKED_AT_MAX);
+    lenders[oldest..].iter().map(|(_, id)| *id).collect()
 }
 
 /// Keeps full backups by number, age and rotation.
@@ -215,34 +238,41 @@ fn full_backups(
     usable: &[&BackupRecord],
     now: DateTime<Utc>,
 ) {
-    let mut full: Vec<&BackupRecord> =
+    let full: Vec<&BackupRecord> =
         usable.iter().copied().filter(|backup| !seen.parents.contains_key(&backup.id)).collect();
     let completed = |backup: &BackupRecord| seen.completed(&backup.id, backup.finished, now);
-    full.sort_by(|a, b| (completed(b), b.finished, &b.id).cmp(&(completed(a), a.finished, &a.id)));
+    let said = |backup: &BackupRecord| match is_to_come(backup.finished, now) {
+        true => completed(backup),
+        false => backup.finished,
+    };
     let mut with_children = BTreeSet::new();
-    for (at, backup) in full.iter().take(policy.keep_last()).enumerate() {
-        let which = if at == 0 {
-            "the last full backup".to_owned()
-        } else {
-            format!("full backup {} of the last {}", at + 1, policy.keep_last())
-        };
-        chosen.keep(&backup.id, &which);
-        with_children.insert(&*backup.id);
+    // In the order of both times: of a copied repository the store knows only when it was copied.
+    for time in [&said as &dyn Fn(&BackupRecord) -> DateTime<Utc>, &completed] {
+        let mut ordered = full.clone();
+        ordered.sort_by(|a, b| (time(b), b.finished, &b.id).cmp(&(time(a), a.finished, &a.id)));
+        for (at, backup) in ordered.iter().take(policy.keep_last()).enumerate() {
+            let which = match at {
+                0 => "the last full backup".to_owned(),
+                _ => format!("full backup {} of the last {}", at + 1, policy.keep_last()),
+            };
+            chosen.keep(&backup.id, &which);
+            with_children.insert(&*backup.id);
+        }
+        for (rotation, spans) in policy.rotations() {
+            let mut spans_seen = BTreeSet::new();
+            for backup in &ordered {
+                if spans_seen.len() < spans && spans_seen.insert(rotation.span_of(time(backup))) {
+                    chosen.keep(&backup.id, &format!("the newest full backup of its {}", rotation.noun()));
+                }
+            }
+        }
     }
     if let Some(keep_for) = policy.keep_for() {
-        let young = |backup: &&&BackupRecord| now.signed_duration_since(completed(backup)) <= keep_for.length();
+        let young =
+            |backup: &&&BackupRecord| now.signed_duration_since(completed(backup)) <= keep_for.length();
         for backup in full.iter().filter(young) {
             chosen.keep(&backup.id, &format!("a full backup not older than {keep_for}"));
             with_children.insert(&*backup.id);
-        }
-    }
-    for (rotation, spans) in policy.rotations() {
-        let mut spans_seen = BTreeSet::new();
-        for backup in &full {
-            let span = rotation.span_of(completed(backup));
-            if spans_seen.len() < spans && spans_seen.insert(span) {
-                chosen.keep(&backup.id, &format!("the newest full backup of its {}", rotation.noun()));
-            }
         }
     }
     // Counted by number or age, a full backup counts with what builds on it.
@@ -256,7 +286,10 @@ fn full_backups(
 
 /// Keeps, for each way on which anything happens, what its window begins with and all backups in it; and the newest of each
 /// whose end stays.
-#[allow(clippy::too_many_arguments, reason = "each is one thing that the choice depends on, and they meet only here")]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is one thing that the choice depends on, and they meet only here"
+)]
 fn windows(
     chosen: &mut Chosen,
     seen: &Seen,

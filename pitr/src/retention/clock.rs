@@ -33,12 +33,14 @@ pub fn check_clock(
     accept_idle: bool,
 ) -> Result<()> {
     // What a machine said of the time is not later than when the store had it.
-    let by_store = |said: DateTime<Utc>, written: Option<&DateTime<Utc>>| written.map_or(said, |at| said.min(*at));
+    let by_store =
+        |said: DateTime<Utc>, written: Option<&DateTime<Utc>>| written.map_or(said, |at| said.min(*at));
     let finished =
         catalog.backups.iter().map(|backup| by_store(backup.finished, seen.written.get(&backup.id)));
-    let begun = seen.recordless.iter().filter_map(|begun| {
-        begun.start.map(|start| by_store(start.started, begun.last_written.as_ref()))
-    });
+    let begun = seen
+        .recordless
+        .iter()
+        .filter_map(|begun| begun.start.map(|start| by_store(start.started, begun.last_written.as_ref())));
     // A server whose clock was ahead has left its times in its WAL for good: on older timelines they say nothing.
     let newest_timeline = catalog.segments.timelines().last().copied();
     let told = |(timeline, time): (&TimelineId, &DateTime<Utc>)| {

@@ -83,6 +83,8 @@ pub struct Begun {
     pub last_written: Option<DateTime<Utc>>,
     /// Whether it has become complete since the catalog was read.
     pub complete: bool,
+    /// Whether all of it was stored but the record: it may have had one.
+    pub was_finishing: bool,
 }
 
 /// Where and when a backup was begun.

@@ -82,7 +82,7 @@ fn seen(world: &World) -> Seen {
 }
 
 fn begun(id: &str, start: Option<BegunAt>, last_written: Option<i64>) -> Begun {
-    Begun { id: id.into(), start, last_written: last_written.map(at), complete: false }
+    Begun { id: id.into(), start, last_written: last_written.map(at), complete: false, was_finishing: false }
 }
 
 fn planned(world: &World, seen: &Seen, policy: &Policy, now: DateTime<Utc>) -> RetentionPlan {
@@ -201,6 +201,7 @@ fn holds_keep_a_backup_until_they_end() {
         format: 1,
         id: "20260301T000000Z-0000000000000000".into(),
         backup: "b0".into(),
+        with: vec![],
         reason: "audit".into(),
         until: until.map(at),
         wal,
@@ -528,6 +529,7 @@ fn hold_on(backup: &str, wal: Option<HeldWal>) -> Hold {
         format: 1,
         id: "20260301T000000Z-0000000000000000".into(),
         backup: backup.into(),
+        with: vec![],
         reason: "audit".into(),
         until: None,
         wal,
@@ -552,15 +554,16 @@ fn a_backup_was_complete_no_earlier_than_the_store_had_it() {
     assert_eq!(kept(&plan), ["b28", "b14", "b21"], "{plan:#?}");
     // Nor is it older than others, or as old as it says.
     let last = RetentionSettings { keep_last: Some(2), ..RetentionSettings::default() };
-    assert_eq!(kept(&planned(&world, &by_store(), &policy(last), now)), ["b28", "b21"]);
-    let young = RetentionSettings { keep_for: Some("10 days".parse().unwrap()), ..RetentionSettings::default() };
+    assert_eq!(kept(&planned(&world, &by_store(), &policy(last), now)), ["b28", "b14", "b21"]);
+    let young =
+        RetentionSettings { keep_for: Some("10 days".parse().unwrap()), ..RetentionSettings::default() };
     assert_eq!(kept(&planned(&world, &by_store(), &policy(young), now)), ["b28", "b21"]);
     let flawed = |id: &str| Seen {
         flaws: BTreeMap::from([(id.to_owned(), "data/000001.tar is not there".to_owned())]),
         ..by_store()
     };
     world.catalog.backups[4].finished = at(5 * DAY);
-    assert!(check_newest(&world.catalog, &flawed("b28"), now).is_err(), "the newest by the store's clock");
+    assert!(check_newest(&world.catalog, &flawed("b28"), now).is_err(), "the newest by its WAL");
     assert!(check_newest(&world.catalog, &flawed("b14"), now).is_err(), "the newest by their own clocks");
     assert!(check_newest(&world.catalog, &flawed("b7"), now).is_ok());
 }
@@ -613,7 +616,9 @@ fn a_restores_hold_keeps_its_wal_where_the_backup_is_not() {
         let wal = HeldWal { timeline: tli(timeline), start_lsn, through_lsn };
         let seen = Seen { holds: vec![hold_on("b7", Some(wal))], ..seen(&world) };
         let plan = planned(&world, &seen, &policy(window("10 days")), at(30 * DAY));
-        let held = |number: u64| !plan.wal_removed.iter().any(|wal| (wal.numbers.0..wal.numbers.1).contains(&number));
+        let held = |number: u64| {
+            !plan.wal_removed.iter().any(|wal| (wal.numbers.0..wal.numbers.1).contains(&number))
+        };
         let (from, until) = (elsewhere.start_lsn.0 / SIZE.bytes(), through_lsn.unwrap().0 / SIZE.bytes());
         assert!((from..=until).all(held) && !held(until + 2), "{plan:#?}");
         world.catalog.segments.names().map(|name| name.number(SIZE)).find(|number| held(*number)).unwrap()
@@ -648,10 +653,7 @@ fn without_a_window_wal_stays_from_whatever_stays() {
     let world = world(30, &[0, 7, 14, 21, 28]);
     let last = || policy(RetentionSettings { keep_last: Some(1), ..RetentionSettings::default() });
     let held = Seen { holds: vec![hold_on("b7", None)], ..seen(&world) };
-    let built_on = Seen {
-        parents: BTreeMap::from([("b28".to_owned(), "b7".to_owned())]),
-        ..seen(&world)
-    };
+    let built_on = Seen { parents: BTreeMap::from([("b28".to_owned(), "b7".to_owned())]), ..seen(&world) };
     for seen in [held, built_on] {
         let plan = planned(&world, &seen, &last(), at(30 * DAY));
         let after = carried_out(&world, &plan);
@@ -684,7 +686,10 @@ fn wal_that_was_to_go_and_is_needed_counts_again_where_nothing_of_it_is_gone() {
     let held = || vec![hold_on("b7", None)];
     let plan = with(&[wal.numbers], held());
     let [again] = &plan.counts_again[..] else { panic!("{plan:#?}") };
-    assert_eq!((&again.record.id, &again.rest), (&record, &vec![(wal.numbers.0, from), (until, wal.numbers.1)]));
+    assert_eq!(
+        (&again.record.id, &again.rest),
+        (&record, &vec![(wal.numbers.0, from), (until, wal.numbers.1)])
+    );
     assert!(plan.notes.iter().any(|note| note.contains("counts again")), "{plan:#?}");
     // What is needed is there, whatever became of the rest.
     assert_eq!(with(&[(from, until)], held()).counts_again.len(), 1);
@@ -698,7 +703,13 @@ fn of_backups_that_did_not_complete_only_those_stay_that_one_under_way_may_have_
     let start_lsn = world.catalog.backups[2].start_lsn;
     let remains = |id: String, day: i64| {
         let start = BegunAt { timeline: tli(1), start_lsn, started: at(day * DAY) };
-        Begun { id, start: Some(start), last_written: Some(at(day * DAY)), complete: false }
+        Begun {
+            id,
+            start: Some(start),
+            last_written: Some(at(day * DAY)),
+            complete: false,
+            was_finishing: false,
+        }
     };
     // One each week, each failed; every other one builds on b190.
     let recordless: Vec<Begun> = (0..28).map(|week| remains(format!("w{week:02}"), 3 + week * 7)).collect();
@@ -881,4 +892,36 @@ proptest! {
         prop_assert_eq!(once.catalog.backups, twice.catalog.backups);
         prop_assert_eq!(once.catalog.segments.names().collect::<Vec<_>>(), twice.catalog.segments.names().collect::<Vec<_>>());
     }
+}
+
+#[test]
+fn a_copied_repository_keeps_what_the_original_would() {
+    let world = world(400, &[0, 40, 80, 120, 160, 200, 240, 280, 320, 360, 395]);
+    let with = |settings: RetentionSettings, written: Option<i64>| {
+        let ids = world.catalog.backups.iter().map(|backup| backup.id.clone());
+        let written = written.map(|day| ids.map(|id| (id, at(day * DAY))).collect()).unwrap_or_default();
+        let seen = Seen { written, ..seen(&world) };
+        let plan = planned(&world, &seen, &policy(settings), at(400 * DAY));
+        kept(&plan).into_iter().map(str::to_owned).collect::<BTreeSet<_>>()
+    };
+    for settings in [
+        RetentionSettings { keep_monthly: Some(12), keep_yearly: Some(3), ..window("10 days") },
+        RetentionSettings { keep_last: Some(3), ..RetentionSettings::default() },
+    ] {
+        let original = with(settings.clone(), None);
+        assert!(original.len() >= 3);
+        // By the store's clock all are of the day of the copy.
+        assert!(with(settings, Some(385)).is_superset(&original));
+    }
+}
+
+#[test]
+fn holds_keep_what_a_backup_of_another_repository_builds_on() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let wal = HeldWal { timeline: tli(1), start_lsn: Some(Lsn(0)), through_lsn: Some(Lsn(0)) };
+    let hold = Hold { with: vec!["b0".into()], ..hold_on("elsewhere", Some(wal)) };
+    let seen = Seen { holds: vec![hold], ..seen(&world) };
+    let plan = planned(&world, &seen, &policy(window("10 days")), at(30 * DAY));
+    assert!(kept(&plan).contains(&"b0") && !kept(&plan).contains(&"b7"), "{plan:#?}");
+    assert!(!plan.notes.iter().any(|note| note.contains("is not there")), "{plan:#?}");
 }

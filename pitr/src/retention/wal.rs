@@ -6,7 +6,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use walship::catalog::{BackupWal, Catalog, GapRecord, HeldWal};
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 
-use super::backups::{Chosen, is_running};
+use super::backups::{Chosen, may_be_complete};
 use super::{CountsAgain, KeptWal, Policy, RemovedWal, Seen};
 use crate::plan::{begin_of, wal_is_on_path};
 
@@ -167,17 +167,11 @@ impl Needed {
 
     /// Returns the stretches of a timeline that stay, in order, none touching another.
     fn merged(&self, timeline: TimelineId) -> Vec<(u64, u64)> {
-        let mut all: Vec<(u64, u64)> =
-            self.0.get(&timeline).into_iter().flatten().map(|(from, until, _)| (*from, *until)).collect();
-        all.sort_unstable();
-        let mut merged: Vec<(u64, u64)> = Vec::new();
-        for (from, until) in all {
-            match merged.last_mut() {
-                Some((_, end)) if *end >= from => *end = (*end).max(until),
-                _ => merged.push((from, until)),
-            }
-        }
-        merged
+        merge(self.stretches(timeline).collect())
+    }
+
+    fn stretches(&self, timeline: TimelineId) -> impl Iterator<Item = (u64, u64)> {
+        self.0.get(&timeline).into_iter().flatten().map(|(from, until, _)| (*from, *until))
     }
 
     fn reasons(&self, timeline: TimelineId, from: u64, until: u64) -> Vec<String> {
@@ -189,6 +183,19 @@ impl Needed {
         }
         reasons
     }
+}
+
+/// Returns the same stretches in order, none touching another.
+fn merge(mut all: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    all.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::new();
+    for (from, until) in all {
+        match merged.last_mut() {
+            Some((_, end)) if *end >= from => *end = (*end).max(until),
+            _ => merged.push((from, until)),
+        }
+    }
+    merged
 }
 
 pub(super) fn needed(
@@ -238,9 +245,15 @@ pub(super) fn needed(
         let reason = format!("backup {} is consistent with it, if what it builds on comes back", orphan.id);
         needed.add_backup(catalog, ways, &orphan.wal, &reason);
     }
-    for begun in seen.recordless.iter().filter(|begun| is_running(seen, begun, now)) {
-        let Some(start) = begun.start else { continue };
+    for begun in seen.recordless.iter().filter(|begun| may_be_complete(seen, begun, now)) {
         let reason = format!("backup {} was begun and may be under way", begun.id);
+        let Some(start) = begun.start else {
+            // Without it none becomes complete; one that is may have lost it with its record.
+            for timeline in all_timelines(catalog).into_iter().filter(|_| begun.was_finishing) {
+                needed.add(timeline, 0, u64::MAX, &reason);
+            }
+            continue;
+        };
         needed.add(start.timeline, start.start_lsn.0 / size.bytes(), u64::MAX, &reason);
         for way in ways.iter().filter(|way| way.history.timeline_of(start.start_lsn) == start.timeline) {
             needed.add_along(catalog, &way.history, start.start_lsn, all, &reason);
@@ -265,13 +278,9 @@ pub(super) fn counts_again(catalog: &Catalog, seen: &Seen, needed: &Needed) -> V
         let (first, end) = record.whole_segments(size);
         // Of a stretch of which anything is gone the rest may lead nowhere: it stays what it is.
         let there = |(from, until): &(u64, u64)| whole.iter().any(|(a, b)| a <= from && until <= b);
-        let wanted: Vec<(u64, u64)> = needed
-            .merged(record.timeline)
-            .into_iter()
-            .map(|(from, until)| (from.max(first), until.min(end)))
-            .filter(|(from, until)| from < until)
-            .filter(there)
-            .collect();
+        let in_record = |(from, until): (u64, u64)| (from.max(first), until.min(end));
+        let wanted = needed.stretches(record.timeline).map(in_record).filter(|(from, until)| from < until);
+        let wanted = merge(wanted.filter(there).collect());
         if wanted.is_empty() {
             continue;
         }

@@ -120,7 +120,8 @@ impl Clock {
     }
 
     fn set(&self, days_ago: u32) {
-        std::fs::write(&self.0, if days_ago == 0 { "+0".to_owned() } else { format!("-{days_ago}d") }).unwrap();
+        std::fs::write(&self.0, if days_ago == 0 { "+0".to_owned() } else { format!("-{days_ago}d") })
+            .unwrap();
     }
 
     /// Starts a server that goes by it; what it archives with goes by the machine's.

@@ -14,6 +14,9 @@ pub struct Hold {
     pub id: String,
     /// The backup that is held.
     pub backup: String,
+    /// What it builds on, and what these have taken over from: it may lie in a repository that lacks the backup itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub with: Vec<String>,
     /// Why, in somebody's own words.
     pub reason: String,
     /// When it ends by itself; `None`: when it is released.

@@ -131,7 +131,7 @@ impl LineageRepository {
         loop {
             let page = wal_page(self, timeline, from, until, after).await?;
             let keys = page.objects.iter().filter_map(|meta| self.layout.parse_wal(&meta.key));
-            for key in keys.filter(|key| key.kind == ObjectKind::Segment) {
+            for key in keys.filter(|key| key.kind == ObjectKind::Segment && !key.is_copy) {
                 let WalFileName::Segment(name) = key.name else { continue };
                 let number = name.number(size);
                 match runs.last_mut() {
@@ -230,6 +230,20 @@ impl Remover {
         }
     }
 
+    /// Waits for something that takes long and removes nothing, and keeps the lock meanwhile.
+    ///
+    /// # Errors
+    /// Its own; [`Error::Unavailable`] when the lock was lost.
+    pub async fn holding<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            match tokio::time::timeout(lock::LOOKED_AT_EVERY, &mut work).await {
+                Ok(done) => return done,
+                Err(_) => self.stay().await?,
+            }
+        }
+    }
+
     /// Makes sure, right before something goes, that the lock is still held and, for a backup, that its mark is still there:
     /// while this process stood still another removal may have gone on, and somebody may depend on the backup by now.
     async fn confirm(&mut self, backup: Option<&str>) -> Result<()> {
@@ -268,7 +282,8 @@ impl Remover {
     }
 
     /// Marks a backup: nobody may begin to depend on it any more.
-    pub async fn mark(&self, id: &str) -> Result<()> {
+    pub async fn mark(&mut self, id: &str) -> Result<()> {
+        self.stay().await?;
         let mark = MarkDocument { format: DOCUMENT_VERSION, backup: id.to_owned(), run: self.run.clone() };
         document::put(&*self.repository.storage, &self.layout().mark(id, &self.run)?, &mark).await.map(drop)
     }

@@ -71,44 +71,15 @@ pub(super) async fn again(repository: &LineageRepository, catalog: &Catalog, bef
 /// Returns the holds that were not released. A restore's hold lasts as long as the restore meant it to, but by the store's
 /// clock: the restoring machine's may be wrong.
 async fn holds(repository: &LineageRepository) -> Result<Vec<Hold>> {
-    let mut holds = repository.holds().await?;
-    for hold in holds.iter_mut().filter(|hold| hold.wal.is_some()) {
-        let (Some(until), Some(written)) = (hold.until, repository.hold_written_at(&hold.id).await?) else {
-            continue;
-        };
-        hold.until = written.checked_add_signed(until.signed_duration_since(hold.created)).or(hold.until);
-    }
-    Ok(holds)
-}
-
-/// Refuses to go on where a backup seems to have lost its record: it looks like one that never became complete, and is none.
-///
-/// # Errors
-/// [`Error::Corrupt`] with the backup.
-async fn check_records(repository: &LineageRepository, seen: &Seen, no_records: bool) -> Result<()> {
-    let unmarked = |begun: &&Begun| !begun.complete && !seen.expiring.contains(&begun.id);
-    let open: Vec<&str> = seen.recordless.iter().filter(unmarked).map(|begun| &*begun.id).collect();
-    if open.is_empty() {
-        return Ok(());
-    }
-    let indexed = repository.indexed_backups().await?;
-    for id in open {
-        let why = if indexed.contains(id) {
-            "the index knows it as a complete one"
-        } else if no_records && repository.has_manifest(id).await? {
-            "its manifest is stored, and no record of any backup is"
-        } else {
-            continue;
-        };
-        return Err(Error::corrupt(format!("the record of backup {id} is not there, and {why}"))
-            .with_safe("nothing was removed: without its record a complete backup looks like one that was given up")
-            .with_next(
-                "Look whether the whole repository is there (mounts, a copy that was broken off), and bring back what is missing \
-                 below backups/catalog/. If that backup was never complete, or is given up, remove its folder, and what lies below \
-                 index/backups/: that is made again.",
-            ));
-    }
-    Ok(())
+    let looks = repository.holds().await?.into_iter().map(|mut hold| async move {
+        if let (Some(_), Some(until)) = (hold.wal, hold.until)
+            && let Some(written) = repository.hold_written_at(&hold.id).await?
+        {
+            hold.until = written.checked_add_signed(until.signed_duration_since(hold.created)).or(hold.until);
+        }
+        Ok(hold)
+    });
+    futures_util::stream::iter(looks).buffered(READS_MAX).try_collect().await
 }
 
 /// Notes what complete backups depend on, what is missing of them, and the backups that the catalog does not tell of.
@@ -129,10 +100,10 @@ async fn note_backups(repository: &LineageRepository, catalog: &Catalog, seen: &
             started: started.started,
         });
         let last_written = repository.backup_written_at(&id).await?;
-        seen.recordless.push(Begun { id, start, last_written, complete: false });
+        let was_finishing = repository.was_finishing(&id).await?;
+        seen.recordless.push(Begun { id, start, last_written, complete: false, was_finishing });
     }
     let mut records = repository.complete_backups().await?;
-    let no_records = records.is_empty() && known.is_empty();
     // Of what was looked at already nothing has changed: a record is written once.
     records.retain(|record| !known.contains(&*record.id) || !seen.lenders.contains_key(&record.id));
     let looks = records.iter().map(|record| async move {
@@ -158,10 +129,16 @@ async fn note_backups(repository: &LineageRepository, catalog: &Catalog, seen: &
             let BackupRecord { timeline, start_lsn, started, .. } = *record;
             seen.recordless.retain(|begun| begun.id != *id);
             let start = Some(BegunAt { timeline, start_lsn, started });
-            seen.recordless.push(Begun { id: id.clone(), start, last_written: None, complete: true });
+            seen.recordless.push(Begun {
+                id: id.clone(),
+                start,
+                last_written: None,
+                complete: true,
+                was_finishing: true,
+            });
         }
     }
-    check_records(repository, seen, no_records).await
+    Ok(())
 }
 
 /// Returns when something happened last on each timeline, as far as its last segments tell. What cannot be read tells

@@ -8,13 +8,14 @@ mod removal;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
-use walship::catalog::{Catalog, GapCause, GapKind, GapRecord};
-use walship::pg::{Lsn, TimelineId};
+use walship::catalog::{BackupRecord, Catalog, GapCause, GapKind, GapRecord};
+use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use walship::repository::{CAUSE_BYTES_MAX, LineageRepository, Mark, RecordedBy, RemovedObjects, new_gap_id};
+use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
 
 use super::{Planned, Proof, make_plan};
-use crate::plan::{PlanOptions, RefusalKind, is_on_path};
+use crate::plan::{PlanOptions, build_chain, is_on_path};
 use crate::retention::{
     CLOCK_MARGIN, Policy, RemovedWal, RetentionPlan, Seen, after, check_clock, check_newest, retain,
 };
@@ -25,8 +26,8 @@ use removal::Removal;
 /// The margin where the clocks of the server and of the machine that takes backups seem to differ.
 const WIDE_MARGIN: TimeDelta = TimeDelta::days(1);
 
-/// How many backups that lead nowhere are passed over.
-const TORN_MAX: usize = 16;
+/// How many segments are looked at to find when something happened next.
+const LOOK_AHEAD_MAX: u64 = 16;
 
 /// What is asked for.
 #[derive(Debug, Clone)]
@@ -153,8 +154,11 @@ async fn prove(
         let target = RecoveryTarget { timeline: on, ..RecoveryTarget::new(TargetKind::Latest) };
         targets.push((format!("the end of timeline {timeline}"), target, None));
     }
-    for timeline in plan.ends.iter().filter(|_| plan.window_from.is_some()) {
-        targets.extend(window_start(repository, catalog, *timeline, plan.window_from).await?);
+    for timeline in &plan.ends {
+        match window_start(repository, catalog, plan, *timeline).await? {
+            Ok(start) => targets.extend(start),
+            Err(lost) => return Ok(Err(lost)),
+        }
     }
     let size = catalog.lineage.segment_size;
     for kept in &plan.backups_kept {
@@ -169,11 +173,10 @@ async fn prove(
         }
     }
     for (what, target, backup) in targets {
-        let reached =
-            async |catalog: &Catalog| reach(repository, catalog, &target, backup.as_deref()).await;
+        let reached = async |catalog: &Catalog| reach(repository, catalog, &target, backup.as_deref()).await;
         // In this order: what comes to the archive meanwhile is no loss. Nothing reached is less than anything.
-        let before = reached(catalog).await?.ok();
-        if reached(&after).await?.ok() < before {
+        let before = reached(catalog).await?;
+        if reached(&after).await? < before {
             return Ok(Err(what));
         }
     }
@@ -183,57 +186,85 @@ async fn prove(
 /// What is to stay in reach: in words, the target, and the backup that it is reached from where that matters.
 type Wanted = (String, RecoveryTarget, Option<String>);
 
-/// Returns where a target leads, or why nowhere.
+/// Returns where a target leads; `None`: nowhere.
 async fn reach(
     repository: &LineageRepository,
     catalog: &Catalog,
     target: &RecoveryTarget,
     backup: Option<&str>,
-) -> Result<std::result::Result<Lsn, Option<RefusalKind>>> {
+) -> Result<Option<Lsn>> {
     let options = PlanOptions { backup: backup.map(str::to_owned) };
-    Ok(match make_plan(repository, catalog, target, &options, Proof::Bounded).await {
-        Ok(Planned::Plan(plan)) => Ok(plan.stop.final_lsn),
-        Ok(Planned::Refused(refusal)) => Err(Some(refusal.kind)),
-        Err(Error::Corrupt(_)) => Err(None),
-        Err(error) => return Err(error),
-    })
+    match make_plan(repository, catalog, target, &options, Proof::Bounded).await {
+        Ok(Planned::Plan(plan)) => Ok(Some(plan.stop.final_lsn)),
+        Ok(Planned::Refused(_)) | Err(Error::Corrupt(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
-/// Returns the start of the window on the way to a timeline. Where that is not in reach, the first moment after it that is: where
-/// the oldest backup is consistent that is newer by its WAL, whatever it and the store say of its age.
+/// Returns the start of the window on the way to a timeline, if it is in reach. Where it is not, the first moment after it that is stays:
+/// where the oldest backup is consistent that is newer by its WAL, whatever it and the store say of its age.
+///
+/// # Errors
+/// What cannot be read. Within: that the first moment goes, in words.
 async fn window_start(
     repository: &LineageRepository,
     catalog: &Catalog,
+    plan: &RetentionPlan,
     timeline: TimelineId,
-    from: Option<DateTime<Utc>>,
-) -> Result<Option<Wanted>> {
-    let (Some(time), Some(history)) = (from, catalog.history(timeline)) else { return Ok(None) };
-    let on_way = |kind| RecoveryTarget {
-        timeline: TimelineChoice::Number(timeline),
-        ..RecoveryTarget::new(kind)
+) -> Result<std::result::Result<Option<Wanted>, String>> {
+    let (Some(time), Some(history)) = (plan.window_from, catalog.history(timeline)) else {
+        return Ok(Ok(None));
     };
-    let start = on_way(TargetKind::Time { time, zone: Zone::Utc });
-    if reach(repository, catalog, &start, None).await?.is_ok() {
-        return Ok(Some((format!("the start of the window on timeline {timeline}"), start, None)));
+    let on_way = TimelineChoice::Number(timeline);
+    let start = RecoveryTarget {
+        timeline: on_way,
+        ..RecoveryTarget::new(TargetKind::Time { time, zone: Zone::Utc })
+    };
+    if reach(repository, catalog, &start, None).await?.is_some() {
+        return Ok(Ok(Some((format!("the start of the window on timeline {timeline}"), start, None))));
     }
-    let mut backups: Vec<_> =
-        catalog.backups.iter().filter(|backup| is_on_path(&history, backup)).collect();
+    // One whose own WAL is not whole leads nowhere.
+    let whole = |backup: &&BackupRecord| {
+        is_on_path(&history, backup)
+            && build_chain(catalog, &history, backup.start_lsn).end() >= backup.stop_lsn
+    };
+    let mut backups: Vec<_> = catalog.backups.iter().filter(whole).collect();
     backups.sort_by_key(|backup| (backup.stop_lsn, backup.start_lsn));
     // WAL goes on in time: what is behind one that is newer is newer.
     let (mut first, mut end) = (0, backups.len());
     while first < end {
         let middle = first.midpoint(end);
-        match reach(repository, catalog, &start, Some(&backups[middle].id)).await? {
-            Err(Some(RefusalKind::BeforeFirst)) => end = middle,
+        match first_time(repository, catalog, &history, backups[middle].stop_lsn).await? {
+            Some(first_time) if first_time > time => end = middle,
             _ => first = middle + 1,
         }
     }
-    // One whose own WAL is not whole leads nowhere.
-    for backup in backups[first..].iter().take(TORN_MAX) {
-        let target = on_way(TargetKind::Lsn(backup.stop_lsn));
-        if reach(repository, catalog, &target, None).await?.is_ok() {
-            let what = format!("the first moment of the window on timeline {timeline}, at {}", backup.stop_lsn);
-            return Ok(Some((what, target, None)));
+    let goes = |backup: &&&BackupRecord| plan.backups_removed.iter().any(|removed| removed.id == backup.id);
+    Ok(match backups.get(first).filter(goes) {
+        Some(backup) => {
+            Err(format!("the first moment of the window on timeline {timeline}, at {},", backup.stop_lsn))
+        }
+        None => Ok(None),
+    })
+}
+
+/// Returns when something happened first in the segment of a position, or in one of the next.
+async fn first_time(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    history: &TimelineHistory,
+    lsn: Lsn,
+) -> Result<Option<DateTime<Utc>>> {
+    let size = catalog.lineage.segment_size;
+    let first = lsn.0 / size.bytes();
+    for number in first..first.saturating_add(LOOK_AHEAD_MAX) {
+        let timeline = history.timeline_of(Lsn(number.saturating_mul(size.bytes())));
+        let name = SegmentName::from_number(timeline, number, size);
+        let Some(name) = name.filter(|name| catalog.segments.contains(*name)) else { break };
+        match repository.segment_summary(name).await {
+            Ok(Some(SegmentSummary { min_time: Some(min), .. })) => return Ok(Some(min.time)),
+            Ok(_) | Err(Error::Corrupt(_) | Error::Mismatch(_)) => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(None)
@@ -278,10 +309,10 @@ pub async fn carry_out(
     let id = new_gap_id(Utc::now(), rand::random());
     let mut remover = repository.begin_removal(&id, Utc::now()).await?;
     let done = async {
-        let mut prepared = prepare(repository, request).await?;
+        let mut prepared = remover.holding(prepare(repository, request)).await?;
         if Removal::count_again(&remover, &prepared).await? {
             // What counts again may stand in the place of what was to stay.
-            prepared = prepare(repository, request).await?;
+            prepared = remover.holding(prepare(repository, request)).await?;
         }
         if let Some(more) = more_than(&prepared.plan, shown) {
             return Err(Error::unavailable(format!("something changed meanwhile: {more} would go as well"))

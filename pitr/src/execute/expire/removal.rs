@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use chrono::Utc;
 use walship::catalog::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, GapRecord};
-use walship::repository::index::complete::{Options, Task, complete};
 use walship::pg::Lsn;
+use walship::repository::index::complete::{Options, Task, complete};
 use walship::repository::{Mark, RecordedBy, RemovedObjects, Remover, new_gap_id};
 use walship::{Error, Result};
 
@@ -74,9 +74,11 @@ impl Removal<'_> {
         let orphaned = catalog.orphaned_backups.iter().map(|backup| &*backup.id);
         let there: BTreeSet<&str> =
             complete.chain(orphaned).chain(seen.recordless.iter().map(|begun| &*begun.id)).collect();
-        // The mark tells what is half removed from what has lost its record: that stays as long as its folder.
+        // The mark tells what is half removed from what has lost its record: it stays as long as its folder. What a backup that
+        // stays has taken over from was never complete, and is needed.
         let half_removed = |mark: &Mark| {
             seen.recordless.iter().any(|begun| begun.id == mark.backup && !begun.complete)
+                && !seen.lenders.values().any(|lenders| lenders.contains(&mark.backup))
         };
         let goes = |mark: &&Mark| {
             plan.backups_removed.iter().any(|backup| backup.id == mark.backup) || half_removed(mark)
@@ -182,8 +184,12 @@ impl Removal<'_> {
         for id in &going {
             self.remover.mark(id).await?;
         }
-        if let Some(needed) = self.needed_meanwhile().await?.0 {
+        let needed = self.needed_meanwhile().await;
+        if !matches!(needed, Ok((None, _))) {
+            // Nothing of them is gone.
             self.remover.unmark(going.iter().map(String::as_str)).await?;
+        }
+        if let Some(needed) = needed?.0 {
             return Err(changed(&format!("backup {needed}")));
         }
         let catalog = &self.prepared.catalog;
@@ -242,11 +248,11 @@ impl Removal<'_> {
 
     /// Plans again with the backups and holds that there are now; returns a backup, and WAL in words, that would stay
     /// by now and is about to go.
-    async fn needed_meanwhile(&self) -> Result<(Option<String>, Option<String>)> {
+    async fn needed_meanwhile(&mut self) -> Result<(Option<String>, Option<String>)> {
         let Prepared { plan, catalog, seen, margin, .. } = &self.prepared;
-        let repository = self.remover.repository();
+        let repository = self.remover.repository().clone();
         let going: BTreeSet<&str> = plan.backups_removed.iter().map(|backup| &*backup.id).collect();
-        let seen = again(repository, catalog, seen).await?;
+        let seen = self.remover.holding(again(&repository, catalog, seen)).await?;
         let now = retain(catalog, &seen, &self.request.policy, self.request.now, *margin);
         let kept: BTreeSet<&str> = now.backups_kept.iter().map(|backup| &*backup.id).collect();
         let backup = going.iter().find(|id| kept.contains(**id)).map(|id| (*id).to_owned());

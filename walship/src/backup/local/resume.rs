@@ -12,9 +12,7 @@ use tokio::runtime::Handle;
 use crate::catalog::DamagedPage;
 use crate::codec::backup_index::block_digests;
 use crate::error::{Error, Result};
-use crate::repository::{
-    BackupBlocks, BackupObjects, FileBlocks, LineageRepository, REMAINS_LOOKED_AT_MAX,
-};
+use crate::repository::{BackupBlocks, BackupObjects, FileBlocks, LineageRepository, REMAINS_LOOKED_AT_MAX};
 
 use super::super::parent::Parent;
 use super::read::{self, Opened, Passing, READ_BYTES, ReadFile};

@@ -1,6 +1,6 @@
 //! The list of backups: their records in one object, so that a thousand need not be read one by one.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::Read as _;
 
 use serde::{Deserialize, Serialize};
@@ -64,14 +64,6 @@ impl LineageRepository {
             }
         }
         Ok(records)
-    }
-
-    /// Returns the ids of the backups that the fullest list names: each of them had a record once.
-    ///
-    /// # Errors
-    /// What the store says; a list that cannot be read names none.
-    pub async fn indexed_backups(&self) -> Result<BTreeSet<String>> {
-        Ok(self.fullest_list().await?.into_iter().map(|listed| listed.record.id).collect())
     }
 
     async fn fullest_list(&self) -> Result<Vec<ListedBackup>> {

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::CLOCKS_DIFFER_MAX;
 use crate::error::{Error, Result};
 use crate::repository::document::{self, DOCUMENT_BYTES_MAX, DOCUMENT_VERSION};
 use crate::repository::{LineageRepository, RecordedBy};
@@ -16,6 +15,9 @@ const LOCK: Duration = Duration::from_secs(600);
 
 /// A lock is renewed when it is this old.
 const RENEW_AFTER: Duration = Duration::from_secs(180);
+
+/// How often it is looked whether that is due, while something takes long.
+pub(super) const LOOKED_AT_EVERY: Duration = Duration::from_secs(30);
 
 /// More locks than there ever are.
 const LOCKS_MAX: usize = 10_000;
@@ -58,19 +60,17 @@ impl Lock {
         let renewed = Instant::now();
         let listed = listed(repository).await?;
         if let Some((_, key)) = listed.last() {
-            let written = repository.written_at(key).await?;
-            let stale = match (written, store_now) {
-                (Some(written), Some(store_now)) => store_now.signed_duration_since(written).to_std(),
-                _ => Ok(Duration::ZERO),
-            };
-            // Whatever it says: nobody has renewed it in its time.
-            let stale = stale.is_ok_and(|age| age >= LOCK);
+            // By one clock where the store has one: those of two machines may differ by more than a lock's time.
+            let age = repository.written_at(key).await?.zip(store_now);
+            let over = age.map(|(written, store_now)| {
+                store_now.signed_duration_since(written).to_std().is_ok_and(|age| age >= LOCK)
+            });
             match document::read_listed::<LockDocument>(&*repository.storage, key, DOCUMENT_BYTES_MAX).await {
-                Ok(Some(held)) if !stale && is_held(&held, now, store_now) => {
+                Ok(Some(held)) if !over.unwrap_or(held.until <= now) && !has_died(&held) => {
                     return Err(busy(repository, &held, now));
                 }
                 Ok(_) => {}
-                Err(Error::Corrupt(_) | Error::Mismatch(_)) if stale => {}
+                Err(Error::Corrupt(_) | Error::Mismatch(_)) if over == Some(true) => {}
                 Err(error @ (Error::Corrupt(_) | Error::Mismatch(_))) => {
                     return Err(Error::unavailable(format!(
                         "another removal may be at work in {}: its lock cannot be read ({error})",
@@ -183,13 +183,6 @@ fn processes() -> Option<String> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     let namespace = std::fs::read_link("/proc/self/ns/pid").ok()?;
     Some(format!("{} {}", boot.trim(), namespace.to_str()?))
-}
-
-/// Returns whether a lock still holds, by what it says.
-fn is_held(held: &LockDocument, now: DateTime<Utc>, store_now: Option<DateTime<Utc>>) -> bool {
-    // One that was taken at a time that is still to come says nothing of its end.
-    let ahead = held.taken.signed_duration_since(store_now.unwrap_or(now)) > CLOCKS_DIFFER_MAX;
-    now < held.until && !ahead && !has_died(held)
 }
 
 /// Returns whether the holder of a lock is known to be gone: a process that this one would see, and that is not there.

@@ -234,6 +234,7 @@ pub(super) async fn month() -> Status {
         format: 1,
         id: "20261120T080000Z-00000000000000bb".into(),
         backup: info.backups[20].id.clone(),
+        with: vec![],
         reason: "audit 2026-17".into(),
         until: Some(now() + TimeDelta::days(34)),
         wal: None,
