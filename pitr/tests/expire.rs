@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use pitr::execute::expire::{Prepared, Report, Request, carry_out, prepare};
+use pitr::execute::expire::{Prepared, Report, Request, carry_out, prepare, take_back_old_marks};
 use pitr::retention::Policy;
 use walship::Error;
 use walship::catalog::{BackupObject, BackupRecord, HeldWal, Hold, ParentBackup};
@@ -142,7 +142,13 @@ impl Scene {
 
     fn request(&self) -> Request {
         let settings = RetentionSettings { window: Some("10 days".parse().unwrap()), ..Default::default() };
-        Request { policy: Policy::of(&settings).unwrap(), now: self.now, accept_idle: false, reason: None }
+        Request {
+            policy: Policy::of(&settings).unwrap(),
+            now: self.now,
+            accept_idle: false,
+            give_up: BTreeSet::new(),
+            reason: None,
+        }
     }
 
     async fn shown(&self) -> Prepared {
@@ -628,6 +634,12 @@ async fn a_complete_backup_whose_record_is_gone_is_not_taken_for_one_that_was_gi
     // What it said at its start is gone too: all WAL may be needed.
     scene.memory.remove(&own_object(1, "started.json"));
     assert_eq!(stays(&scene, 1).await, SEGMENTS - 1);
+    // Unless somebody says that it was given up.
+    scene.repository.put_backup_started(&scene.started(&id(1), BACKUPS[1].0, BACKUPS[1].1)).await.unwrap();
+    scene.memory.age("", TimeDelta::days(30));
+    let request = Request { give_up: BTreeSet::from([id(1)]), ..scene.request() };
+    let plan = prepare(&scene.repository, &request).await.unwrap().plan;
+    assert!(plan.backups_removed.iter().any(|backup| backup.id == id(1)), "{plan:#?}");
     // One that never came so far was given up.
     let scene = original.copy().await;
     scene.memory.remove(&records[1]);
@@ -650,6 +662,42 @@ async fn a_complete_backup_whose_record_is_gone_is_not_taken_for_one_that_was_gi
     scene.expire().await.unwrap();
     assert_eq!(scene.keys("/expiring/").len(), 1);
     scene.shown().await;
+}
+
+#[tokio::test]
+async fn a_lost_record_stops_retention_of_nothing_that_came_later() {
+    let scene = Scene::make().await;
+    // A backup whose last step failed, a year ago; the next one went on from it.
+    let failed = "20251201T000000Z-00000000000000aa";
+    scene.backup(failed, 9, 401, None).await;
+    let record = scene.keys("/backups/catalog/").into_iter().find(|key| key.contains(failed)).unwrap();
+    scene.memory.remove(&ObjectKey::new(record).unwrap());
+    let plan = scene.shown().await.plan;
+    let reasons = |id: &str| -> String {
+        let kept = plan.backups_kept.iter().find(|backup| backup.id == id);
+        kept.map_or_else(String::new, |kept| kept.reasons.join("; "))
+    };
+    assert!(reasons(failed).contains("but its record"), "{plan:#?}");
+    assert!(reasons(&id(0)).contains("may have taken over"), "it was under way then: {plan:#?}");
+    assert_eq!(reasons(&id(1)), "", "{plan:#?}");
+    assert!(plan.notes.iter().any(|note| note.contains("--give-up")), "{plan:#?}");
+}
+
+#[tokio::test]
+async fn old_marks_of_whole_backups_are_taken_back_also_while_nothing_can_go() {
+    let scene = Scene::make().await;
+    for at in [0, 1] {
+        let mark = format!("main/0001/expiring/{}.20260101T000000Z-0123456789abcde{at}.json", id(at));
+        scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+    }
+    scene.memory.age(&format!("/expiring/{}", id(0)), TimeDelta::hours(2));
+    let data = format!("main/0001/backups/{}/data/000001.tar", id(3));
+    scene.memory.remove(&ObjectKey::new(data).unwrap());
+    assert!(matches!(prepare(&scene.repository, &scene.request()).await, Err(Error::Corrupt(_))));
+    take_back_old_marks(&scene.repository).await.unwrap();
+    assert!(scene.repository.check_not_expiring(&id(0)).await.is_ok());
+    assert!(scene.repository.check_not_expiring(&id(1)).await.is_err(), "its removal may not have ended");
+    assert_eq!(scene.keys("/locks/").len(), 0);
 }
 
 #[tokio::test]

@@ -1,6 +1,5 @@
 //! `pitr hold` and `pitr release`; and the hold that a restore has on what it reads.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -102,7 +101,7 @@ pub(super) async fn hold(args: &HoldArgs) -> Result<u8> {
     for one in source.repository.each() {
         // In this order: retention marks first, and looks for holds then.
         one.put_hold(&hold).await?;
-        if let Err(error) = one.check_not_expiring(&hold.backup).await {
+        if let Err(error) = check_not_expiring(&one, &hold).await {
             one.release_hold(&released_now(&hold.id, now)).await?;
             return Err(error);
         }
@@ -201,10 +200,10 @@ pub(super) async fn hold_for_restore(
     let (mut sound, mut gone) = (Vec::new(), None);
     let repositories = repository.each();
     put_everywhere(&repositories, &hold).await;
-    let held = RestoreHold::keep(repositories.clone(), hold, HOLD_AGAIN_EVERY);
+    let held = RestoreHold::keep(repositories.clone(), hold.clone(), HOLD_AGAIN_EVERY);
     for one in repositories {
         // In this order: retention says first what it removes, and looks for holds then.
-        match check_not_expiring(&one, plan).await {
+        match check_not_expiring(&one, &hold).await {
             Ok(()) => match one.check_wal_not_expired(&stretches).await {
                 Ok(()) => sound.push(one),
                 Err(error @ Error::Conflict(_)) => {
@@ -253,13 +252,10 @@ async fn foundations<'a>(
     ids
 }
 
-/// Fails when a backup that is restored from is being removed.
-async fn check_not_expiring(repository: &LineageRepository, plan: &RestorePlan) -> Result<()> {
-    for backup in plan.backups() {
-        let lenders = backup.objects.iter().filter_map(|object| object.backup.as_deref());
-        for id in lenders.chain([&*backup.id]).collect::<BTreeSet<_>>() {
-            repository.check_not_expiring(id).await?;
-        }
+/// Fails when anything that is held is being removed.
+async fn check_not_expiring(repository: &LineageRepository, hold: &Hold) -> Result<()> {
+    for id in hold.with.iter().chain([&hold.backup]) {
+        repository.check_not_expiring(id).await?;
     }
     Ok(())
 }

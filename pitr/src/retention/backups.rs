@@ -10,7 +10,7 @@ use walship::{Error, Result};
 
 use super::clock::is_to_come;
 use super::wal::{Stage, Way};
-use super::{Begun, BegunAt, GIVEN_UP_AFTER, KeptBackup, Policy, RemovedBackup, Seen};
+use super::{Begun, GIVEN_UP_AFTER, KeptBackup, Policy, RemovedBackup, Seen};
 use crate::plan::{build_chain, is_on_path};
 
 /// The choice.
@@ -59,6 +59,19 @@ pub fn check_newest(catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) -> Resul
     let by_wal = all().max_by_key(|(_, wal, id)| (wal.stop_timeline, wal.stop_lsn, *id));
     let by_clock = all().filter(|(finished, ..)| !is_to_come(*finished, now));
     let by_clock = by_clock.max_by_key(|(finished, _, id)| (*finished, *id));
+    let times = |finished: DateTime<Utc>, id: &str| (finished, seen.completed(id, finished, now));
+    // A sound one that is newer by both clocks: the other lies on a timeline of its own.
+    let is_outdated = |id: &str| {
+        let Some((finished, ..)) = all().find(|(.., known)| *known == id) else { return false };
+        let (own, store) = times(finished, id);
+        catalog.backups.iter().any(|backup| {
+            let (newer, stored) = times(backup.finished, &backup.id);
+            newer > own
+                && stored > store
+                && !is_to_come(newer, now)
+                && flaw_of(catalog, &seen, backup).is_none()
+        })
+    };
     for (.., id) in by_wal.into_iter().chain(by_clock) {
         let backup = catalog.backups.iter().find(|backup| backup.id == id);
         let missing = || {
@@ -68,6 +81,9 @@ pub fn check_newest(catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) -> Resul
         let Some(flaw) = backup.map_or_else(missing, |backup| flaw_of(catalog, &seen, backup)) else {
             continue;
         };
+        if is_outdated(id) {
+            continue;
+        }
         return Err(Error::corrupt(format!("the newest backup, {id}, cannot be restored: {flaw}"))
             .with_safe("nothing was removed: older backups may be needed")
             .with_next(
@@ -96,7 +112,8 @@ fn is_young(begun: &Begun, now: DateTime<Utc>) -> bool {
 
 /// Returns whether a backup without a record may be, or become, one with a record.
 pub(super) fn may_be_complete(seen: &Seen, begun: &Begun, now: DateTime<Utc>) -> bool {
-    begun.complete || ((is_young(begun, now) || begun.was_finishing) && !seen.expiring.contains(&begun.id))
+    let is_lost = begun.was_finishing && !seen.given_up.contains(&begun.id);
+    begun.complete || ((is_young(begun, now) || is_lost) && !seen.expiring.contains(&begun.id))
 }
 
 pub(super) fn choose(
@@ -182,39 +199,52 @@ fn keep_recordless(
             (_, true) => "begun and not complete: it may be under way",
             _ => {
                 notes.push(format!(
-                    "all of backup {id} seems to be there but its record: it stays, and all WAL from its start on. Bring back what is \
-                     missing below backups/catalog/; or, if it was given up, remove its folder backups/{id}",
+                    "all of backup {id} is there but its record: it stays, and all WAL from its start on. Bring back what is missing \
+                     below backups/catalog/; or, if it never had a record, say so: `pitr expire --give-up {id}`",
                     id = begun.id
                 ));
-                "all of it seems to be there but its record"
+                "all of it is there but its record"
             }
         };
         chosen.keep(&begun.id, why);
     }
     // Of one that is complete it is known what it took over.
-    let began = staying.iter().filter(|begun| !begun.complete);
-    let began: Vec<(&str, BegunAt)> = began.filter_map(|begun| Some((&*begun.id, begun.start?))).collect();
-    let Some(first) = began.iter().map(|(_, start)| start.started).min() else { return };
-    for taker in began {
-        for id in may_lend(seen, taker) {
-            chosen.keep(id, "not complete, but a backup under way may take over what it has stored");
+    for taker in staying.into_iter().filter(|begun| !begun.complete) {
+        let Some(start) = taker.start else {
+            // One that does not say any more that it has begun becomes no complete one; what one built on that was is not known.
+            for id in catalog.backups.iter().map(|backup| &backup.id).filter(|_| taker.was_finishing) {
+                chosen.keep(id, &format!("backup {} may build on it", taker.id));
+            }
+            continue;
+        };
+        // Of one that began long ago it is known by now what it began before.
+        let until = start.started.checked_add_signed(CLOCKS_DIFFER).filter(|_| !is_young(taker, now));
+        for id in may_lend(seen, &taker.id, start.started, until) {
+            chosen.keep(id, "not complete, but another that is not may have taken over what it has stored");
         }
-    }
-    let not_before = |backup: &BackupRecord| {
-        let completed = seen.completed(&backup.id, backup.finished, now);
-        completed.checked_add_signed(CLOCKS_DIFFER).is_none_or(|completed| first <= completed)
-    };
-    for backup in catalog.backups.iter().filter(|backup| not_before(backup)) {
-        chosen.keep(
-            &backup.id,
-            "it may not have been complete when a backup under way began, which may take over what it has stored",
-        );
+        let may_lend = |backup: &BackupRecord| {
+            let completed =
+                seen.completed(&backup.id, backup.finished, now).checked_add_signed(CLOCKS_DIFFER);
+            completed.is_none_or(|completed| start.started <= completed)
+                && until.is_none_or(|until| backup.started <= until)
+        };
+        for backup in catalog.backups.iter().filter(|backup| may_lend(backup)) {
+            chosen.keep(
+                &backup.id,
+                "it may not have been complete when one began that is not, which may have taken over what it has stored",
+            );
+        }
     }
 }
 
 /// Returns the backups that did not complete at which one under way may have looked when it began: the newest before it that
 /// build on the same one; and those that began after it, which may be so by another machine's clock only.
-fn may_lend<'a>(seen: &'a Seen, (taker, start): (&str, BegunAt)) -> Vec<&'a str> {
+fn may_lend<'a>(
+    seen: &'a Seen,
+    taker: &str,
+    begin: DateTime<Utc>,
+    until: Option<DateTime<Utc>>,
+) -> Vec<&'a str> {
     let lends = |begun: &&Begun| {
         begun.id != taker
             && !begun.complete
@@ -225,7 +255,8 @@ fn may_lend<'a>(seen: &'a Seen, (taker, start): (&str, BegunAt)) -> Vec<&'a str>
     let mut lenders: Vec<(DateTime<Utc>, &str)> =
         lenders.filter_map(|begun| Some((begun.start?.started, &*begun.id))).collect();
     lenders.sort_unstable();
-    let before = lenders.partition_point(|(started, id)| (*started, *id) < (start.started, taker));
+    lenders.retain(|(started, _)| until.is_none_or(|until| *started <= until));
+    let before = lenders.partition_point(|(started, id)| (*started, *id) < (begin, taker));
     let oldest = before.saturating_sub(REMAINS_LOOKED_AT_MAX);
     lenders[oldest..].iter().map(|(_, id)| *id).collect()
 }
@@ -246,8 +277,9 @@ fn full_backups(
         false => backup.finished,
     };
     let mut with_children = BTreeSet::new();
-    // In the order of both times: of a copied repository the store knows only when it was copied.
-    for time in [&said as &dyn Fn(&BackupRecord) -> DateTime<Utc>, &completed] {
+    let stored = |backup: &BackupRecord| seen.written.get(&backup.id).copied().unwrap_or(backup.finished);
+    // By each clock: of a copied repository the store knows only when it was copied, and a machine's own may have been wrong.
+    for time in [&said as &dyn Fn(&BackupRecord) -> DateTime<Utc>, &completed, &stored] {
         let mut ordered = full.clone();
         ordered.sort_by(|a, b| (time(b), b.finished, &b.id).cmp(&(time(a), a.finished, &a.id)));
         for (at, backup) in ordered.iter().take(policy.keep_last()).enumerate() {

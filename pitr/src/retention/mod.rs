@@ -52,6 +52,8 @@ pub struct Seen {
     pub last_times: BTreeMap<TimelineId, DateTime<Utc>>,
     /// When something happened last on a timeline before the last one of those that left it.
     pub left_times: BTreeMap<TimelineId, DateTime<Utc>>,
+    /// Backups without a record that the operator says were given up.
+    pub given_up: BTreeSet<String>,
     /// Stretches of WAL (numbers of segments, the end excluded) that were expired before and of which something is
     /// still stored.
     pub leftovers: Vec<(TimelineId, u64, u64)>,
@@ -83,7 +85,7 @@ pub struct Begun {
     pub last_written: Option<DateTime<Utc>>,
     /// Whether it has become complete since the catalog was read.
     pub complete: bool,
-    /// Whether all of it was stored but the record: it may have had one.
+    /// Whether all of it is stored but the record: it may have had one.
     pub was_finishing: bool,
 }
 

@@ -611,15 +611,16 @@ fn a_time_from_the_future_blocks_removals_only_while_it_may_be_right() {
 fn a_restores_hold_keeps_its_wal_where_the_backup_is_not() {
     let mut world = world(30, &[0, 7, 14, 21, 28]);
     let elsewhere = world.catalog.backups.remove(1);
+    let through = Lsn(elsewhere.stop_lsn.0 + 3 * SIZE.bytes());
     let first_kept = |timeline: u32, start_lsn: Option<Lsn>| {
-        let through_lsn = Some(Lsn(elsewhere.stop_lsn.0 + 3 * SIZE.bytes()));
+        let through_lsn = Some(through);
         let wal = HeldWal { timeline: tli(timeline), start_lsn, through_lsn };
         let seen = Seen { holds: vec![hold_on("b7", Some(wal))], ..seen(&world) };
         let plan = planned(&world, &seen, &policy(window("10 days")), at(30 * DAY));
         let held = |number: u64| {
             !plan.wal_removed.iter().any(|wal| (wal.numbers.0..wal.numbers.1).contains(&number))
         };
-        let (from, until) = (elsewhere.start_lsn.0 / SIZE.bytes(), through_lsn.unwrap().0 / SIZE.bytes());
+        let (from, until) = (elsewhere.start_lsn.0 / SIZE.bytes(), through.0 / SIZE.bytes());
         assert!((from..=until).all(held) && !held(until + 2), "{plan:#?}");
         world.catalog.segments.names().map(|name| name.number(SIZE)).find(|number| held(*number)).unwrap()
     };
@@ -913,6 +914,38 @@ fn a_copied_repository_keeps_what_the_original_would() {
         // By the store's clock all are of the day of the copy.
         assert!(with(settings, Some(385)).is_superset(&original));
     }
+}
+
+#[test]
+fn a_clock_that_was_ahead_takes_no_others_place() {
+    let mut world = world(30, &[0, 7, 14, 21, 28]);
+    // b7 said that it was of day 29.
+    world.catalog.backups[1].finished = at(29 * DAY);
+    let written = [0, 7, 14, 21, 28].map(|day| (format!("b{day}"), at(day * DAY))).into();
+    let seen = Seen { written, ..seen(&world) };
+    let last = RetentionSettings { keep_last: Some(2), ..window("1 days") };
+    let plan = planned(&world, &seen, &policy(last), at(30 * DAY));
+    for id in ["b28", "b21", "b7"] {
+        assert!(kept(&plan).contains(&id), "{plan:#?}");
+    }
+}
+
+#[test]
+fn a_flawed_backup_on_a_timeline_of_its_own_stops_nothing_once_there_is_a_newer_one() {
+    let mut world = world(20, &[0, 15]);
+    world.fork(tli(1), tli(2));
+    add_backup(&mut world, tli(2), 16 * DAY, "test");
+    world.archive(tli(2));
+    let flawed = Seen {
+        flaws: BTreeMap::from([("test".to_owned(), "data/000001.tar is not there".to_owned())]),
+        ..seen(&world)
+    };
+    assert!(check_newest(&world.catalog, &flawed, at(30 * DAY)).is_err());
+    add_backup(&mut world, tli(1), 25 * DAY, "newer");
+    world.push(tli(1), 3 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    let flawed = Seen { last_times: seen(&world).last_times, ..flawed };
+    assert!(check_newest(&world.catalog, &flawed, at(30 * DAY)).is_ok());
 }
 
 #[test]

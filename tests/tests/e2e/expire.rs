@@ -324,21 +324,6 @@ fn what_is_kept_is_restored(mut scene: Scene) {
 }
 
 #[test]
-fn removal_is_not_released() {
-    let scene = Scene::folder(primary_major());
-    let keys = scene.store.keys();
-    let mut command = scene.stage.pitr(&["expire", "--confirm", "--yes"]);
-    let refused = scene.stage.fails(command.env_remove("WALSHIP_UNRELEASED"), 2);
-    assert!(
-        refused.contains("removal is not released") && refused.contains("\nsafe:  nothing was removed"),
-        "{refused}"
-    );
-    assert_eq!(scene.store.keys(), keys);
-    scene.stage.ok(scene.stage.pitr(&["expire"]).env_remove("WALSHIP_UNRELEASED"));
-    assert_eq!(scene.store.keys(), keys);
-}
-
-#[test]
 fn what_is_kept_is_restored_from_a_folder() {
     for major in majors() {
         what_is_kept_is_restored(Scene::folder(major));
@@ -386,8 +371,7 @@ pub(crate) fn removes(seen: &Seen) -> bool {
 pub(crate) fn started(stage: &Stage, words: &[&str]) -> Child {
     let mut command = process::guarded(walship_tests::bins::pitr());
     command.args(words).env("WALSHIP_CONFIG", stage.config()).env("AWS_EC2_METADATA_DISABLED", "true");
-    // Removal is tested before it is released.
-    command.env("WALSHIP_UNRELEASED", "expire").stdout(Stdio::null()).stderr(Stdio::null());
+    command.stdout(Stdio::null()).stderr(Stdio::null());
     process::spawn(command).unwrap()
 }
 
@@ -592,13 +576,13 @@ fn two_removals_at_once_are_one() {
     let scene = Scene::s3(&server);
     let count = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&count);
-    // The canary goes, then the first removal has to wait.
+    // The first removal has the lock, and has to wait when it says what it is about to do.
     server.set_faults(move |seen| {
-        let late = removes(seen) && counted.fetch_add(1, Ordering::SeqCst) >= 1;
-        late.then_some(Fault::S3(503, "SlowDown"))
+        let says = seen.method == "PUT" && seen.path.contains("/history/expires/");
+        says.then(|| counted.fetch_add(1, Ordering::SeqCst)).map(|_| Fault::S3(503, "SlowDown"))
     });
     let mut first = started(&scene.stage, &["expire", "--confirm", "--yes"]);
-    wait::until("the first removal waits", || count.load(Ordering::SeqCst) > 1);
+    wait::until("the first removal waits", || count.load(Ordering::SeqCst) > 0);
     let refused = scene.stage.fails(&mut scene.stage.pitr(&["expire", "--confirm", "--yes"]), 1);
     assert!(refused.contains("another removal is at work"), "{refused}");
     server.heal();

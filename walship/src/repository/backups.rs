@@ -182,9 +182,10 @@ impl LineageRepository {
         self.alone().check_backup_objects(record).await
     }
 
-    /// Returns whether a backup has said that all of it is stored but its record.
+    /// Returns whether a backup has said that all of it is stored but its record, and its manifest is there.
     pub async fn was_finishing(&self, id: &str) -> Result<bool> {
-        self.is_listed(&self.layout.backup_object(id, FINISHING)?).await
+        Ok(self.is_listed(&self.layout.backup_object(id, FINISHING)?).await?
+            && self.is_listed(&self.layout.backup_object(id, MANIFEST)?).await?)
     }
 
     /// Returns whether an object is there, by a listing: where versions are kept, a read of what was removed is an error.

@@ -13,6 +13,7 @@ use walship::wal::event::EventKind;
 use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
 
+use super::Request;
 use crate::retention::{Begun, BegunAt, Seen};
 
 /// How many records are read at once.
@@ -27,7 +28,7 @@ const SETTLED_AFTER: TimeDelta = TimeDelta::hours(1);
 /// Returns the catalog of a repository, what retention has to know beside it, and the marks of other removals.
 pub(super) async fn read(
     repository: &LineageRepository,
-    now: DateTime<Utc>,
+    request: &Request,
 ) -> Result<(Catalog, Seen, Vec<Mark>)> {
     // What is stored is listed: an index may tell of what is gone, and hide what a plan then takes for kept. It says only when
     // things happened, and where a timeline once ended.
@@ -43,6 +44,7 @@ pub(super) async fn read(
         expiring: marks.iter().map(|mark| mark.backup.clone()).collect(),
         last_times: last_times(repository, &catalog, &tails).await,
         left_times: left_times(repository, &catalog).await,
+        given_up: request.give_up.clone(),
         ..Seen::default()
     };
     note_backups(repository, &catalog, &mut seen).await?;
@@ -52,7 +54,7 @@ pub(super) async fn read(
             seen.leftovers.push((gap.timeline, from, until));
             // A request of a removal that was killed may still take effect for a while.
             let told = repository.gap_written_at(gap).await?.unwrap_or(gap.recorded);
-            if now.signed_duration_since(told) > SETTLED_AFTER {
+            if request.now.signed_duration_since(told) > SETTLED_AFTER {
                 let whole = repository.whole_segments_in_range(gap.timeline, from, until).await?;
                 seen.still_whole.insert(gap.id.clone(), whole);
             }

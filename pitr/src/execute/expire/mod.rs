@@ -6,6 +6,8 @@
 mod look;
 mod removal;
 
+use std::collections::BTreeSet;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use walship::catalog::{BackupRecord, Catalog, GapCause, GapKind, GapRecord};
@@ -38,6 +40,8 @@ pub struct Request {
     pub now: DateTime<Utc>,
     /// Whether an archive to which nothing comes is believed to be idle.
     pub accept_idle: bool,
+    /// Backups of which all is there but a record, and that were given up.
+    pub give_up: BTreeSet<String>,
     /// Why, in the operator's words.
     pub reason: Option<String>,
 }
@@ -94,7 +98,7 @@ pub struct Report {
 /// # Errors
 /// [`Error::Invalid`] for a clock that cannot be right; whatever cannot be read: nothing is removed then.
 pub async fn prepare(repository: &LineageRepository, request: &Request) -> Result<Prepared> {
-    let read = read(repository, request.now).await.map_err(|error| match error {
+    let read = read(repository, request).await.map_err(|error| match error {
         Error::Corrupt(_) | Error::Mismatch(_) => {
             error.with_safe("nothing was removed: what cannot be read may be needed")
         }
@@ -248,7 +252,7 @@ async fn window_start(
     })
 }
 
-/// Returns when something happened first in the segment of a position, or in one of the next.
+/// Returns when something happened first behind a position, as far as its segment and some next ones tell.
 async fn first_time(
     repository: &LineageRepository,
     catalog: &Catalog,
@@ -258,12 +262,17 @@ async fn first_time(
     let size = catalog.lineage.segment_size;
     let first = lsn.0 / size.bytes();
     for number in first..first.saturating_add(LOOK_AHEAD_MAX) {
-        let timeline = history.timeline_of(Lsn(number.saturating_mul(size.bytes())));
+        let timeline = history.timeline_of(lsn.max(Lsn(number.saturating_mul(size.bytes()))));
         let name = SegmentName::from_number(timeline, number, size);
         let Some(name) = name.filter(|name| catalog.segments.contains(*name)) else { break };
         match repository.segment_summary(name).await {
-            Ok(Some(SegmentSummary { min_time: Some(min), .. })) => return Ok(Some(min.time)),
-            Ok(_) | Err(Error::Corrupt(_) | Error::Mismatch(_)) => {}
+            Ok(Some(SegmentSummary { min_time, max_time, .. })) => {
+                let ends = [min_time, max_time].into_iter().flatten().filter(|end| end.lsn >= lsn);
+                if let Some(time) = ends.map(|end| end.time).min() {
+                    return Ok(Some(time));
+                }
+            }
+            Ok(None) | Err(Error::Corrupt(_) | Error::Mismatch(_)) => {}
             Err(error) => return Err(error),
         }
     }
@@ -324,6 +333,28 @@ pub async fn carry_out(
     .await;
     remover.end().await;
     done
+}
+
+/// Takes back what removals have marked that were killed long ago, of backups that are whole: while nothing can go, these could not be
+/// restored.
+///
+/// # Errors
+/// As of [`carry_out`]; what cannot be read.
+pub async fn take_back_old_marks(repository: &LineageRepository) -> Result<()> {
+    let mut marks = repository.marks().await?;
+    if marks.is_empty() {
+        return Ok(());
+    }
+    let records = repository.complete_backups().await?;
+    marks.retain(|mark| records.iter().any(|record| record.id == mark.backup));
+    if marks.is_empty() {
+        return Ok(());
+    }
+    let id = new_gap_id(Utc::now(), rand::random());
+    let remover = repository.begin_removal(&id, Utc::now()).await?;
+    let taken = remover.take_back(&marks, Utc::now()).await;
+    remover.end().await;
+    taken.map(drop)
 }
 
 /// Returns something that one plan removes and the other does not.

@@ -225,8 +225,12 @@ impl Removal<'_> {
                 return Err(error);
             }
         }
-        if let Some(needed) = self.needed_meanwhile().await?.1 {
+        let needed = self.needed_meanwhile().await;
+        if !matches!(needed, Ok((_, None))) {
+            // Nothing of it is gone.
             self.remover.withdraw_expired(&records).await?;
+        }
+        if let Some(needed) = needed?.1 {
             return Err(changed(&needed));
         }
         Ok(records)
