@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use pitr::execute::expire::{Prepared, Report, Request, carry_out, prepare};
+use pitr::execute::expire::{Prepared, Report, Request, carry_out, prepare, take_back_old_marks};
 use pitr::retention::Policy;
 use walship::Error;
-use walship::catalog::{BackupObject, BackupRecord, Hold, ParentBackup};
+use walship::catalog::{BackupObject, BackupRecord, HeldWal, Hold, ParentBackup};
 use walship::config::RetentionSettings;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use walship::repository::index::complete::{Options, Task, complete};
@@ -34,6 +34,15 @@ fn id(at: usize) -> String {
     format!("2026010{}T010203Z-000000000000000{}", at + 1, at + 1)
 }
 
+/// How old what happened in a segment is: as old as the backups there.
+fn age_of(number: u64) -> TimeDelta {
+    let known = [(0, 402)].into_iter().chain(BACKUPS).chain([(SEGMENTS, 0)]).collect::<Vec<_>>();
+    let at = known.iter().position(|(segment, _)| number < *segment).unwrap();
+    let ((before, older), (behind, newer)) = (known[at - 1], known[at]);
+    let minutes = older * 1440 * (behind - number) as i64 + newer * 1440 * (number - before) as i64;
+    TimeDelta::minutes(minutes / (behind - before) as i64)
+}
+
 /// A repository, what it lies in, and what goes wrong there.
 struct Scene {
     memory: MemoryStorage,
@@ -50,7 +59,7 @@ impl Scene {
         let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
         let repository = cluster.register_lineage(7, SIZE, 17, now).await.unwrap();
         for number in 1..SEGMENTS {
-            let time = now - TimeDelta::minutes((SEGMENTS - number) as i64);
+            let time = now - age_of(number);
             let summary = made_up_summary(repository.lineage(), name(number), 2 * number as u32, [time; 2]);
             repository.put_wal_file(&made_up_object(&summary).unwrap()).await.unwrap();
         }
@@ -64,11 +73,7 @@ impl Scene {
 
     /// The same once more, on its own.
     async fn copy(&self) -> Self {
-        let memory = MemoryStorage::new();
-        for key in self.memory.keys() {
-            let key = ObjectKey::new(key).unwrap();
-            memory.overwrite(&key, self.memory.get(&key, 1 << 30).await.unwrap().unwrap());
-        }
+        let memory = self.memory.copy();
         let faulty = FaultyStorage::new(Arc::new(memory.clone()));
         let repository = Repository::open(Arc::new(faulty.clone())).await.unwrap();
         let cluster = repository.cluster(&"main".parse().unwrap()).await.unwrap();
@@ -130,12 +135,20 @@ impl Scene {
             damaged_pages: None,
             parent,
         };
+        self.repository.put_backup_finishing(id, started.started).await.unwrap();
         self.repository.put_backup_record(&record).await.unwrap();
+        self.memory.age(&format!("/backups/{id}/"), TimeDelta::days(days));
     }
 
     fn request(&self) -> Request {
         let settings = RetentionSettings { window: Some("10 days".parse().unwrap()), ..Default::default() };
-        Request { policy: Policy::of(&settings).unwrap(), now: self.now, accept_idle: false, reason: None }
+        Request {
+            policy: Policy::of(&settings).unwrap(),
+            now: self.now,
+            accept_idle: false,
+            give_up: BTreeSet::new(),
+            reason: None,
+        }
     }
 
     async fn shown(&self) -> Prepared {
@@ -169,6 +182,7 @@ impl Scene {
             format: 1,
             id: "20260101T000000Z-0123456789abcdef".into(),
             backup: backup.into(),
+            with: vec![],
             reason: "audit".into(),
             until: None,
             wal: None,
@@ -190,8 +204,8 @@ async fn what_goes_is_gone_and_looking_writes_nothing() {
     assert_eq!(scene.segments().await, (200, SEGMENTS - 1));
     assert_eq!(
         scene.keys("0001/backups/").len(),
-        2 * 4,
-        "a record, what it began with, its data, its manifest; of two"
+        2 * 5,
+        "a record, what it said at its begin and end, its data, its manifest; of two"
     );
     assert_eq!(scene.keys("/gaps/").len(), 1);
     assert_eq!((scene.keys("/expiring/").len(), scene.keys("/locks/").len()), (0, 0));
@@ -310,7 +324,7 @@ async fn outages_at_any_call_leave_what_the_next_run_ends() {
         }
         let catalog = load_catalog(&scene.repository).await.unwrap();
         for backup in &catalog.backups {
-            assert_eq!(scene.keys(&format!("/backups/{}/", backup.id)).len(), 3, "half removed at {most}");
+            assert_eq!(scene.keys(&format!("/backups/{}/", backup.id)).len(), 4, "half removed at {most}");
         }
         // Another machine's lock is over after ten minutes; this one's process is alive, so it is taken away here.
         scene
@@ -398,9 +412,42 @@ async fn a_lock_of_another_machine_holds_until_its_time_is_over() {
         "{error}"
     );
     assert_eq!(scene.segments().await, (1, SEGMENTS - 1));
+    // By the store's clock, whatever its own said.
     scene.memory.overwrite(&key, serde_json::to_vec(&lock(scene.now - TimeDelta::minutes(5))).unwrap());
+    scene.expire().await.unwrap_err();
+    scene.memory.age("/locks/", TimeDelta::minutes(11));
     scene.expire().await.unwrap();
     assert_eq!(scene.keys("/locks/").len(), 0);
+
+    // Of a machine whose clock is ahead: after ten minutes by the store's clock nobody has renewed it.
+    let ahead = |minutes: i64| {
+        let mut lock = lock(scene.now + TimeDelta::minutes(minutes + 10));
+        lock["taken"] = serde_json::to_value(scene.now + TimeDelta::minutes(minutes)).unwrap();
+        serde_json::to_vec(&lock).unwrap()
+    };
+    let over = async |document: Vec<u8>, minutes_ago: i64| {
+        scene.memory.overwrite(&key, document);
+        scene.memory.age("/locks/", TimeDelta::minutes(minutes_ago));
+        let begun = scene.repository.begin_removal("20260102T000000Z-0123456789abcdef", Utc::now()).await;
+        match begun {
+            Ok(remover) => {
+                remover.end().await;
+                assert_eq!(scene.keys("/locks/").len(), 0);
+                true
+            }
+            Err(error) => {
+                assert!(matches!(error, Error::Unavailable(_)), "{error}");
+                assert!(error.safe().contains("nothing was removed"), "{error}");
+                assert_eq!(scene.keys("/locks/").len(), 1, "nothing but the other's is left");
+                false
+            }
+        }
+    };
+    assert!(!over(ahead(14), 9).await && over(ahead(14), 11).await);
+    // So is one that cannot be read.
+    for unreadable in ["{}", "{\"format\": 9}", ""] {
+        assert!(!over(unreadable.into(), 9).await && over(unreadable.into(), 11).await, "{unreadable}");
+    }
 }
 
 #[tokio::test]
@@ -540,7 +587,7 @@ async fn a_complete_backup_whose_objects_another_took_over_stays_with_it() {
     }
     assert_eq!(scene.expire().await.unwrap().backups, 1, "the second alone");
     scene.repository.check_backup_here(&record).await.unwrap();
-    assert_eq!(scene.keys(&format!("/backups/{}/", id(0))).len(), 3);
+    assert_eq!(scene.keys(&format!("/backups/{}/", id(0))).len(), 4);
     assert_eq!(scene.keys("/backups/catalog/").len(), 3);
 }
 
@@ -563,6 +610,226 @@ async fn backups_whose_objects_are_gone_push_out_no_others() {
         assert!(matches!(error, Error::Corrupt(_)) && error.to_string().contains(&id(3)), "{error}");
         assert_eq!(scene.lasting(), before);
     }
+}
+
+#[tokio::test]
+async fn a_complete_backup_whose_record_is_gone_is_not_taken_for_one_that_was_given_up() {
+    let original = Scene::make().await;
+    let records: Vec<ObjectKey> =
+        original.keys("/backups/catalog/").into_iter().map(|key| ObjectKey::new(key).unwrap()).collect();
+    let own_object =
+        |at: usize, name: &str| ObjectKey::new(format!("main/0001/backups/{}/{name}", id(at))).unwrap();
+    let stays = async |scene: &Scene, at: usize| {
+        let plan = scene.shown().await.plan;
+        assert!(plan.backups_kept.iter().any(|backup| backup.id == id(at)), "{plan:#?}");
+        assert!(plan.notes.iter().any(|note| note.contains(&id(at)) && note.contains("backups/catalog/")));
+        plan.wal_kept.iter().map(|wal| wal.segments).sum::<u64>()
+    };
+    // A copy was broken off: some records have come, and no index.
+    let scene = original.copy().await;
+    let index = scene.keys("/index/").into_iter().map(|key| ObjectKey::new(key).unwrap());
+    records[1..=1].iter().cloned().chain(index).for_each(|key| scene.memory.remove(&key));
+    scene.memory.age("", TimeDelta::days(30));
+    assert_eq!(stays(&scene, 1).await, SEGMENTS - BACKUPS[1].0, "its WAL stays as well");
+    // What it said at its start is gone too: all WAL may be needed.
+    scene.memory.remove(&own_object(1, "started.json"));
+    assert_eq!(stays(&scene, 1).await, SEGMENTS - 1);
+    // Unless somebody says that it was given up.
+    scene.repository.put_backup_started(&scene.started(&id(1), BACKUPS[1].0, BACKUPS[1].1)).await.unwrap();
+    scene.memory.age("", TimeDelta::days(30));
+    let request = Request { give_up: BTreeSet::from([id(1)]), ..scene.request() };
+    let plan = prepare(&scene.repository, &request).await.unwrap().plan;
+    assert!(plan.backups_removed.iter().any(|backup| backup.id == id(1)), "{plan:#?}");
+    // One that never came so far was given up.
+    let scene = original.copy().await;
+    scene.memory.remove(&records[1]);
+    scene.memory.remove(&own_object(1, "finishing.json"));
+    scene.memory.age("", TimeDelta::days(30));
+    let plan = scene.shown().await.plan;
+    assert!(plan.backups_removed.iter().any(|backup| backup.id == id(1)), "{plan:#?}");
+
+    // One that a removal had marked is half removed.
+    let scene = original.copy().await;
+    scene.memory.remove(&records[2]);
+    scene.memory.age("", TimeDelta::days(30));
+    let mark = format!("main/0001/expiring/{}.20260101T000000Z-0123456789abcdef.json", id(2));
+    scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+    let plan = scene.shown().await.plan;
+    assert!(plan.backups_removed.iter().any(|backup| backup.id == id(2)), "{plan:#?}");
+    // A hold keeps that, and the mark stays, which tells it from what has lost its record.
+    scene.repository.put_hold(&scene.hold(&id(2))).await.unwrap();
+    scene.memory.age("/expiring/", TimeDelta::days(1));
+    scene.expire().await.unwrap();
+    assert_eq!(scene.keys("/expiring/").len(), 1);
+    scene.shown().await;
+}
+
+#[tokio::test]
+async fn a_lost_record_stops_retention_of_nothing_that_came_later() {
+    let scene = Scene::make().await;
+    // A backup whose last step failed, a year ago; the next one went on from it.
+    let failed = "20251201T000000Z-00000000000000aa";
+    scene.backup(failed, 9, 401, None).await;
+    let record = scene.keys("/backups/catalog/").into_iter().find(|key| key.contains(failed)).unwrap();
+    scene.memory.remove(&ObjectKey::new(record).unwrap());
+    let plan = scene.shown().await.plan;
+    let reasons = |id: &str| -> String {
+        let kept = plan.backups_kept.iter().find(|backup| backup.id == id);
+        kept.map_or_else(String::new, |kept| kept.reasons.join("; "))
+    };
+    assert!(reasons(failed).contains("but its record"), "{plan:#?}");
+    assert!(reasons(&id(0)).contains("may have taken over"), "it was under way then: {plan:#?}");
+    assert_eq!(reasons(&id(1)), "", "{plan:#?}");
+    assert!(plan.notes.iter().any(|note| note.contains("--give-up")), "{plan:#?}");
+}
+
+#[tokio::test]
+async fn old_marks_of_whole_backups_are_taken_back_also_while_nothing_can_go() {
+    let scene = Scene::make().await;
+    for at in [0, 1] {
+        let mark = format!("main/0001/expiring/{}.20260101T000000Z-0123456789abcde{at}.json", id(at));
+        scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+    }
+    scene.memory.age(&format!("/expiring/{}", id(0)), TimeDelta::hours(2));
+    let data = format!("main/0001/backups/{}/data/000001.tar", id(3));
+    scene.memory.remove(&ObjectKey::new(data).unwrap());
+    assert!(matches!(prepare(&scene.repository, &scene.request()).await, Err(Error::Corrupt(_))));
+    take_back_old_marks(&scene.repository).await.unwrap();
+    assert!(scene.repository.check_not_expiring(&id(0)).await.is_ok());
+    assert!(scene.repository.check_not_expiring(&id(1)).await.is_err(), "its removal may not have ended");
+    assert_eq!(scene.keys("/locks/").len(), 0);
+}
+
+#[tokio::test]
+async fn the_mark_of_what_a_kept_backup_has_taken_over_is_taken_back() {
+    let scene = Scene::make().await;
+    // The newest has taken over what one stored that never became complete; a removal that was killed had marked that.
+    let given_up = "20260101T000000Z-00000000000000aa";
+    scene.repository.put_backup_started(&scene.started(given_up, 100, 200)).await.unwrap();
+    let mut upload = scene.repository.start_backup_object(given_up, "data/000001.tar").await.unwrap();
+    upload.write(vec![1; 100].into()).await.unwrap();
+    upload.finish().await.unwrap();
+    let key = ObjectKey::new(scene.keys("/backups/catalog/").pop_last().unwrap()).unwrap();
+    let stored = scene.memory.get(&key, 1 << 20).await.unwrap().unwrap();
+    let mut record: serde_json::Value = serde_json::from_slice(&stored).unwrap();
+    record["objects"][0]["backup"] = given_up.into();
+    scene.memory.overwrite(&key, serde_json::to_vec(&record).unwrap());
+    let mark = format!("main/0001/expiring/{given_up}.20260101T000000Z-0123456789abcdef.json");
+    scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+    scene.memory.age("/expiring/", TimeDelta::days(1));
+    scene.expire().await.unwrap();
+    assert!(scene.keys("/expiring/").is_empty());
+    assert!(!scene.keys(given_up).is_empty());
+    assert!(scene.repository.check_not_expiring(given_up).await.is_ok());
+}
+
+#[tokio::test]
+async fn what_is_stored_is_listed_and_not_taken_from_the_index() {
+    let scene = Scene::make().await;
+    // A segment behind the backup that the window begins with; the index still tells of it.
+    let lost = scene.keys("/wal/").into_iter().find(|key| key.contains(&name(250).to_string())).unwrap();
+    scene.memory.remove(&ObjectKey::new(lost).unwrap());
+    assert!(load_catalog(&scene.repository).await.unwrap().segments.contains(name(250)));
+    let kept = scene.shown().await.plan.wal_kept;
+    assert_eq!(kept.iter().map(|wal| wal.segments).sum::<u64>(), SEGMENTS - 200 - 1, "{kept:#?}");
+    // One that makes the newest backup consistent.
+    let lost = scene.keys("/wal/").into_iter().find(|key| key.contains(&name(290).to_string())).unwrap();
+    scene.memory.remove(&ObjectKey::new(lost).unwrap());
+    let error = prepare(&scene.repository, &scene.request()).await.unwrap_err();
+    assert!(matches!(error, Error::Corrupt(_)) && error.to_string().contains(&id(3)), "{error}");
+}
+
+#[tokio::test]
+async fn a_backup_is_as_old_as_the_store_says() {
+    let scene = Scene::make().await;
+    // The machine that took it had a clock that was weeks behind.
+    scene.backup("20260105T010203Z-0123456789abcdef", 295, 300, None).await;
+    scene.memory.age("20260105T010203Z-0123456789abcdef", -TimeDelta::days(300));
+    let kept: Vec<String> =
+        scene.shown().await.plan.backups_kept.into_iter().map(|backup| backup.id).collect();
+    assert!(kept.contains(&id(2)) && kept.contains(&id(3)), "the window does not begin with it: {kept:?}");
+    // One from the future blocks nothing where the store knows better.
+    scene.backup("20260106T010203Z-0123456789abcdef", 297, -3000, None).await;
+    scene.memory.age("20260106T010203Z-0123456789abcdef", TimeDelta::days(3000));
+    assert_eq!(scene.expire().await.unwrap().backups, 2);
+}
+
+#[tokio::test]
+async fn where_all_clocks_were_wrong_the_first_moment_of_the_window_stays() {
+    let scene = Scene::make().await;
+    let settings = RetentionSettings { window: Some("500 days".parse().unwrap()), ..Default::default() };
+    let request = Request { policy: Policy::of(&settings).unwrap(), ..scene.request() };
+    let shown = prepare(&scene.repository, &request).await.unwrap();
+    assert!(shown.plan.is_empty(), "the window is longer than the archive");
+    // A backup of today, by its host and by the store older than all.
+    scene.backup("20240105T010203Z-0123456789abcdef", 295, 600, None).await;
+    let error = prepare(&scene.repository, &request).await.unwrap_err();
+    assert!(matches!(error, Error::Conflict(_)), "{error}");
+    assert!(error.to_string().contains("the first moment of the window on timeline 1"), "{error}");
+}
+
+#[tokio::test]
+async fn a_restores_hold_lasts_a_day_by_the_stores_clock() {
+    let original = Scene::make().await;
+    let wal = HeldWal {
+        timeline: TimelineId::FIRST,
+        start_lsn: Some(name(10).start(SIZE)),
+        through_lsn: Some(name(20).start(SIZE)),
+    };
+    let kept = async |clock: i64, hours_ago: i64| {
+        let scene = original.copy().await;
+        let created = scene.now + TimeDelta::days(clock);
+        let hold =
+            Hold { until: Some(created + TimeDelta::days(1)), wal: Some(wal), created, ..scene.hold(&id(0)) };
+        scene.repository.put_hold(&hold).await.unwrap();
+        scene.memory.age("/holds/", TimeDelta::hours(hours_ago));
+        let plan = scene.shown().await.plan;
+        plan.backups_kept.iter().any(|backup| backup.id == id(0))
+    };
+    for clock in [0, -30, 3000] {
+        assert!(kept(clock, 23).await, "{clock}");
+        assert!(!kept(clock, 25).await, "{clock}");
+    }
+}
+
+#[tokio::test]
+async fn a_hold_that_came_when_a_removal_was_killed_brings_back_its_wal() {
+    let scene = Scene::make().await;
+    for at in [0, 1] {
+        let hold = Hold { id: format!("2026010{}T000000Z-0123456789abcdef", at + 1), ..scene.hold(&id(at)) };
+        scene.repository.put_hold(&hold).await.unwrap();
+    }
+    // Both old backups are held, and nothing but WAL goes; killed when the ledger tells of it, and nothing is gone yet.
+    scene
+        .faulty
+        .set(|call, asked| (call == Call::Remove && asked.contains("/index/")).then_some(Fault::Unavailable));
+    scene.expire().await.unwrap_err();
+    scene.faulty.heal();
+    let stored = async || {
+        load_catalog(&scene.repository).await.unwrap().segments.count(TimelineId::FIRST, 0, SEGMENTS)
+    };
+    assert!(stored().await < 150 && scene.keys("/gaps/").len() == 3);
+    // A restore from the first backup begins, and needs what is behind it.
+    let wal = HeldWal {
+        timeline: TimelineId::FIRST,
+        start_lsn: Some(name(10).start(SIZE)),
+        through_lsn: Some(name(50).start(SIZE)),
+    };
+    let restore =
+        Hold { id: "20260104T000000Z-0123456789abcdef".into(), wal: Some(wal), ..scene.hold(&id(0)) };
+    scene.repository.put_hold(&restore).await.unwrap();
+    // A request of the one that was killed may still take effect: not before an hour is over.
+    assert!(scene.shown().await.plan.counts_again.is_empty());
+    scene.memory.age("/gaps/", TimeDelta::hours(2));
+    let shown = scene.shown().await;
+    assert!(shown.plan.notes.iter().any(|note| note.contains("counts again")) && !shown.is_done());
+    scene.expire().await.unwrap();
+    let catalog = load_catalog(&scene.repository).await.unwrap();
+    assert_eq!(catalog.segments.count(TimelineId::FIRST, 10, 51), 41, "what is held counts");
+    assert!(catalog.gaps.iter().all(|gap| gap.is_expired()), "the rest is expired, and not lost");
+    let stretch = [(TimelineId::FIRST, name(60).start(SIZE), name(61).start(SIZE))];
+    let checked = scene.repository.check_wal_not_expired(&stretch).await;
+    assert!(matches!(checked, Err(Error::Conflict(_))));
 }
 
 #[tokio::test]
@@ -644,7 +911,14 @@ async fn marks_of_others_stay_until_they_are_old() {
 #[tokio::test]
 async fn what_is_gone_of_a_batch_that_failed_is_expired_and_not_lost() {
     let original = Scene::make().await;
-    for (at, whole) in [(0, true), (1, false), (150, false)] {
+    // Only a store that answered has done nothing more: what got no answer may still be done.
+    let cases = [
+        (0, Fault::Denied, true),
+        (1, Fault::Denied, false),
+        (0, Fault::Unavailable, false),
+        (150, Fault::Unavailable, false),
+    ];
+    for (at, fault, whole) in cases {
         let scene = original.copy().await;
         // A hold on every backup that would go: nothing but WAL goes.
         scene.repository.put_hold(&scene.hold(&id(0))).await.unwrap();
@@ -654,7 +928,7 @@ async fn what_is_gone_of_a_batch_that_failed_is_expired_and_not_lost() {
         scene.faulty.set(move |call, asked| {
             let late =
                 call == Call::Remove && asked.contains("/wal/") && count.fetch_add(1, Ordering::SeqCst) >= at;
-            late.then_some(Fault::Unavailable)
+            late.then_some(fault)
         });
         scene.expire().await.unwrap_err();
         scene.faulty.heal();

@@ -232,10 +232,18 @@ impl S3Server {
 
     /// Makes the objects whose keys hold this text so much older.
     pub fn age_objects(&self, part_of_key: &str, by: Duration) {
-        let mut state = self.store.lock();
-        let objects = state.buckets.get_mut(BUCKET).into_iter().flatten();
-        for (_, object) in objects.filter(|(key, _)| key.contains(part_of_key)) {
-            object.modified -= by;
+        self.ager()(part_of_key, by);
+    }
+
+    /// Returns what makes objects older, as [`S3Server::age_objects`] does, for whoever does not have the server.
+    pub fn ager(&self) -> impl Fn(&str, Duration) + Send + use<> {
+        let store = self.store.clone();
+        move |part_of_key, by| {
+            let mut state = store.lock();
+            let objects = state.buckets.get_mut(BUCKET).into_iter().flatten();
+            for (_, object) in objects.filter(|(key, _)| key.contains(part_of_key)) {
+                object.modified -= by;
+            }
         }
     }
 

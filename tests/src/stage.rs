@@ -132,8 +132,6 @@ impl Stage {
             }
         }
         command.env("WALSHIP_CONFIG", self.config()).env("AWS_EC2_METADATA_DISABLED", "true");
-        // Removal is tested before it is released.
-        command.env("WALSHIP_UNRELEASED", "expire");
         command
     }
 

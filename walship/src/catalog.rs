@@ -41,6 +41,22 @@ pub struct OrphanedBackup {
     pub finished: DateTime<Utc>,
     /// The id of the one that is gone.
     pub missing: String,
+    /// From where to where it needs WAL.
+    #[serde(skip)]
+    pub wal: BackupWal,
+}
+
+/// The WAL that makes a backup consistent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackupWal {
+    /// The timeline that the backup started on.
+    pub timeline: TimelineId,
+    /// Where it started.
+    pub start_lsn: Lsn,
+    /// The timeline that it ended on.
+    pub stop_timeline: TimelineId,
+    /// Where it is consistent.
+    pub stop_lsn: Lsn,
 }
 
 /// One lineage of one cluster: everything under one system identifier and segment size.
@@ -274,6 +290,12 @@ pub struct BackupObject {
 }
 
 impl BackupRecord {
+    /// Returns the WAL that makes it consistent.
+    pub fn wal(&self) -> BackupWal {
+        let Self { timeline, start_lsn, stop_timeline, stop_lsn, .. } = *self;
+        BackupWal { timeline, start_lsn, stop_timeline, stop_lsn }
+    }
+
     /// Returns whether some of its objects are those of a backup that did not complete.
     pub fn went_on(&self) -> bool {
         self.objects.iter().any(|object| object.backup.is_some())
@@ -350,7 +372,12 @@ impl Catalog {
     pub fn set_orphans_aside(&mut self) {
         let orphan = |backup: &BackupRecord| {
             let missing = self.parents_of(backup).err()?.to_owned();
-            Some(OrphanedBackup { id: backup.id.clone(), finished: backup.finished, missing })
+            Some(OrphanedBackup {
+                id: backup.id.clone(),
+                finished: backup.finished,
+                missing,
+                wal: backup.wal(),
+            })
         };
         self.orphaned_backups = self.backups.iter().filter_map(orphan).collect();
         let Self { backups, orphaned_backups, .. } = self;

@@ -67,9 +67,10 @@ const INDEX_EXAMPLES: &str = "Examples:
 const EXPIRE_EXAMPLES: &str = "Examples:
   pitr expire
   pitr expire --window '7 days' --keep-last 2
-  pitr expire --json
+  pitr expire --confirm --reason 'the disk is full'
+  pitr expire --confirm --yes --json
 
-It shows what the policy would keep and remove, with reasons and bytes. Removal itself is not released yet.
+It shows what the policy would keep and remove, with reasons and bytes. Nothing is removed without --confirm.
 
 [retention] in the configuration says what stays; the flags above stand in for its keys:
   window = \"14 days\"     any moment of the last 14 days stays in reach
@@ -150,7 +151,7 @@ pub(super) struct PagesArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ExpireArgs {
-    /// Remove what is shown. Not released yet: refused
+    /// Remove what is shown, after a confirmation
     #[arg(long)]
     pub(super) confirm: bool,
     /// Do not ask before it is removed
@@ -159,6 +160,9 @@ pub(super) struct ExpireArgs {
     /// Why, for the repository's history
     #[arg(long, value_name = "TEXT")]
     pub(super) reason: Option<String>,
+    /// This backup never had a record, though all the rest of it is there: it was given up
+    #[arg(long, value_name = "BACKUP")]
+    pub(super) give_up: Vec<String>,
     /// Nothing comes to this archive any more, and this machine's clock is right: believe it
     #[arg(long)]
     pub(super) accept_idle: bool,

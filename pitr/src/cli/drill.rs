@@ -304,7 +304,7 @@ async fn carry_out(
     report: &mut DrillReport,
     told: &mut Told,
 ) -> Result<(), Broken> {
-    let private =
+    let (private, _held) =
         scratch::private(&args.scratch, &args.source.overrides, repository, plan, Purpose::Drill).await?;
     let (scratch, left) = Scratch::take(folder, "drill").await?;
     report.notes.extend(left);

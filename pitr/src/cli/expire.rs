@@ -16,7 +16,7 @@ use super::confirm::confirm_removal;
 use super::output::{self, Style};
 use super::source::{open_for_removal, say_notes};
 use super::{DONE, status_of};
-use crate::execute::expire::{Prepared, Report, Request, carry_out, prepare};
+use crate::execute::expire::{Prepared, Report, Request, carry_out, prepare, take_back_old_marks};
 use crate::retention::{KeptBackup, Policy, RetentionPlan};
 
 /// How many lines of one kind are printed: all of them are in the JSON.
@@ -29,24 +29,13 @@ struct Place {
     report: Option<Result<Report>>,
 }
 
-/// The variable that lets the tests remove what operators may not yet.
-const UNRELEASED: &str = "WALSHIP_UNRELEASED";
-
 pub(super) async fn run(args: &ExpireArgs) -> Result<u8> {
-    if args.confirm && std::env::var_os(UNRELEASED).is_none_or(|what| what != "expire") {
-        return Err(Error::invalid(
-            "removal is not released in this version: cases are known in which it takes what a backup that stays needs",
-        )
-        .with_safe("nothing was removed")
-        .with_next(
-            "Leave --confirm out to see what the policy would keep and remove. The page about retention lists the cases.",
-        ));
-    }
     let config = Config::load(&args.source.overrides)?;
     let request = Request {
         policy: Policy::of(&args.policy.over(&config.retention)?)?,
         now: Utc::now(),
         accept_idle: args.accept_idle,
+        give_up: args.give_up.iter().cloned().collect(),
         reason: args.reason.clone(),
     };
     let repository = open_for_removal(&args.source, config).await?;
@@ -55,6 +44,11 @@ pub(super) async fn run(args: &ExpireArgs) -> Result<u8> {
     // Each by itself: what is restored from one must not depend on another.
     let mut places = Vec::new();
     for one in repository.each() {
+        if args.confirm
+            && let Err(error) = take_back_old_marks(&one).await
+        {
+            tracing::debug!(%error, "marks of earlier removals stay");
+        }
         let prepared = prepare(&one, &request).await;
         places.push(Place { repository: one, prepared, report: None });
     }

@@ -214,13 +214,13 @@ async fn carry_out(
     let args = work.args;
     let prepared = async {
         let overrides = &args.source.overrides;
-        let private =
+        let (private, held) =
             scratch::private(&args.scratch, overrides, repository, work.plan, Purpose::Extract).await?;
         let tools = tools(work).await?;
         let (scratch, left) = Scratch::take(folder, "extract").await?;
-        Ok::<_, Error>((private, tools, scratch, left))
+        Ok::<_, Error>((private, held, tools, scratch, left))
     };
-    let (private, tools, scratch, left) = match prepared.await {
+    let (private, _held, tools, scratch, left) = match prepared.await {
         Ok(prepared) => prepared,
         Err(error) => return (Err(error.into()), None),
     };

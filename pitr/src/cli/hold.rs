@@ -1,10 +1,11 @@
 //! `pitr hold` and `pitr release`; and the hold that a restore has on what it reads.
 
-use std::collections::BTreeSet;
+use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
-use walship::catalog::{HeldWal, Hold};
+use tokio::task::JoinHandle;
+use walship::catalog::{BackupRecord, HeldWal, Hold};
 use walship::pg::SegmentName;
 use walship::repository::{LineageRepository, RecordedBy, load_catalog, new_gap_id, released_now};
 use walship::{Error, Result};
@@ -16,8 +17,63 @@ use super::output;
 use super::source::{Source, open_lineages, say_notes};
 use crate::plan::{RestorePlan, StopKind};
 
-/// How long a restore holds what it reads: recovery goes on fetching WAL when the command has ended.
+/// How long a restore holds what it reads, unless it says so again.
 const RESTORE_HOLDS: TimeDelta = TimeDelta::days(1);
+
+/// How long what was restored is held for a recovery that nobody watches: it fetches WAL when the command has ended.
+const RECOVERY_HOLDS: TimeDelta = TimeDelta::days(7);
+
+/// How often a restore that is under way holds again what it reads.
+const HOLD_AGAIN_EVERY: Duration = Duration::from_secs(6 * 3600);
+
+/// Holds again and again what a restore reads, until it is dropped.
+#[derive(Debug)]
+#[must_use = "what is held is held for a day only"]
+pub(super) struct RestoreHold {
+    repositories: Vec<LineageRepository>,
+    hold: Hold,
+    renewal: JoinHandle<()>,
+}
+
+impl RestoreHold {
+    fn keep(repositories: Vec<LineageRepository>, hold: Hold, every: Duration) -> Self {
+        let (everywhere, again) = (repositories.clone(), hold.clone());
+        let renewal = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(every).await;
+                put_everywhere(&everywhere, &renewed(&again, RESTORE_HOLDS)).await;
+            }
+        });
+        Self { repositories, hold, renewal }
+    }
+
+    /// Holds it all for a recovery that goes on where nobody watches it.
+    pub(super) async fn leave_to_recovery(self) {
+        put_everywhere(&self.repositories, &renewed(&self.hold, RECOVERY_HOLDS)).await;
+    }
+}
+
+impl Drop for RestoreHold {
+    fn drop(&mut self) {
+        self.renewal.abort();
+    }
+}
+
+/// Returns a hold that says the same again: a document is written once.
+fn renewed(hold: &Hold, length: TimeDelta) -> Hold {
+    let now = Utc::now();
+    let id = new_gap_id(now, rand::random());
+    Hold { id, until: Some(now + length), created: now, ..hold.clone() }
+}
+
+/// Writes a hold wherever this user may: who may only read restores as well.
+async fn put_everywhere(repositories: &[LineageRepository], hold: &Hold) {
+    for one in repositories {
+        if let Err(error) = one.put_hold(hold).await {
+            tracing::debug!(%error, "what is restored is not held");
+        }
+    }
+}
 
 pub(super) async fn hold(args: &HoldArgs) -> Result<u8> {
     let now = Utc::now();
@@ -28,16 +84,24 @@ pub(super) async fn hold(args: &HoldArgs) -> Result<u8> {
     }
     let source = Source::open(&args.source).await?;
     say_notes(&source.repository);
-    let orphaned = source.catalog.orphaned_backups.iter().any(|backup| backup.id == args.backup);
-    if !orphaned && !source.catalog.backups.iter().any(|backup| backup.id == args.backup) {
-        return Err(Error::missing(format!("there is no complete backup {:?}", args.backup))
-            .with_next("`pitr info` lists the backups."));
-    }
-    let hold = new_hold(&args.backup, args.reason.clone(), until, None, now);
+    let orphaned = source.catalog.orphaned_backups.iter().find(|backup| backup.id == args.backup);
+    let complete = source.catalog.backups.iter().find(|backup| backup.id == args.backup);
+    let with = match (complete, orphaned) {
+        (Some(backup), _) => {
+            let parents = source.catalog.parents_of(backup).unwrap_or_default();
+            foundations(&source.repository, backup, parents).await
+        }
+        (None, Some(backup)) => vec![backup.missing.clone()],
+        (None, None) => {
+            return Err(Error::missing(format!("there is no complete backup {:?}", args.backup))
+                .with_next("`pitr info` lists the backups."));
+        }
+    };
+    let hold = Hold { with, ..new_hold(&args.backup, args.reason.clone(), until, now) };
     for one in source.repository.each() {
         // In this order: retention marks first, and looks for holds then.
         one.put_hold(&hold).await?;
-        if let Err(error) = one.check_not_expiring(&hold.backup).await {
+        if let Err(error) = check_not_expiring(&one, &hold).await {
             one.release_hold(&released_now(&hold.id, now)).await?;
             return Err(error);
         }
@@ -108,36 +172,38 @@ pub(super) async fn release(args: &ReleaseArgs) -> Result<u8> {
     everywhere(&repository, "the hold is released")
 }
 
-/// Holds what a restore reads, where this user may write, so that retention does not remove it meanwhile.
+/// Holds what a restore reads, where this user may write, so that retention does not remove it meanwhile; as long as what is
+/// returned lives, and for a day from then on at least.
 ///
 /// # Errors
 /// [`Error::Conflict`] when it is being removed already, or WAL that it needs was since the plan was made.
-pub(super) async fn hold_for_restore(repository: &LineageRepository, plan: &RestorePlan) -> Result<()> {
+pub(super) async fn hold_for_restore(
+    repository: &LineageRepository,
+    plan: &RestorePlan,
+) -> Result<RestoreHold> {
     let now = Utc::now();
     let through_lsn = (plan.stop.kind != StopKind::EndOfWal).then_some(plan.stop.through_lsn);
-    let wal = HeldWal { timeline: plan.timeline, through_lsn };
-    let hold = new_hold(
-        &plan.backup.id,
-        format!(
-            "a restore to {}",
-            plan.target_options.chars().filter(|c| !c.is_control()).take(200).collect::<String>()
-        ),
-        Some(now + RESTORE_HOLDS),
-        Some(wal),
-        now,
+    let wal = HeldWal { timeline: plan.timeline, start_lsn: Some(plan.backup.start_lsn), through_lsn };
+    let reason = format!(
+        "a restore to {}",
+        plan.target_options.chars().filter(|c| !c.is_control()).take(200).collect::<String>()
     );
+    let hold = Hold {
+        with: foundations(repository, &plan.backup, &plan.parents).await,
+        wal: Some(wal),
+        ..new_hold(&plan.backup.id, reason, Some(now + RESTORE_HOLDS), now)
+    };
     let size = repository.lineage().segment_size;
     let stretches: Vec<_> = (plan.chain.iter())
         .map(|part| (part.first.timeline, part.first.start(size), part.last.end(size)))
         .collect();
     let (mut sound, mut gone) = (Vec::new(), None);
-    for one in repository.each() {
-        // Who may only read restores as well.
-        if let Err(error) = one.put_hold(&hold).await {
-            tracing::debug!(%error, "what is restored is not held");
-        }
+    let repositories = repository.each();
+    put_everywhere(&repositories, &hold).await;
+    let held = RestoreHold::keep(repositories.clone(), hold.clone(), HOLD_AGAIN_EVERY);
+    for one in repositories {
         // In this order: retention says first what it removes, and looks for holds then.
-        match check_not_expiring(&one, plan).await {
+        match check_not_expiring(&one, &hold).await {
             Ok(()) => match one.check_wal_not_expired(&stretches).await {
                 Ok(()) => sound.push(one),
                 Err(error @ Error::Conflict(_)) => {
@@ -151,7 +217,7 @@ pub(super) async fn hold_for_restore(repository: &LineageRepository, plan: &Rest
             Err(error) => one.failed(&error),
         }
     }
-    let Some(error) = gone else { return Ok(()) };
+    let Some(error) = gone else { return Ok(held) };
     if sound.is_empty() || !is_still_there(sound, plan).await? {
         return Err(error
             .with_safe("nothing was restored, and the repository is as retention keeps it")
@@ -160,16 +226,36 @@ pub(super) async fn hold_for_restore(repository: &LineageRepository, plan: &Rest
                  configuration.",
             ));
     }
-    Ok(())
+    Ok(held)
 }
 
-/// Fails when a backup that is restored from is being removed.
-async fn check_not_expiring(repository: &LineageRepository, plan: &RestorePlan) -> Result<()> {
-    for backup in plan.backups() {
-        let lenders = backup.objects.iter().filter_map(|object| object.backup.as_deref());
-        for id in lenders.chain([&*backup.id]).collect::<BTreeSet<_>>() {
-            repository.check_not_expiring(id).await?;
+/// Returns what a backup builds on, and what these and it have taken over from.
+async fn foundations<'a>(
+    repository: &LineageRepository,
+    backup: &BackupRecord,
+    parents: impl IntoIterator<Item = &'a BackupRecord>,
+) -> Vec<String> {
+    let mut ids = Vec::new();
+    let mut open = vec![backup];
+    for parent in parents {
+        ids.push(parent.id.clone());
+        open.push(parent);
+    }
+    for record in open {
+        match repository.whole_record(record).await {
+            Ok(whole) => ids.extend(whole.objects.into_iter().filter_map(|object| object.backup)),
+            Err(error) => tracing::debug!(%error, "what a backup has taken over is not known"),
         }
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+/// Fails when anything that is held is being removed.
+async fn check_not_expiring(repository: &LineageRepository, hold: &Hold) -> Result<()> {
+    for id in hold.with.iter().chain([&hold.backup]) {
+        repository.check_not_expiring(id).await?;
     }
     Ok(())
 }
@@ -194,14 +280,51 @@ async fn is_still_there(mut repositories: Vec<LineageRepository>, plan: &Restore
     Ok(backups && wal)
 }
 
-fn new_hold(
-    backup: &str,
-    reason: String,
-    until: Option<DateTime<Utc>>,
-    wal: Option<HeldWal>,
-    now: DateTime<Utc>,
-) -> Hold {
+fn new_hold(backup: &str, reason: String, until: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Hold {
     let RecordedBy { host, user } = RecordedBy::now();
     let id = new_gap_id(now, rand::random());
-    Hold { format: 1, id, backup: backup.to_owned(), reason, until, wal, created: now, host, user }
+    let (backup, with) = (backup.to_owned(), Vec::new());
+    Hold { format: 1, id, backup, with, reason, until, wal: None, created: now, host, user }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use walship::pg::{Lsn, SegmentSize, TimelineId};
+    use walship::repository::Repository;
+    use walship::storage::memory::MemoryStorage;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_restore_holds_again_while_it_runs_and_no_longer() {
+        let now = Utc::now();
+        let repository = Repository::create(Arc::new(MemoryStorage::new()), now).await.unwrap();
+        let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
+        let lineage = cluster.register_lineage(7, SegmentSize::MIN, 17, now).await.unwrap();
+        let wal = HeldWal { timeline: TimelineId::FIRST, start_lsn: Some(Lsn(1 << 20)), through_lsn: None };
+        let backup = "20260101T010203Z-0123456789abcdef";
+        let hold = Hold {
+            wal: Some(wal),
+            ..new_hold(backup, "a restore to --latest".into(), Some(now + RESTORE_HOLDS), now)
+        };
+        lineage.put_hold(&hold).await.unwrap();
+        let held = RestoreHold::keep(vec![lineage.clone()], hold.clone(), Duration::from_millis(5));
+        while lineage.holds().await.unwrap().len() < 4 {
+            tokio::task::yield_now().await;
+        }
+        held.leave_to_recovery().await;
+        tokio::task::yield_now().await;
+        let holds = lineage.holds().await.unwrap();
+        let length = |hold: &Hold| hold.until.unwrap() - hold.created;
+        for again in &holds {
+            assert_eq!((&*again.backup, again.wal, &again.reason), (backup, hold.wal, &hold.reason));
+            assert!([RESTORE_HOLDS, RECOVERY_HOLDS].contains(&length(again)), "{again:?}");
+        }
+        assert!(holds.iter().any(|again| again.created > hold.created));
+        assert_eq!(holds.iter().filter(|again| length(again) == RECOVERY_HOLDS).count(), 1);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(lineage.holds().await.unwrap().len(), holds.len(), "it has ended");
+    }
 }

@@ -23,7 +23,7 @@ use super::source::{credentials_note, restore_cmd, restore_cmd_arguments};
 use super::surviving::{self, Then};
 use super::{DONE, forecast, role, start, status_of};
 use crate::execute::restore::{Existing, check};
-use crate::execute::start::{StartOptions, Started, would_start};
+use crate::execute::start::{StartOptions, Started, State, would_start};
 use crate::execute::{Progress, RestoreOptions, RestoreReport, restore};
 use crate::plan::RestorePlan;
 use crate::recovery_settings::{Recovery, RestoreAs, SettingsOptions, TargetAction, restore_command};
@@ -71,6 +71,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         output::print(&output::plan_text(&plan, Way::of(&options.settings.recovery), None, style))?;
     }
     let (begun_at, begun) = (Utc::now(), Instant::now());
+    let mut held = None;
     let mut report = if args.dry_run {
         let report = check(&plan, &options)?;
         source.repository.check_backup_objects(&plan.backup).await?;
@@ -82,7 +83,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         {
             confirm(&what, &plan.cluster)?;
         }
-        hold_for_restore(&source.repository, &plan).await?;
+        held = Some(hold_for_restore(&source.repository, &plan).await?);
         let progress = Arc::new(Progress::default());
         let shown = progress.clone();
         tokio::select! {
@@ -107,12 +108,20 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Some(starting) if args.dry_run => Some(Ok(would_start(&report, starting))),
         Some(starting) => Some(start::carry_out(&plan, &report, starting, restored_in).await),
     };
+    if let Some(held) = held.filter(|_| !has_ended(ended.as_ref())) {
+        held.leave_to_recovery().await;
+    }
     if !args.dry_run {
         let started = ended.as_ref().and_then(|ended| ended.as_ref().ok());
         let reason = args.reason.as_deref();
         forecast::record(&source.repository, &plan, &report, (begun_at, restored_in), started, reason).await;
     }
     finish(&restored, ended, args.source.json, style)
+}
+
+/// Returns whether a recovery that was watched has come to its end.
+fn has_ended(ended: Option<&Result<Started>>) -> bool {
+    matches!(ended, Some(Ok(started)) if matches!(started.state, State::Open | State::Paused | State::Stopped))
 }
 
 /// What was restored, or would be.

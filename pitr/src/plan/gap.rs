@@ -1,7 +1,7 @@
 //! WAL that is missing: found by LSN arithmetic along history files, with what tells that it existed.
 
 use serde::Serialize;
-use walship::catalog::{BackupRecord, Catalog, GapRecord};
+use walship::catalog::{BackupRecord, BackupWal, Catalog, GapRecord};
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 
 use super::chain::{ChainEnding, begin_of};
@@ -197,8 +197,13 @@ fn known_end(catalog: &Catalog, history: &TimelineHistory, at: Lsn) -> Option<(L
 
 /// Returns whether a backup was taken on this way, to its end.
 pub(crate) fn is_on_path(history: &TimelineHistory, backup: &BackupRecord) -> bool {
+    wal_is_on_path(history, &backup.wal())
+}
+
+/// Returns whether the WAL that makes a backup consistent lies on this way.
+pub(crate) fn wal_is_on_path(history: &TimelineHistory, wal: &BackupWal) -> bool {
     // A backup's last byte must still lie on its timeline: one that ended after the fork holds pages
     // that this path never wrote.
-    history.timeline_of(backup.start_lsn) == backup.timeline
-        && history.timeline_of(Lsn(backup.stop_lsn.0.saturating_sub(1))) == backup.stop_timeline
+    history.timeline_of(wal.start_lsn) == wal.timeline
+        && history.timeline_of(Lsn(wal.stop_lsn.0.saturating_sub(1))) == wal.stop_timeline
 }

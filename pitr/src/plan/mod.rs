@@ -38,8 +38,8 @@ pub use chain::{Chain, ChainEnding, ChainStep, ParentSegment, build_chain, gaps_
 pub(crate) use chain::{begin_of, chains_of};
 pub(crate) use extras::WAL_LEVEL_MINIMAL;
 pub use forecast::{Forecast, forecast};
-pub(crate) use gap::is_on_path;
 pub use gap::{Gap, KnownBy};
+pub(crate) use gap::{is_on_path, wal_is_on_path};
 pub use half_done::{HalfDone, Removed};
 pub use reach::{Stop, StopKind};
 pub use refusal::{Refusal, RefusalKind, Suggestion};

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use chrono::{DateTime, TimeDelta, Utc};
 use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::TimelineId;
+use walship::repository::REMAINS_LOOKED_AT_MAX;
 use walship::{Error, Result};
 
+use super::clock::is_to_come;
 use super::wal::{Stage, Way};
 use super::{Begun, GIVEN_UP_AFTER, KeptBackup, Policy, RemovedBackup, Seen};
 use crate::plan::{build_chain, is_on_path};
@@ -48,25 +50,48 @@ fn flaw_of(catalog: &Catalog, seen: &Seen, backup: &BackupRecord) -> Option<Stri
 ///
 /// # Errors
 /// [`Error::Corrupt`] with what is missing.
-pub fn check_newest(catalog: &Catalog, seen: &Seen) -> Result<()> {
-    let complete = catalog.backups.iter().map(|backup| {
-        let flaw = || flaw_of(catalog, &with_parents(catalog, seen), backup);
-        (backup.finished, &backup.id, flaw())
-    });
-    let orphaned = catalog.orphaned_backups.iter().map(|backup| {
-        (backup.finished, &backup.id, Some(format!("it builds on {}, which is not there", backup.missing)))
-    });
-    match complete.chain(orphaned).max_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1))) {
-        Some((_, id, Some(flaw))) => {
-            Err(Error::corrupt(format!("the newest backup, {id}, cannot be restored: {flaw}"))
-                .with_safe("nothing was removed: older backups may be needed")
-                .with_next(
-                    "Look whether the whole repository is there (mounts, what other programs have removed). If what is missing \
-                     does not come back, take a new backup: `walship backup`.",
-                ))
+pub fn check_newest(catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) -> Result<()> {
+    let seen = with_parents(catalog, seen);
+    let complete = catalog.backups.iter().map(|backup| (backup.finished, backup.wal(), &*backup.id));
+    let orphaned = catalog.orphaned_backups.iter().map(|backup| (backup.finished, backup.wal, &*backup.id));
+    let all = || complete.clone().chain(orphaned.clone());
+    // A clock may have been wrong, and a timeline that was left reaches far.
+    let by_wal = all().max_by_key(|(_, wal, id)| (wal.stop_timeline, wal.stop_lsn, *id));
+    let by_clock = all().filter(|(finished, ..)| !is_to_come(*finished, now));
+    let by_clock = by_clock.max_by_key(|(finished, _, id)| (*finished, *id));
+    let times = |finished: DateTime<Utc>, id: &str| (finished, seen.completed(id, finished, now));
+    // A sound one that is newer by both clocks: the other lies on a timeline of its own.
+    let is_outdated = |id: &str| {
+        let Some((finished, ..)) = all().find(|(.., known)| *known == id) else { return false };
+        let (own, store) = times(finished, id);
+        catalog.backups.iter().any(|backup| {
+            let (newer, stored) = times(backup.finished, &backup.id);
+            newer > own
+                && stored > store
+                && !is_to_come(newer, now)
+                && flaw_of(catalog, &seen, backup).is_none()
+        })
+    };
+    for (.., id) in by_wal.into_iter().chain(by_clock) {
+        let backup = catalog.backups.iter().find(|backup| backup.id == id);
+        let missing = || {
+            let orphan = catalog.orphaned_backups.iter().find(|orphan| orphan.id == id)?;
+            Some(format!("it builds on {}, which is not there", orphan.missing))
+        };
+        let Some(flaw) = backup.map_or_else(missing, |backup| flaw_of(catalog, &seen, backup)) else {
+            continue;
+        };
+        if is_outdated(id) {
+            continue;
         }
-        _ => Ok(()),
+        return Err(Error::corrupt(format!("the newest backup, {id}, cannot be restored: {flaw}"))
+            .with_safe("nothing was removed: older backups may be needed")
+            .with_next(
+                "Look whether the whole repository is there (mounts, what other programs have removed). If what is missing \
+                 does not come back, take a new backup: `walship backup`.",
+            ));
     }
+    Ok(())
 }
 
 /// Returns what is seen with the parents of complete backups too.
@@ -77,13 +102,18 @@ pub(super) fn with_parents(catalog: &Catalog, seen: &Seen) -> Seen {
     seen
 }
 
-/// Returns whether a backup that was only begun may still be under way.
-pub(super) fn is_running(seen: &Seen, begun: &Begun, now: DateTime<Utc>) -> bool {
-    let young = match begun.last_written {
+/// Returns whether a backup without a record may still be under way.
+fn is_young(begun: &Begun, now: DateTime<Utc>) -> bool {
+    match begun.last_written {
         Some(written) => now.signed_duration_since(written) < GIVEN_UP_AFTER,
         None => begun.start.is_some(),
-    };
-    begun.complete || (young && !seen.expiring.contains(&begun.id))
+    }
+}
+
+/// Returns whether a backup without a record may be, or become, one with a record.
+pub(super) fn may_be_complete(seen: &Seen, begun: &Begun, now: DateTime<Utc>) -> bool {
+    let is_lost = begun.was_finishing && !seen.given_up.contains(&begun.id);
+    begun.complete || ((is_young(begun, now) || is_lost) && !seen.expiring.contains(&begun.id))
 }
 
 pub(super) fn choose(
@@ -116,16 +146,23 @@ pub(super) fn choose(
         chosen.keep(&backup.id, "the history of its timeline is not stored: nothing can be told of it");
     }
     for hold in seen.holds.iter().filter(|hold| hold.holds_at(now)) {
-        if !catalog.backups.iter().any(|backup| backup.id == hold.backup) {
+        // What a restore reads may come from another repository.
+        if hold.wal.is_none() && !catalog.backups.iter().any(|backup| backup.id == hold.backup) {
             notes.push(format!("hold {} is on backup {}, which is not there", hold.id, hold.backup));
         }
         let until = hold
             .until
             .map_or_else(String::new, |until| format!(" until {}", until.format("%Y-%m-%d %H:%MZ")));
-        chosen.keep(&hold.backup, &format!("held{until} by {}: {}", hold.user, hold.reason));
+        for id in hold.with.iter().chain([&hold.backup]) {
+            chosen.keep(id, &format!("held{until} by {}: {}", hold.user, hold.reason));
+        }
     }
-    keep_running(&mut chosen, catalog, seen, now);
+    keep_recordless(&mut chosen, catalog, seen, now, notes);
     chosen.keep_foundations(catalog, seen);
+    if policy.window().is_none() {
+        chosen.begin_with_oldest(catalog, ways);
+        notes.push("the policy has no window: WAL stays from the oldest backup on that stays".to_owned());
+    }
     chosen
 }
 
@@ -141,37 +178,87 @@ fn by_policy(
 ) -> Chosen {
     let mut chosen = Chosen::default();
     full_backups(&mut chosen, seen, policy, backups, now);
-    windows(&mut chosen, policy, ways, backups, now, margin, notes);
+    windows(&mut chosen, seen, policy, ways, backups, now, margin, notes);
     chosen
 }
 
-/// Keeps backups under way, and all that they may have taken over: whatever was not complete when they began.
-fn keep_running(chosen: &mut Chosen, catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) {
-    let running: Vec<&Begun> = seen.recordless.iter().filter(|begun| is_running(seen, begun, now)).collect();
-    for begun in &running {
-        let why = match begun.complete {
-            true => "it has become complete a moment ago",
-            false => "begun and not complete: it may be under way",
+/// Keeps backups under way, those that have lost their record, and all that they may have taken over: whatever was not complete
+/// when they began.
+fn keep_recordless(
+    chosen: &mut Chosen,
+    catalog: &Catalog,
+    seen: &Seen,
+    now: DateTime<Utc>,
+    notes: &mut Vec<String>,
+) {
+    let staying = seen.recordless.iter().filter(|begun| may_be_complete(seen, begun, now));
+    let staying: Vec<&Begun> = staying.collect();
+    for begun in &staying {
+        let why = match (begun.complete, is_young(begun, now)) {
+            (true, _) => "it has become complete a moment ago",
+            (_, true) => "begun and not complete: it may be under way",
+            _ => {
+                notes.push(format!(
+                    "all of backup {id} is there but its record: it stays, and all WAL from its start on. Bring back what is missing \
+                     below backups/catalog/; or, if it never had a record, say so: `pitr expire --give-up {id}`",
+                    id = begun.id
+                ));
+                "all of it is there but its record"
+            }
         };
         chosen.keep(&begun.id, why);
     }
-    // One that does not say any more that it has begun does not become complete; of one that is, it is known what it took over.
-    let began = running.iter().filter(|begun| !begun.complete).filter_map(|begun| begun.start);
-    let Some(first) = began.map(|start| start.started).min() else { return };
-    for begun in &seen.recordless {
-        if begun.start.is_some() && !seen.expiring.contains(&begun.id) {
-            chosen.keep(&begun.id, "not complete, but a backup under way may take over what it has stored");
+    // Of one that is complete it is known what it took over.
+    for taker in staying.into_iter().filter(|begun| !begun.complete) {
+        let Some(start) = taker.start else {
+            // One that does not say any more that it has begun becomes no complete one; what one built on that was is not known.
+            for id in catalog.backups.iter().map(|backup| &backup.id).filter(|_| taker.was_finishing) {
+                chosen.keep(id, &format!("backup {} may build on it", taker.id));
+            }
+            continue;
+        };
+        // Of one that began long ago it is known by now what it began before.
+        let until = start.started.checked_add_signed(CLOCKS_DIFFER).filter(|_| !is_young(taker, now));
+        for id in may_lend(seen, &taker.id, start.started, until) {
+            chosen.keep(id, "not complete, but another that is not may have taken over what it has stored");
+        }
+        let may_lend = |backup: &BackupRecord| {
+            let completed =
+                seen.completed(&backup.id, backup.finished, now).checked_add_signed(CLOCKS_DIFFER);
+            completed.is_none_or(|completed| start.started <= completed)
+                && until.is_none_or(|until| backup.started <= until)
+        };
+        for backup in catalog.backups.iter().filter(|backup| may_lend(backup)) {
+            chosen.keep(
+                &backup.id,
+                "it may not have been complete when one began that is not, which may have taken over what it has stored",
+            );
         }
     }
-    let not_before = |backup: &BackupRecord| {
-        backup.finished.checked_add_signed(CLOCKS_DIFFER).is_none_or(|finished| first <= finished)
+}
+
+/// Returns the backups that did not complete at which one under way may have looked when it began: the newest before it that
+/// build on the same one; and those that began after it, which may be so by another machine's clock only.
+fn may_lend<'a>(
+    seen: &'a Seen,
+    taker: &str,
+    begin: DateTime<Utc>,
+    until: Option<DateTime<Utc>>,
+) -> Vec<&'a str> {
+    let lends = |begun: &&Begun| {
+        begun.id != taker
+            && !begun.complete
+            && !seen.expiring.contains(&begun.id)
+            && seen.parents.get(&begun.id) == seen.parents.get(taker)
     };
-    for backup in catalog.backups.iter().filter(|backup| not_before(backup)) {
-        chosen.keep(
-            &backup.id,
-            "it may not have been complete when a backup under way began, which may take over what it has stored",
-        );
-    }
+    let lenders = seen.recordless.iter().filter(lends);
+    let mut lenders: Vec<(DateTime<Utc>, &str)> =
+        lenders.filter_map(|begun| Some((begun.start?.started, &*begun.id))).collect();
+    lenders.sort_unstable();
+    lenders.retain(|(started, _)| until.is_none_or(|until| *started <= until));
+    let before = lenders.partition_point(|(started, id)| (*started, *id) < (begin, taker));
+    let oldest = before.saturating_sub(REMAINS_LOOKED_AT_MAX);
+    lenders[oldest..].iter().map(|(_, id)| *id).collect()
 }
 
 /// Keeps full backups by number, age and rotation.
@@ -182,33 +269,42 @@ fn full_backups(
     usable: &[&BackupRecord],
     now: DateTime<Utc>,
 ) {
-    let mut full: Vec<&BackupRecord> =
+    let full: Vec<&BackupRecord> =
         usable.iter().copied().filter(|backup| !seen.parents.contains_key(&backup.id)).collect();
-    full.sort_by(|a, b| (b.finished, &b.id).cmp(&(a.finished, &a.id)));
+    let completed = |backup: &BackupRecord| seen.completed(&backup.id, backup.finished, now);
+    let said = |backup: &BackupRecord| match is_to_come(backup.finished, now) {
+        true => completed(backup),
+        false => backup.finished,
+    };
     let mut with_children = BTreeSet::new();
-    for (at, backup) in full.iter().take(policy.keep_last()).enumerate() {
-        let which = if at == 0 {
-            "the last full backup".to_owned()
-        } else {
-            format!("full backup {} of the last {}", at + 1, policy.keep_last())
-        };
-        chosen.keep(&backup.id, &which);
-        with_children.insert(&*backup.id);
+    let stored = |backup: &BackupRecord| seen.written.get(&backup.id).copied().unwrap_or(backup.finished);
+    // By each clock: of a copied repository the store knows only when it was copied, and a machine's own may have been wrong.
+    for time in [&said as &dyn Fn(&BackupRecord) -> DateTime<Utc>, &completed, &stored] {
+        let mut ordered = full.clone();
+        ordered.sort_by(|a, b| (time(b), b.finished, &b.id).cmp(&(time(a), a.finished, &a.id)));
+        for (at, backup) in ordered.iter().take(policy.keep_last()).enumerate() {
+            let which = match at {
+                0 => "the last full backup".to_owned(),
+                _ => format!("full backup {} of the last {}", at + 1, policy.keep_last()),
+            };
+            chosen.keep(&backup.id, &which);
+            with_children.insert(&*backup.id);
+        }
+        for (rotation, spans) in policy.rotations() {
+            let mut spans_seen = BTreeSet::new();
+            for backup in &ordered {
+                if spans_seen.len() < spans && spans_seen.insert(rotation.span_of(time(backup))) {
+                    chosen.keep(&backup.id, &format!("the newest full backup of its {}", rotation.noun()));
+                }
+            }
+        }
     }
     if let Some(keep_for) = policy.keep_for() {
-        let young = |backup: &&&BackupRecord| now.signed_duration_since(backup.finished) <= keep_for.length();
+        let young =
+            |backup: &&&BackupRecord| now.signed_duration_since(completed(backup)) <= keep_for.length();
         for backup in full.iter().filter(young) {
             chosen.keep(&backup.id, &format!("a full backup not older than {keep_for}"));
             with_children.insert(&*backup.id);
-        }
-    }
-    for (rotation, spans) in policy.rotations() {
-        let mut spans_seen = BTreeSet::new();
-        for backup in &full {
-            let span = rotation.span_of(backup.finished);
-            if spans_seen.len() < spans && spans_seen.insert(span) {
-                chosen.keep(&backup.id, &format!("the newest full backup of its {}", rotation.noun()));
-            }
         }
     }
     // Counted by number or age, a full backup counts with what builds on it.
@@ -222,8 +318,13 @@ fn full_backups(
 
 /// Keeps, for each way on which anything happens, what its window begins with and all backups in it; and the newest of each
 /// whose end stays.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is one thing that the choice depends on, and they meet only here"
+)]
 fn windows(
     chosen: &mut Chosen,
+    seen: &Seen,
     policy: &Policy,
     ways: &[Way],
     usable: &[&BackupRecord],
@@ -246,9 +347,10 @@ fn windows(
             continue;
         }
         let Some(from) = policy.window_from(now) else { continue };
-        let base = on_way
-            .iter()
-            .position(|backup| backup.finished.checked_add_signed(margin).is_some_and(|at| at <= from));
+        let base = on_way.iter().position(|backup| {
+            let completed = seen.completed(&backup.id, backup.finished, now);
+            completed.checked_add_signed(margin).is_some_and(|at| at <= from)
+        });
         match base {
             Some(base) => {
                 for backup in &on_way[..base] {
@@ -272,18 +374,6 @@ fn windows(
             }
         }
     }
-    if policy.window().is_some() {
-        return;
-    }
-    // Without a window WAL stays from the oldest backup on that stays.
-    for way in ways.iter().filter(|way| way.end_stays()) {
-        let kept =
-            usable.iter().filter(|backup| is_on_path(&way.history, backup) && chosen.keeps(&backup.id));
-        if let Some(oldest) = kept.min_by_key(|backup| (backup.start_lsn, backup.stop_lsn)) {
-            chosen.bases.insert(way.history.timeline, oldest.id.clone());
-        }
-    }
-    notes.push("the policy has no window: WAL stays from the oldest backup on that stays".to_owned());
 }
 
 impl Chosen {
@@ -316,6 +406,17 @@ impl Chosen {
             for lender in seen.lenders.get(&id).into_iter().flatten() {
                 self.keep(lender, &format!("backup {id} has taken over what it has stored"));
                 open.push(lender.clone());
+            }
+        }
+    }
+
+    /// Lets each way begin with the oldest backup that stays, whatever keeps it.
+    fn begin_with_oldest(&mut self, catalog: &Catalog, ways: &[Way]) {
+        for way in ways.iter().filter(|way| way.end_stays()) {
+            let on_way = catalog.backups.iter().filter(|backup| is_on_path(&way.history, backup));
+            let kept = on_way.filter(|backup| self.keeps(&backup.id));
+            if let Some(oldest) = kept.min_by_key(|backup| (backup.start_lsn, backup.stop_lsn)) {
+                self.bases.insert(way.history.timeline, oldest.id.clone());
             }
         }
     }
@@ -356,7 +457,7 @@ impl Chosen {
                 objects: 0,
                 reason: format!(
                     "finished {} ago, and no rule of the policy keeps it",
-                    days(now.signed_duration_since(backup.finished))
+                    days(now.signed_duration_since(seen.completed(&backup.id, backup.finished, now)))
                 ),
             })
             .collect();

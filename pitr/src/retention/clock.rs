@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use walship::catalog::Catalog;
+use walship::pg::TimelineId;
 use walship::{Error, Result};
 
 use super::{Policy, Seen};
@@ -15,6 +16,11 @@ const IDLE_MAX: TimeDelta = TimeDelta::days(8);
 /// An archive is not called idle before.
 const IDLE_MIN: TimeDelta = TimeDelta::days(1);
 
+/// Returns whether a time is later than differing clocks explain.
+pub(super) fn is_to_come(time: DateTime<Utc>, now: DateTime<Utc>) -> bool {
+    time.signed_duration_since(now) > AHEAD_MAX
+}
+
 /// Refuses a clock that what is stored contradicts: with one that is ahead, all would look old.
 ///
 /// # Errors
@@ -26,13 +32,25 @@ pub fn check_clock(
     now: DateTime<Utc>,
     accept_idle: bool,
 ) -> Result<()> {
-    let finished = catalog.backups.iter().map(|backup| backup.finished);
-    let begun = seen.recordless.iter().filter_map(|begun| begun.start.map(|start| start.started));
-    let Some(newest) = finished.chain(begun).chain(seen.last_times.values().copied()).max() else {
+    // What a machine said of the time is not later than when the store had it.
+    let by_store =
+        |said: DateTime<Utc>, written: Option<&DateTime<Utc>>| written.map_or(said, |at| said.min(*at));
+    let finished =
+        catalog.backups.iter().map(|backup| by_store(backup.finished, seen.written.get(&backup.id)));
+    let begun = seen
+        .recordless
+        .iter()
+        .filter_map(|begun| begun.start.map(|start| by_store(start.started, begun.last_written.as_ref())));
+    // A server whose clock was ahead has left its times in its WAL for good: on older timelines they say nothing.
+    let newest_timeline = catalog.segments.timelines().last().copied();
+    let told = |(timeline, time): (&TimelineId, &DateTime<Utc>)| {
+        (Some(*timeline) >= newest_timeline || !is_to_come(*time, now)).then_some(*time)
+    };
+    let Some(newest) = finished.chain(begun).chain(seen.last_times.iter().filter_map(told)).max() else {
         return Ok(());
     };
     let shown = |time: DateTime<Utc>| time.format("%Y-%m-%d %H:%M:%SZ").to_string();
-    if newest.signed_duration_since(now) > AHEAD_MAX {
+    if is_to_come(newest, now) {
         return Err(Error::invalid(format!(
             "this machine says that it is {}, and something in the archive is of {}",
             shown(now),

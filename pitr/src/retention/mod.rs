@@ -21,6 +21,7 @@ use walship::pg::{Lsn, SegmentName, TimelineId};
 
 pub use backups::check_newest;
 pub use clock::check_clock;
+use clock::is_to_come;
 pub use policy::Policy;
 
 /// A backup without a record for which nothing was stored for so long, by the store's clock, was given up.
@@ -43,15 +44,34 @@ pub struct Seen {
     pub parents: BTreeMap<String, String>,
     /// The backups in whose folders objects of a complete one lie, by its id.
     pub lenders: BTreeMap<String, BTreeSet<String>>,
+    /// When the newest of a complete backup's own objects was written, by the store's clock, by its id.
+    pub written: BTreeMap<String, DateTime<Utc>>,
     /// What is not stored of a complete backup, in words, by its id.
     pub flaws: BTreeMap<String, String>,
     /// When something happened last on a timeline, by its WAL; a timeline that is not here may be in use.
     pub last_times: BTreeMap<TimelineId, DateTime<Utc>>,
     /// When something happened last on a timeline before the last one of those that left it.
     pub left_times: BTreeMap<TimelineId, DateTime<Utc>>,
+    /// Backups without a record that the operator says were given up.
+    pub given_up: BTreeSet<String>,
     /// Stretches of WAL (numbers of segments, the end excluded) that were expired before and of which something is
     /// still stored.
     pub leftovers: Vec<(TimelineId, u64, u64)>,
+    /// The whole segments that are still stored (numbers, ends excluded) of what an old record of the ledger says was expired, by
+    /// the record's id.
+    pub still_whole: BTreeMap<String, Vec<(u64, u64)>>,
+}
+
+impl Seen {
+    /// Returns when a backup was complete. The machine that took it may have had a clock that was behind; by the store's it was
+    /// not complete before its last object was written. A time that is still to come says nothing.
+    pub(super) fn completed(&self, id: &str, finished: DateTime<Utc>, now: DateTime<Utc>) -> DateTime<Utc> {
+        match self.written.get(id) {
+            Some(written) if is_to_come(finished, now) => *written,
+            Some(written) => finished.max(*written),
+            None => finished,
+        }
+    }
 }
 
 /// A backup without a record.
@@ -65,6 +85,8 @@ pub struct Begun {
     pub last_written: Option<DateTime<Utc>>,
     /// Whether it has become complete since the catalog was read.
     pub complete: bool,
+    /// Whether all of it is stored but the record: it may have had one.
+    pub was_finishing: bool,
 }
 
 /// Where and when a backup was begun.
@@ -100,6 +122,9 @@ pub struct RetentionPlan {
     /// The timelines whose end stays in reach.
     #[serde(skip)]
     pub ends: Vec<TimelineId>,
+    /// What was expired, and is needed and still there.
+    #[serde(skip)]
+    pub counts_again: Vec<CountsAgain>,
 }
 
 impl RetentionPlan {
@@ -107,6 +132,15 @@ impl RetentionPlan {
     pub fn is_empty(&self) -> bool {
         self.backups_removed.is_empty() && self.wal_removed.is_empty()
     }
+}
+
+/// WAL that the ledger says was expired, that is needed, and of which nothing is gone: it is to count again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CountsAgain {
+    /// The record that is to go.
+    pub record: GapRecord,
+    /// The stretches of it (numbers of segments, the end excluded) that stay expired.
+    pub rest: Vec<(u64, u64)>,
 }
 
 /// A backup that stays.
@@ -208,6 +242,13 @@ pub fn retain(
     let chosen = backups::choose(catalog, seen, policy, &ways, now, margin, &mut notes);
     let needed = wal::needed(catalog, seen, policy, &ways, &chosen, now, &mut notes);
     let (wal_kept, wal_removed) = wal::split(catalog, seen, &needed, policy, window_from);
+    let counts_again = wal::counts_again(catalog, seen, &needed);
+    for CountsAgain { record, .. } in &counts_again {
+        notes.push(format!(
+            "WAL of timeline {} from {} to {} was to be removed, is needed, and is still there: what is needed of it counts again",
+            record.timeline, record.start_lsn, record.end_lsn
+        ));
+    }
     RetentionPlan {
         policy: policy.to_string(),
         now,
@@ -218,6 +259,7 @@ pub fn retain(
         wal_removed,
         notes,
         ends: ways.iter().filter(|way| way.end_stays()).map(|way| way.history.timeline).collect(),
+        counts_again,
     }
 }
 

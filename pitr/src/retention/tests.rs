@@ -82,7 +82,7 @@ fn seen(world: &World) -> Seen {
 }
 
 fn begun(id: &str, start: Option<BegunAt>, last_written: Option<i64>) -> Begun {
-    Begun { id: id.into(), start, last_written: last_written.map(at), complete: false }
+    Begun { id: id.into(), start, last_written: last_written.map(at), complete: false, was_finishing: false }
 }
 
 fn planned(world: &World, seen: &Seen, policy: &Policy, now: DateTime<Utc>) -> RetentionPlan {
@@ -201,6 +201,7 @@ fn holds_keep_a_backup_until_they_end() {
         format: 1,
         id: "20260301T000000Z-0000000000000000".into(),
         backup: "b0".into(),
+        with: vec![],
         reason: "audit".into(),
         until: until.map(at),
         wal,
@@ -215,7 +216,11 @@ fn holds_keep_a_backup_until_they_end() {
     assert!(kept(&with(hold(None, None))).contains(&"b0"));
     assert!(kept(&with(hold(Some(31 * DAY), None))).contains(&"b0"));
     assert!(!kept(&with(hold(Some(29 * DAY), None))).contains(&"b0"));
-    let wal = HeldWal { timeline: tli(1), through_lsn: Some(Lsn(world.catalog.backups[1].start_lsn.0)) };
+    let wal = HeldWal {
+        timeline: tli(1),
+        start_lsn: None,
+        through_lsn: Some(Lsn(world.catalog.backups[1].start_lsn.0)),
+    };
     let after = carried_out(&world, &with(hold(None, Some(wal))));
     assert!(reaches(&after, &time(5 * DAY), None).is_some(), "held WAL leads there");
     assert_eq!(reaches(&after, &time(9 * DAY), None), None);
@@ -279,6 +284,7 @@ fn what_others_have_taken_over_of_a_backup_that_did_not_complete_stays() {
         id: "orphan".into(),
         finished: at(0),
         missing: "gone".into(),
+        wal: world.catalog.backups[1].wal(),
     });
     assert!(!kept(&with(&orphaned, &[], old())).contains(&"old"));
     assert!(
@@ -426,7 +432,7 @@ fn backups_that_cannot_be_restored_do_not_count_and_go_no_earlier_than_others() 
         plan.notes.iter().any(|note| note.contains("b21") && note.contains("does not count")),
         "{plan:#?}"
     );
-    assert!(check_newest(&world.catalog, &seen(&world)).is_ok());
+    assert!(check_newest(&world.catalog, &seen(&world), at(30 * DAY)).is_ok());
     // When the rules would let it go if it were whole, it goes.
     let last = RetentionSettings { keep_last: Some(1), ..RetentionSettings::default() };
     assert_eq!(kept(&planned(&world, &seen(&world), &policy(last), at(30 * DAY))), ["b28"]);
@@ -440,15 +446,15 @@ fn backups_that_cannot_be_restored_do_not_count_and_go_no_earlier_than_others() 
     let plan = planned(&whole, &flawed("b21"), &policy(window("1 days")), at(30 * DAY));
     assert_eq!(kept(&plan), ["b28", "b21", "b14"], "{plan:#?}");
     for id in ["b28", "b21"] {
-        let error = check_newest(&whole.catalog, &flawed(id)).unwrap_err().to_string();
+        let error = check_newest(&whole.catalog, &flawed(id), at(30 * DAY)).unwrap_err().to_string();
         assert!(error.contains("b28") && error.contains("data/000001.tar"), "{error}");
     }
-    assert!(check_newest(&whole.catalog, &flawed("b14")).is_ok());
+    assert!(check_newest(&whole.catalog, &flawed("b14"), at(30 * DAY)).is_ok());
 
     // An unmounted or emptied wal/ costs nothing.
     let mut emptied = whole.clone();
     emptied.catalog.segments = walship::catalog::StoredSegments::new(SIZE);
-    let error = check_newest(&emptied.catalog, &seen(&emptied)).unwrap_err();
+    let error = check_newest(&emptied.catalog, &seen(&emptied), at(30 * DAY)).unwrap_err();
     assert!(matches!(error, walship::Error::Corrupt(_)) && error.to_string().contains("b28"), "{error}");
     let plan = planned(&emptied, &seen(&emptied), &policy(window("10 days")), at(30 * DAY));
     assert_eq!(kept(&plan), ["b28", "b21", "b14"]);
@@ -458,8 +464,9 @@ fn backups_that_cannot_be_restored_do_not_count_and_go_no_earlier_than_others() 
         id: "orphan".into(),
         finished: at(29 * DAY),
         missing: "gone".into(),
+        wal: whole.catalog.backups[1].wal(),
     });
-    assert!(check_newest(&orphaned.catalog, &seen(&orphaned)).is_err());
+    assert!(check_newest(&orphaned.catalog, &seen(&orphaned), at(30 * DAY)).is_err());
 }
 
 #[test]
@@ -515,6 +522,214 @@ fn the_end_of_a_timeline_that_nobody_left_stays_however_old() {
     told.last_times.remove(&tli(3));
     let plan = planned(&dead, &told, &policy(window("10 days")), at(110 * DAY));
     assert!(kept(&plan).contains(&"b15"), "{plan:#?}");
+}
+
+fn hold_on(backup: &str, wal: Option<HeldWal>) -> Hold {
+    Hold {
+        format: 1,
+        id: "20260301T000000Z-0000000000000000".into(),
+        backup: backup.into(),
+        with: vec![],
+        reason: "audit".into(),
+        until: None,
+        wal,
+        created: at(0),
+        host: "db1".into(),
+        user: "dba".into(),
+    }
+}
+
+#[test]
+fn a_backup_was_complete_no_earlier_than_the_store_had_it() {
+    // The clock of the machine that took b21 was half a month behind; b28's was years ahead.
+    let mut world = world(30, &[0, 7, 14, 21, 28]);
+    world.catalog.backups[3].finished = at(6 * DAY);
+    let now = at(30 * DAY);
+    let believed = planned(&world, &seen(&world), &policy(window("10 days")), now);
+    assert_eq!(kept(&believed), ["b28", "b21"], "as its record says the window begins with it");
+    let days = [0, 7, 14, 21, 28].map(|day| (format!("b{day}"), at(day * DAY)));
+    let told = seen(&world);
+    let by_store = || Seen { written: days.clone().into(), ..told.clone() };
+    let plan = planned(&world, &by_store(), &policy(window("10 days")), now);
+    assert_eq!(kept(&plan), ["b28", "b14", "b21"], "{plan:#?}");
+    // Nor is it older than others, or as old as it says.
+    let last = RetentionSettings { keep_last: Some(2), ..RetentionSettings::default() };
+    assert_eq!(kept(&planned(&world, &by_store(), &policy(last), now)), ["b28", "b14", "b21"]);
+    let young =
+        RetentionSettings { keep_for: Some("10 days".parse().unwrap()), ..RetentionSettings::default() };
+    assert_eq!(kept(&planned(&world, &by_store(), &policy(young), now)), ["b28", "b21"]);
+    let flawed = |id: &str| Seen {
+        flaws: BTreeMap::from([(id.to_owned(), "data/000001.tar is not there".to_owned())]),
+        ..by_store()
+    };
+    world.catalog.backups[4].finished = at(5 * DAY);
+    assert!(check_newest(&world.catalog, &flawed("b28"), now).is_err(), "the newest by its WAL");
+    assert!(check_newest(&world.catalog, &flawed("b14"), now).is_err(), "the newest by their own clocks");
+    assert!(check_newest(&world.catalog, &flawed("b7"), now).is_ok());
+}
+
+#[test]
+fn a_time_from_the_future_blocks_removals_only_while_it_may_be_right() {
+    let mut ahead = world(30, &[0, 7, 14, 21, 28]);
+    ahead.catalog.backups[2].finished = at(3000 * DAY);
+    let check = |world: &World, seen: &Seen, now: i64| {
+        check_clock(&world.catalog, seen, &policy(window("10 days")), at(now), false)
+    };
+    assert!(check(&ahead, &seen(&ahead), 30 * DAY).is_err(), "nobody says otherwise");
+    let written = BTreeMap::from([("b14".to_owned(), at(14 * DAY))]);
+    let by_store = Seen { written, ..seen(&ahead) };
+    assert!(check(&ahead, &by_store, 30 * DAY).is_ok());
+    assert_eq!(
+        kept(&planned(&ahead, &by_store, &policy(window("10 days")), at(30 * DAY))),
+        ["b14", "b28", "b21"],
+        "it counts for as old as the store says"
+    );
+    assert!(check(&ahead, &by_store, 60 * DAY).is_err(), "an archive that is idle is seen as that");
+    // The store says it too: this machine's clock is behind.
+    let both = Seen { written: BTreeMap::from([("b14".to_owned(), at(3000 * DAY))]), ..seen(&ahead) };
+    assert!(check(&ahead, &both, 30 * DAY).is_err());
+    let start = BegunAt { timeline: tli(1), start_lsn: Lsn(0), started: at(3000 * DAY) };
+    let sound = world(30, &[0, 7, 14, 21, 28]);
+    for (written, right) in [(None, false), (Some(29 * DAY), true)] {
+        let seen = Seen { recordless: vec![begun("new", Some(start), written)], ..seen(&sound) };
+        assert_eq!(check(&sound, &seen, 30 * DAY).is_ok(), right);
+    }
+    // A dead timeline's server was ahead; that of the one that is written now is not to be.
+    let mut forked = world(20, &[0, 15]);
+    forked.fork(tli(1), tli(2));
+    forked.push(tli(2), 64, commit(5000, 29 * DAY));
+    forked.push(tli(2), 3 * SIZE.bytes(), None);
+    forked.archive(tli(2));
+    for (timeline, right) in [(1, true), (2, false)] {
+        let mut told = seen(&forked);
+        told.last_times.insert(tli(timeline), at(3000 * DAY));
+        assert_eq!(check(&forked, &told, 30 * DAY).is_ok(), right, "{timeline}");
+    }
+}
+
+#[test]
+fn a_restores_hold_keeps_its_wal_where_the_backup_is_not() {
+    let mut world = world(30, &[0, 7, 14, 21, 28]);
+    let elsewhere = world.catalog.backups.remove(1);
+    let through = Lsn(elsewhere.stop_lsn.0 + 3 * SIZE.bytes());
+    let first_kept = |timeline: u32, start_lsn: Option<Lsn>| {
+        let through_lsn = Some(through);
+        let wal = HeldWal { timeline: tli(timeline), start_lsn, through_lsn };
+        let seen = Seen { holds: vec![hold_on("b7", Some(wal))], ..seen(&world) };
+        let plan = planned(&world, &seen, &policy(window("10 days")), at(30 * DAY));
+        let held = |number: u64| {
+            !plan.wal_removed.iter().any(|wal| (wal.numbers.0..wal.numbers.1).contains(&number))
+        };
+        let (from, until) = (elsewhere.start_lsn.0 / SIZE.bytes(), through.0 / SIZE.bytes());
+        assert!((from..=until).all(held) && !held(until + 2), "{plan:#?}");
+        world.catalog.segments.names().map(|name| name.number(SIZE)).find(|number| held(*number)).unwrap()
+    };
+    let stored = world.catalog.segments.names().next().unwrap().number(SIZE);
+    assert_eq!(first_kept(1, Some(elsewhere.start_lsn)), elsewhere.start_lsn.0 / SIZE.bytes());
+    assert_eq!(first_kept(1, None), stored, "where it does not say from where on, all may be needed");
+    // The timeline that it restores to may lie elsewhere too.
+    assert_eq!(first_kept(5, Some(elsewhere.start_lsn)), elsewhere.start_lsn.0 / SIZE.bytes());
+}
+
+#[test]
+fn backups_that_lack_what_they_build_on_keep_the_wal_that_makes_them_consistent() {
+    let mut world = world(30, &[0, 7, 14, 21, 28]);
+    let orphan = world.catalog.backups.remove(1);
+    world.catalog.orphaned_backups.push(walship::catalog::OrphanedBackup {
+        id: orphan.id.clone(),
+        finished: orphan.finished,
+        missing: "gone".into(),
+        wal: orphan.wal(),
+    });
+    let plan = planned(&world, &seen(&world), &policy(window("10 days")), at(30 * DAY));
+    let mut after = carried_out(&world, &plan);
+    assert!(plan.wal_removed.len() == 2, "before it and behind it: {plan:#?}");
+    // What it builds on comes back.
+    after.catalog.backups.insert(0, orphan);
+    assert!(reaches(&after, &RecoveryTarget::new(TargetKind::Immediate), Some("b7")).is_some());
+}
+
+#[test]
+fn without_a_window_wal_stays_from_whatever_stays() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let last = || policy(RetentionSettings { keep_last: Some(1), ..RetentionSettings::default() });
+    let held = Seen { holds: vec![hold_on("b7", None)], ..seen(&world) };
+    let built_on = Seen { parents: BTreeMap::from([("b28".to_owned(), "b7".to_owned())]), ..seen(&world) };
+    for seen in [held, built_on] {
+        let plan = planned(&world, &seen, &last(), at(30 * DAY));
+        let after = carried_out(&world, &plan);
+        assert!(kept(&plan).contains(&"b7"));
+        for day in [8, 13, 20, 29] {
+            assert!(reaches(&after, &time(day * DAY), None).is_some(), "{day}: {plan:#?}");
+        }
+        assert_eq!(reaches(&after, &time(6 * DAY), None), None);
+    }
+}
+
+#[test]
+fn wal_that_was_to_go_and_is_needed_counts_again_where_nothing_of_it_is_gone() {
+    let whole = world(30, &[0, 7, 14, 21, 28]);
+    let policy = policy(window("10 days"));
+    let plan = planned(&whole, &seen(&whole), &policy, at(30 * DAY));
+    let [wal] = &plan.wal_removed[..] else { panic!("{plan:#?}") };
+    // Killed between the ledger and the removal, when a hold came.
+    let mut killed = carried_out(&whole, &plan);
+    killed.catalog.backups = whole.catalog.backups.clone();
+    let b7 = &whole.catalog.backups[1];
+    let (from, until) = (b7.start_lsn.0 / SIZE.bytes(), b7.stop_lsn.0.div_ceil(SIZE.bytes()) + 1);
+    let record = killed.catalog.gaps[0].id.clone();
+    let with = |still: &[(u64, u64)], holds: Vec<Hold>| {
+        let still_whole = BTreeMap::from([(record.clone(), still.to_vec())]);
+        let leftovers = vec![(tli(1), wal.numbers.0, wal.numbers.1)];
+        let seen = Seen { holds, still_whole, leftovers, ..seen(&whole) };
+        planned(&killed, &seen, &policy, at(30 * DAY))
+    };
+    let held = || vec![hold_on("b7", None)];
+    let plan = with(&[wal.numbers], held());
+    let [again] = &plan.counts_again[..] else { panic!("{plan:#?}") };
+    assert_eq!(
+        (&again.record.id, &again.rest),
+        (&record, &vec![(wal.numbers.0, from), (until, wal.numbers.1)])
+    );
+    assert!(plan.notes.iter().any(|note| note.contains("counts again")), "{plan:#?}");
+    // What is needed is there, whatever became of the rest.
+    assert_eq!(with(&[(from, until)], held()).counts_again.len(), 1);
+    assert!(with(&[(wal.numbers.0, from + 1), (until - 1, wal.numbers.1)], held()).counts_again.is_empty());
+    assert!(with(&[wal.numbers], vec![]).counts_again.is_empty(), "nobody needs it");
+}
+
+#[test]
+fn of_backups_that_did_not_complete_only_those_stay_that_one_under_way_may_have_looked_at() {
+    let world = world(200, &[0, 190, 195]);
+    let start_lsn = world.catalog.backups[2].start_lsn;
+    let remains = |id: String, day: i64| {
+        let start = BegunAt { timeline: tli(1), start_lsn, started: at(day * DAY) };
+        Begun {
+            id,
+            start: Some(start),
+            last_written: Some(at(day * DAY)),
+            complete: false,
+            was_finishing: false,
+        }
+    };
+    // One each week, each failed; every other one builds on b190.
+    let recordless: Vec<Begun> = (0..28).map(|week| remains(format!("w{week:02}"), 3 + week * 7)).collect();
+    let parents = (0..28).step_by(2).map(|week| (format!("w{week:02}"), "b190".to_owned())).collect();
+    let with = |mut recordless: Vec<Begun>, id: &str, parent: Option<&str>| {
+        recordless.push(remains(id.to_owned(), 199));
+        let mut parents: BTreeMap<String, String> = Clone::clone(&parents);
+        parents.extend(parent.map(|parent| (id.to_owned(), parent.to_owned())));
+        let seen = Seen { recordless, parents, ..seen(&world) };
+        let plan = planned(&world, &seen, &policy(window("10 days")), at(200 * DAY));
+        let weeks = kept(&plan).into_iter().filter_map(|id| id.strip_prefix('w')?.parse::<u32>().ok());
+        weeks.collect::<Vec<u32>>()
+    };
+    assert_eq!(with(recordless.clone(), "x", None), [13, 15, 17, 19, 21, 23, 25, 27]);
+    assert_eq!(with(recordless.clone(), "x", Some("b190")), [12, 14, 16, 18, 20, 22, 24, 26]);
+    // One that began a moment later by another machine's clock is no reason to let one of these go.
+    let mut later = recordless;
+    later.push(Begun { last_written: Some(at(180 * DAY)), ..remains("w99".into(), 199) });
+    assert_eq!(with(later, "a", None), [13, 15, 17, 19, 21, 23, 25, 27, 99]);
 }
 
 /// A history to be made up.
@@ -678,4 +893,68 @@ proptest! {
         prop_assert_eq!(once.catalog.backups, twice.catalog.backups);
         prop_assert_eq!(once.catalog.segments.names().collect::<Vec<_>>(), twice.catalog.segments.names().collect::<Vec<_>>());
     }
+}
+
+#[test]
+fn a_copied_repository_keeps_what_the_original_would() {
+    let world = world(400, &[0, 40, 80, 120, 160, 200, 240, 280, 320, 360, 395]);
+    let with = |settings: RetentionSettings, written: Option<i64>| {
+        let ids = world.catalog.backups.iter().map(|backup| backup.id.clone());
+        let written = written.map(|day| ids.map(|id| (id, at(day * DAY))).collect()).unwrap_or_default();
+        let seen = Seen { written, ..seen(&world) };
+        let plan = planned(&world, &seen, &policy(settings), at(400 * DAY));
+        kept(&plan).into_iter().map(str::to_owned).collect::<BTreeSet<_>>()
+    };
+    for settings in [
+        RetentionSettings { keep_monthly: Some(12), keep_yearly: Some(3), ..window("10 days") },
+        RetentionSettings { keep_last: Some(3), ..RetentionSettings::default() },
+    ] {
+        let original = with(settings.clone(), None);
+        assert!(original.len() >= 3);
+        // By the store's clock all are of the day of the copy.
+        assert!(with(settings, Some(385)).is_superset(&original));
+    }
+}
+
+#[test]
+fn a_clock_that_was_ahead_takes_no_others_place() {
+    let mut world = world(30, &[0, 7, 14, 21, 28]);
+    // b7 said that it was of day 29.
+    world.catalog.backups[1].finished = at(29 * DAY);
+    let written = [0, 7, 14, 21, 28].map(|day| (format!("b{day}"), at(day * DAY))).into();
+    let seen = Seen { written, ..seen(&world) };
+    let last = RetentionSettings { keep_last: Some(2), ..window("1 days") };
+    let plan = planned(&world, &seen, &policy(last), at(30 * DAY));
+    for id in ["b28", "b21", "b7"] {
+        assert!(kept(&plan).contains(&id), "{plan:#?}");
+    }
+}
+
+#[test]
+fn a_flawed_backup_on_a_timeline_of_its_own_stops_nothing_once_there_is_a_newer_one() {
+    let mut world = world(20, &[0, 15]);
+    world.fork(tli(1), tli(2));
+    add_backup(&mut world, tli(2), 16 * DAY, "test");
+    world.archive(tli(2));
+    let flawed = Seen {
+        flaws: BTreeMap::from([("test".to_owned(), "data/000001.tar is not there".to_owned())]),
+        ..seen(&world)
+    };
+    assert!(check_newest(&world.catalog, &flawed, at(30 * DAY)).is_err());
+    add_backup(&mut world, tli(1), 25 * DAY, "newer");
+    world.push(tli(1), 3 * SIZE.bytes(), None);
+    world.archive(tli(1));
+    let flawed = Seen { last_times: seen(&world).last_times, ..flawed };
+    assert!(check_newest(&world.catalog, &flawed, at(30 * DAY)).is_ok());
+}
+
+#[test]
+fn holds_keep_what_a_backup_of_another_repository_builds_on() {
+    let world = world(30, &[0, 7, 14, 21, 28]);
+    let wal = HeldWal { timeline: tli(1), start_lsn: Some(Lsn(0)), through_lsn: Some(Lsn(0)) };
+    let hold = Hold { with: vec!["b0".into()], ..hold_on("elsewhere", Some(wal)) };
+    let seen = Seen { holds: vec![hold], ..seen(&world) };
+    let plan = planned(&world, &seen, &policy(window("10 days")), at(30 * DAY));
+    assert!(kept(&plan).contains(&"b0") && !kept(&plan).contains(&"b7"), "{plan:#?}");
+    assert!(!plan.notes.iter().any(|note| note.contains("is not there")), "{plan:#?}");
 }

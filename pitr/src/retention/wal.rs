@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use walship::catalog::{Catalog, GapRecord};
+use walship::catalog::{BackupWal, Catalog, GapRecord, HeldWal};
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 
-use super::backups::{Chosen, is_running};
-use super::{KeptWal, Policy, RemovedWal, Seen};
-use crate::plan::{begin_of, is_on_path};
+use super::backups::{Chosen, may_be_complete};
+use super::{CountsAgain, KeptWal, Policy, RemovedWal, Seen};
+use crate::plan::{begin_of, wal_is_on_path};
 
 /// How long before the window's start something may have happened last on a timeline that is still looked at: the
 /// clock is the server's.
@@ -140,19 +140,38 @@ impl Needed {
         }
     }
 
-    /// Returns the stretches of a timeline that stay, in order, none touching another.
-    fn merged(&self, timeline: TimelineId) -> Vec<(u64, u64)> {
-        let mut all: Vec<(u64, u64)> =
-            self.0.get(&timeline).into_iter().flatten().map(|(from, until, _)| (*from, *until)).collect();
-        all.sort_unstable();
-        let mut merged: Vec<(u64, u64)> = Vec::new();
-        for (from, until) in all {
-            match merged.last_mut() {
-                Some((_, end)) if *end >= from => *end = (*end).max(until),
-                _ => merged.push((from, until)),
+    /// Adds the WAL that makes a backup consistent.
+    fn add_backup(&mut self, catalog: &Catalog, ways: &[Way], wal: &BackupWal, reason: &str) {
+        let size = catalog.lineage.segment_size.bytes();
+        // That a backup is consistent is noticed at the next record, which may begin in the next segment.
+        let end = Lsn(wal.stop_lsn.0.div_ceil(size).saturating_add(1).saturating_mul(size));
+        for way in ways.iter().filter(|way| wal_is_on_path(&way.history, wal)) {
+            self.add_along(catalog, &way.history, wal.start_lsn, end, reason);
+        }
+    }
+
+    /// Adds the WAL from `start` on that a restore holds.
+    fn add_held(&mut self, catalog: &Catalog, ways: &[Way], wal: &HeldWal, start: Lsn, reason: &str) {
+        let size = catalog.lineage.segment_size.bytes();
+        let end = wal.through_lsn.map_or(Lsn(u64::MAX), |lsn| Lsn(lsn.0.saturating_add(size)));
+        match ways.iter().find(|way| way.history.timeline == wal.timeline) {
+            Some(way) => self.add_along(catalog, &way.history, start, end, reason),
+            // Nothing of that timeline is here, and its way is not known: it may lead over any older one.
+            None => {
+                for timeline in all_timelines(catalog).into_iter().filter(|older| *older <= wal.timeline) {
+                    self.add(timeline, start.0 / size, end.0.div_ceil(size), reason);
+                }
             }
         }
-        merged
+    }
+
+    /// Returns the stretches of a timeline that stay, in order, none touching another.
+    fn merged(&self, timeline: TimelineId) -> Vec<(u64, u64)> {
+        merge(self.stretches(timeline).collect())
+    }
+
+    fn stretches(&self, timeline: TimelineId) -> impl Iterator<Item = (u64, u64)> {
+        self.0.get(&timeline).into_iter().flatten().map(|(from, until, _)| (*from, *until))
     }
 
     fn reasons(&self, timeline: TimelineId, from: u64, until: u64) -> Vec<String> {
@@ -164,6 +183,19 @@ impl Needed {
         }
         reasons
     }
+}
+
+/// Returns the same stretches in order, none touching another.
+fn merge(mut all: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    all.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::new();
+    for (from, until) in all {
+        match merged.last_mut() {
+            Some((_, end)) if *end >= from => *end = (*end).max(until),
+            _ => merged.push((from, until)),
+        }
+    }
+    merged
 }
 
 pub(super) fn needed(
@@ -206,17 +238,22 @@ pub(super) fn needed(
         needed.add_along(catalog, &way.history, start, all, &reason);
     }
     for backup in catalog.backups.iter().filter(|backup| chosen.keeps(&backup.id)) {
-        // That a backup is consistent is noticed at the next record, which may begin in the next segment.
-        let end =
-            Lsn(backup.stop_lsn.0.div_ceil(size.bytes()).saturating_add(1).saturating_mul(size.bytes()));
         let reason = format!("backup {} is consistent with it", backup.id);
-        for way in ways.iter().filter(|way| is_on_path(&way.history, backup)) {
-            needed.add_along(catalog, &way.history, backup.start_lsn, end, &reason);
-        }
+        needed.add_backup(catalog, ways, &backup.wal(), &reason);
     }
-    for begun in seen.recordless.iter().filter(|begun| is_running(seen, begun, now)) {
-        let Some(start) = begun.start else { continue };
+    for orphan in &catalog.orphaned_backups {
+        let reason = format!("backup {} is consistent with it, if what it builds on comes back", orphan.id);
+        needed.add_backup(catalog, ways, &orphan.wal, &reason);
+    }
+    for begun in seen.recordless.iter().filter(|begun| may_be_complete(seen, begun, now)) {
         let reason = format!("backup {} was begun and may be under way", begun.id);
+        let Some(start) = begun.start else {
+            // Without it none becomes complete; one that is may have lost it with its record.
+            for timeline in all_timelines(catalog).into_iter().filter(|_| begun.was_finishing) {
+                needed.add(timeline, 0, u64::MAX, &reason);
+            }
+            continue;
+        };
         needed.add(start.timeline, start.start_lsn.0 / size.bytes(), u64::MAX, &reason);
         for way in ways.iter().filter(|way| way.history.timeline_of(start.start_lsn) == start.timeline) {
             needed.add_along(catalog, &way.history, start.start_lsn, all, &reason);
@@ -224,14 +261,38 @@ pub(super) fn needed(
     }
     for hold in seen.holds.iter().filter(|hold| hold.holds_at(now)) {
         let backup = catalog.backups.iter().find(|backup| backup.id == hold.backup);
-        let (Some(backup), Some(wal)) = (backup, hold.wal) else { continue };
-        let end = wal.through_lsn.map_or(all, |lsn| Lsn(lsn.0.saturating_add(size.bytes())));
-        for way in ways.iter().filter(|way| way.history.timeline == wal.timeline) {
-            let reason = format!("held by {}: {}", hold.user, hold.reason);
-            needed.add_along(catalog, &way.history, backup.start_lsn, end, &reason);
-        }
+        let Some(wal) = hold.wal else { continue };
+        // The backup may lie in another repository; where the restore did not say from where on, all may be needed.
+        let start = wal.start_lsn.or(backup.map(|backup| backup.start_lsn)).unwrap_or(Lsn(0));
+        needed.add_held(catalog, ways, &wal, start, &format!("held by {}: {}", hold.user, hold.reason));
     }
     needed
+}
+
+/// Returns what the ledger says was expired, that is needed, and still there as far as it is.
+pub(super) fn counts_again(catalog: &Catalog, seen: &Seen, needed: &Needed) -> Vec<CountsAgain> {
+    let size = catalog.lineage.segment_size;
+    let mut again = Vec::new();
+    for record in catalog.gaps.iter().filter(|gap| gap.is_expired()) {
+        let Some(whole) = seen.still_whole.get(&record.id) else { continue };
+        let (first, end) = record.whole_segments(size);
+        // Of a stretch of which anything is gone the rest may lead nowhere: it stays what it is.
+        let there = |(from, until): &(u64, u64)| whole.iter().any(|(a, b)| a <= from && until <= b);
+        let in_record = |(from, until): (u64, u64)| (from.max(first), until.min(end));
+        let wanted = needed.stretches(record.timeline).map(in_record).filter(|(from, until)| from < until);
+        let wanted = merge(wanted.filter(there).collect());
+        if wanted.is_empty() {
+            continue;
+        }
+        let (mut rest, mut at) = (Vec::new(), first);
+        for (from, until) in wanted {
+            rest.extend((at < from).then_some((at, from)));
+            at = until;
+        }
+        rest.extend((at < end).then_some((at, end)));
+        again.push(CountsAgain { record: record.clone(), rest });
+    }
+    again
 }
 
 /// Returns the WAL of each timeline that stays and that goes.

@@ -2,6 +2,8 @@
 //! goes wrong on the way leaves whole chains.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,6 +19,7 @@ use walship_tests::stage::Stage;
 use walship_tests::weed::WeedServer;
 use walship_tests::{process, wait};
 
+use crate::exact::history::with_clock;
 use crate::json_docs::compare;
 use crate::start::Place;
 
@@ -24,17 +27,25 @@ use crate::start::Place;
 pub(crate) struct Store {
     runtime: Runtime,
     storage: Arc<dyn Storage>,
+    /// Makes the objects whose keys hold a text so much older; not every store can be told.
+    age_objects: Box<dyn Fn(&str, Duration)>,
 }
 
 impl Store {
     pub(crate) fn open(config: &StorageConfig) -> Self {
         let runtime = Runtime::new().unwrap();
         let storage = runtime.block_on(async { walship::storage::open(config) }).unwrap();
-        Self { runtime, storage }
+        Self { runtime, storage, age_objects: Box::new(|_, _| {}) }
     }
 
     pub(crate) fn folder(stage: &Stage) -> Self {
-        Self::open(&StorageConfig::new(stage.url()))
+        let cluster = stage.repository_dir().join("main");
+        let age_objects = Box::new(move |part: &str, by| age_files(&cluster, part, by));
+        Self { age_objects, ..Self::open(&StorageConfig::new(stage.url())) }
+    }
+
+    pub(crate) fn s3(server: &S3Server) -> Self {
+        Self { age_objects: Box::new(server.ager()), ..Self::open(&server.config("walship")) }
     }
 
     pub(crate) fn keys(&self) -> BTreeSet<String> {
@@ -50,8 +61,14 @@ impl Store {
         self.keys().into_iter().filter(|key| !own(key)).collect()
     }
 
+    /// Makes what is stored below a backup's folder so many days older.
+    pub(crate) fn age_folder(&self, id: &str, days: u32) {
+        (self.age_objects)(&format!("/backups/{id}/"), Duration::from_secs(86_400) * days);
+    }
+
     /// Makes a complete backup so many days older.
-    pub(crate) fn age(&self, id: &str, days: i64) {
+    pub(crate) fn age(&self, id: &str, days: u32) {
+        self.age_folder(id, days);
         let key = self
             .keys()
             .into_iter()
@@ -63,7 +80,7 @@ impl Store {
             for name in ["started", "finished"] {
                 let time: chrono::DateTime<chrono::Utc> =
                     serde_json::from_value(record[name].clone()).unwrap();
-                record[name] = serde_json::to_value(time - chrono::TimeDelta::days(days)).unwrap();
+                record[name] = serde_json::to_value(time - chrono::TimeDelta::days(i64::from(days))).unwrap();
             }
             self.storage.delete(&key).await.unwrap();
             self.storage
@@ -71,6 +88,50 @@ impl Store {
                 .await
                 .unwrap();
         });
+    }
+}
+
+/// Makes the files so much older in whose paths, below a folder with the slash before, this text is.
+pub(crate) fn age_files(folder: &Path, part: &str, by: Duration) {
+    fn visit(root: &Path, folder: &Path, part: &str, by: Duration) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let below = path.strip_prefix(root).unwrap().to_str().unwrap();
+            if path.is_dir() {
+                visit(root, &path, part, by);
+            } else if format!("/{below}").contains(part) {
+                let file = File::options().append(true).open(&path).unwrap();
+                let then = file.metadata().unwrap().modified().unwrap() - by;
+                file.set_modified(then).unwrap();
+            }
+        }
+    }
+    visit(folder, folder, part, by);
+}
+
+/// The clock of a server, which is set as if days went by.
+struct Clock(PathBuf);
+
+impl Clock {
+    fn new(stage: &Stage, days_ago: u32) -> Self {
+        let clock = Self(stage.path().join("clock"));
+        clock.set(days_ago);
+        clock
+    }
+
+    fn set(&self, days_ago: u32) {
+        std::fs::write(&self.0, if days_ago == 0 { "+0".to_owned() } else { format!("-{days_ago}d") })
+            .unwrap();
+    }
+
+    /// Starts a server that goes by it; what it archives with goes by the machine's.
+    fn server(&self, stage: &Stage, major: u32) -> PgServer {
+        let builder = stage.archiving(PgServer::builder(major).wal_segment_size_mb(1));
+        let server = with_clock(builder.setting("autovacuum", "off"), &self.0).start();
+        let command = server.psql("show archive_command").trim().replace('\'', "''");
+        server.psql(&format!("alter system set archive_command = 'env -u LD_PRELOAD {command}'"));
+        server.psql("select pg_reload_conf()");
+        server
     }
 }
 
@@ -86,19 +147,38 @@ pub(crate) struct Scene {
 }
 
 impl Scene {
-    fn make(stage: Stage, store: impl FnOnce(&Stage) -> Store, major: u32) -> Self {
-        let stage = stage.configured("[retention]\nwindow = \"10 days\"\n");
-        let builder = stage.archiving(PgServer::builder(major).wal_segment_size_mb(1));
-        let server = builder.setting("autovacuum", "off").start();
+    /// Makes the scene with backups, and the WAL behind them, so many days old; what is behind the last one is of today.
+    fn make(stage: Stage, store: impl FnOnce(&Stage) -> Store, major: u32, days: [u32; 3]) -> Self {
+        let scene = Self::with_policy(stage, store, major, "window = \"10 days\"", days);
+        for (id, days) in scene.backups.iter().zip(days) {
+            scene.store.age(id, days);
+        }
+        scene
+    }
+
+    fn with_policy(
+        stage: Stage,
+        store: impl FnOnce(&Stage) -> Store,
+        major: u32,
+        policy: &str,
+        days: [u32; 3],
+    ) -> Self {
+        let stage = stage.configured(&format!("[retention]\n{policy}\n"));
+        let clock = Clock::new(&stage, days[0]);
+        let server = clock.server(&stage, major);
         stage.init(&server);
         server.psql("create table t (id int)");
         let store = store(&stage);
         let (mut backups, mut xids) = (Vec::new(), Vec::new());
-        for round in 0..3 {
+        for (round, days) in (0..).zip(days) {
+            clock.set(days);
             let record: Value =
                 serde_json::from_str(&stage.ok(&mut stage.walship_on(&server, &["backup", "--json"])))
                     .unwrap();
             backups.push(record["id"].as_str().unwrap().to_owned());
+            if round == 2 {
+                clock.set(0);
+            }
             for row in 0..4 {
                 let id = round * 4 + row;
                 xids.push(
@@ -107,18 +187,20 @@ impl Scene {
                 server.archive_now();
             }
         }
-        store.age(&backups[0], 400);
-        store.age(&backups[1], 20);
         Self { stage, server, store, backups, xids }
     }
 
     pub(crate) fn folder(major: u32) -> Self {
-        Self::make(Stage::folder("main"), Store::folder, major)
+        Self::make(Stage::folder("main"), Store::folder, major, [400, 20, 0])
     }
 
     pub(crate) fn s3(server: &S3Server) -> Self {
-        let config = server.config("walship");
-        Self::make(Stage::s3("main", &server.endpoint()), |_| Store::open(&config), primary_major())
+        Self::s3_aged(server, [400, 20, 0])
+    }
+
+    fn s3_aged(server: &S3Server, days: [u32; 3]) -> Self {
+        let stage = Stage::s3("main", &server.endpoint());
+        Self::make(stage, |_| Store::s3(server), primary_major(), days)
     }
 
     pub(crate) fn expire(&self, words: &[&str]) -> Value {
@@ -242,21 +324,6 @@ fn what_is_kept_is_restored(mut scene: Scene) {
 }
 
 #[test]
-fn removal_is_not_released() {
-    let scene = Scene::folder(primary_major());
-    let keys = scene.store.keys();
-    let mut command = scene.stage.pitr(&["expire", "--confirm", "--yes"]);
-    let refused = scene.stage.fails(command.env_remove("WALSHIP_UNRELEASED"), 2);
-    assert!(
-        refused.contains("removal is not released") && refused.contains("\nsafe:  nothing was removed"),
-        "{refused}"
-    );
-    assert_eq!(scene.store.keys(), keys);
-    scene.stage.ok(scene.stage.pitr(&["expire"]).env_remove("WALSHIP_UNRELEASED"));
-    assert_eq!(scene.store.keys(), keys);
-}
-
-#[test]
 fn what_is_kept_is_restored_from_a_folder() {
     for major in majors() {
         what_is_kept_is_restored(Scene::folder(major));
@@ -265,10 +332,30 @@ fn what_is_kept_is_restored_from_a_folder() {
 
 #[test]
 fn what_is_kept_is_restored_from_s3() {
+    what_is_kept_is_restored(Scene::s3(&S3Server::start()));
+}
+
+#[test]
+fn what_is_kept_is_restored_from_a_server_for_s3() {
     let weed = WeedServer::start();
     let config = weed.config("walship");
     let stage = Stage::s3("main", &weed.endpoint());
-    what_is_kept_is_restored(Scene::make(stage, |_| Store::open(&config), primary_major()));
+    // Nobody can tell it that something is old: what stays is counted.
+    let store = |_: &Stage| Store::open(&config);
+    let mut scene = Scene::with_policy(stage, store, primary_major(), "keep_last = 1", [0; 3]);
+    let done = scene.expire(&["--confirm", "--yes"]);
+    assert_eq!(ids(&done["plan"]["backups_kept"]), [&scene.backups[2]]);
+    assert_eq!(done["report"]["backups"], 2);
+    let keys = scene.store.keys();
+    for gone in &scene.backups[..2] {
+        assert!(!keys.iter().any(|key| key.contains("/backups/") && key.contains(gone)), "{keys:?}");
+    }
+    assert!(!keys.iter().any(|key| key.contains("/expiring/") || key.contains("/locks/")), "{keys:?}");
+    assert!(scene.expire(&[])["plan"]["wal_removed"] == Value::Array(vec![]), "once is enough");
+    scene.stage.ok(&mut scene.stage.pitr(&["index", "--verify"]));
+    assert!(scene.server.stop(StopMode::Fast).success());
+    assert!(!scene.plans(&["--to-xid", scene.xids[5].trim()]), "its WAL was expired");
+    assert_eq!(scene.restored_rows("latest", &["--latest"]), "0 1 2 3 4 5 6 7 8 9 10 11");
 }
 
 fn changes(seen: &Seen) -> bool {
@@ -284,8 +371,7 @@ pub(crate) fn removes(seen: &Seen) -> bool {
 pub(crate) fn started(stage: &Stage, words: &[&str]) -> Child {
     let mut command = process::guarded(walship_tests::bins::pitr());
     command.args(words).env("WALSHIP_CONFIG", stage.config()).env("AWS_EC2_METADATA_DISABLED", "true");
-    // Removal is tested before it is released.
-    command.env("WALSHIP_UNRELEASED", "expire").stdout(Stdio::null()).stderr(Stdio::null());
+    command.stdout(Stdio::null()).stderr(Stdio::null());
     process::spawn(command).unwrap()
 }
 
@@ -302,14 +388,17 @@ fn killed_at_any_request_where_versions_are_kept_it_leaves_whole_chains_and_goes
 }
 
 fn killed_at_any_request(server: &S3Server) {
-    let scene = Scene::s3(server);
+    let days = [400, 380, 20];
+    let scene = Scene::s3_aged(server, days);
     scene.hold_first();
-    scene.store.age(&scene.backups[1], 400);
-    scene.store.age(&scene.backups[2], 20);
     let all: BTreeMap<_, _> = server.objects();
     let put_back = || {
         server.objects().keys().for_each(|key| assert!(server.remove(key)));
         all.iter().for_each(|(key, bytes)| server.put(key, bytes.clone()));
+        // These were new again.
+        for (id, days) in scene.backups.iter().zip(days) {
+            scene.store.age_folder(id, days);
+        }
     };
     let shown = scene.expire(&[]);
     assert_eq!(ids(&shown["plan"]["backups_removed"]), [&scene.backups[1]]);
@@ -360,14 +449,16 @@ fn killed_at_any_request(server: &S3Server) {
 #[test]
 fn an_incremental_backup_in_the_window_keeps_what_it_builds_on() {
     let stage = Stage::folder("main").configured("[retention]\nwindow = \"10 days\"\n");
-    let builder = stage.archiving(PgServer::builder(primary_major()).wal_segment_size_mb(1));
-    let server = builder.setting("autovacuum", "off").start();
+    let ages = [400, 380, 360, 300, 40, 20, 0];
+    let clock = Clock::new(&stage, ages[0]);
+    let server = clock.server(&stage, primary_major());
     stage.init(&server);
     server.psql("create table t (id int)");
     let store = Store::folder(&stage);
     let (mut backups, mut xids) = (Vec::new(), Vec::new());
     // Two chains of a full and two incremental backups, and a full one.
-    for round in 0..7 {
+    for (round, days) in ages.into_iter().enumerate() {
+        clock.set(days);
         let words = ["backup", "--source", "local", "--json", "--incremental"];
         let full = round % 3 == 0;
         let taken = stage.ok(&mut stage.walship_on(&server, if full { &words[..4] } else { &words }));
@@ -379,8 +470,8 @@ fn an_incremental_backup_in_the_window_keeps_what_it_builds_on() {
         );
         server.archive_now();
     }
-    for (at, days) in [400, 380, 360, 300, 40, 20, 0].into_iter().enumerate() {
-        store.age(&backups[at], days);
+    for (id, days) in backups.iter().zip(ages) {
+        store.age(id, days);
     }
     let mut scene = Scene { stage, server, store, backups, xids };
     let done = scene.expire(&["--confirm", "--yes"]);
@@ -400,10 +491,8 @@ fn an_incremental_backup_in_the_window_keeps_what_it_builds_on() {
 
 #[test]
 fn killed_at_any_moment_in_a_folder_it_leaves_whole_chains_and_goes_on() {
-    let scene = Scene::folder(primary_major());
+    let scene = Scene::make(Stage::folder("main"), Store::folder, primary_major(), [400, 380, 20]);
     scene.hold_first();
-    scene.store.age(&scene.backups[1], 400);
-    scene.store.age(&scene.backups[2], 20);
     let (now, before) = (scene.stage.repository_dir(), scene.stage.path().join("before"));
     process::copy_tree(&now, &before);
     scene.expire(&["--confirm", "--yes"]);
@@ -487,13 +576,13 @@ fn two_removals_at_once_are_one() {
     let scene = Scene::s3(&server);
     let count = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&count);
-    // The canary goes, then the first removal has to wait.
+    // The first removal has the lock, and has to wait when it says what it is about to do.
     server.set_faults(move |seen| {
-        let late = removes(seen) && counted.fetch_add(1, Ordering::SeqCst) >= 1;
-        late.then_some(Fault::S3(503, "SlowDown"))
+        let says = seen.method == "PUT" && seen.path.contains("/history/expires/");
+        says.then(|| counted.fetch_add(1, Ordering::SeqCst)).map(|_| Fault::S3(503, "SlowDown"))
     });
     let mut first = started(&scene.stage, &["expire", "--confirm", "--yes"]);
-    wait::until("the first removal waits", || count.load(Ordering::SeqCst) > 1);
+    wait::until("the first removal waits", || count.load(Ordering::SeqCst) > 0);
     let refused = scene.stage.fails(&mut scene.stage.pitr(&["expire", "--confirm", "--yes"]), 1);
     assert!(refused.contains("another removal is at work"), "{refused}");
     server.heal();

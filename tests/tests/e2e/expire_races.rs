@@ -6,29 +6,16 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde_json::Value;
 use walship_tests::postgres::{StopMode, primary_major};
 use walship_tests::s3_inprocess::{Fault, S3Server};
 use walship_tests::{process, wait};
 
-use crate::expire::{Scene, ids, started};
+use crate::expire::{Scene, age_files, ids, started};
 
 const CONFIRM: [&str; 3] = ["expire", "--confirm", "--yes"];
-
-/// Makes all files in a folder so much older.
-fn age_files(folder: &Path, days: u64) {
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            age_files(&path, days);
-        } else {
-            let then = SystemTime::now() - Duration::from_secs(days * 86_400);
-            File::options().append(true).open(&path).unwrap().set_modified(then).unwrap();
-        }
-    }
-}
 
 /// A backup that has stored everything and waits for its WAL; its id, and what lets that come.
 struct Waiting {
@@ -70,7 +57,7 @@ fn a_backup_that_was_given_up_and_ends_all_the_same_is_no_backup() {
     let mut scene = Scene::folder(primary_major());
     let waiting = Waiting::begin(&scene);
     let id = waiting.id.clone();
-    age_files(&scene.stage.repository_dir().join("main/0001/backups").join(&id), 8);
+    scene.store.age_folder(&id, 8);
     let done = scene.expire(&CONFIRM[1..]);
     assert!(ids(&done["plan"]["backups_removed"]).contains(&&*id), "{done}");
     let (complete, said) = waiting.end(&scene);
@@ -83,7 +70,7 @@ fn a_backup_that_was_given_up_and_ends_all_the_same_is_no_backup() {
     // All that is left of it is what it said last, when it had heard nothing yet; that goes in a week.
     let left: Vec<String> = scene.store.keys().into_iter().filter(|key| key.contains(&id)).collect();
     assert!(left.len() == 1 && left[0].ends_with("/finishing.json"), "{left:?}");
-    age_files(&scene.stage.repository_dir().join("main/0001/backups").join(&id), 8);
+    scene.store.age_folder(&id, 8);
     scene.expire(&CONFIRM[1..]);
     assert!(!scene.store.keys().iter().any(|key| key.contains(&id)), "nothing is left of it");
     assert!(scene.server.stop(StopMode::Fast).success());
@@ -96,15 +83,16 @@ fn a_backup_that_began_long_ago_and_still_stores_stays() {
     let waiting = Waiting::begin(&scene);
     let id = waiting.id.clone();
     let folder = scene.stage.repository_dir().join("main/0001/backups").join(&id);
-    age_files(&folder, 30);
-    age_files(&folder.join("data"), 6);
     let started_at = folder.join("started.json");
     let mut document: Value = serde_json::from_slice(&fs::read(&started_at).unwrap()).unwrap();
     let long_ago = chrono::Utc::now() - chrono::TimeDelta::days(30);
     document["started"] = serde_json::to_value(long_ago).unwrap();
     fs::write(&started_at, serde_json::to_vec(&document).unwrap()).unwrap();
-    age_files(&folder, 30);
-    age_files(&folder.join("data"), 6);
+    let days = |days: u64| Duration::from_secs(days * 86_400);
+    age_files(&folder, "", days(6));
+    for old in ["/started.json", "/manifest.json.zst"] {
+        age_files(&folder, old, days(24));
+    }
     let done = scene.expire(&[&CONFIRM[1..], &["--window", "1 minutes"]].concat());
     assert!(ids(&done["plan"]["backups_kept"]).contains(&&*id), "{done}");
     let (complete, said) = waiting.end(&scene);
@@ -134,6 +122,17 @@ fn while_the_newest_backup_cannot_be_restored_nothing_goes() {
     // As if a mount were missing.
     assert!(refused(&lineage.join("wal")).contains(&scene.backups[2]));
     assert!(refused(&lineage.join("backups").join(&scene.backups[2])).contains(&scene.backups[2]));
+
+    // Without their records complete backups look like ones that were given up long ago.
+    scene.backups.iter().for_each(|id| scene.store.age_folder(id, 30));
+    let aside = scene.stage.path().join("aside");
+    fs::rename(lineage.join("backups/catalog"), &aside).unwrap();
+    let hidden = scene.store.keys();
+    let done = scene.expire(&CONFIRM[1..]);
+    assert_eq!(ids(&done["plan"]["backups_kept"]).len(), 3, "{done}");
+    assert!(done["plan"]["notes"].to_string().contains("is there but its record"), "{done}");
+    assert_eq!(scene.store.keys(), hidden);
+    fs::rename(&aside, lineage.join("backups/catalog")).unwrap();
 
     // Another one that is damaged takes no sound one's place, and stays.
     fs::remove_file(lineage.join("backups").join(&scene.backups[1]).join("data/000001.tar")).unwrap();

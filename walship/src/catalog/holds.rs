@@ -14,11 +14,14 @@ pub struct Hold {
     pub id: String,
     /// The backup that is held.
     pub backup: String,
+    /// What it builds on, and what these have taken over from: it may lie in a repository that lacks the backup itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub with: Vec<String>,
     /// Why, in somebody's own words.
     pub reason: String,
     /// When it ends by itself; `None`: when it is released.
     pub until: Option<DateTime<Utc>>,
-    /// WAL that is held beside what makes the backup consistent: from the backup's start on.
+    /// WAL that is held beside what makes the backup consistent; a restore's hold has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wal: Option<HeldWal>,
     /// When it was made, by that machine's clock.
@@ -34,6 +37,9 @@ pub struct Hold {
 pub struct HeldWal {
     /// Along the way to this timeline.
     pub timeline: TimelineId,
+    /// From this position on; `None`, in holds of older versions: from the backup's start on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_lsn: Option<Lsn>,
     /// Up to this position; `None`: all that is stored.
     pub through_lsn: Option<Lsn>,
 }

@@ -28,6 +28,9 @@ const DATA_OBJECTS_MAX: usize = 2_000_000;
 /// The name of what is said at a backup's start.
 pub(super) const STARTED: &str = "started.json";
 
+/// What says that all of a backup is stored but its record.
+const FINISHING: &str = "finishing.json";
+
 /// The stored manifest's name below its backup's folder.
 const MANIFEST: &str = "manifest.json.zst";
 
@@ -83,7 +86,7 @@ impl LineageRepository {
     /// Says that a backup is about to become complete: from now on it is not taken for given up. To be followed by
     /// [`LineageRepository::check_foundations`].
     pub async fn put_backup_finishing(&self, id: &str, now: DateTime<Utc>) -> Result<()> {
-        let key = self.layout.backup_object(id, "finishing.json")?;
+        let key = self.layout.backup_object(id, FINISHING)?;
         let document = BackupFinishing { format: DOCUMENT_VERSION, id: id.to_owned(), finishing: now };
         document::put_same(&*self.storage, &key, &document).await
     }
@@ -177,6 +180,12 @@ impl LineageRepository {
             }
         }
         self.alone().check_backup_objects(record).await
+    }
+
+    /// Returns whether a backup has said that all of it is stored but its record, and its manifest is there.
+    pub async fn was_finishing(&self, id: &str) -> Result<bool> {
+        Ok(self.is_listed(&self.layout.backup_object(id, FINISHING)?).await?
+            && self.is_listed(&self.layout.backup_object(id, MANIFEST)?).await?)
     }
 
     /// Returns whether an object is there, by a listing: where versions are kept, a read of what was removed is an error.

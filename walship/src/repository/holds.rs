@@ -27,6 +27,10 @@ const MARKS_MAX: usize = 1_000_000;
 /// How many documents are read at once.
 const READS_MAX: usize = 16;
 
+/// A backup that begins looks at what so many backups have stored that did not complete and build on the same one, the newest
+/// first: retention keeps them for it.
+pub const REMAINS_LOOKED_AT_MAX: usize = 8;
+
 /// The longest reason of a hold.
 pub const REASON_BYTES_MAX: usize = 1000;
 

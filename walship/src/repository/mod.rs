@@ -59,7 +59,7 @@ pub use backups::{RecordedBy, new_backup_id};
 pub use document::BackupStarted;
 pub use gaps::{CAUSE_BYTES_MAX, ListedGap, new_gap_id};
 pub use history::{DrillReportForm, record_head};
-pub use holds::{HoldReleased, Mark, REASON_BYTES_MAX, Recordless, released_now};
+pub use holds::{HoldReleased, Mark, REASON_BYTES_MAX, REMAINS_LOOKED_AT_MAX, Recordless, released_now};
 pub use layout::ClusterName;
 pub use load_catalog::{
     DamagedDocument, Loaded, load_catalog, load_catalog_from_listings, load_what_is_sound,

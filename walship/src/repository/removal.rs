@@ -12,6 +12,7 @@ use super::document::{self, DOCUMENT_VERSION};
 use super::layout::LineageLayout;
 use super::{LineageRepository, Mark};
 use crate::catalog::{BackupRecord, ExpireOutcome, ExpireRecord, GapRecord, Hold};
+use crate::codec::ObjectKind;
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, TimelineId, WalFileName};
 use crate::storage::{ObjectKey, ObjectMeta, REMOVE_MAX, StoreRemoval, list_all};
@@ -100,6 +101,52 @@ impl LineageRepository {
         }
     }
 
+    /// Returns when a hold was written, by the store's clock; `None` where it is gone or the store has no clock.
+    pub async fn hold_written_at(&self, id: &str) -> Result<Option<DateTime<Utc>>> {
+        self.written_at(&self.layout.hold(id)?).await
+    }
+
+    /// Returns when a record of the ledger was written, by the store's clock; `None` where it is gone or the store has no clock.
+    pub async fn gap_written_at(&self, record: &GapRecord) -> Result<Option<DateTime<Utc>>> {
+        self.written_at(&self.gap_key(record)?).await
+    }
+
+    async fn written_at(&self, key: &ObjectKey) -> Result<Option<DateTime<Utc>>> {
+        match self.storage.removal() {
+            Some(removal) => removal.last_written(key.as_str()).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Returns the runs of whole segments (numbers, ends excluded) that are stored in a range, whatever the ledger says of them.
+    pub async fn whole_segments_in_range(
+        &self,
+        timeline: TimelineId,
+        from: u64,
+        until: u64,
+    ) -> Result<Vec<(u64, u64)>> {
+        let size = self.lineage.segment_size;
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        let mut after = None;
+        loop {
+            let page = wal_page(self, timeline, from, until, after).await?;
+            let keys = page.objects.iter().filter_map(|meta| self.layout.parse_wal(&meta.key));
+            for key in keys.filter(|key| key.kind == ObjectKind::Segment && !key.is_copy) {
+                let WalFileName::Segment(name) = key.name else { continue };
+                let number = name.number(size);
+                match runs.last_mut() {
+                    Some((_, end)) if *end > number => {}
+                    Some((_, end)) if *end == number => *end += 1,
+                    _ => runs.push((number, number + 1)),
+                }
+            }
+            match page.next {
+                Some(next) => after = Some(next),
+                None => return Ok(runs),
+            }
+        }
+    }
+
     /// Takes the lock and returns the right to remove; first it is tried whether the store lets this user remove
     /// anything, and whether its clock agrees with `now`.
     ///
@@ -107,20 +154,47 @@ impl LineageRepository {
     /// [`Error::Unavailable`] while another removal is at work; [`Error::Denied`] where the store forbids removal;
     /// [`Error::Invalid`] when the clocks differ.
     pub async fn begin_removal(&self, run: &str, now: DateTime<Utc>) -> Result<Remover> {
-        let (lock, over) = Lock::take(self, run, now).await?;
+        let store_now = self.try_out(run, now).await?;
+        let (lock, over) = Lock::take(self, run, now, store_now).await?;
         let remover = Remover { repository: self.clone(), run: run.to_owned(), lock };
         if !over.is_empty()
             && let Err(error) = remover.remove_keys(&over).await
         {
             tracing::debug!(%error, "old locks stay");
         }
-        match remover.try_out(now).await {
-            Ok(()) => Ok(remover),
-            Err(error) => {
-                remover.end().await;
-                Err(error)
-            }
+        Ok(remover)
+    }
+
+    /// Tries with an object of its own whether anything can be removed; returns what time it is by the store's clock, where it has
+    /// one.
+    async fn try_out(&self, run: &str, now: DateTime<Utc>) -> Result<Option<DateTime<Utc>>> {
+        let removal = self.removal()?;
+        let key = self.layout.removal_canary(run)?;
+        self.storage.put_if_absent(&key, b"canary\n".to_vec().into()).await?;
+        let written = removal.last_written(key.as_str()).await?;
+        removal.remove(std::slice::from_ref(&key)).await.map_err(|error| match error {
+            Error::Denied(_) => error
+                .context("nothing can be removed")
+                .with_safe("nothing was removed; what is stored is as it was"),
+            error => error,
+        })?;
+        match written {
+            Some(written) if (now - written).abs() > CLOCKS_DIFFER_MAX => Err(Error::invalid(format!(
+                "this machine says that it is {}, the store of {} that it is {}: what is old cannot be told",
+                now.format("%Y-%m-%d %H:%M:%SZ"),
+                self.location(),
+                written.format("%Y-%m-%d %H:%M:%SZ")
+            ))
+            .with_safe("nothing was removed")
+            .with_next("Set this machine's clock (is NTP running?), then try again.")),
+            written => Ok(written),
         }
+    }
+
+    fn removal(&self) -> Result<&dyn StoreRemoval> {
+        self.storage
+            .removal()
+            .ok_or_else(|| Error::denied(format!("{} removes nothing", self.storage.location())))
     }
 }
 
@@ -131,37 +205,11 @@ impl Remover {
     }
 
     fn removal(&self) -> Result<&dyn StoreRemoval> {
-        self.repository
-            .storage
-            .removal()
-            .ok_or_else(|| Error::denied(format!("{} removes nothing", self.repository.storage.location())))
+        self.repository.removal()
     }
 
     fn layout(&self) -> &LineageLayout {
         &self.repository.layout
-    }
-
-    async fn try_out(&self, now: DateTime<Utc>) -> Result<()> {
-        let key = self.layout().removal_canary(&self.run)?;
-        self.repository.storage.put_if_absent(&key, b"canary\n".to_vec().into()).await?;
-        let written = self.removal()?.last_written(key.as_str()).await?;
-        self.removal()?.remove(std::slice::from_ref(&key)).await.map_err(|error| match error {
-            Error::Denied(_) => error
-                .context("nothing can be removed")
-                .with_safe("nothing was removed; what is stored is as it was"),
-            error => error,
-        })?;
-        match written {
-            Some(written) if (now - written).abs() > CLOCKS_DIFFER_MAX => Err(Error::invalid(format!(
-                "this machine says that it is {}, the store of {} that it is {}: what is old cannot be told",
-                now.format("%Y-%m-%d %H:%M:%SZ"),
-                self.repository.location(),
-                written.format("%Y-%m-%d %H:%M:%SZ")
-            ))
-            .with_safe("nothing was removed")
-            .with_next("Set this machine's clock (is NTP running?), then try again.")),
-            _ => Ok(()),
-        }
     }
 
     async fn remove_keys(&self, keys: &[ObjectKey]) -> Result<()> {
@@ -179,6 +227,20 @@ impl Remover {
         match self.lock.stay(&self.repository).await? {
             Some(old) => self.remove_keys(&[old]).await,
             None => Ok(()),
+        }
+    }
+
+    /// Waits for something that takes long and removes nothing, and keeps the lock meanwhile.
+    ///
+    /// # Errors
+    /// Its own; [`Error::Unavailable`] when the lock was lost.
+    pub async fn holding<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            match tokio::time::timeout(lock::LOOKED_AT_EVERY, &mut work).await {
+                Ok(done) => return done,
+                Err(_) => self.stay().await?,
+            }
         }
     }
 
@@ -220,7 +282,8 @@ impl Remover {
     }
 
     /// Marks a backup: nobody may begin to depend on it any more.
-    pub async fn mark(&self, id: &str) -> Result<()> {
+    pub async fn mark(&mut self, id: &str) -> Result<()> {
+        self.stay().await?;
         let mark = MarkDocument { format: DOCUMENT_VERSION, backup: id.to_owned(), run: self.run.clone() };
         document::put(&*self.repository.storage, &self.layout().mark(id, &self.run)?, &mark).await.map(drop)
     }

@@ -41,6 +41,13 @@ impl MemoryStorage {
         self.note_written(key);
     }
 
+    /// Returns a storage of its own with the same objects, as old as these.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Self { objects: Arc::new(Mutex::new(self.lock().clone())), written: Arc::new(Mutex::new(written)) }
+    }
+
     /// Makes the objects whose keys hold this text so much older.
     pub fn age(&self, part_of_key: &str, by: TimeDelta) {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);

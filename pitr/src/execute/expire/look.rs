@@ -2,15 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use walship::catalog::{BackupRecord, Catalog};
+use walship::catalog::{BackupRecord, Catalog, Hold};
 use walship::pg::{Lsn, SegmentName, TimelineId};
-use walship::repository::{LineageRepository, Mark, Recordless, load_catalog, load_tails};
+use walship::repository::{
+    LineageRepository, Mark, Recordless, load_catalog, load_catalog_from_listings, load_tails,
+};
 use walship::wal::event::EventKind;
 use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
 
+use super::Request;
 use crate::retention::{Begun, BegunAt, Seen};
 
 /// How many records are read at once.
@@ -19,16 +22,29 @@ const READS_MAX: usize = 16;
 /// How many segments at the end of a timeline are looked at to find when something happened last.
 const LOOK_BACK_MAX: u64 = 16;
 
+/// What was asked of a store so long ago has taken effect, or never will.
+const SETTLED_AFTER: TimeDelta = TimeDelta::hours(1);
+
 /// Returns the catalog of a repository, what retention has to know beside it, and the marks of other removals.
-pub(super) async fn read(repository: &LineageRepository) -> Result<(Catalog, Seen, Vec<Mark>)> {
-    let mut catalog = load_catalog(repository).await?;
+pub(super) async fn read(
+    repository: &LineageRepository,
+    request: &Request,
+) -> Result<(Catalog, Seen, Vec<Mark>)> {
+    // What is stored is listed: an index may tell of what is gone, and hide what a plan then takes for kept. It says only when
+    // things happened, and where a timeline once ended.
+    let indexed = load_catalog(repository).await?;
+    let mut catalog = load_catalog_from_listings(repository).await?;
+    (catalog.rollups, catalog.lost_ends) = (indexed.rollups, indexed.lost_ends);
+    let Catalog { lost_ends, segments, .. } = &mut catalog;
+    lost_ends.retain(|_, last| !segments.contains(*last));
     let tails = load_tails(repository, &mut catalog).await?;
     let marks = repository.marks().await?;
     let mut seen = Seen {
-        holds: repository.holds().await?,
+        holds: holds(repository).await?,
         expiring: marks.iter().map(|mark| mark.backup.clone()).collect(),
         last_times: last_times(repository, &catalog, &tails).await,
         left_times: left_times(repository, &catalog).await,
+        given_up: request.give_up.clone(),
         ..Seen::default()
     };
     note_backups(repository, &catalog, &mut seen).await?;
@@ -36,6 +52,12 @@ pub(super) async fn read(repository: &LineageRepository) -> Result<(Catalog, See
         let (from, until) = gap.whole_segments(catalog.lineage.segment_size);
         if repository.wal_in_range(gap.timeline, from, until).await?.0 > 0 {
             seen.leftovers.push((gap.timeline, from, until));
+            // A request of a removal that was killed may still take effect for a while.
+            let told = repository.gap_written_at(gap).await?.unwrap_or(gap.recorded);
+            if request.now.signed_duration_since(told) > SETTLED_AFTER {
+                let whole = repository.whole_segments_in_range(gap.timeline, from, until).await?;
+                seen.still_whole.insert(gap.id.clone(), whole);
+            }
         }
     }
     Ok((catalog, seen, marks))
@@ -43,9 +65,23 @@ pub(super) async fn read(repository: &LineageRepository) -> Result<(Catalog, See
 
 /// Returns what is seen by now of holds and backups; the catalog is the one that was read before.
 pub(super) async fn again(repository: &LineageRepository, catalog: &Catalog, before: &Seen) -> Result<Seen> {
-    let mut seen = Seen { holds: repository.holds().await?, ..before.clone() };
+    let mut seen = Seen { holds: holds(repository).await?, ..before.clone() };
     note_backups(repository, catalog, &mut seen).await?;
     Ok(seen)
+}
+
+/// Returns the holds that were not released. A restore's hold lasts as long as the restore meant it to, but by the store's
+/// clock: the restoring machine's may be wrong.
+async fn holds(repository: &LineageRepository) -> Result<Vec<Hold>> {
+    let looks = repository.holds().await?.into_iter().map(|mut hold| async move {
+        if let (Some(_), Some(until)) = (hold.wal, hold.until)
+            && let Some(written) = repository.hold_written_at(&hold.id).await?
+        {
+            hold.until = written.checked_add_signed(until.signed_duration_since(hold.created)).or(hold.until);
+        }
+        Ok(hold)
+    });
+    futures_util::stream::iter(looks).buffered(READS_MAX).try_collect().await
 }
 
 /// Notes what complete backups depend on, what is missing of them, and the backups that the catalog does not tell of.
@@ -66,7 +102,8 @@ async fn note_backups(repository: &LineageRepository, catalog: &Catalog, seen: &
             started: started.started,
         });
         let last_written = repository.backup_written_at(&id).await?;
-        seen.recordless.push(Begun { id, start, last_written, complete: false });
+        let was_finishing = repository.was_finishing(&id).await?;
+        seen.recordless.push(Begun { id, start, last_written, complete: false, was_finishing });
     }
     let mut records = repository.complete_backups().await?;
     // Of what was looked at already nothing has changed: a record is written once.
@@ -80,19 +117,27 @@ async fn note_backups(repository: &LineageRepository, catalog: &Catalog, seen: &
         };
         let lenders: BTreeSet<String> =
             whole.objects.into_iter().filter_map(|object| object.backup).collect();
-        Ok::<_, Error>((record, lenders, flaw))
+        let written = repository.backup_written_at(&record.id).await?;
+        Ok::<_, Error>((record, lenders, flaw, written))
     });
     let looked: Vec<_> = futures_util::stream::iter(looks).buffered(READS_MAX).try_collect().await?;
-    for (record, lenders, flaw) in looked {
+    for (record, lenders, flaw, written) in looked {
         let id = &record.id;
         seen.lenders.insert(id.clone(), lenders);
+        seen.written.extend(written.map(|written| (id.clone(), written)));
         seen.flaws.extend(flaw.map(|flaw| (id.clone(), flaw)));
         seen.parents.extend(record.parent.as_ref().map(|parent| (id.clone(), parent.id.clone())));
         if !known.contains(&**id) {
             let BackupRecord { timeline, start_lsn, started, .. } = *record;
             seen.recordless.retain(|begun| begun.id != *id);
             let start = Some(BegunAt { timeline, start_lsn, started });
-            seen.recordless.push(Begun { id: id.clone(), start, last_written: None, complete: true });
+            seen.recordless.push(Begun {
+                id: id.clone(),
+                start,
+                last_written: None,
+                complete: true,
+                was_finishing: true,
+            });
         }
     }
     Ok(())

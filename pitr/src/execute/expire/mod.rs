@@ -6,14 +6,18 @@
 mod look;
 mod removal;
 
+use std::collections::BTreeSet;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
-use walship::catalog::{Catalog, GapCause, GapKind, GapRecord};
+use walship::catalog::{BackupRecord, Catalog, GapCause, GapKind, GapRecord};
+use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use walship::repository::{CAUSE_BYTES_MAX, LineageRepository, Mark, RecordedBy, RemovedObjects, new_gap_id};
+use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
 
 use super::{Planned, Proof, make_plan};
-use crate::plan::PlanOptions;
+use crate::plan::{PlanOptions, build_chain, is_on_path};
 use crate::retention::{
     CLOCK_MARGIN, Policy, RemovedWal, RetentionPlan, Seen, after, check_clock, check_newest, retain,
 };
@@ -24,6 +28,9 @@ use removal::Removal;
 /// The margin where the clocks of the server and of the machine that takes backups seem to differ.
 const WIDE_MARGIN: TimeDelta = TimeDelta::days(1);
 
+/// How many segments are looked at to find when something happened next.
+const LOOK_AHEAD_MAX: u64 = 16;
+
 /// What is asked for.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -33,6 +40,8 @@ pub struct Request {
     pub now: DateTime<Utc>,
     /// Whether an archive to which nothing comes is believed to be idle.
     pub accept_idle: bool,
+    /// Backups of which all is there but a record, and that were given up.
+    pub give_up: BTreeSet<String>,
     /// Why, in the operator's words.
     pub reason: Option<String>,
 }
@@ -52,7 +61,7 @@ pub struct Prepared {
 impl Prepared {
     /// Returns whether there is nothing to do.
     pub fn is_done(&self) -> bool {
-        self.plan.is_empty() && self.marks.is_empty()
+        self.plan.is_empty() && self.marks.is_empty() && self.plan.counts_again.is_empty()
     }
 
     /// Returns the objects and bytes that would be removed.
@@ -89,7 +98,7 @@ pub struct Report {
 /// # Errors
 /// [`Error::Invalid`] for a clock that cannot be right; whatever cannot be read: nothing is removed then.
 pub async fn prepare(repository: &LineageRepository, request: &Request) -> Result<Prepared> {
-    let read = read(repository).await.map_err(|error| match error {
+    let read = read(repository, request).await.map_err(|error| match error {
         Error::Corrupt(_) | Error::Mismatch(_) => {
             error.with_safe("nothing was removed: what cannot be read may be needed")
         }
@@ -98,7 +107,7 @@ pub async fn prepare(repository: &LineageRepository, request: &Request) -> Resul
     let (catalog, seen, marks) = read?;
     let Request { policy, now, accept_idle, .. } = request;
     check_clock(&catalog, &seen, policy, *now, *accept_idle)?;
-    check_newest(&catalog, &seen)?;
+    check_newest(&catalog, &seen, *now)?;
     let mut margin = CLOCK_MARGIN;
     let mut plan = retain(&catalog, &seen, policy, *now, margin);
     if let Err(lost) = prove(repository, &catalog, &plan).await? {
@@ -149,6 +158,12 @@ async fn prove(
         let target = RecoveryTarget { timeline: on, ..RecoveryTarget::new(TargetKind::Latest) };
         targets.push((format!("the end of timeline {timeline}"), target, None));
     }
+    for timeline in &plan.ends {
+        match window_start(repository, catalog, plan, *timeline).await? {
+            Ok(start) => targets.extend(start),
+            Err(lost) => return Ok(Err(lost)),
+        }
+    }
     let size = catalog.lineage.segment_size;
     for kept in &plan.backups_kept {
         let Some(backup) = catalog.backups.iter().find(|backup| backup.id == kept.id) else { continue };
@@ -162,15 +177,7 @@ async fn prove(
         }
     }
     for (what, target, backup) in targets {
-        let options = PlanOptions { backup };
-        let reached = async |catalog: &Catalog| {
-            let planned = make_plan(repository, catalog, &target, &options, Proof::Bounded).await;
-            Ok::<_, Error>(match planned {
-                Ok(Planned::Plan(plan)) => Some(plan.stop.final_lsn),
-                Ok(Planned::Refused(_)) | Err(Error::Corrupt(_)) => None,
-                Err(error) => return Err(error),
-            })
-        };
+        let reached = async |catalog: &Catalog| reach(repository, catalog, &target, backup.as_deref()).await;
         // In this order: what comes to the archive meanwhile is no loss. Nothing reached is less than anything.
         let before = reached(catalog).await?;
         if reached(&after).await? < before {
@@ -178,6 +185,98 @@ async fn prove(
         }
     }
     Ok(Ok(()))
+}
+
+/// What is to stay in reach: in words, the target, and the backup that it is reached from where that matters.
+type Wanted = (String, RecoveryTarget, Option<String>);
+
+/// Returns where a target leads; `None`: nowhere.
+async fn reach(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    target: &RecoveryTarget,
+    backup: Option<&str>,
+) -> Result<Option<Lsn>> {
+    let options = PlanOptions { backup: backup.map(str::to_owned) };
+    match make_plan(repository, catalog, target, &options, Proof::Bounded).await {
+        Ok(Planned::Plan(plan)) => Ok(Some(plan.stop.final_lsn)),
+        Ok(Planned::Refused(_)) | Err(Error::Corrupt(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Returns the start of the window on the way to a timeline, if it is in reach. Where it is not, the first moment after it that is stays:
+/// where the oldest backup is consistent that is newer by its WAL, whatever it and the store say of its age.
+///
+/// # Errors
+/// What cannot be read. Within: that the first moment goes, in words.
+async fn window_start(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    plan: &RetentionPlan,
+    timeline: TimelineId,
+) -> Result<std::result::Result<Option<Wanted>, String>> {
+    let (Some(time), Some(history)) = (plan.window_from, catalog.history(timeline)) else {
+        return Ok(Ok(None));
+    };
+    let on_way = TimelineChoice::Number(timeline);
+    let start = RecoveryTarget {
+        timeline: on_way,
+        ..RecoveryTarget::new(TargetKind::Time { time, zone: Zone::Utc })
+    };
+    if reach(repository, catalog, &start, None).await?.is_some() {
+        return Ok(Ok(Some((format!("the start of the window on timeline {timeline}"), start, None))));
+    }
+    // One whose own WAL is not whole leads nowhere.
+    let whole = |backup: &&BackupRecord| {
+        is_on_path(&history, backup)
+            && build_chain(catalog, &history, backup.start_lsn).end() >= backup.stop_lsn
+    };
+    let mut backups: Vec<_> = catalog.backups.iter().filter(whole).collect();
+    backups.sort_by_key(|backup| (backup.stop_lsn, backup.start_lsn));
+    // WAL goes on in time: what is behind one that is newer is newer.
+    let (mut first, mut end) = (0, backups.len());
+    while first < end {
+        let middle = first.midpoint(end);
+        match first_time(repository, catalog, &history, backups[middle].stop_lsn).await? {
+            Some(first_time) if first_time > time => end = middle,
+            _ => first = middle + 1,
+        }
+    }
+    let goes = |backup: &&&BackupRecord| plan.backups_removed.iter().any(|removed| removed.id == backup.id);
+    Ok(match backups.get(first).filter(goes) {
+        Some(backup) => {
+            Err(format!("the first moment of the window on timeline {timeline}, at {},", backup.stop_lsn))
+        }
+        None => Ok(None),
+    })
+}
+
+/// Returns when something happened first behind a position, as far as its segment and some next ones tell.
+async fn first_time(
+    repository: &LineageRepository,
+    catalog: &Catalog,
+    history: &TimelineHistory,
+    lsn: Lsn,
+) -> Result<Option<DateTime<Utc>>> {
+    let size = catalog.lineage.segment_size;
+    let first = lsn.0 / size.bytes();
+    for number in first..first.saturating_add(LOOK_AHEAD_MAX) {
+        let timeline = history.timeline_of(lsn.max(Lsn(number.saturating_mul(size.bytes()))));
+        let name = SegmentName::from_number(timeline, number, size);
+        let Some(name) = name.filter(|name| catalog.segments.contains(*name)) else { break };
+        match repository.segment_summary(name).await {
+            Ok(Some(SegmentSummary { min_time, max_time, .. })) => {
+                let ends = [min_time, max_time].into_iter().flatten().filter(|end| end.lsn >= lsn);
+                if let Some(time) = ends.map(|end| end.time).min() {
+                    return Ok(Some(time));
+                }
+            }
+            Ok(None) | Err(Error::Corrupt(_) | Error::Mismatch(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
 }
 
 /// Returns the records of the ledger for WAL that goes.
@@ -219,7 +318,11 @@ pub async fn carry_out(
     let id = new_gap_id(Utc::now(), rand::random());
     let mut remover = repository.begin_removal(&id, Utc::now()).await?;
     let done = async {
-        let prepared = prepare(repository, request).await?;
+        let mut prepared = remover.holding(prepare(repository, request)).await?;
+        if Removal::count_again(&remover, &prepared).await? {
+            // What counts again may stand in the place of what was to stay.
+            prepared = remover.holding(prepare(repository, request)).await?;
+        }
         if let Some(more) = more_than(&prepared.plan, shown) {
             return Err(Error::unavailable(format!("something changed meanwhile: {more} would go as well"))
                 .with_safe("nothing was removed")
@@ -230,6 +333,28 @@ pub async fn carry_out(
     .await;
     remover.end().await;
     done
+}
+
+/// Takes back what removals have marked that were killed long ago, of backups that are whole: while nothing can go, these could not be
+/// restored.
+///
+/// # Errors
+/// As of [`carry_out`]; what cannot be read.
+pub async fn take_back_old_marks(repository: &LineageRepository) -> Result<()> {
+    let mut marks = repository.marks().await?;
+    if marks.is_empty() {
+        return Ok(());
+    }
+    let records = repository.complete_backups().await?;
+    marks.retain(|mark| records.iter().any(|record| record.id == mark.backup));
+    if marks.is_empty() {
+        return Ok(());
+    }
+    let id = new_gap_id(Utc::now(), rand::random());
+    let remover = repository.begin_removal(&id, Utc::now()).await?;
+    let taken = remover.take_back(&marks, Utc::now()).await;
+    remover.end().await;
+    taken.map(drop)
 }
 
 /// Returns something that one plan removes and the other does not.

@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 
 use chrono::Utc;
 use walship::catalog::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, GapRecord};
+use walship::pg::Lsn;
 use walship::repository::index::complete::{Options, Task, complete};
-use walship::repository::{Mark, RecordedBy, RemovedObjects, Remover};
+use walship::repository::{Mark, RecordedBy, RemovedObjects, Remover, new_gap_id};
 use walship::{Error, Result};
 
 use super::look::again;
 use super::{Prepared, Report, Request, expired_records, more_than, one_line};
-use crate::retention::{RemovedWal, RetentionPlan, retain};
+use crate::retention::{CountsAgain, RemovedWal, RetentionPlan, retain};
 
 /// A removal under way.
 pub(super) struct Removal<'a> {
@@ -73,7 +74,15 @@ impl Removal<'_> {
         let orphaned = catalog.orphaned_backups.iter().map(|backup| &*backup.id);
         let there: BTreeSet<&str> =
             complete.chain(orphaned).chain(seen.recordless.iter().map(|begun| &*begun.id)).collect();
-        let goes = |mark: &&Mark| plan.backups_removed.iter().any(|backup| backup.id == mark.backup);
+        // The mark tells what is half removed from what has lost its record: it stays as long as its folder. What a backup that
+        // stays has taken over from was never complete, and is needed.
+        let half_removed = |mark: &Mark| {
+            seen.recordless.iter().any(|begun| begun.id == mark.backup && !begun.complete)
+                && !seen.lenders.values().any(|lenders| lenders.contains(&mark.backup))
+        };
+        let goes = |mark: &&Mark| {
+            plan.backups_removed.iter().any(|backup| backup.id == mark.backup) || half_removed(mark)
+        };
         let (stale, gone): (Vec<&Mark>, _) =
             marks.iter().filter(|mark| !goes(mark)).partition(|mark| there.contains(&*mark.backup));
         let gone = gone.into_iter().map(|mark: &Mark| mark.backup.clone()).collect();
@@ -106,6 +115,25 @@ impl Removal<'_> {
         }
     }
 
+    /// Takes out of the ledger what was expired once, is needed, and of which nothing is gone; returns whether there was any.
+    pub(super) async fn count_again(remover: &Remover, prepared: &Prepared) -> Result<bool> {
+        let by = RecordedBy::now();
+        for CountsAgain { record, rest } in &prepared.plan.counts_again {
+            // First what stays expired: at no moment does it count.
+            for (from, until) in rest {
+                let size = prepared.catalog.lineage.segment_size.bytes();
+                let (start_lsn, end_lsn) = (Lsn(from.saturating_mul(size)), Lsn(until.saturating_mul(size)));
+                let id = new_gap_id(Utc::now(), rand::random());
+                let RecordedBy { host, user } = by.clone();
+                let part =
+                    GapRecord { id, start_lsn, end_lsn, recorded: Utc::now(), host, user, ..record.clone() };
+                remover.put_expired(&part).await?;
+            }
+            remover.withdraw_expired(std::slice::from_ref(record)).await?;
+        }
+        Ok(!prepared.plan.counts_again.is_empty())
+    }
+
     async fn remove(
         &mut self,
         by: &RecordedBy,
@@ -126,7 +154,10 @@ impl Removal<'_> {
         }
         let records = records?;
         if let Err(error) = self.remove_wal(removed).await {
-            self.withdraw_whole(&records).await.map_err(half_way)?;
+            // Any other failure may hide a request that still takes effect: what it removes must not count again.
+            if matches!(error, Error::Denied(_)) {
+                self.withdraw_whole(&records).await.map_err(half_way)?;
+            }
             return Err(error);
         }
         self.remover.remove_backup_lists().await.map_err(half_way)?;
@@ -153,8 +184,12 @@ impl Removal<'_> {
         for id in &going {
             self.remover.mark(id).await?;
         }
-        if let Some(needed) = self.needed_meanwhile().await?.0 {
+        let needed = self.needed_meanwhile().await;
+        if !matches!(needed, Ok((None, _))) {
+            // Nothing of them is gone.
             self.remover.unmark(going.iter().map(String::as_str)).await?;
+        }
+        if let Some(needed) = needed?.0 {
             return Err(changed(&format!("backup {needed}")));
         }
         let catalog = &self.prepared.catalog;
@@ -190,8 +225,12 @@ impl Removal<'_> {
                 return Err(error);
             }
         }
-        if let Some(needed) = self.needed_meanwhile().await?.1 {
+        let needed = self.needed_meanwhile().await;
+        if !matches!(needed, Ok((_, None))) {
+            // Nothing of it is gone.
             self.remover.withdraw_expired(&records).await?;
+        }
+        if let Some(needed) = needed?.1 {
             return Err(changed(&needed));
         }
         Ok(records)
@@ -213,11 +252,11 @@ impl Removal<'_> {
 
     /// Plans again with the backups and holds that there are now; returns a backup, and WAL in words, that would stay
     /// by now and is about to go.
-    async fn needed_meanwhile(&self) -> Result<(Option<String>, Option<String>)> {
+    async fn needed_meanwhile(&mut self) -> Result<(Option<String>, Option<String>)> {
         let Prepared { plan, catalog, seen, margin, .. } = &self.prepared;
-        let repository = self.remover.repository();
+        let repository = self.remover.repository().clone();
         let going: BTreeSet<&str> = plan.backups_removed.iter().map(|backup| &*backup.id).collect();
-        let seen = again(repository, catalog, seen).await?;
+        let seen = self.remover.holding(again(&repository, catalog, seen)).await?;
         let now = retain(catalog, &seen, &self.request.policy, self.request.now, *margin);
         let kept: BTreeSet<&str> = now.backups_kept.iter().map(|backup| &*backup.id).collect();
         let backup = going.iter().find(|id| kept.contains(**id)).map(|id| (*id).to_owned());

@@ -221,7 +221,7 @@ impl History {
 }
 
 /// The clock of a server under test: a file says how far it is off, or where it stands still.
-fn with_clock(
+pub(crate) fn with_clock(
     server: walship_tests::postgres::PgServerBuilder,
     clock: &Path,
 ) -> walship_tests::postgres::PgServerBuilder {

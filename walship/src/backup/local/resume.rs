@@ -12,15 +12,12 @@ use tokio::runtime::Handle;
 use crate::catalog::DamagedPage;
 use crate::codec::backup_index::block_digests;
 use crate::error::{Error, Result};
-use crate::repository::{BackupBlocks, BackupObjects, FileBlocks, LineageRepository};
+use crate::repository::{BackupBlocks, BackupObjects, FileBlocks, LineageRepository, REMAINS_LOOKED_AT_MAX};
 
 use super::super::parent::Parent;
 use super::read::{self, Opened, Passing, READ_BYTES, ReadFile};
 use super::walk::Entry;
 use super::{Share, Shared};
-
-/// So many backups that did not complete are looked at, the newest first.
-const LOOKED_AT_MAX: usize = 8;
 
 /// An object is taken over when so much of it, in percent, is what is on disk now: the rest of it would be kept for nothing.
 const USED_PERCENT_MIN: u64 = 50;
@@ -63,7 +60,7 @@ impl Leftovers {
         }
         started.sort_by(|a, b| (a.started, &a.id).cmp(&(b.started, &b.id)));
         let mut all = Vec::new();
-        for started in started.into_iter().rev().take(LOOKED_AT_MAX).rev() {
+        for started in started.into_iter().rev().take(REMAINS_LOOKED_AT_MAX).rev() {
             let mut objects = first.stored_objects(&started.id).await?;
             for other in others {
                 let there = other.stored_objects(&started.id).await?;

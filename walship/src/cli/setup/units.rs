@@ -125,11 +125,10 @@ WantedBy=multi-user.target
     }
 
     fn expire(&self) -> Result<String> {
-        // With --confirm --yes it would remove; that is not released.
-        let exec = self.exec("pitr", &["expire".to_owned()])?;
+        let exec = self.exec("pitr", &["expire", "--confirm", "--yes"].map(str::to_owned))?;
         self.oneshot(
-            ("What retention keeps in the repository", "pitr-expire"),
-            "# It says what the policy would keep and remove. Nothing is removed.\n",
+            ("Removes from the repository what retention does not keep", "pitr-expire"),
+            "# [retention] in the configuration says what stays; without it nothing is removed, and this fails.\n",
             &exec,
             Runs::Ours,
         )

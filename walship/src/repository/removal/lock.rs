@@ -16,6 +16,9 @@ const LOCK: Duration = Duration::from_secs(600);
 /// A lock is renewed when it is this old.
 const RENEW_AFTER: Duration = Duration::from_secs(180);
 
+/// How often it is looked whether that is due, while something takes long.
+pub(super) const LOOKED_AT_EVERY: Duration = Duration::from_secs(30);
+
 /// More locks than there ever are.
 const LOCKS_MAX: usize = 10_000;
 
@@ -52,14 +55,31 @@ impl Lock {
         repository: &LineageRepository,
         run: &str,
         now: DateTime<Utc>,
+        store_now: Option<DateTime<Utc>>,
     ) -> Result<(Self, Vec<ObjectKey>)> {
         let renewed = Instant::now();
         let listed = listed(repository).await?;
         if let Some((_, key)) = listed.last() {
-            let held: Option<LockDocument> =
-                document::read_listed(&*repository.storage, key, DOCUMENT_BYTES_MAX).await?;
-            if let Some(held) = held.filter(|held| now < held.until && !has_died(held)) {
-                return Err(busy(repository, &held, now));
+            // By one clock where the store has one: those of two machines may differ by more than a lock's time.
+            let age = repository.written_at(key).await?.zip(store_now);
+            let over = age.map(|(written, store_now)| {
+                store_now.signed_duration_since(written).to_std().is_ok_and(|age| age >= LOCK)
+            });
+            match document::read_listed::<LockDocument>(&*repository.storage, key, DOCUMENT_BYTES_MAX).await {
+                Ok(Some(held)) if !over.unwrap_or(held.until <= now) && !has_died(&held) => {
+                    return Err(busy(repository, &held, now));
+                }
+                Ok(_) => {}
+                Err(Error::Corrupt(_) | Error::Mismatch(_)) if over == Some(true) => {}
+                Err(error @ (Error::Corrupt(_) | Error::Mismatch(_))) => {
+                    return Err(Error::unavailable(format!(
+                        "another removal may be at work in {}: its lock cannot be read ({error})",
+                        repository.location()
+                    ))
+                    .with_safe("nothing was removed by this one")
+                    .with_next("Wait for ten minutes: a lock that nobody renews is over then."));
+                }
+                Err(error) => return Err(error),
             }
         }
         let number = listed.last().map_or(1, |(number, _)| number.saturating_add(1));

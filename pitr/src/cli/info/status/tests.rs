@@ -234,6 +234,7 @@ pub(super) async fn month() -> Status {
         format: 1,
         id: "20261120T080000Z-00000000000000bb".into(),
         backup: info.backups[20].id.clone(),
+        with: vec![],
         reason: "audit 2026-17".into(),
         until: Some(now() + TimeDelta::days(34)),
         wal: None,
@@ -301,6 +302,7 @@ pub(super) async fn years() -> Status {
         id: "20261115T020000Z-00000000000000aa".into(),
         finished: time_at(12 * DAY),
         missing: "20261114T020000Z-00000000000000aa".into(),
+        wal: like.wal(),
     }];
     let history = (0..100).map(|number| {
         drill(number * 10 * DAY, if number % 5 == 0 { "not_proven" } else { "proven" }, Some(650_000))
