@@ -31,7 +31,8 @@ fn archive(segments: u64, backups: &[u64]) -> World {
 
 fn lost(catalog: &Catalog, findings: &[Finding]) -> Vec<(u64, u64)> {
     let tail_ends = BTreeMap::new();
-    let places = [Place { catalog, findings: findings.iter().collect(), tail_ends: &tail_ends }];
+    let places =
+        [Place { catalog, unrecorded: &[], findings: findings.iter().collect(), tail_ends: &tail_ends }];
     affected(&places).unreachable.iter().map(|one| (one.from_lsn.0, one.until_lsn.0)).collect()
 }
 
@@ -63,7 +64,8 @@ fn a_damaged_segment_takes_what_lies_behind_it_up_to_the_next_backup() {
     let places_tail = BTreeMap::new();
     let own = SegmentName::containing(tli(1), second, SIZE);
     let finding = damaged(own);
-    let found = affected(&[Place { catalog, findings: vec![&finding], tail_ends: &places_tail }]);
+    let found =
+        affected(&[Place { catalog, unrecorded: &[], findings: vec![&finding], tail_ends: &places_tail }]);
     assert_eq!(found.backups.len(), 1, "{found:?}");
     assert_eq!(found.backups[0].id, catalog.backups[1].id);
 }
@@ -76,8 +78,18 @@ fn what_another_repository_holds_is_not_lost() {
     let tail_ends = BTreeMap::new();
     let places = |a: &'_ [Finding], b: &'_ [Finding]| {
         affected(&[
-            Place { catalog: &world.catalog, findings: a.iter().collect(), tail_ends: &tail_ends },
-            Place { catalog: &world.catalog, findings: b.iter().collect(), tail_ends: &tail_ends },
+            Place {
+                catalog: &world.catalog,
+                unrecorded: &[],
+                findings: a.iter().collect(),
+                tail_ends: &tail_ends,
+            },
+            Place {
+                catalog: &world.catalog,
+                unrecorded: &[],
+                findings: b.iter().collect(),
+                tail_ends: &tail_ends,
+            },
         ])
     };
     assert!(places(&ours, &theirs).is_empty());
@@ -86,8 +98,13 @@ fn what_another_repository_holds_is_not_lost() {
     let mut pruned = world.catalog.clone();
     pruned.segments.remove(&all[5]);
     let found = affected(&[
-        Place { catalog: &world.catalog, findings: ours.iter().collect(), tail_ends: &tail_ends },
-        Place { catalog: &pruned, findings: vec![], tail_ends: &tail_ends },
+        Place {
+            catalog: &world.catalog,
+            unrecorded: &[],
+            findings: ours.iter().collect(),
+            tail_ends: &tail_ends,
+        },
+        Place { catalog: &pruned, unrecorded: &[], findings: vec![], tail_ends: &tail_ends },
     ]);
     assert_eq!(found.unreachable.len(), 1);
 }
@@ -107,6 +124,24 @@ fn a_lost_backup_takes_what_only_it_leads_to() {
     assert_eq!(lost(catalog, &[of(1)]), []);
     let end = catalog.stored_until(tli(1)).unwrap().0;
     assert_eq!(lost(catalog, &[of(0), of(1)]), [(stop(0), end)]);
+}
+
+#[test]
+fn a_backup_without_a_record_takes_what_the_index_says_that_it_led_to() {
+    let world = archive(12, &[1, 8]);
+    let mut catalog = world.catalog.clone();
+    let first = [catalog.backups.remove(0)];
+    let tail_ends = BTreeMap::new();
+    let lost = |findings: &[Finding]| -> Vec<(Lsn, Lsn)> {
+        let findings = findings.iter().collect();
+        let place = Place { catalog: &catalog, unrecorded: &first, findings, tail_ends: &tail_ends };
+        affected(&[place]).unreachable.iter().map(|one| (one.from_lsn, one.until_lsn)).collect()
+    };
+    let takes = Takes::Backup { id: first[0].id.clone(), part: "its record".into() };
+    let gone = Finding::damage(FindingKind::Missing, "here", "x", "gone", takes);
+    assert_eq!(lost(&[gone]), [(first[0].stop_lsn, catalog.backups[0].stop_lsn)]);
+    // One that retention has removed is in an older list as well.
+    assert_eq!(lost(&[]), []);
 }
 
 #[test]

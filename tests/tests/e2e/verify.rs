@@ -303,11 +303,14 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
         write(&record, text.as_bytes());
         let report = damaged(&stage, "record");
         assert_eq!(report["affected"]["backups"].as_array().unwrap().len(), 2, "case {case}: {report:#}");
+        assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "case {case}: {report:#}");
         answers.push(report);
     }
     fs::remove_file(&record).unwrap();
     let report = damaged(&stage, "the record is gone");
     assert!(!damage_of(&report, "missing").is_empty(), "{report:#}");
+    // The index tells where it led to.
+    assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "{report:#}");
     fs::write(&record, &kept).unwrap();
 
     // A roll-up that lies under a key that is right for it.

@@ -49,6 +49,8 @@ pub struct Loaded {
     pub catalog: Catalog,
     /// How many data objects each backup has.
     pub objects: BTreeMap<String, u32>,
+    /// The records, as the index tells them, of backups that it knows and whose own record cannot be read or is gone.
+    pub unrecorded: Vec<BackupRecord>,
     /// Segments of which a backup history file is stored.
     pub backup_histories: Vec<SegmentName>,
     /// What is damaged, and so left out.
@@ -144,8 +146,10 @@ pub async fn load_what_is_sound(repository: &LineageRepository) -> Result<Loaded
     for (timeline, indexed) in timelines.iter().zip(load_wal(repository, Using::Index).await?.1) {
         catalog.lost_ends.extend(indexed.lost_end.map(|last| (*timeline, last)));
     }
+    let mut unrecorded = repository.records_in_list().await?;
+    unrecorded.retain(|record| !objects.contains_key(&record.id));
     catalog.set_orphans_aside();
-    Ok(Loaded { catalog, objects, backup_histories, damaged })
+    Ok(Loaded { catalog, objects, unrecorded, backup_histories, damaged })
 }
 
 /// Loads what the lineage holds in each repository, and puts it together.

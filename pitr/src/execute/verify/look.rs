@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
-use walship::catalog::{Catalog, Proven, StoredSegments, VerifyOutcome};
+use walship::catalog::{BackupRecord, Catalog, Proven, StoredSegments, VerifyOutcome};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use walship::repository::{
     DamagedDocument, LineageRepository, Loaded, RollupState, load_tails, load_what_is_sound,
@@ -26,6 +26,8 @@ pub(super) struct Looked {
     pub(super) stored: StoredSegments,
     /// How many data objects each backup has.
     pub(super) objects: BTreeMap<String, u32>,
+    /// What the index tells of backups whose own record cannot be read or is gone.
+    pub(super) unrecorded: Vec<BackupRecord>,
     /// What earlier verifications recorded, in the order in which they began.
     pub(super) proven: Vec<Proven>,
     /// Segments that are stored whole and have parts as well.
@@ -57,7 +59,8 @@ impl Looked {
 pub(super) async fn look(repository: &LineageRepository, now: DateTime<Utc>) -> Result<Looked> {
     let location = repository.location();
     let proven = repository.proven(now).await?;
-    let Loaded { mut catalog, objects, backup_histories, damaged } = load_what_is_sound(repository).await?;
+    let Loaded { mut catalog, objects, unrecorded, backup_histories, damaged } =
+        load_what_is_sound(repository).await?;
     let records = damaged.iter().filter_map(|damaged| match damaged {
         DamagedDocument::BackupRecord { id, .. } => Some(&**id),
         _ => None,
@@ -102,7 +105,7 @@ pub(super) async fn look(repository: &LineageRepository, now: DateTime<Utc>) -> 
         stored.insert(*name, 0);
     }
     let (doubled, tail_ends) = (BTreeSet::new(), TailEnds::new());
-    let mut looked = Looked { catalog, stored, objects, proven, doubled, tail_ends, findings };
+    let mut looked = Looked { catalog, stored, objects, unrecorded, proven, doubled, tail_ends, findings };
     check_histories(repository, &mut looked).await?;
     check_tails(repository, &mut looked).await?;
     Ok(looked)
@@ -288,12 +291,12 @@ pub(super) async fn settle(
     worked: &mut Worked,
     location: &str,
 ) -> Result<Vec<Finding>> {
-    let gone = gone_backups(repository).await?;
-    let of_gone = |finding: &Finding| gone.iter().any(|id| concerns(finding, id));
-    let is_asked = worked.findings.iter().any(|finding| finding.is_damage() && of_gone(finding));
+    let of_backup = |finding: &Finding| finding.is_damage() && concerns(finding, "");
+    let is_asked = worked.findings.iter().any(of_backup);
     if worked.vanished.is_empty() && worked.vanished_backups.is_empty() && !is_asked {
         return Ok(Vec::new());
     }
+    let gone = gone_backups(repository).await?;
     let mut findings = Vec::new();
     let now = load_what_is_sound(repository).await?;
     // A record that cannot be read is there.
@@ -332,10 +335,10 @@ pub(super) async fn settle(
     Ok(findings)
 }
 
-/// Returns whether a finding is one of a backup.
+/// Returns whether a finding is one of a backup whose id begins so.
 fn concerns(finding: &Finding, id: &str) -> bool {
     match &finding.takes {
-        Takes::Backup { id: known, .. } => known == id,
+        Takes::Backup { id: known, .. } => known.starts_with(id),
         // What no restore needs of it.
         _ => finding.object.strip_prefix("backup ").is_some_and(|object| object.starts_with(id)),
     }

@@ -406,7 +406,15 @@ fn places<'a>(
         let report = reports.iter().find(|report| report.repository == location);
         let findings = report.into_iter().flat_map(|report| &report.findings);
         let findings = findings.filter(|finding| finding.is_damage()).collect();
-        (location, Place { catalog: &found.catalog, findings, tail_ends: &found.tail_ends })
+        (
+            location,
+            Place {
+                catalog: &found.catalog,
+                unrecorded: &found.unrecorded,
+                findings,
+                tail_ends: &found.tail_ends,
+            },
+        )
     });
     with_report.collect()
 }
