@@ -514,6 +514,25 @@ fn damage_in_one_repository_is_told_though_another_is_sound() {
 }
 
 #[test]
+fn a_copy_that_nobody_has_read_is_no_comfort() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let copy = stage.path().join("copy");
+    copy_tree(&stage.repository_dir(), &copy);
+    let segment = segments(&stage, 1)[3].clone();
+    flip(&segment, fs::metadata(&segment).unwrap().len() as usize / 2);
+    damaged(&stage, "a segment");
+    let url = format!("file://{}", copy.display());
+    let both = ["--repo", stage.url(), "--repo", &*url];
+    let also_in = |words: &[&str]| {
+        let (status, report) = verify(&stage, &[&both[..], words].concat());
+        assert_eq!(status, 4, "{report:#}");
+        report["repositories"][0]["findings"][0]["also_in"].as_array().unwrap().len()
+    };
+    assert_eq!((also_in(&["--budget", "1kB"]), also_in(&[])), (0, 1));
+}
+
+#[test]
 fn parts_of_the_open_segment_are_read() {
     let stage = Stage::folder("main");
     let server = stage.archiving(small(primary_major())).start();

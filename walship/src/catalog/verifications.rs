@@ -136,12 +136,10 @@ impl Proven {
     pub const DAMAGE_MAX: usize = 2000;
 }
 
-/// What is read at once, and is proven or damaged as one.
+/// What is read at once, and is proven or damaged as one. Backups come first: where not all damage can be remembered, theirs is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ReadPlace {
-    /// A segment, with all that is stored of it under `wal/`.
-    Segment(SegmentName),
     /// What lies beside a backup's data objects.
     Documents {
         /// The backup's id.
@@ -154,6 +152,8 @@ pub enum ReadPlace {
         /// Its place in the record, from 0.
         place: u32,
     },
+    /// A segment, with all that is stored of it under `wal/`.
+    Segment(SegmentName),
 }
 
 impl ReadPlace {
