@@ -2,12 +2,13 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use pitr::execute::expire::{Prepared, Report, Request, carry_out, prepare, take_back_old_marks};
+use pitr::execute::verify;
 use pitr::retention::Policy;
 use walship::Error;
 use walship::catalog::{BackupObject, BackupRecord, HeldWal, Hold, ParentBackup};
@@ -943,4 +944,41 @@ async fn what_is_gone_of_a_batch_that_failed_is_expired_and_not_lost() {
         scene.expire().await.unwrap();
         assert!(load_catalog(&scene.repository).await.unwrap().gaps.iter().all(|gap| gap.is_expired()));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_goes_while_it_is_verified_is_not_damaged() {
+    let scene = Scene::make().await;
+    let (memory, gone) = (scene.memory.clone(), id(0));
+    scene.faulty.set(move |call, asked| {
+        if call == Call::GetRange && asked.contains(&format!("{gone}/data/")) {
+            let mark = format!("main/0001/expiring/{gone}.20260301T010203Z-0000000000000009.json");
+            memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+            for key in
+                memory.keys().into_iter().filter(|key| key.contains("/backups/") && key.contains(&gone))
+            {
+                memory.remove(&ObjectKey::new(key).unwrap());
+            }
+        }
+        None
+    });
+    let found = |report: &pitr::verify::Report, id: &str| {
+        report.repositories[0].findings.iter().filter(|finding| finding.object.contains(id)).count()
+    };
+    let request = verify::Request {
+        id: "20260301T010203Z-0000000000000008".into(),
+        started: scene.now,
+        scope: verify::Scope::Whole,
+        budget: None,
+        bytes_per_second: None,
+        workers: 1,
+        server: None,
+        remembered: BTreeMap::new(),
+        anew: false,
+        accept_missing: false,
+    };
+    let report =
+        verify::verify(&scene.repository, &request, Arc::default(), &Default::default()).await.unwrap();
+    assert_eq!(found(&report, &id(0)), 0, "{:?}", report.repositories[0].findings);
+    assert!(found(&report, &id(1)) > 0, "its manifest is none, and it stays");
 }

@@ -17,6 +17,8 @@ use crate::plan::{build_chain, windows};
 pub struct Place<'a> {
     /// What it holds.
     pub catalog: &'a Catalog,
+    /// What the index tells of backups whose own record cannot be read or is gone.
+    pub unrecorded: &'a [BackupRecord],
     /// What was found there.
     pub findings: Vec<&'a Finding>,
     /// Up to where parts of the segments are stored whose tails are flawed.
@@ -185,6 +187,13 @@ fn everything(places: &[Place<'_>]) -> Option<Catalog> {
             }
         }
     }
+    // What retention has removed is not found missing.
+    let taken = taken_from(places);
+    for record in places.iter().flat_map(|place| place.unrecorded) {
+        if taken.contains(&*record.id) && !all.backups.iter().any(|known| known.id == record.id) {
+            all.backups.push(record.clone());
+        }
+    }
     all.backups.sort_by(|a, b| (a.start_lsn, a.started, &a.id).cmp(&(b.start_lsn, b.started, &b.id)));
     let size = all.lineage.segment_size;
     for finding in places.iter().flat_map(|place| &place.findings) {
@@ -206,6 +215,16 @@ fn everything(places: &[Place<'_>]) -> Option<Catalog> {
         }
     }
     Some(all)
+}
+
+/// Returns the ids of the backups of which something is damaged or missing.
+fn taken_from<'a>(places: &'a [Place<'_>]) -> BTreeSet<&'a str> {
+    let findings = places.iter().flat_map(|place| &place.findings);
+    let ids = findings.filter_map(|finding| match &finding.takes {
+        Takes::Backup { id, .. } => Some(&**id),
+        _ => None,
+    });
+    ids.collect()
 }
 
 /// Returns a catalog without what no repository has sound, and the backups that are lost, with why.
@@ -245,15 +264,7 @@ fn without_what_is_lost(full: &Catalog, places: &[Place<'_>]) -> (Catalog, BTree
         }
     }
     let mut lost = BTreeMap::new();
-    let ids: BTreeSet<&str> = places
-        .iter()
-        .flat_map(|place| &place.findings)
-        .filter_map(|finding| match &finding.takes {
-            Takes::Backup { id, .. } => Some(&**id),
-            _ => None,
-        })
-        .collect();
-    for id in ids {
+    for id in taken_from(places) {
         if let Some(part) = lost_part(places, id) {
             lost.insert(id.to_owned(), part);
         }

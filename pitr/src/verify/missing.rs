@@ -9,38 +9,53 @@ use walship::replication::ServerPosition;
 use super::needed::Needed;
 use super::proven::SeenBefore;
 use super::{Finding, FindingKind, Takes};
-use crate::plan::{Chain, KnownBy, chains_of, gaps_of};
+use crate::plan::{Chain, ChainEnding, KnownBy, build_chain, chains_of, gaps_of};
 
 /// An archive that ends no further behind a server than so many segments is at work on them.
 const BEHIND_SEGMENTS_MAX: u64 = 2;
 
-/// Returns the WAL that is missing between what is stored, or behind it where something tells that there was more. What
-/// the ledger knows is no damage: it is on record.
-pub fn gaps_found(repository: &str, catalog: &Catalog, needed: &Needed) -> Vec<Finding> {
+/// Returns the WAL that is missing between what is stored, behind it where something tells that there was more, or of what
+/// makes a backup consistent that is not among those that are `going`. What the ledger knows is no damage: it is on
+/// record.
+pub fn gaps_found(
+    repository: &str,
+    catalog: &Catalog,
+    needed: &Needed,
+    going: &BTreeSet<String>,
+) -> Vec<Finding> {
     let size = catalog.lineage.segment_size;
-    let (mut findings, mut told) = (Vec::new(), BTreeSet::new());
-    for timeline in catalog.timelines() {
-        let Some(history) = catalog.history(timeline) else { continue };
-        for gap in gaps_of(catalog, &history) {
-            let (first, last) = (gap.first_missing, gap.last_missing);
-            if gap.expired
-                || !needed.has_any(first, last.on(first.timeline), size)
-                || !told.insert((first, last))
-            {
-                continue;
-            }
-            let object = if first == last { first.to_string() } else { format!("{first} to {last}") };
-            let what = gap.to_string();
-            let on_record = is_covered(&gap.ledger, gap.from, gap.to);
-            findings.push(if on_record {
-                Finding::note(FindingKind::Missing, repository, object, what)
-            } else {
-                let takes = Takes::Segments { first, last };
-                let behind = gap.known_by == KnownBy::LaterWal;
-                let kind = if behind { FindingKind::Missing } else { FindingKind::MissingEnd };
-                Finding::damage(kind, repository, object, what, takes)
-            });
+    let mut gaps = Vec::new();
+    for history in catalog.timelines().into_iter().filter_map(|timeline| catalog.history(timeline)) {
+        gaps.extend(gaps_of(catalog, &history).into_iter().filter(|gap| !gap.expired));
+    }
+    let complete = catalog.backups.iter().filter(|backup| !going.contains(&backup.id));
+    for backup in complete.filter(|backup| needed.backups.contains(&backup.id)) {
+        let Some(history) = catalog.history(backup.stop_timeline) else { continue };
+        let chain = build_chain(catalog, &history, backup.start_lsn);
+        // Also before the first segment that is stored, of which nothing else tells.
+        if let (true, ChainEnding::Gap(gap)) = (chain.end() < backup.stop_lsn, &chain.ending) {
+            gaps.push(gap.clone());
         }
+    }
+    let (mut findings, mut told) = (Vec::new(), Vec::<(SegmentName, SegmentName)>::new());
+    for gap in gaps {
+        let (first, last) = (gap.first_missing, gap.last_missing);
+        let is_told = told.iter().any(|(known, end)| *known <= first && *end == last);
+        if is_told || !needed.has_any(first, last.on(first.timeline), size) {
+            continue;
+        }
+        told.push((first, last));
+        let object = if first == last { first.to_string() } else { format!("{first} to {last}") };
+        let what = gap.to_string();
+        let on_record = !gap.expired && is_covered(&gap.ledger, gap.from, gap.to);
+        findings.push(if on_record {
+            Finding::note(FindingKind::Missing, repository, object, what)
+        } else {
+            let takes = Takes::Segments { first, last };
+            let behind = gap.known_by == KnownBy::LaterWal;
+            let kind = if behind { FindingKind::Missing } else { FindingKind::MissingEnd };
+            Finding::damage(kind, repository, object, what, takes)
+        });
     }
     findings
 }

@@ -4,6 +4,7 @@
 
 pub mod affected;
 mod histories;
+mod known;
 mod missing;
 mod needed;
 mod order;
@@ -15,10 +16,11 @@ mod summaries;
 mod tests;
 pub mod text;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use walship::pg::{SegmentName, TimelineId};
 
 pub use histories::history_flaws;
+pub use known::{known_damage, told_again};
 pub use missing::{behind_server, gaps_found, less_than_seen};
 pub use needed::Needed;
 pub use order::{SEGMENTS_PER_PIECE, Work, WorkKind, order};
@@ -48,7 +50,7 @@ pub struct Finding {
 }
 
 /// Kinds of findings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FindingKind {
     /// An object is not what was stored: its bytes, its length, its checksum, its digest, or what it says to be.

@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use chrono::{DateTime, Utc};
-use walship::catalog::{Catalog, Proven, ProvenObjects, ProvenRun, Seen, SeenRun, StoredSegments};
+use chrono::{DateTime, TimeDelta, Utc};
+use walship::catalog::{
+    Catalog, KnownDamage, Proven, ProvenObjects, ProvenRun, ReadPlace, Seen, SeenRun, StoredSegments,
+};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use walship::wal::rollup::Run;
 
@@ -16,14 +18,22 @@ const SPANS_MAX: usize = 4096;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProvenState {
     size: SegmentSize,
+    /// Where it lies.
+    repository: String,
     /// Segments by their numbers.
     wal: BTreeMap<TimelineId, Spans>,
     /// Parts of segments that are stored whole too.
     parts: BTreeMap<TimelineId, Spans>,
     /// Data objects by their places in the backup's record.
     backups: BTreeMap<String, Spans>,
+    /// What lies beside the data objects.
+    documents: BTreeMap<String, DateTime<Utc>>,
+    /// What was damaged when it was last read: it counts as never proven.
+    damage: BTreeMap<ReadPlace, KnownDamage>,
     /// What was seen, of all that verifications recorded.
     pub seen: SeenBefore,
+    /// What is known to be missing.
+    pub accepted: SeenBefore,
 }
 
 /// What earlier verifications saw.
@@ -47,6 +57,28 @@ impl SeenBefore {
             histories: BTreeSet::new(),
             backups: BTreeSet::new(),
         }
+    }
+
+    /// Returns what a catalog holds.
+    pub fn of_catalog(catalog: &Catalog) -> Self {
+        let mut seen = Self::new(catalog.lineage.segment_size);
+        seen.add_catalog(catalog);
+        seen
+    }
+
+    /// Returns it without what others hold.
+    #[must_use]
+    pub fn without(&self, others: &Self) -> Self {
+        let (mut left, size) = (self.clone(), self.wal.size());
+        for timeline in others.wal.timelines() {
+            for run in others.wal.runs(timeline) {
+                left.wal.remove_range(timeline, run.first.number(size), run.last.number(size) + 1);
+            }
+        }
+        left.tails.retain(|timeline, until| others.tails.get(timeline).is_none_or(|theirs| theirs < until));
+        left.histories.retain(|timeline| !others.histories.contains(timeline));
+        left.backups.retain(|id| !others.backups.contains(id));
+        left
     }
 
     /// Adds what was seen.
@@ -92,35 +124,69 @@ impl SeenBefore {
 }
 
 impl ProvenState {
-    /// Returns what documents say together.
-    pub fn of<'a>(size: SegmentSize, documents: impl IntoIterator<Item = &'a Proven>) -> Self {
+    /// Returns what documents say together of the repository that lies there, in the order in which they were begun. What was
+    /// proven later than `now` was so by a clock that was ahead: nobody can tell when.
+    pub fn of<'a>(
+        size: SegmentSize,
+        repository: &str,
+        now: DateTime<Utc>,
+        documents: impl IntoIterator<Item = &'a Proven>,
+    ) -> Self {
         let mut state = Self {
             size,
+            repository: repository.to_owned(),
             wal: BTreeMap::new(),
             parts: BTreeMap::new(),
             backups: BTreeMap::new(),
+            documents: BTreeMap::new(),
+            damage: BTreeMap::new(),
             seen: SeenBefore::new(size),
+            accepted: SeenBefore::new(size),
         };
         for document in documents {
-            for (runs, spans) in [(&document.wal, &mut state.wal), (&document.parts, &mut state.parts)] {
-                for ProvenRun { run, at } in runs {
-                    let first = run.first.number(size);
-                    let until = first.saturating_add(run.segments);
-                    spans.entry(run.first.timeline).or_default().put(first, until, *at);
-                }
-            }
-            for (id, objects) in &document.backups {
-                let spans = state.backups.entry(id.clone()).or_default();
-                for ProvenObjects { first, objects, at } in objects {
-                    spans.put(u64::from(*first), u64::from(*first) + u64::from(*objects), *at);
-                }
-            }
-            if document.accepts_missing {
-                state.seen = SeenBefore::new(size);
-            }
             state.seen.add(&document.seen);
+            state.accepted = SeenBefore::new(size);
+            state.accepted.add(&document.accepted);
+            if document.repository == repository {
+                state.add(document, now);
+            }
+        }
+        let damage = std::mem::take(&mut state.damage);
+        for (place, damage) in damage {
+            if state.proven_at(&place).is_none_or(|proven| proven <= damage.at) {
+                state.doubt(damage);
+            }
         }
         state
+    }
+
+    fn add(&mut self, document: &Proven, now: DateTime<Utc>) {
+        let size = self.size;
+        for (runs, spans) in [(&document.wal, &mut self.wal), (&document.parts, &mut self.parts)] {
+            for ProvenRun { run, at } in runs.iter().filter(|run| run.at <= now) {
+                let first = run.first.number(size);
+                let until = first.saturating_add(run.segments);
+                spans.entry(run.first.timeline).or_default().put(first, until, *at);
+            }
+        }
+        for (id, objects) in &document.backups {
+            let spans = self.backups.entry(id.clone()).or_default();
+            for ProvenObjects { first, objects, at } in objects.iter().filter(|objects| objects.at <= now) {
+                spans.put(u64::from(*first), u64::from(*first) + u64::from(*objects), *at);
+            }
+        }
+        for (id, at) in document.documents.iter().filter(|(_, at)| **at <= now) {
+            let known = self.documents.entry(id.clone()).or_insert(*at);
+            *known = (*known).max(*at);
+        }
+        // By a clock that was ahead as well it was found before now.
+        let latest = now - TimeDelta::microseconds(1);
+        for damage in &document.damage {
+            let damage = KnownDamage { at: damage.at.min(latest), ..damage.clone() };
+            if self.damage.get(&damage.place).is_none_or(|known| known.at <= damage.at) {
+                self.damage.insert(damage.place.clone(), damage);
+            }
+        }
     }
 
     /// Returns when the segments of a timeline were last proven.
@@ -138,18 +204,60 @@ impl ProvenState {
         self.backups.get(backup).cloned().unwrap_or_default()
     }
 
-    /// Notes that a segment is proven.
-    pub fn prove_segment(&mut self, name: SegmentName, at: DateTime<Utc>) {
-        let number = name.number(self.size);
-        self.wal.entry(name.timeline).or_default().put(number, number + 1, at);
+    /// Returns when what lies beside a backup's data objects was last proven.
+    pub fn documents(&self, backup: &str) -> Option<DateTime<Utc>> {
+        self.documents.get(backup).copied()
     }
 
-    /// Notes that a segment is damaged: it is as if it was never proven.
-    pub fn doubt_segment(&mut self, name: SegmentName) {
-        let number = name.number(self.size);
-        if let Some(spans) = self.wal.get_mut(&name.timeline) {
-            spans.carve(number, number + 1);
+    /// Returns what was damaged when it was last read.
+    pub fn damage(&self) -> &BTreeMap<ReadPlace, KnownDamage> {
+        &self.damage
+    }
+
+    fn proven_at(&self, place: &ReadPlace) -> Option<DateTime<Utc>> {
+        let of = |spans: Option<&Spans>, number: u64| {
+            spans.and_then(|spans| spans.pieces(number, number + 1).first().and_then(|piece| piece.at))
+        };
+        match place {
+            ReadPlace::Segment(name) => of(self.wal.get(&name.timeline), name.number(self.size)),
+            ReadPlace::Documents { backup } => self.documents(backup),
+            ReadPlace::Object { backup, place } => of(self.backups.get(backup), u64::from(*place)),
         }
+    }
+
+    /// Notes that what was read is sound.
+    pub fn prove(&mut self, place: &ReadPlace, at: DateTime<Utc>) {
+        self.damage.remove(place);
+        match place {
+            ReadPlace::Segment(name) => {
+                let number = name.number(self.size);
+                self.wal.entry(name.timeline).or_default().put(number, number + 1, at);
+            }
+            ReadPlace::Documents { backup } => drop(self.documents.insert(backup.clone(), at)),
+            ReadPlace::Object { backup, place } => {
+                let place = u64::from(*place);
+                self.backups.entry(backup.clone()).or_default().put(place, place + 1, at);
+            }
+        }
+    }
+
+    /// Notes that what was read is damaged: it is as if it was never proven, until it is found sound.
+    pub fn doubt(&mut self, damage: KnownDamage) {
+        match &damage.place {
+            ReadPlace::Segment(name) => {
+                let number = name.number(self.size);
+                if let Some(spans) = self.wal.get_mut(&name.timeline) {
+                    spans.carve(number, number + 1);
+                }
+            }
+            ReadPlace::Documents { backup } => drop(self.documents.remove(backup)),
+            ReadPlace::Object { backup, place } => {
+                if let Some(spans) = self.backups.get_mut(backup) {
+                    spans.carve(u64::from(*place), u64::from(*place) + 1);
+                }
+            }
+        }
+        self.damage.insert(damage.place.clone(), damage);
     }
 
     /// Notes that the parts of a segment are proven.
@@ -158,21 +266,11 @@ impl ProvenState {
         self.parts.entry(name.timeline).or_default().put(number, number + 1, at);
     }
 
-    /// Notes that a backup's data object is proven, or with `None` that it is damaged.
-    pub fn set_object(&mut self, backup: &str, place: u32, at: Option<DateTime<Utc>>) {
-        let spans = self.backups.entry(backup.to_owned()).or_default();
-        let place = u64::from(place);
-        match at {
-            Some(at) => spans.put(place, place + 1, at),
-            None => spans.carve(place, place + 1),
-        }
-    }
-
-    /// Forgets what is not stored any more.
-    pub fn keep_only(&mut self, catalog: &Catalog) {
+    /// Forgets what is not stored any more; `stored` are the segments of which anything is.
+    pub fn keep_only(&mut self, catalog: &Catalog, stored: &StoredSegments) {
         for (timeline, spans) in &mut self.wal {
             let mut at = 0;
-            for run in catalog.segments.runs(*timeline) {
+            for run in stored.runs(*timeline) {
                 spans.carve(at, run.first.number(self.size));
                 at = run.last.number(self.size) + 1;
             }
@@ -180,10 +278,15 @@ impl ProvenState {
         }
         let complete: BTreeSet<&str> = catalog.backups.iter().map(|backup| &*backup.id).collect();
         self.backups.retain(|id, _| complete.contains(&**id));
+        self.documents.retain(|id, _| complete.contains(&**id));
+        self.damage.retain(|place, _| match place {
+            ReadPlace::Segment(name) => stored.contains(*name),
+            place => place.backup().is_some_and(|id| complete.contains(id)),
+        });
     }
 
-    /// Returns it as it is recorded by a verification.
-    pub fn recorded(&self, id: &str) -> Proven {
+    /// Returns it as it is recorded by a verification that began then.
+    pub fn recorded(&self, id: &str, started: DateTime<Utc>) -> Proven {
         let runs = |of: &BTreeMap<TimelineId, Spans>| {
             let mut runs = Vec::new();
             for (timeline, spans) in of {
@@ -212,10 +315,15 @@ impl ProvenState {
         Proven {
             format: 1,
             id: id.to_owned(),
+            started,
+            repository: self.repository.clone(),
             wal: runs(&self.wal),
             parts: runs(&self.parts),
             backups: objects.filter(|(_, objects)| !objects.is_empty()).collect(),
+            documents: self.documents.clone(),
+            damage: self.damage.values().take(Proven::DAMAGE_MAX).cloned().collect(),
             seen: self.seen.recorded(),
+            accepted: self.accepted.recorded(),
             ..Proven::default()
         }
     }
@@ -233,32 +341,112 @@ mod tests {
         SegmentName::from_number(TimelineId::FIRST, number, SegmentSize::MIN).unwrap()
     }
 
+    const ID: &str = "20261121T010203Z-0123456789abcdef";
+
+    fn segment(number: u64) -> ReadPlace {
+        ReadPlace::Segment(name(number))
+    }
+
+    fn damaged(place: ReadPlace, second: i64) -> KnownDamage {
+        KnownDamage { place, at: time(second), flaws: Vec::new() }
+    }
+
+    fn object(place: u32) -> ReadPlace {
+        ReadPlace::Object { backup: ID.to_owned(), place }
+    }
+
+    fn empty() -> ProvenState {
+        ProvenState::of(SegmentSize::MIN, "here", time(99), [])
+    }
+
+    fn together<'a>(documents: impl IntoIterator<Item = &'a Proven>) -> ProvenState {
+        ProvenState::of(SegmentSize::MIN, "here", time(99), documents)
+    }
+
     #[test]
     fn what_is_recorded_is_read_back() {
-        let mut state = ProvenState::of(SegmentSize::MIN, []);
-        (3..9).for_each(|number| state.prove_segment(name(number), time(1)));
-        state.prove_segment(name(5), time(2));
-        state.doubt_segment(name(7));
+        let mut state = empty();
+        (3..9).for_each(|number| state.prove(&segment(number), time(1)));
+        state.prove(&segment(5), time(2));
+        state.doubt(damaged(segment(7), 1));
         state.prove_parts(name(9), time(1));
-        let id = "20261121T010203Z-0123456789abcdef";
-        (0..4).for_each(|place| state.set_object(id, place, Some(time(1))));
-        state.set_object(id, 2, None);
+        (0..4).for_each(|place| state.prove(&object(place), time(1)));
+        state.doubt(damaged(object(2), 1));
+        state.prove(&ReadPlace::Documents { backup: ID.to_owned() }, time(1));
         state.seen.add(&Seen {
             wal: vec![SeenRun { first: name(3), segments: 6 }],
             tails: BTreeMap::from([(TimelineId::FIRST, Lsn(77))]),
             histories: vec![TimelineId::new(2).unwrap()],
-            backups: vec![id.to_owned()],
+            backups: vec![ID.to_owned()],
         });
-        let recorded = state.recorded(id);
+        let recorded = state.recorded(ID, time(1));
         let json = serde_json::to_string(&recorded).unwrap();
         let read: Proven = serde_json::from_str(&json).unwrap();
         assert_eq!(read, recorded, "{json}");
-        assert_eq!(ProvenState::of(SegmentSize::MIN, [&read]), state);
+        assert_eq!(together([&read]), state);
         assert_eq!(recorded.wal.len(), 4, "{json}");
-        // What was accepted starts anew.
-        let accepted = Proven { accepts_missing: true, seen: Seen::default(), ..read.clone() };
-        let later = ProvenState::of(SegmentSize::MIN, [&read, &accepted]);
-        assert!(later.seen.backups.is_empty() && later.seen.wal.names().next().is_none());
-        assert_eq!(later.wal, state.wal);
+        // Nothing of it is proven of a copy that lies elsewhere; what was there is known there as well.
+        let copy = ProvenState::of(SegmentSize::MIN, "there", time(99), [&read]);
+        assert!(copy.wal(TimelineId::FIRST).all().next().is_none() && copy.damage().is_empty(), "{copy:?}");
+        assert!(copy.objects(ID).all().next().is_none() && copy.documents(ID).is_none(), "{copy:?}");
+        assert_eq!(copy.seen, state.seen);
+    }
+
+    #[test]
+    fn damage_stands_until_it_is_read_again() {
+        let (mut first, mut second, mut third) = (empty(), empty(), empty());
+        first.prove(&segment(3), time(1));
+        second.doubt(damaged(segment(3), 2));
+        third.prove(&segment(3), time(3));
+        let [first, second, third] =
+            [(first, 1), (second, 2), (third, 3)].map(|(state, second)| state.recorded(ID, time(second)));
+        let standing = together([&first, &second]);
+        assert_eq!(standing.damage().len(), 1);
+        assert_eq!(
+            standing.wal(TimelineId::FIRST).pieces(3, 4)[0].at,
+            None,
+            "it is as if it was never proven"
+        );
+        for order in [[&first, &second, &third], [&third, &second, &first]] {
+            let mended = together(order);
+            assert!(mended.damage().is_empty(), "{mended:?}");
+            assert_eq!(mended.wal(TimelineId::FIRST).pieces(3, 4)[0].at, Some(time(3)));
+        }
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_proves_nothing() {
+        let mut state = empty();
+        state.prove(&segment(3), time(500));
+        state.prove(&object(0), time(500));
+        state.prove(&ReadPlace::Documents { backup: ID.to_owned() }, time(500));
+        state.doubt(damaged(segment(4), 500));
+        let ahead = state.recorded(ID, time(500));
+        let read = together([&ahead]);
+        assert!(read.wal(TimelineId::FIRST).all().next().is_none(), "{read:?}");
+        assert!(read.objects(ID).all().next().is_none() && read.documents(ID).is_none(), "{read:?}");
+        assert_eq!(read.damage().len(), 1, "damage stands whatever the clock");
+    }
+
+    #[test]
+    fn what_was_accepted_is_missed_again_only_after_it_was_back() {
+        let seen = |numbers: std::ops::Range<u64>| {
+            let mut seen = SeenBefore::new(SegmentSize::MIN);
+            let first = name(numbers.start);
+            seen.add(&Seen {
+                wal: vec![SeenRun { first, segments: numbers.end - numbers.start }],
+                tails: BTreeMap::from([(TimelineId::FIRST, Lsn(numbers.end << 20))]),
+                ..Seen::default()
+            });
+            seen
+        };
+        let numbers = |seen: &SeenBefore| -> Vec<u64> {
+            seen.wal.names().map(|name| name.number(SegmentSize::MIN)).collect()
+        };
+        let missing = seen(3..9).without(&seen(3..6));
+        assert_eq!((numbers(&missing), missing.tails.len()), (vec![6, 7, 8], 1));
+        let known = seen(3..9).without(&missing);
+        assert_eq!((numbers(&known), known.tails.len()), (vec![3, 4, 5], 0));
+        assert_eq!(numbers(&missing.without(&seen(3..8))), [8], "what is back counts again");
     }
 }

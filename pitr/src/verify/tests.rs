@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use walship::catalog::{Catalog, Seen, SeenRun};
+use walship::catalog::{Catalog, ReadPlace, Seen, SeenRun};
 use walship::pg::{Lsn, SegmentName};
 use walship::replication::{Archiver, ServerPosition};
 
@@ -31,7 +31,8 @@ fn archive(segments: u64, backups: &[u64]) -> World {
 
 fn lost(catalog: &Catalog, findings: &[Finding]) -> Vec<(u64, u64)> {
     let tail_ends = BTreeMap::new();
-    let places = [Place { catalog, findings: findings.iter().collect(), tail_ends: &tail_ends }];
+    let places =
+        [Place { catalog, unrecorded: &[], findings: findings.iter().collect(), tail_ends: &tail_ends }];
     affected(&places).unreachable.iter().map(|one| (one.from_lsn.0, one.until_lsn.0)).collect()
 }
 
@@ -63,7 +64,8 @@ fn a_damaged_segment_takes_what_lies_behind_it_up_to_the_next_backup() {
     let places_tail = BTreeMap::new();
     let own = SegmentName::containing(tli(1), second, SIZE);
     let finding = damaged(own);
-    let found = affected(&[Place { catalog, findings: vec![&finding], tail_ends: &places_tail }]);
+    let found =
+        affected(&[Place { catalog, unrecorded: &[], findings: vec![&finding], tail_ends: &places_tail }]);
     assert_eq!(found.backups.len(), 1, "{found:?}");
     assert_eq!(found.backups[0].id, catalog.backups[1].id);
 }
@@ -76,8 +78,18 @@ fn what_another_repository_holds_is_not_lost() {
     let tail_ends = BTreeMap::new();
     let places = |a: &'_ [Finding], b: &'_ [Finding]| {
         affected(&[
-            Place { catalog: &world.catalog, findings: a.iter().collect(), tail_ends: &tail_ends },
-            Place { catalog: &world.catalog, findings: b.iter().collect(), tail_ends: &tail_ends },
+            Place {
+                catalog: &world.catalog,
+                unrecorded: &[],
+                findings: a.iter().collect(),
+                tail_ends: &tail_ends,
+            },
+            Place {
+                catalog: &world.catalog,
+                unrecorded: &[],
+                findings: b.iter().collect(),
+                tail_ends: &tail_ends,
+            },
         ])
     };
     assert!(places(&ours, &theirs).is_empty());
@@ -86,8 +98,13 @@ fn what_another_repository_holds_is_not_lost() {
     let mut pruned = world.catalog.clone();
     pruned.segments.remove(&all[5]);
     let found = affected(&[
-        Place { catalog: &world.catalog, findings: ours.iter().collect(), tail_ends: &tail_ends },
-        Place { catalog: &pruned, findings: vec![], tail_ends: &tail_ends },
+        Place {
+            catalog: &world.catalog,
+            unrecorded: &[],
+            findings: ours.iter().collect(),
+            tail_ends: &tail_ends,
+        },
+        Place { catalog: &pruned, unrecorded: &[], findings: vec![], tail_ends: &tail_ends },
     ]);
     assert_eq!(found.unreachable.len(), 1);
 }
@@ -110,13 +127,31 @@ fn a_lost_backup_takes_what_only_it_leads_to() {
 }
 
 #[test]
+fn a_backup_without_a_record_takes_what_the_index_says_that_it_led_to() {
+    let world = archive(12, &[1, 8]);
+    let mut catalog = world.catalog.clone();
+    let first = [catalog.backups.remove(0)];
+    let tail_ends = BTreeMap::new();
+    let lost = |findings: &[Finding]| -> Vec<(Lsn, Lsn)> {
+        let findings = findings.iter().collect();
+        let place = Place { catalog: &catalog, unrecorded: &first, findings, tail_ends: &tail_ends };
+        affected(&[place]).unreachable.iter().map(|one| (one.from_lsn, one.until_lsn)).collect()
+    };
+    let takes = Takes::Backup { id: first[0].id.clone(), part: "its record".into() };
+    let gone = Finding::damage(FindingKind::Missing, "here", "x", "gone", takes);
+    assert_eq!(lost(&[gone]), [(first[0].stop_lsn, catalog.backups[0].stop_lsn)]);
+    // One that retention has removed is in an older list as well.
+    assert_eq!(lost(&[]), []);
+}
+
+#[test]
 fn a_missing_segment_is_found_and_counts_as_there_once() {
     let world = archive(10, &[1]);
     let mut catalog = world.catalog.clone();
     let gone = names(&catalog)[5];
     catalog.segments.remove(&gone);
     let needed = Needed::everything(&catalog);
-    let found = gaps_found("here", &catalog, &needed);
+    let found = gaps_found("here", &catalog, &needed, &BTreeSet::new());
     assert_eq!(found.len(), 1, "{found:?}");
     assert_eq!(found[0].kind, FindingKind::Missing);
     let end = catalog.stored_until(tli(1)).unwrap().0;
@@ -127,8 +162,7 @@ fn a_missing_segment_is_found_and_counts_as_there_once() {
 fn less_than_was_seen_is_told_once_and_not_when_it_was_expired() {
     let world = archive(10, &[1]);
     let all = names(&world.catalog);
-    let mut seen = ProvenState::of(SIZE, []).seen;
-    seen.add_catalog(&world.catalog);
+    let seen = SeenBefore::of_catalog(&world.catalog);
     let mut now = world.catalog.clone();
     for name in &all[7..] {
         now.segments.remove(name);
@@ -203,23 +237,86 @@ fn round_robin(budget: usize) -> i64 {
     let catalog = &world.catalog;
     let needed = Needed::everything(catalog);
     let objects: BTreeMap<String, u32> = [(catalog.backups[0].id.clone(), 5)].into();
-    let mut state = ProvenState::of(SIZE, []);
+    let mut state = ProvenState::of(SIZE, "here", at(1000), []);
     for run in 0..100_i64 {
-        let work = order(catalog, &needed, &state, &objects, &BTreeSet::new(), None);
+        let work = order(&catalog.segments, &needed, &state, &objects, &BTreeSet::new(), None);
         if work.iter().all(|work| work.at.is_some()) {
             return run;
         }
         for piece in work.into_iter().take(budget) {
             match piece.what {
                 WorkKind::Wal { timeline, from, until } => (from..until).for_each(|number| {
-                    state.prove_segment(SegmentName::from_number(timeline, number, SIZE).unwrap(), at(run));
+                    let name = SegmentName::from_number(timeline, number, SIZE).unwrap();
+                    state.prove(&ReadPlace::Segment(name), at(run));
                 }),
                 WorkKind::Parts(name) => state.prove_parts(name, at(run)),
-                WorkKind::Object { backup, place } => state.set_object(&backup, place, Some(at(run))),
+                WorkKind::Backup { backup, place: None } => {
+                    state.prove(&ReadPlace::Documents { backup }, at(run));
+                }
+                WorkKind::Backup { backup, place: Some(place) } => {
+                    state.prove(&ReadPlace::Object { backup, place }, at(run));
+                }
             }
         }
     }
     panic!("it never gets round");
+}
+
+#[test]
+fn what_is_known_to_be_damaged_is_read_first_and_by_itself() {
+    let world = archive(100, &[1]);
+    let catalog = &world.catalog;
+    let (needed, objects) =
+        (Needed::everything(catalog), BTreeMap::from([(catalog.backups[0].id.clone(), 3)]));
+    let mut state = ProvenState::of(SIZE, "here", at(1000), []);
+    let all = names(catalog);
+    let segment = ReadPlace::Segment(all[40]);
+    let object = ReadPlace::Object { backup: catalog.backups[0].id.clone(), place: 1 };
+    for (place, second) in [(&segment, 7), (&object, 5)] {
+        state.doubt(known_damage(place.clone(), at(second), &[]));
+    }
+    let ordered = |round| order(&catalog.segments, &needed, &state, &objects, &BTreeSet::new(), round);
+    let work = ordered(None);
+    assert_eq!(work[0].what, WorkKind::Backup { backup: catalog.backups[0].id.clone(), place: Some(1) });
+    let number = all[40].number(SIZE);
+    assert_eq!(work[1].what, WorkKind::Wal { timeline: tli(1), from: number, until: number + 1 });
+    assert!(work[2..].iter().all(|work| work.damaged.is_none()));
+    let segments: u64 = work
+        .iter()
+        .map(|work| match work.what {
+            WorkKind::Wal { from, until, .. } => until - from,
+            _ => 0,
+        })
+        .sum();
+    assert_eq!(segments, all.len() as u64, "each is read once");
+    // What the run that is gone on with has found is told by what it noted.
+    assert_eq!(ordered(Some(at(6))).iter().filter(|work| work.damaged.is_some()).count(), 1);
+}
+
+#[test]
+fn a_backup_whose_wal_is_gone_is_found_though_nothing_tells_of_a_hole() {
+    let none = BTreeSet::new();
+    let world = archive(10, &[2, 6]);
+    let all = names(&world.catalog);
+    // The archive begins too late for the first backup.
+    let mut late = world.catalog.clone();
+    late.segments.remove_range(tli(1), 0, all[4].number(SIZE));
+    let found = gaps_found("here", &late, &Needed::everything(&late), &none);
+    let takes: Vec<_> = found.iter().map(|finding| (finding.is_damage(), finding.takes.clone())).collect();
+    assert_eq!(takes, [(true, Takes::Segments { first: all[2], last: all[3] })], "{found:?}");
+    let second = late.backups[1].stop_lsn.0;
+    assert_eq!(lost(&late, &found), [(late.backups[0].stop_lsn.0, second)]);
+    let only_second = Needed::of_backup(&late, &late.backups[1].id).unwrap();
+    assert!(gaps_found("here", &late, &only_second, &none).is_empty());
+    // One that is being removed needs nothing any more.
+    let gone = BTreeSet::from([late.backups[0].id.clone()]);
+    assert!(gaps_found("here", &late, &Needed::everything(&late), &gone).is_empty());
+    assert!(gaps_found("here", &world.catalog, &Needed::everything(&world.catalog), &none).is_empty());
+    // A hole that a backup begins in is told once.
+    let mut hole = world.catalog.clone();
+    hole.segments.remove_range(tli(1), all[5].number(SIZE), all[8].number(SIZE));
+    let found = gaps_found("here", &hole, &Needed::everything(&hole), &none);
+    assert_eq!(found.len(), 1, "{found:?}");
 }
 
 proptest! {

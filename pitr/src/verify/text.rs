@@ -120,7 +120,10 @@ fn affected_text(text: &mut String, report: &Report, bold: &dyn Fn(&str) -> Stri
     }
     let _ = writeln!(text, "\n{}", bold("What can no longer be reached"));
     if report.affected.is_empty() {
-        let _ = writeln!(text, "  nothing: every moment and every backup is still there, by what is sound");
+        let _ = writeln!(
+            text,
+            "  nothing: every moment and every backup is still there, by what is not known to be damaged"
+        );
         return;
     }
     let stretches = unreachable.iter().map(|stretch| {

@@ -250,11 +250,7 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
     // Whoever knows of it makes the index forget it, says so, and hears no more of it.
     stage.ok(&mut stage.pitr(&["index", "--rebuild"]));
     let accept = ["--accept-missing", "--reason", "known"];
-    // Ids of one second are in any order.
-    let next_second = || std::thread::sleep(Duration::from_millis(1100));
-    next_second();
     sound(&stage, &accept);
-    next_second();
     sound(&stage, &[]);
     fs::write(&last, &kept).unwrap();
     stage.ok(&mut stage.pitr(&["index"]));
@@ -275,19 +271,12 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
     write(&history, &kept);
 
     // Backups: objects, manifest, record.
-    for (end, kinds) in [
-        ("data/000001.tar", &["damaged"][..]),
-        ("manifest.json.zst", &["damaged"]),
-        ("started.json", &["contradiction", "damaged"]),
-    ] {
+    for (end, kinds) in [("data/000001.tar", &["damaged"][..]), ("manifest.json.zst", &["damaged"])] {
         // The first backup's: ids of one second are in any order.
         let modified = |path: &PathBuf| fs::metadata(path).unwrap().modified().unwrap();
         let path = matching(&stage, "backups/2", end).into_iter().min_by_key(modified).unwrap();
         let kept = fs::read(&path).unwrap();
         for at in [kept.len() / 2, kept.len() - 3] {
-            if end == "started.json" {
-                continue;
-            }
             let mut flipped = kept.clone();
             flipped[at] ^= 1;
             write(&path, &flipped);
@@ -298,15 +287,10 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
             assert_eq!(report["affected"]["backups"].as_array().unwrap().len(), 2, "{end}: {report:#}");
             assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "{end}: {report:#}");
         }
-        if end != "started.json" {
-            fs::remove_file(&path).unwrap();
-            let report = damaged(&stage, end);
-            assert!(
-                damage_of(&report, "missing").iter().any(|object| object.contains(end)),
-                "{end}: {report:#}"
-            );
-            fs::write(&path, &kept).unwrap();
-        }
+        fs::remove_file(&path).unwrap();
+        let report = damaged(&stage, end);
+        assert!(damage_of(&report, "missing").iter().any(|object| object.contains(end)), "{end}: {report:#}");
+        fs::write(&path, &kept).unwrap();
     }
     let record = matching(&stage, "backups/catalog/", ".json")[0].clone();
     let kept = fs::read_to_string(&record).unwrap();
@@ -319,11 +303,14 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
         write(&record, text.as_bytes());
         let report = damaged(&stage, "record");
         assert_eq!(report["affected"]["backups"].as_array().unwrap().len(), 2, "case {case}: {report:#}");
+        assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "case {case}: {report:#}");
         answers.push(report);
     }
     fs::remove_file(&record).unwrap();
     let report = damaged(&stage, "the record is gone");
     assert!(!damage_of(&report, "missing").is_empty(), "{report:#}");
+    // The index tells where it led to.
+    assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "{report:#}");
     fs::write(&record, &kept).unwrap();
 
     // A roll-up that lies under a key that is right for it.
@@ -380,7 +367,21 @@ fn wal_of_another_history_under_a_right_name_does_not_go_on() {
     let at = ours.len() - 3;
     let same_name = theirs.iter().find(|path| name(path) == name(&ours[at])).unwrap();
     assert_ne!(fs::read(same_name).unwrap(), fs::read(&ours[at]).unwrap());
-    write(&ours[at], &fs::read(same_name).unwrap());
+    // As a good copy it contradicts the object beside which it lies, and behind a damaged one it goes on from nothing.
+    let (mine, other) = (fs::read(&ours[at]).unwrap(), fs::read(same_name).unwrap());
+    let digest = ObjectHead::decode(&other).unwrap().envelope.digest.short();
+    let copy = ours[at].with_file_name(format!("{}.wal.r{digest}", name(&ours[at])));
+    fs::write(&copy, &other).unwrap();
+    let report = damaged(&stage, "a copy that is another");
+    assert_eq!(damage_of(&report, "contradiction").len(), 1, "{report:#}");
+    assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "{report:#}");
+    let mut flipped = mine.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    write(&ours[at], &flipped);
+    let report = damaged(&stage, "a copy of another history");
+    assert!(damage_of(&report, "broken").contains(&name(&ours[at])), "{report:#}");
+    fs::remove_file(copy).unwrap();
+    write(&ours[at], &other);
     let report = damaged(&stage, "another history");
     let broken = damage_of(&report, "broken");
     // It goes on from nothing, and nothing goes on from it.
@@ -513,6 +514,25 @@ fn damage_in_one_repository_is_told_though_another_is_sound() {
 }
 
 #[test]
+fn a_copy_that_nobody_has_read_is_no_comfort() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let copy = stage.path().join("copy");
+    copy_tree(&stage.repository_dir(), &copy);
+    let segment = segments(&stage, 1)[3].clone();
+    flip(&segment, fs::metadata(&segment).unwrap().len() as usize / 2);
+    damaged(&stage, "a segment");
+    let url = format!("file://{}", copy.display());
+    let both = ["--repo", stage.url(), "--repo", &*url];
+    let also_in = |words: &[&str]| {
+        let (status, report) = verify(&stage, &[&both[..], words].concat());
+        assert_eq!(status, 4, "{report:#}");
+        report["repositories"][0]["findings"][0]["also_in"].as_array().unwrap().len()
+    };
+    assert_eq!((also_in(&["--budget", "1kB"]), also_in(&[])), (0, 1));
+}
+
+#[test]
 fn parts_of_the_open_segment_are_read() {
     let stage = Stage::folder("main");
     let server = stage.archiving(small(primary_major())).start();
@@ -587,9 +607,8 @@ fn a_budget_gets_round_to_everything_and_a_killed_run_is_gone_on_with() {
     }
     assert!(runs > 2, "{runs}");
 
-    // A slow one is killed when something is noted. Ids of one second are in any order.
+    // A slow one is killed when something is noted.
     let total = sound(&stage, &["--anew"])["repositories"][0]["bytes"].as_u64().unwrap();
-    std::thread::sleep(Duration::from_millis(1100));
     let rate = format!("{}", total / 12);
     let mut slow = stage.pitr(&["verify", "--max-rate", &rate, "--workers", "1"]);
     slow.stdout(Stdio::null()).stderr(Stdio::null());
@@ -645,4 +664,268 @@ fn on_s3_an_outage_is_no_damage() {
     s3.set_faults(|_| Some(Fault::S3(403, "AccessDenied")));
     let output = stage.run(&mut stage.pitr(&["verify"]));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
+}
+
+/// The names of the backups that a report calls lost.
+fn lost_backups(report: &Value) -> usize {
+    report["affected"]["backups"].as_array().unwrap().len()
+}
+
+/// A server with a backup and a few segments behind it.
+fn short_archive(stage: &Stage) -> PgServer {
+    let server = stage.archiving(small(primary_major())).start();
+    stage.init(&server);
+    server.psql("create table t (g int, t text)");
+    insert(&server, 3000);
+    server.archive_now();
+    stage.ok(&mut stage.walship_on(&server, &["backup", "--source", "local"]));
+    for _ in 0..5 {
+        insert(&server, 3000);
+        server.archive_now();
+    }
+    server
+}
+
+fn flip(path: &Path, at: usize) -> Vec<u8> {
+    let kept = fs::read(path).unwrap();
+    let mut flipped = kept.clone();
+    flipped[at] ^= 1;
+    write(path, &flipped);
+    kept
+}
+
+#[test]
+fn an_archive_that_begins_too_late_for_its_backup_is_no_sound_one() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let record = matching(&stage, "backups/catalog/", ".json")[0].clone();
+    let record: Value = serde_json::from_slice(&fs::read(record).unwrap()).unwrap();
+    let start: walship::pg::Lsn = record["start_lsn"].as_str().unwrap().parse().unwrap();
+    let all = segments(&stage, 1);
+    let needed = all.iter().filter(|path| {
+        let segment: walship::pg::SegmentName = name(path).parse().unwrap();
+        segment.start(walship::pg::SegmentSize::MIN) <= start
+    });
+    let needed: Vec<PathBuf> = needed.cloned().collect();
+    assert!(!needed.is_empty() && needed.len() < all.len());
+    needed.iter().for_each(|path| fs::remove_file(path).unwrap());
+    // Nobody has ever seen them.
+    let report = damaged(&stage, "the WAL of the backup");
+    assert_eq!(damage_of(&report, "missing"), [name(needed.last().unwrap())], "{report:#}");
+    assert_eq!(lost_backups(&report), 1, "{report:#}");
+    assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "{report:#}");
+}
+
+#[test]
+fn pieces_beside_which_nothing_whole_is_stored_are_read() {
+    let stage = Stage::folder("main");
+    let mut server = short_archive(&stage);
+    insert(&server, 300);
+    let file = server.psql("select pg_walfile_name(pg_current_wal_flush_lsn())").trim().to_owned();
+    let wal = server.data_dir().join("pg_wal").join(&file);
+    server.stop(StopMode::Immediate);
+    for name in [file.clone(), format!("{file}.partial")] {
+        let path = stage.path().join(&name);
+        fs::copy(&wal, &path).unwrap();
+        stage.run(stage.walship(&["wal", "push"]).arg(&path).current_dir(server.data_dir()));
+    }
+    sound(&stage, &[]);
+    for kind in [".partial.", ".incomplete."] {
+        let path = files(&stage).into_iter().find(|(key, _)| key.contains(kind)).unwrap().1;
+        let kept = flip(&path, fs::metadata(&path).unwrap().len() as usize - 1);
+        let report = damaged(&stage, kind);
+        let objects = damage_of(&report, "damaged");
+        assert!(objects.len() == 1 && objects[0].contains(kind), "{report:#}");
+        write(&path, &kept);
+        sound(&stage, &[]);
+    }
+}
+
+#[test]
+fn documents_that_no_restore_reads_are_damaged_and_take_nothing() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let started = matching(&stage, "backups/2", "started.json")[0].clone();
+    let note = matching(&stage, "backups/2", "data/000001.json")[0].clone();
+    for (path, from, to) in [
+        (&started, "{", "["),
+        (&started, "\"label\": \"", "\"label\": \"x"),
+        (&note, "\"digest\": \"", "\"digest\": \"0"),
+    ] {
+        let kept = fs::read_to_string(path).unwrap();
+        assert!(kept.contains(from), "{kept}");
+        write(path, kept.replacen(from, to, 1).as_bytes());
+        let report = damaged(&stage, from);
+        assert_eq!(lost_backups(&report), 0, "{report:#}");
+        assert_eq!(report["affected"]["unreachable"], serde_json::json!([]), "{report:#}");
+        write(path, kept.as_bytes());
+    }
+    sound(&stage, &[]);
+}
+
+#[test]
+fn a_damaged_begin_of_a_backup_that_did_not_complete_is_found_and_hinders_no_plan() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let folder = lineage(&stage).join("backups/20200101T000000Z-0123456789abcdef");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("started.json"), "{").unwrap();
+    let report = damaged(&stage, "a backup that did not complete");
+    assert!(damage_of(&report, "damaged")[0].contains("20200101T000000Z"), "{report:#}");
+    stage.ok(&mut stage.pitr(&["plan", "--latest"]));
+    fs::remove_dir_all(folder).unwrap();
+    sound(&stage, &[]);
+}
+
+#[test]
+fn documents_that_cannot_be_read_do_not_hide_the_rest() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    // A run before, so that its record is looked for.
+    sound(&stage, &[]);
+    let stranger = lineage(&stage).join("gaps/00000001/stranger.json");
+    fs::create_dir_all(stranger.parent().unwrap()).unwrap();
+    fs::write(&stranger, "{}").unwrap();
+    let report = damaged(&stage, "no gap");
+    assert!(damage_of(&report, "damaged")[0].ends_with("/gaps"), "{report:#}");
+    assert_eq!(report["repositories"][0]["objects_left"], 0, "{report:#}");
+    assert!(report["repositories"][0]["objects"].as_u64().unwrap() > 5, "{report:#}");
+    fs::remove_file(stranger).unwrap();
+    for folder in ["verifications", "expires"] {
+        let record = lineage(&stage).join(format!("history/{folder}/20200101T000000Z-0123456789abcdef.json"));
+        fs::create_dir_all(record.parent().unwrap()).unwrap();
+        fs::write(&record, "{").unwrap();
+    }
+    let report = sound(&stage, &[]);
+    let left_out = |note: &&Value| note.as_str().unwrap().contains("a record of the history is left out");
+    assert_eq!(report["notes"].as_array().unwrap().iter().filter(left_out).count(), 2, "{report:#}");
+}
+
+#[test]
+fn damage_is_told_until_it_is_read_again() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    sound(&stage, &[]);
+    let segment = segments(&stage, 1)[3].clone();
+    let object = matching(&stage, "backups/2", "data/000001.tar")[0].clone();
+    let half = |path: &Path| fs::metadata(path).unwrap().len() as usize / 2;
+    let (good_segment, good_object) = (flip(&segment, half(&segment)), flip(&object, half(&object)));
+    let full = damaged(&stage, "both");
+    assert_eq!(damage_of(&full, "damaged").len(), 2, "{full:#}");
+    // However small the budget: it is told, and does not keep the rest from being read.
+    let mut ranges = Vec::new();
+    for _ in 0..12 {
+        let (status, report) = verify(&stage, &["--budget", "1kB"]);
+        assert_eq!(status, 4, "{report:#}");
+        assert_eq!(damage_of(&report, "damaged").len(), 2, "{report:#}");
+        assert_eq!(
+            report["affected"]["unreachable"].as_array().unwrap().len(),
+            full["affected"]["unreachable"].as_array().unwrap().len()
+        );
+        assert_eq!(report["repositories"][0]["backups"][0]["outcome"], "damaged", "{report:#}");
+        let read = report["repositories"][0]["wal"].as_array().unwrap().iter();
+        ranges.extend(read.map(|range| range["first"].as_str().unwrap().to_owned()));
+    }
+    ranges.sort();
+    ranges.dedup();
+    assert!(ranges.len() > 1, "others have their turn: {ranges:?}");
+    // Mended: it is read first.
+    write(&segment, &good_segment);
+    write(&object, &good_object);
+    let (status, report) = verify(&stage, &["--budget", "50MB"]);
+    assert_eq!((status, damage_of(&report, "damaged").len()), (0, 0), "{report:#}");
+    sound(&stage, &[]);
+}
+
+#[test]
+fn what_a_killed_run_has_found_is_told_by_the_one_that_goes_on_with_it() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let manifest = matching(&stage, "backups/2", "manifest.json.zst")[0].clone();
+    let kept = flip(&manifest, fs::metadata(&manifest).unwrap().len() as usize / 2);
+    let report = damaged(&stage, "the manifest");
+    // Without its record it is as if it had been killed.
+    let id = report["id"].as_str().unwrap();
+    fs::remove_file(lineage(&stage).join(format!("history/verifications/{id}.json"))).unwrap();
+    let report = damaged(&stage, "the manifest, by the run before");
+    assert!(report["repositories"][0]["goes_on_from"].is_string(), "{report:#}");
+    assert_eq!(damage_of(&report, "damaged").len(), 1, "{report:#}");
+    assert!(report.to_string().contains("not read again since"), "{report:#}");
+    assert_eq!(lost_backups(&report), 1, "{report:#}");
+    write(&manifest, &kept);
+    sound(&stage, &[]);
+}
+
+#[test]
+fn of_a_copy_elsewhere_nothing_is_proven() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    sound(&stage, &[]);
+    let copy = stage.path().join("copy");
+    copy_tree(&stage.repository_dir(), &copy);
+    let url = format!("file://{}", copy.display());
+    let (status, report) = verify(&stage, &["--repo", &url, "--budget", "1kB"]);
+    assert_eq!((status, &report["outcome"]), (0, &Value::from("partly")), "{report:#}");
+    assert!(report["repositories"][0]["never_proven"].as_u64().unwrap() > 0, "{report:#}");
+    let (_, report) = verify(&stage, &["--budget", "1kB"]);
+    assert_eq!(report["repositories"][0]["never_proven"], 0, "{report:#}");
+}
+
+#[test]
+fn what_was_accepted_is_not_told_again_of_others_or_by_another_machine() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let elsewhere = stage.path().join("other machine");
+    let other_machine = |words: &[&str]| {
+        let mut command = stage.pitr(&["verify", "--json"]);
+        let output = stage.run(command.args(words).env("WALSHIP_STATE_DIR", &elsewhere));
+        (output.status.code().unwrap(), parsed(&output))
+    };
+    let copy = stage.path().join("copy");
+    copy_tree(&stage.repository_dir(), &copy);
+    let url = format!("file://{}", copy.display());
+    let both = ["--repo", stage.url(), "--repo", &*url];
+    assert_eq!((verify(&stage, &both).0, other_machine(&both).0), (0, 0));
+    // The end is gone in the first, and nothing there tells of it.
+    let last = segments(&stage, 1).pop().unwrap();
+    let kept = fs::read(&last).unwrap();
+    fs::remove_file(&last).unwrap();
+    fs::remove_dir_all(lineage(&stage).join("verifications")).unwrap();
+    let (status, report) = other_machine(&both);
+    assert_eq!(status, 4, "{report:#}");
+    let accept = [&both[..], &["--accept-missing", "--reason", "known"]].concat();
+    let (status, report) = other_machine(&accept);
+    assert_eq!(status, 0, "{report:#}");
+    for (status, report) in [verify(&stage, &both), other_machine(&both), verify(&stage, &[])] {
+        assert_eq!(status, 0, "{report:#}");
+    }
+    // It comes back, and is gone again: that nobody has accepted.
+    fs::write(&last, kept).unwrap();
+    assert_eq!(verify(&stage, &both).0, 0);
+    fs::remove_file(&last).unwrap();
+    assert_eq!(verify(&stage, &both).0, 4);
+}
+
+#[test]
+fn what_comes_to_a_repository_later_is_waited_for() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let copy = stage.path().join("copy");
+    copy_tree(&stage.repository_dir(), &copy);
+    let all = segments(&stage, 1);
+    let late: Vec<PathBuf> = all[all.len() - 2..]
+        .iter()
+        .map(|path| copy.join(path.strip_prefix(stage.repository_dir()).unwrap()))
+        .collect();
+    late.iter().for_each(|path| fs::remove_file(path).unwrap());
+    let url = format!("file://{}", copy.display());
+    let mut command = stage.pitr(&["verify", "--json", "--repo", stage.url(), "--repo", &url]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    for (from, to) in all[all.len() - 2..].iter().zip(&late) {
+        std::thread::sleep(Duration::from_secs(7));
+        fs::copy(from, to).unwrap();
+    }
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{:#}", parsed(&output));
 }

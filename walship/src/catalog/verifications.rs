@@ -102,6 +102,13 @@ pub struct Proven {
     pub format: u32,
     /// The verification that wrote it.
     pub id: String,
+    /// When that began, by the clock of the machine that did it.
+    #[serde(default)]
+    pub started: DateTime<Utc>,
+    /// The lineage's folder that was read, with the repository's address. What was read elsewhere is not proven of a copy
+    /// that brings this document along.
+    #[serde(default)]
+    pub repository: String,
     /// From when on objects count as read by that verification: its begin, or that of one that was killed and that it goes
     /// on from.
     pub round: Option<DateTime<Utc>>,
@@ -111,11 +118,82 @@ pub struct Proven {
     pub parts: Vec<ProvenRun>,
     /// Data objects of backups, by the backup's id.
     pub backups: BTreeMap<String, Vec<ProvenObjects>>,
+    /// When what lies beside a backup's data objects was last proven, by the backup's id.
+    #[serde(default)]
+    pub documents: BTreeMap<String, DateTime<Utc>>,
+    /// What was damaged when it was last read; at most [`Proven::DAMAGE_MAX`], the rest is as if it was never read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damage: Vec<KnownDamage>,
     /// What was there.
     pub seen: Seen,
-    /// That what was seen before and was missing was accepted: earlier documents do not count for that.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub accepts_missing: bool,
+    /// What was missing, and an operator said that it is known: it is not told again until it is there again.
+    #[serde(default, skip_serializing_if = "Seen::is_empty")]
+    pub accepted: Seen,
+}
+
+impl Proven {
+    /// So much damage is remembered.
+    pub const DAMAGE_MAX: usize = 2000;
+}
+
+/// What is read at once, and is proven or damaged as one. Backups come first: where not all damage can be remembered, theirs is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReadPlace {
+    /// What lies beside a backup's data objects.
+    Documents {
+        /// The backup's id.
+        backup: String,
+    },
+    /// A backup's data object.
+    Object {
+        /// The backup's id.
+        backup: String,
+        /// Its place in the record, from 0.
+        place: u32,
+    },
+    /// A segment, with all that is stored of it under `wal/`.
+    Segment(SegmentName),
+}
+
+impl ReadPlace {
+    /// Returns the id of the backup that it belongs to; `None` for WAL.
+    pub fn backup(&self) -> Option<&str> {
+        match self {
+            Self::Segment(_) => None,
+            Self::Documents { backup } | Self::Object { backup, .. } => Some(backup),
+        }
+    }
+}
+
+/// Something that was damaged when it was last read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownDamage {
+    /// What has to be read to find out whether it still is.
+    pub place: ReadPlace,
+    /// When the verification began that found it.
+    pub at: DateTime<Utc>,
+    /// What is wrong; at most [`KnownDamage::FLAWS_MAX`].
+    pub flaws: Vec<KnownFlaw>,
+}
+
+impl KnownDamage {
+    /// So much of what is wrong in one place is remembered.
+    pub const FLAWS_MAX: usize = 20;
+}
+
+/// Something that is wrong with what is damaged, as it was told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownFlaw {
+    /// What kind of thing it is, as in JSON.
+    pub kind: String,
+    /// What it concerns.
+    pub object: String,
+    /// What is wrong.
+    pub what: String,
+    /// The part of the backup, or the segment, that cannot be used because of it; `None` where all can be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub takes: Option<String>,
 }
 
 /// Consecutive segments that were proven at the same time.
@@ -166,4 +244,11 @@ pub struct Seen {
     pub histories: Vec<TimelineId>,
     /// Complete backups.
     pub backups: Vec<String>,
+}
+
+impl Seen {
+    /// Returns whether it is nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }

@@ -103,7 +103,13 @@ impl LineageRepository {
     /// # Errors
     /// [`Error::Corrupt`] for a key that is not a gap's: what it says is not known.
     pub async fn gaps_of(&self, timeline: TimelineId) -> Result<Vec<ListedGap>> {
-        self.list_gaps(&self.layout.timeline_gaps_prefix(timeline)).await
+        self.list_gaps(&self.layout.timeline_gaps_prefix(timeline)).await?.into_iter().collect()
+    }
+
+    /// Returns the gaps of all timelines, open and closed, as their keys tell them; of each key that is not a gap's, that
+    /// it is none.
+    pub(super) async fn all_gaps(&self) -> Result<Vec<Result<ListedGap>>> {
+        self.list_gaps(&self.layout.gaps_prefix()).await
     }
 
     /// Returns the key of a gap's record.
@@ -111,7 +117,7 @@ impl LineageRepository {
         self.layout.gap(&key_of(record))
     }
 
-    async fn list_gaps(&self, prefix: &str) -> Result<Vec<ListedGap>> {
+    async fn list_gaps(&self, prefix: &str) -> Result<Vec<Result<ListedGap>>> {
         let listed = list_all(&*self.storage, prefix, GAPS_MAX).await?;
         let gaps = listed.into_iter().map(|meta| match self.layout.parse_gap(&meta.key) {
             Some(told) => Ok(ListedGap { key: meta.key, told }),
@@ -124,7 +130,7 @@ impl LineageRepository {
                  newest walship that writes to it.",
             )),
         });
-        gaps.collect()
+        Ok(gaps.collect())
     }
 
     /// Returns a gap's record. One whose document is damaged or gone has the unknown cause.
@@ -143,11 +149,14 @@ impl LineageRepository {
         })
     }
 
-    /// Returns the open gaps. A stored segment that is not the WAL that a gap misses is taken out of `segments`, and
+    /// Returns those of the listed gaps that are open. A stored segment that is not the WAL that a gap misses is taken out of `segments`, and
     /// so is what was expired: an index that is behind may tell of it, and what is still there goes at any moment.
-    pub(super) async fn load_gaps(&self, segments: &mut StoredSegments) -> Result<Vec<GapRecord>> {
+    pub(super) async fn load_gaps(
+        &self,
+        listed: Vec<ListedGap>,
+        segments: &mut StoredSegments,
+    ) -> Result<Vec<GapRecord>> {
         let size = self.lineage.segment_size;
-        let listed = self.list_gaps(&self.layout.gaps_prefix()).await?;
         let mut open = Vec::new();
         for gap in listed {
             let told = gap.unread(String::new());

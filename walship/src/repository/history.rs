@@ -253,10 +253,19 @@ impl LineageRepository {
         Ok(Vec::new())
     }
 
-    /// Returns the last `max` documents of a kind in this repository, the newest first.
+    /// Returns the last `max` documents of a kind in this repository, the newest first, without those that are damaged: nothing
+    /// depends on them, and one must not hide the others.
     async fn recent_here<T: DeserializeOwned>(&self, deeds: &str, max: usize) -> Result<Vec<T>> {
         let listed = list_all(&*self.storage, &self.layout.history_prefix(deeds), RECORDS_MAX).await?;
-        let reads = listed.iter().rev().take(max).map(|meta| document::read::<T>(&*self.storage, &meta.key));
+        let reads = listed.iter().rev().take(max).map(|meta| async move {
+            match document::read::<T>(&*self.storage, &meta.key).await {
+                Err(error @ Error::Corrupt(_)) => {
+                    self.note(format!("a record of the history is left out: {error}"));
+                    Ok(None)
+                }
+                read => read,
+            }
+        });
         let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
         Ok(read.into_iter().flatten().collect())
     }
@@ -316,6 +325,12 @@ mod tests {
         assert_eq!(repository.get_drill_report(&id, form).await.unwrap().unwrap(), &b"<p>"[..]);
         let again = repository.put_drill_report(&id, form, Bytes::from_static(b"<b>")).await;
         assert!(matches!(again, Err(Error::Conflict(_))), "{again:?}");
+        // A damaged one does not hide the others; it is told of.
+        let damaged = repository.layout.history_record(DRILLS, &record(5).head.id).unwrap();
+        repository.storage.delete(&damaged).await.unwrap();
+        repository.storage.put_if_absent(&damaged, b"{".to_vec().into()).await.unwrap();
+        assert_eq!(seconds(repository.recent_drills(9).await.unwrap()), [9, 1]);
+        assert!(repository.notes().iter().any(|note| note.contains(damaged.as_str())));
         for bad in ["", "..", "../x", "20261121T010203Z-0123456789abcdeF"] {
             assert!(matches!(repository.get_drill_report(bad, form).await, Err(Error::Invalid(_))), "{bad}");
         }

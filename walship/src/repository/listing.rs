@@ -17,12 +17,18 @@ pub(super) enum Listed {
     Incomplete(SegmentName),
     /// A good copy beside a segment's damaged object.
     Copy(SegmentName),
+    /// A backup history file.
+    BackupHistory(SegmentName),
 }
 
 impl Listed {
     fn name(self) -> SegmentName {
         match self {
-            Self::Segment(name, _) | Self::Partial(name) | Self::Incomplete(name) | Self::Copy(name) => name,
+            Self::Segment(name, _)
+            | Self::Partial(name)
+            | Self::Incomplete(name)
+            | Self::Copy(name)
+            | Self::BackupHistory(name) => name,
         }
     }
 }
@@ -66,7 +72,8 @@ impl LineageRepository {
             }
             (WalFileName::Segment(name), _) => Some(Listed::Incomplete(name)),
             (WalFileName::Partial(name), _) => Some(Listed::Partial(name)),
-            (WalFileName::History(_) | WalFileName::BackupHistory(..), _) => None,
+            (WalFileName::BackupHistory(name, _), _) => Some(Listed::BackupHistory(name)),
+            (WalFileName::History(_), _) => None,
         }
     }
 

@@ -14,7 +14,7 @@ use crate::wal::rollup::{Rollup, Run};
 use super::document::{self, RECORD_BYTES_MAX};
 use super::layout::check_backup_id;
 use super::load_segments::{Found, Using, load_segments};
-use super::{BackupStarted, Leftover, LineageRepository};
+use super::{BackupStarted, Leftover, LineageRepository, ListedGap};
 
 /// More backups than anybody keeps.
 const BACKUPS_MAX: usize = 1_000_000;
@@ -49,6 +49,10 @@ pub struct Loaded {
     pub catalog: Catalog,
     /// How many data objects each backup has.
     pub objects: BTreeMap<String, u32>,
+    /// The records, as the index tells them, of backups that it knows and whose own record cannot be read or is gone.
+    pub unrecorded: Vec<BackupRecord>,
+    /// Segments of which a backup history file is stored.
+    pub backup_histories: Vec<SegmentName>,
     /// What is damaged, and so left out.
     pub damaged: Vec<DamagedDocument>,
 }
@@ -67,6 +71,11 @@ pub enum DamagedDocument {
     BackupRecord {
         /// The id in its key; empty where the key does not tell.
         id: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// A key among the records of gaps that is none of theirs.
+    GapKey {
         /// What is wrong.
         what: String,
     },
@@ -123,13 +132,24 @@ pub async fn load_what_is_sound(repository: &LineageRepository) -> Result<Loaded
             Err(error) => return Err(error),
         }
     }
-    let mut catalog = put_together(repository, backups, Vec::new(), &timelines, found, histories).await?;
+    let backup_histories = found.iter().flat_map(|found| found.backup_histories.iter().copied()).collect();
+    let mut gaps = Vec::new();
+    for listed in repository.all_gaps().await? {
+        match listed {
+            Ok(gap) => gaps.push(gap),
+            Err(what) => damaged.push(DamagedDocument::GapKey { what: what.to_string() }),
+        }
+    }
+    let parts = Parts { backups, unfinished: Vec::new(), histories, gaps };
+    let mut catalog = put_together(repository, parts, &timelines, found).await?;
     // The index tells of what was there once.
     for (timeline, indexed) in timelines.iter().zip(load_wal(repository, Using::Index).await?.1) {
         catalog.lost_ends.extend(indexed.lost_end.map(|last| (*timeline, last)));
     }
+    let mut unrecorded = repository.records_in_list().await?;
+    unrecorded.retain(|record| !objects.contains_key(&record.id));
     catalog.set_orphans_aside();
-    Ok(Loaded { catalog, objects, damaged })
+    Ok(Loaded { catalog, objects, unrecorded, backup_histories, damaged })
 }
 
 /// Loads what the lineage holds in each repository, and puts it together.
@@ -291,17 +311,25 @@ async fn load_one(repository: &LineageRepository, using: Using) -> Result<Catalo
     let (backups, unfinished) = load_backups(repository).await?;
     let (timelines, found) = load_wal(repository, using).await?;
     let histories = load_histories(repository, &timelines).await?;
-    put_together(repository, backups, unfinished, &timelines, found, histories).await
+    let gaps = repository.all_gaps().await?.into_iter().collect::<Result<Vec<_>>>()?;
+    put_together(repository, Parts { backups, unfinished, histories, gaps }, &timelines, found).await
+}
+
+/// What a catalog holds beside segments.
+struct Parts {
+    backups: Vec<BackupRecord>,
+    unfinished: Vec<BackupStarted>,
+    histories: BTreeMap<TimelineId, TimelineHistory>,
+    gaps: Vec<ListedGap>,
 }
 
 async fn put_together(
     repository: &LineageRepository,
-    backups: Vec<BackupRecord>,
-    unfinished: Vec<BackupStarted>,
+    parts: Parts,
     timelines: &[TimelineId],
     found: Vec<Found>,
-    histories: BTreeMap<TimelineId, TimelineHistory>,
 ) -> Result<Catalog> {
+    let Parts { backups, unfinished, histories, gaps } = parts;
     let mut catalog = Catalog {
         cluster: repository.cluster.to_string(),
         lineage: repository.lineage.clone(),
@@ -326,7 +354,7 @@ async fn put_together(
         catalog.partials.extend(found.partials);
         catalog.incomplete.extend(found.incomplete);
     }
-    catalog.gaps = repository.load_gaps(&mut catalog.segments).await?;
+    catalog.gaps = repository.load_gaps(gaps, &mut catalog.segments).await?;
     catalog.partials.sort_unstable();
     catalog.partials.dedup();
     catalog.incomplete.sort_unstable();
@@ -416,8 +444,16 @@ async fn load_backups(repository: &LineageRepository) -> Result<Backups> {
     let complete: BTreeSet<&str> = records.iter().map(|record| &*record.id).collect();
     let mut unfinished = Vec::new();
     for id in started_ids(repository).await? {
-        if !complete.contains(&*id) {
-            unfinished.extend(repository.backup_started(&id).await?);
+        if complete.contains(&*id) {
+            continue;
+        }
+        match repository.backup_started(&id).await {
+            Ok(started) => unfinished.extend(started),
+            // No restore reads it. Retention, which has to know what it says, reads it itself.
+            Err(error @ Error::Corrupt(_)) => {
+                repository.note(format!("a backup that did not complete is left out: {error}"));
+            }
+            Err(error) => return Err(error),
         }
     }
     Ok((records, unfinished))

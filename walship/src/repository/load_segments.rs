@@ -19,6 +19,8 @@ pub(super) struct Found {
     pub(super) rollups: Vec<Rollup>,
     pub(super) partials: Vec<SegmentName>,
     pub(super) incomplete: Vec<SegmentName>,
+    /// Segments of which a backup history file was listed.
+    pub(super) backup_histories: Vec<SegmentName>,
     /// The last segment of which the index told, when it is gone.
     pub(super) lost_end: Option<SegmentName>,
 }
@@ -59,6 +61,7 @@ async fn load_once(repository: &LineageRepository, timeline: TimelineId, using: 
         rollups: Vec::new(),
         partials: Vec::new(),
         incomplete: Vec::new(),
+        backup_histories: Vec::new(),
         lost_end: None,
     };
     let level = if using == Using::Index { LEVEL_MAX } else { 0 };
@@ -90,6 +93,7 @@ async fn list(
         Listed::Segment(name, bytes) => found.segments.insert(name, bytes),
         Listed::Partial(name) => found.partials.push(name),
         Listed::Incomplete(name) => found.incomplete.push(name),
+        Listed::BackupHistory(name) => found.backup_histories.push(name),
         Listed::Copy(_) => {}
     };
     repository.wal_between(timeline, from, unknown.until, show).await?;

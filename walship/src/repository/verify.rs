@@ -13,8 +13,9 @@ use crate::storage::{ObjectKey, ObjectMeta};
 use crate::wal::rollup::build::{Part, build};
 
 use super::LineageRepository;
-use super::document::{self, BackupStarted, RECORD_BYTES_MAX};
+use super::document::{self, RECORD_BYTES_MAX};
 use super::index::StoredRollup;
+use super::load_catalog::started_ids;
 use super::stored::{Expected, Target};
 use super::tails::ListedPart;
 
@@ -255,24 +256,35 @@ impl LineageRepository {
         Ok(wrong.into_iter().map(|(key, what)| (self.shown(&key), what)).collect())
     }
 
-    /// Returns a complete backup's record as this repository stores it, its data objects too, where it lies, and what was
-    /// said when it was begun.
+    /// Returns a complete backup's record as this repository stores it, its data objects too.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] when one of them cannot be read, or is another backup's; [`Error::Missing`] when it is gone.
-    pub async fn stored_record(
-        &self,
-        record: &BackupRecord,
-    ) -> Result<(BackupRecord, Option<BackupStarted>)> {
+    /// [`Error::Corrupt`] when it cannot be read; [`Error::Missing`] when it is gone.
+    pub async fn stored_record(&self, record: &BackupRecord) -> Result<BackupRecord> {
         let key =
             self.layout.backup_record(&record.id, record.timeline, record.start_lsn, record.stop_lsn)?;
         let whole = document::read_within::<BackupRecord>(&*self.storage, &key, RECORD_BYTES_MAX).await?;
-        let whole = whole.ok_or_else(|| Error::missing(format!("{} is gone", self.shown(&key))))?;
-        let started = self.backup_started(&record.id).await?;
-        Ok((whole, started))
+        whole.ok_or_else(|| Error::missing(format!("{} is gone", self.shown(&key))))
     }
 
-    /// Returns the documents of gaps, holds and backups that were begun that cannot be read: where, and what is wrong.
+    /// Returns what backups that did not complete said when they were begun, where that cannot be read: where, and what is
+    /// wrong. `records` are the ids of all backups with a record, whether that can be read or not.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn unreadable_starts(&self, records: &BTreeSet<&str>) -> Result<Vec<(String, String)>> {
+        let mut unreadable = Vec::new();
+        for id in started_ids(self).await?.into_iter().filter(|id| !records.contains(&**id)) {
+            match self.backup_started(&id).await {
+                Err(Error::Corrupt(error)) => unreadable.push((format!("backup {id}"), error.to_string())),
+                other => drop(other?),
+            }
+        }
+        Ok(unreadable)
+    }
+
+    /// Returns the documents of gaps and holds, and the marks of backups that are being removed, that cannot be read: where,
+    /// and what is wrong.
     ///
     /// # Errors
     /// What the store says.
@@ -287,6 +299,12 @@ impl LineageRepository {
         match self.holds().await {
             Err(Error::Corrupt(error)) => {
                 unreadable.push((format!("{}/holds", self.location()), error.to_string()));
+            }
+            other => drop(other?),
+        }
+        match self.marks().await {
+            Err(Error::Corrupt(error)) => {
+                unreadable.push((format!("{}/expiring", self.location()), error.to_string()));
             }
             other => drop(other?),
         }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
-use walship::catalog::{BackupObject, BackupRecord};
+use walship::catalog::{BackupObject, BackupRecord, ReadPlace};
 use walship::pg::backup_manifest::{BackupManifest, ManifestFile};
 use walship::repository::{BackupBlocks, BackupObjects, BackupStarted, LineageRepository};
 use walship::{Error, Result};
@@ -32,6 +32,9 @@ pub(super) const FLAWS_MAX: usize = 20;
 /// The part of a backup without which nothing of it can be told.
 const RECORD: &str = "its record";
 
+/// What was said when the backup was begun.
+const STARTED: &str = "started.json";
+
 /// The server's list of a backup's files.
 const MANIFEST: &str = "manifest.json.zst";
 
@@ -47,8 +50,20 @@ pub(super) struct Case {
     pub(super) known_pages: HashSet<(PathBuf, u32)>,
     /// Whether there were more than are named.
     pub(super) more_known_pages: bool,
-    /// What is wrong beside the data objects, until it is told.
-    findings: Mutex<Vec<Finding>>,
+}
+
+/// What became of reading a backup's documents.
+struct Opened {
+    /// What is known by them; `None` when the backup is gone, or its record cannot be read.
+    case: Option<Arc<Case>>,
+    findings: Vec<Finding>,
+    vanished: bool,
+}
+
+impl Opened {
+    fn without_case(findings: Vec<Finding>, vanished: bool) -> Self {
+        Self { case: None, findings, vanished }
+    }
 }
 
 /// The backups that are being read.
@@ -59,26 +74,24 @@ pub(super) struct Cases {
 
 impl Cases {
     /// Returns what is known of a backup; `None` when it is gone, or its record cannot be read.
-    async fn get(&self, job: &Job, id: &str) -> Result<(Option<Arc<Case>>, Vec<Finding>)> {
+    async fn get(&self, job: &Job, id: &str) -> Result<Option<Arc<Case>>> {
         let mut held = self.held.lock().await;
         if let Some((_, case)) = held.iter().find(|(known, _)| known == id) {
-            return Ok((case.clone(), case.iter().flat_map(|case| case.take_findings()).collect()));
+            return Ok(case.clone());
         }
-        let (case, findings) = open(job, id).await?;
-        let case = case.map(Arc::new);
-        if held.len() >= CASES_MAX {
-            held.remove(0);
-        }
-        held.push((id.to_owned(), case.clone()));
-        let told = case.iter().flat_map(|case| case.take_findings());
-        Ok((case.clone(), findings.into_iter().chain(told.collect::<Vec<_>>()).collect()))
+        // What is wrong with them is told where they are read for their own sake.
+        let case = open(job, id).await?.case;
+        keep(&mut held, id, case.clone());
+        Ok(case)
     }
 }
 
-impl Case {
-    fn take_findings(&self) -> Vec<Finding> {
-        std::mem::take(&mut self.findings.lock().unwrap_or_else(PoisonError::into_inner))
+fn keep(held: &mut Vec<(String, Option<Arc<Case>>)>, id: &str, case: Option<Arc<Case>>) {
+    held.retain(|(known, _)| known != id);
+    if held.len() >= CASES_MAX {
+        held.remove(0);
     }
+    held.push((id.to_owned(), case));
 }
 
 fn damage(job: &Job, id: &str, kind: FindingKind, part: &str, what: impl Into<String>) -> Finding {
@@ -86,22 +99,34 @@ fn damage(job: &Job, id: &str, kind: FindingKind, part: &str, what: impl Into<St
     Finding::damage(kind, &job.location, format!("backup {id}, {part}"), what, takes)
 }
 
+/// Returns damage of a part that no restore needs.
+fn unneeded(job: &Job, id: &str, kind: FindingKind, part: &str, what: impl Into<String>) -> Finding {
+    Finding { takes: Takes::Nothing, ..damage(job, id, kind, part, what) }
+}
+
 /// Reads the documents of a backup.
-async fn open(job: &Job, id: &str) -> Result<(Option<Case>, Vec<Finding>)> {
+async fn open(job: &Job, id: &str) -> Result<Opened> {
     let known = job.catalog.backups.iter().find(|backup| backup.id == id);
-    let Some(known) = known else { return Ok((None, Vec::new())) };
+    // An orphan's is told of by that.
+    let Some(known) = known else { return Ok(Opened::without_case(Vec::new(), false)) };
     let repository = &job.repository;
-    let (record, started) = match repository.stored_record(known).await {
-        Ok(read) => read,
-        Err(Error::Missing(_)) => return Ok((None, Vec::new())),
+    let record = match repository.stored_record(known).await {
+        Ok(record) => record,
+        Err(Error::Missing(_)) => return Ok(Opened::without_case(Vec::new(), true)),
         Err(Error::Corrupt(error)) => {
             let finding = damage(job, id, FindingKind::Damaged, RECORD, error.to_string());
-            return Ok((None, vec![finding]));
+            return Ok(Opened::without_case(vec![finding], false));
         }
         Err(error) => return Err(error),
     };
     let mut findings = Vec::new();
-    findings.extend(started_flaw(job, &record, started.as_ref()));
+    match repository.backup_started(id).await {
+        Ok(started) => findings.extend(started_flaw(job, &record, started.as_ref())),
+        Err(Error::Corrupt(error)) => {
+            findings.push(unneeded(job, id, FindingKind::Damaged, STARTED, error.to_string()));
+        }
+        Err(error) => return Err(error),
+    }
     let (manifest, flaws) = read_manifest(job, &record).await?;
     findings.extend(flaws);
     for (part, read) in [
@@ -111,13 +136,9 @@ async fn open(job: &Job, id: &str) -> Result<(Option<Case>, Vec<Finding>)> {
         match read {
             Ok(()) => {}
             // A restore needs neither: settings are offered, names are for `pitr log`.
-            Err(Error::Corrupt(error) | Error::Missing(error)) => findings.push(Finding::damage(
-                FindingKind::Damaged,
-                &job.location,
-                format!("backup {id}, {part}"),
-                error.to_string(),
-                Takes::Nothing,
-            )),
+            Err(Error::Corrupt(error) | Error::Missing(error)) => {
+                findings.push(unneeded(job, id, FindingKind::Damaged, part, error.to_string()));
+            }
             Err(error) => return Err(error),
         }
     }
@@ -136,23 +157,26 @@ async fn open(job: &Job, id: &str) -> Result<(Option<Case>, Vec<Finding>)> {
         from,
         more_known_pages: pages.total > pages.pages.len() as u64,
         known_pages: pages.pages.into_iter().map(|page| (page.path, page.block)).collect(),
-        findings: Mutex::new(findings),
         record,
     };
-    Ok((Some(case), Vec::new()))
+    Ok(Opened { case: Some(Arc::new(case)), findings, vanished: false })
 }
 
-/// Returns how a backup's record contradicts what was said when it was begun.
+/// Returns how what was said when a backup was begun contradicts its record. A restore reads the record alone, which is found
+/// by a key that says the same of its start; of its parent nothing else tells.
 fn started_flaw(job: &Job, record: &BackupRecord, started: Option<&BackupStarted>) -> Option<Finding> {
     let started = started?;
-    let parent = record.parent.as_ref().map(|parent| &parent.id);
-    let same = started.id == record.id
+    let (id, kind) = (&record.id, FindingKind::Contradiction);
+    if started.parent.as_ref() != record.parent.as_ref().map(|parent| &parent.id) {
+        let what = "it names another backup to build on than started.json";
+        return Some(damage(job, id, kind, RECORD, what));
+    }
+    let same = started.id == *id
         && started.label == record.label
         && (started.timeline, started.start_lsn) == (record.timeline, record.start_lsn)
-        && started.started == record.started
-        && started.parent.as_ref() == parent;
-    let what = "it says something else of the backup's begin than started.json";
-    (!same).then(|| damage(job, &record.id, FindingKind::Contradiction, RECORD, what))
+        && started.started == record.started;
+    let what = "it says something else of the backup's begin than its record";
+    (!same).then(|| unneeded(job, id, kind, STARTED, what))
 }
 
 type Files = HashMap<PathBuf, ManifestFile>;
@@ -189,7 +213,7 @@ async fn read_manifest(job: &Job, record: &BackupRecord) -> Result<(Option<Files
     Ok((Some(files.collect()), findings))
 }
 
-/// Returns where the notes beside the data objects contradict the record.
+/// Returns where the notes beside the data objects contradict the record. Whether the record is right the objects tell.
 async fn note_flaws(job: &Job, record: &BackupRecord) -> Result<Vec<Finding>> {
     let noted = job.repository.stored_objects(&record.id).await?;
     let contradicts = |note: &&BackupObject| {
@@ -197,8 +221,9 @@ async fn note_flaws(job: &Job, record: &BackupRecord) -> Result<Vec<Finding>> {
         known.is_some_and(|known| known != *note)
     };
     let flaws = noted.iter().filter(contradicts).map(|note| {
-        let what = format!("it says something else of {} than what was noted beside that", note.name);
-        damage(job, &record.id, FindingKind::Contradiction, RECORD, what)
+        let part = format!("the note beside {}", note.name);
+        let what = "it says something else than the backup's record";
+        unneeded(job, &record.id, FindingKind::Contradiction, &part, what)
     });
     Ok(flaws.take(FLAWS_MAX).collect())
 }
@@ -273,6 +298,32 @@ async fn incomplete_files(
     Ok(findings)
 }
 
+/// Reads what lies beside a backup's data objects, and compares it.
+///
+/// # Errors
+/// What is no damage: an outage.
+pub(super) async fn read_documents(job: &Job, id: &str) -> Result<Done> {
+    let mut done = Done::default();
+    if !job.is_allowed() {
+        done.left = 1;
+        return Ok(done);
+    }
+    // Its objects wait: they are compared with the same.
+    let mut held = job.cases.held.lock().await;
+    let opened = open(job, id).await?;
+    if opened.vanished {
+        done.vanished_backups.push(id.to_owned());
+    }
+    let is_read = opened.case.is_some() || !opened.findings.is_empty();
+    keep(&mut held, id, opened.case);
+    done.findings = opened.findings;
+    if is_read {
+        done.objects = 1;
+        done.read(ReadPlace::Documents { backup: id.to_owned() }, 0);
+    }
+    Ok(done)
+}
+
 /// Reads one data object of a backup whole.
 ///
 /// # Errors
@@ -283,15 +334,8 @@ pub(super) async fn read_object(job: &Job, id: &str, place: u32) -> Result<Done>
         done.left = 1;
         return Ok(done);
     }
-    let (case, findings) = job.cases.get(job, id).await?;
-    let record_is_damaged = !findings.is_empty();
-    done.findings = findings;
-    let Some(case) = case else {
-        if !record_is_damaged && !job.catalog.orphaned_backups.iter().any(|backup| backup.id == id) {
-            done.vanished_backups.push(id.to_owned());
-        }
-        return Ok(done);
-    };
+    // Why there is nothing to compare it with is told where the documents are read.
+    let Some(case) = job.cases.get(job, id).await? else { return Ok(done) };
     let Some(object) = case.record.objects.get(place as usize) else { return Ok(done) };
     done.objects = 1;
     let mut found = fetch(job, id, &case, place).await;
@@ -299,19 +343,14 @@ pub(super) async fn read_object(job: &Job, id: &str, place: u32) -> Result<Done>
         // It may have been on its way alone.
         found = fetch(job, id, &case, place).await;
     }
-    let sound = match found {
-        Ok(found) => {
-            let clean = found.is_clean();
-            done.findings.extend(flaws(job, id, object, found));
-            clean
-        }
+    match found {
+        Ok(found) => done.findings.extend(flaws(job, id, object, found)),
         Err(Error::Missing(error)) => {
             done.findings.push(damage(job, id, FindingKind::Missing, &object.name, error.to_string()));
-            false
         }
         Err(error) => return Err(error),
-    };
-    done.backup_objects.push((id.to_owned(), place, sound));
+    }
+    done.read(ReadPlace::Object { backup: id.to_owned(), place }, 0);
     Ok(done)
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
-use walship::catalog::{Catalog, Proven, VerifyOutcome};
+use walship::catalog::{BackupRecord, Catalog, Proven, StoredSegments, VerifyOutcome};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use walship::repository::{
     DamagedDocument, LineageRepository, Loaded, RollupState, load_tails, load_what_is_sound,
@@ -13,7 +13,7 @@ use walship::{Error, Result};
 
 use super::run::Worked;
 use super::{GO_ON_WITHIN, LOOK_ASIDE_MAX, Request, TailEnds};
-use crate::verify::{Finding, FindingKind, Needed, ProvenState, SeenBefore, Takes, VerifiedRange};
+use crate::verify::{Finding, FindingKind, Needed, SeenBefore, Takes, VerifiedRange};
 
 /// How many records of removals are read.
 const EXPIRES_MAX: usize = 10_000;
@@ -22,9 +22,13 @@ const EXPIRES_MAX: usize = 10_000;
 #[derive(Debug)]
 pub(super) struct Looked {
     pub(super) catalog: Catalog,
+    /// The segments of which anything is stored under `wal/`, whole or not.
+    pub(super) stored: StoredSegments,
     /// How many data objects each backup has.
     pub(super) objects: BTreeMap<String, u32>,
-    /// What earlier verifications recorded, the oldest first.
+    /// What the index tells of backups whose own record cannot be read or is gone.
+    pub(super) unrecorded: Vec<BackupRecord>,
+    /// What earlier verifications recorded, in the order in which they began.
     pub(super) proven: Vec<Proven>,
     /// Segments that are stored whole and have parts as well.
     pub(super) doubled: BTreeSet<SegmentName>,
@@ -47,19 +51,28 @@ impl Looked {
 
     /// Returns what is there.
     pub(super) fn seen_now(&self) -> SeenBefore {
-        let mut seen = ProvenState::of(self.catalog.lineage.segment_size, []).seen;
-        seen.add_catalog(&self.catalog);
-        seen
+        SeenBefore::of_catalog(&self.catalog)
     }
 }
 
-/// Looks at a repository.
-pub(super) async fn look(repository: &LineageRepository) -> Result<Looked> {
+/// Looks at a repository at `now`.
+pub(super) async fn look(repository: &LineageRepository, now: DateTime<Utc>) -> Result<Looked> {
     let location = repository.location();
-    let proven = repository.proven().await?;
-    let Loaded { mut catalog, objects, damaged } = load_what_is_sound(repository).await?;
+    let proven = repository.proven(now).await?;
+    let Loaded { mut catalog, objects, unrecorded, backup_histories, damaged } =
+        load_what_is_sound(repository).await?;
+    let records = damaged.iter().filter_map(|damaged| match damaged {
+        DamagedDocument::BackupRecord { id, .. } => Some(&**id),
+        _ => None,
+    });
+    let records = records.chain(objects.keys().map(|id| &**id)).collect();
+    let starts = repository.unreadable_starts(&records).await?;
     let mut findings: Vec<Finding> =
         damaged.into_iter().map(|damaged| document_finding(&location, damaged)).collect();
+    for (object, what) in starts {
+        let what = format!("{what}; retention removes nothing while it is so");
+        findings.push(Finding::damage(FindingKind::Damaged, &location, object, what, Takes::Nothing));
+    }
     match load_tails(repository, &mut catalog).await {
         Ok(_) => {}
         Err(Error::Conflict(error)) => {
@@ -87,8 +100,12 @@ pub(super) async fn look(repository: &LineageRepository) -> Result<Looked> {
             Takes::Backup { id: orphan.id.clone(), part: format!("backup {}", orphan.missing) },
         ));
     }
-    let mut looked =
-        Looked { catalog, objects, proven, doubled: BTreeSet::new(), tail_ends: TailEnds::new(), findings };
+    let mut stored = catalog.segments.clone();
+    for name in catalog.partials.iter().chain(&catalog.incomplete).chain(&backup_histories) {
+        stored.insert(*name, 0);
+    }
+    let (doubled, tail_ends) = (BTreeSet::new(), TailEnds::new());
+    let mut looked = Looked { catalog, stored, objects, unrecorded, proven, doubled, tail_ends, findings };
     check_histories(repository, &mut looked).await?;
     check_tails(repository, &mut looked).await?;
     Ok(looked)
@@ -104,6 +121,10 @@ fn document_finding(location: &str, damaged: DamagedDocument) -> Finding {
         DamagedDocument::BackupRecord { id, what } => {
             let takes = Takes::Backup { id: id.clone(), part: "its record".to_owned() };
             Finding::damage(kind, location, format!("backup {id}, its record"), what, takes)
+        }
+        DamagedDocument::GapKey { what } => {
+            let what = format!("{what}; no plan can be made while it lies there");
+            Finding::damage(kind, location, format!("{location}/gaps"), what, Takes::Nothing)
         }
     }
 }
@@ -189,9 +210,18 @@ async fn check_tails(repository: &LineageRepository, looked: &mut Looked) -> Res
     Ok(())
 }
 
-/// Returns the backups that retention has removed, or is removing.
+/// Returns the backups that retention is removing.
+pub(super) async fn going_backups(repository: &LineageRepository) -> Result<BTreeSet<String>> {
+    match repository.expiring().await {
+        // It is told of among the documents that cannot be read.
+        Err(Error::Corrupt(_)) => Ok(BTreeSet::new()),
+        going => going,
+    }
+}
+
+/// Returns the backups that retention has removed, was to remove, or is removing.
 pub(super) async fn gone_backups(repository: &LineageRepository) -> Result<BTreeSet<String>> {
-    let mut gone = repository.expiring().await?;
+    let mut gone = going_backups(repository).await?;
     for (record, _) in repository.recent_expires(EXPIRES_MAX).await? {
         gone.extend(record.backups.into_iter().map(|backup| backup.id));
     }
@@ -204,10 +234,10 @@ pub(super) async fn goes_on_from(
     looked: &Looked,
     request: &Request,
 ) -> Result<Option<DateTime<Utc>>> {
-    let Some(last) = looked.proven.last().filter(|_| !request.anew) else { return Ok(None) };
-    let Some(round) = last.round.filter(|round| request.started - *round < GO_ON_WITHIN) else {
-        return Ok(None);
-    };
+    let here = looked.proven.last().filter(|last| last.repository == repository.location());
+    let Some(last) = here.filter(|_| !request.anew) else { return Ok(None) };
+    let recent = |round: &DateTime<Utc>| *round <= request.started && request.started - *round < GO_ON_WITHIN;
+    let Some(round) = last.round.filter(recent) else { return Ok(None) };
     let records = repository.recent_verifications(super::run::RECORDS_MAX).await?;
     let ended = records.iter().find(|record| record.head.id == last.id);
     let unended = ended.is_none_or(|record| record.outcome == VerifyOutcome::Interrupted);
@@ -254,17 +284,35 @@ pub(super) async fn index_flaws(
     Ok(findings)
 }
 
-/// Returns what was gone when it was to be read, and that no removal accounts for.
-pub(super) async fn vanished(
+/// Returns what was gone when it was to be read, and that no removal accounts for; takes back what was found in backups that
+/// retention has removed meanwhile.
+pub(super) async fn settle(
     repository: &LineageRepository,
-    worked: &Worked,
+    worked: &mut Worked,
     location: &str,
 ) -> Result<Vec<Finding>> {
-    if worked.vanished.is_empty() && worked.vanished_backups.is_empty() {
+    let of_backup = |finding: &Finding| finding.is_damage() && concerns(finding, "");
+    let is_asked = worked.findings.iter().any(of_backup);
+    if worked.vanished.is_empty() && worked.vanished_backups.is_empty() && !is_asked {
         return Ok(Vec::new());
     }
+    let gone = gone_backups(repository).await?;
     let mut findings = Vec::new();
-    let now = load_what_is_sound(repository).await?.catalog;
+    let now = load_what_is_sound(repository).await?;
+    // A record that cannot be read is there.
+    let broken = |id: &str| {
+        now.damaged.iter().any(|damaged| match damaged {
+            DamagedDocument::BackupRecord { id: known, .. } => known == id,
+            _ => false,
+        })
+    };
+    let now = &now.catalog;
+    let is_there = |id: &str| {
+        let orphaned = now.orphaned_backups.iter().any(|backup| backup.id == id);
+        orphaned || broken(id) || now.backups.iter().any(|backup| backup.id == id)
+    };
+    // Its record goes first.
+    worked.take_back(|finding| gone.iter().any(|id| concerns(finding, id) && !is_there(id)));
     let size = now.lineage.segment_size;
     for name in &worked.vanished {
         let expired = now.gaps.iter().any(|gap| gap.is_expired() && gap.covers(*name, size));
@@ -275,11 +323,7 @@ pub(super) async fn vanished(
             findings.push(Finding::damage(FindingKind::Missing, location, name.to_string(), what, takes));
         }
     }
-    let gone = gone_backups(repository).await?;
-    for id in worked.vanished_backups.iter().filter(|id| !gone.contains(*id)) {
-        if now.backups.iter().any(|backup| backup.id == *id) {
-            continue;
-        }
+    for id in worked.vanished_backups.iter().filter(|id| !gone.contains(*id) && !is_there(id)) {
         findings.push(Finding::damage(
             FindingKind::Missing,
             location,
@@ -289,6 +333,15 @@ pub(super) async fn vanished(
         ));
     }
     Ok(findings)
+}
+
+/// Returns whether a finding is one of a backup whose id begins so.
+fn concerns(finding: &Finding, id: &str) -> bool {
+    match &finding.takes {
+        Takes::Backup { id: known, .. } => known.starts_with(id),
+        // What no restore needs of it.
+        _ => finding.object.strip_prefix("backup ").is_some_and(|object| object.starts_with(id)),
+    }
 }
 
 /// Returns the time of a transaction's end near a position: the last known before it, or the first behind it.

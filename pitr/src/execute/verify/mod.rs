@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use walship::catalog::{Catalog, Seen, VerifyOutcome};
+use walship::catalog::{Catalog, ReadPlace, Seen, VerifyOutcome};
 use walship::pg::{Lsn, SegmentName};
 use walship::replication::ServerPosition;
 use walship::repository::LineageRepository;
@@ -25,7 +25,7 @@ use crate::plan::RestorePlan;
 use crate::verify::affected::{Affected, Place, affected};
 use crate::verify::{
     Finding, Needed, ProvenState, Report, RepositoryReport, SeenBefore, Unread, behind_server, gaps_found,
-    history_flaws, less_than_seen, order,
+    history_flaws, less_than_seen, order, told_again,
 };
 use look::Looked;
 use run::{Job, Notes, Worked, backups, work};
@@ -117,7 +117,7 @@ pub async fn verify(
     let (mut looked, mut reports, mut failure) = (Vec::new(), Vec::new(), None);
     for one in repository.each() {
         let metered = one.metered(Arc::clone(&meter));
-        match look::look(&metered).await {
+        match look::look(&metered, request.started).await {
             Ok(found) => looked.push((metered, found)),
             Err(error) => {
                 reports.push(unread_report(one.location(), &error));
@@ -136,17 +136,13 @@ pub async fn verify(
         }
     }
     let elsewhere: Vec<SeenBefore> = looked.iter().map(|(_, found)| found.seen_now()).collect();
-    let mut findings_of = Vec::new();
     for (at, (metered, found)) in looked.iter_mut().enumerate() {
         let others = elsewhere.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, seen)| seen);
         let report =
             verify_one(metered, found, request, &others.collect::<Vec<_>>(), &stopped, progress, &meter)
                 .await;
         match report {
-            Ok(report) => {
-                findings_of.push(at);
-                reports.push(report);
-            }
+            Ok(report) => reports.push(report),
             Err(error) => reports.push(unread_report(metered.location(), &error)),
         }
     }
@@ -175,8 +171,11 @@ pub async fn verify(
     })
 }
 
-/// How long something that one repository has may be on its way to another.
-const ON_ITS_WAY: Duration = Duration::from_secs(5);
+/// Where a repository lacks what another has, it is looked at again after this long: it may be on its way.
+const ON_ITS_WAY: Duration = Duration::from_secs(10);
+
+/// So often at most, while something comes.
+const LOOKS_MAX: u32 = 6;
 
 /// Returns how bad an outcome is.
 fn weight(outcome: VerifyOutcome) -> u8 {
@@ -222,17 +221,27 @@ async fn verify_one(
     let read_before = meter.bytes();
     let mut findings = found.take_findings(&needed);
     findings.extend(history_flaws(&location, &found.catalog));
-    findings.extend(gaps_found(&location, &found.catalog, &needed));
-    let mut state = ProvenState::of(found.catalog.lineage.segment_size, &found.proven);
+    let gone = look::gone_backups(repository).await?;
+    let going = look::going_backups(repository).await?;
+    findings.extend(gaps_found(&location, &found.catalog, &needed, &going));
+    let (size, now) = (found.catalog.lineage.segment_size, found.seen_now());
+    let mut state = ProvenState::of(size, &location, request.started, &found.proven);
     if let Some(seen) = request.remembered.get(&location) {
         state.seen.add(seen);
     }
-    let gone = look::gone_backups(repository).await?;
-    if !request.accept_missing {
-        let mut less = less_than_seen(&location, &found.catalog, &state.seen, &gone, &needed, &findings);
+    // What is back counts again.
+    state.accepted = state.accepted.without(&now);
+    if request.accept_missing {
+        for seen in elsewhere.iter().copied().chain([&state.seen.clone()]) {
+            state.accepted.add(&seen.without(&now).recorded());
+        }
+    } else {
+        let seen = state.seen.without(&state.accepted);
+        let elsewhere: Vec<_> = elsewhere.iter().map(|seen| seen.without(&state.accepted)).collect();
+        let mut less = less_than_seen(&location, &found.catalog, &seen, &gone, &needed, &findings);
         let than_elsewhere = |catalog: &Catalog, told: &[Finding]| {
             let (mut less, mut told) = (Vec::new(), told.to_vec());
-            for seen in elsewhere {
+            for seen in &elsewhere {
                 let more = less_than_seen(&location, catalog, seen, &gone, &needed, &told);
                 told.extend(more.iter().cloned());
                 less.extend(more);
@@ -241,10 +250,18 @@ async fn verify_one(
         };
         let told: Vec<Finding> = findings.iter().chain(&less).cloned().collect();
         let mut than_others = than_elsewhere(&found.catalog, &told);
-        if !than_others.is_empty() {
-            // The others were looked at later: what has come meanwhile is on its way here, or has arrived.
+        // What the others had by then may be on its way here, or have arrived.
+        for _ in 0..LOOKS_MAX {
+            if than_others.is_empty() || stopped.load(Ordering::Relaxed) {
+                break;
+            }
             tokio::time::sleep(ON_ITS_WAY).await;
-            than_others = than_elsewhere(&look::look(repository).await?.catalog, &told);
+            let again = than_elsewhere(&look::look(repository, request.started).await?.catalog, &told);
+            let is_coming = again != than_others;
+            than_others = again;
+            if !is_coming {
+                break;
+            }
         }
         less.extend(than_others);
         findings.extend(less);
@@ -255,29 +272,27 @@ async fn verify_one(
     }
     findings.extend(wal::check_forks(repository, &found.catalog, &needed, &location).await?);
     let going_on = look::goes_on_from(repository, found, request).await?;
-    if request.accept_missing {
-        state.seen = found.seen_now();
-    } else {
-        state.seen.add_catalog(&found.catalog);
-        state.seen.backups.retain(|id| !gone.contains(id));
-    }
-    state.keep_only(&found.catalog);
+    state.seen = state.seen.without(&state.accepted);
+    state.seen.add_catalog(&found.catalog);
+    state.seen.backups.retain(|id| !gone.contains(id));
+    state.keep_only(&found.catalog, &found.stored);
     let round = going_on.filter(|_| request.budget.is_none());
-    let pieces = order(&found.catalog, &needed, &state, &found.objects, &found.doubled, round);
+    let pieces = order(&found.stored, &needed, &state, &found.objects, &found.doubled, round);
     progress.pieces.fetch_add(pieces.len() as u64, Ordering::Relaxed);
+    let within = |budget: Option<u64>| budget.map_or(u64::MAX, |budget| meter.bytes().saturating_add(budget));
     let job = Job {
         repository: repository.clone(),
         location: location.clone(),
         catalog: found.catalog.clone(),
         cases: backup::Cases::default(),
         meter: Arc::clone(meter),
-        until_bytes: request.budget.map_or(u64::MAX, |budget| meter.bytes().saturating_add(budget)),
+        until_bytes: within(request.budget),
+        damaged_until_bytes: within(request.budget.map(|budget| budget / 2)),
         stopped: Arc::clone(stopped),
         begun: AtomicBool::new(false),
     };
     let since = round.unwrap_or(request.started);
-    let mut notes =
-        Notes::new(state, request.started, &request.id, since, request.accept_missing, repository);
+    let mut notes = Notes::new(state, request.started, &request.id, since, repository);
     let mut worked = work(&job, pieces, request.workers, &mut notes, progress).await;
     if needed.everything && !worked.interrupted && !worked.is_broken_off() {
         match look::index_flaws(repository, &found.catalog, &worked.ranges(job.size())).await {
@@ -287,7 +302,18 @@ async fn verify_one(
             }
         }
     }
-    findings.extend(look::vanished(repository, &worked, &location).await?);
+    // What was not read again is as it was.
+    let old = notes.state.damage().values().filter(|damage| damage.at < request.started);
+    let wanted = old.filter(|damage| match &damage.place {
+        ReadPlace::Segment(name) => needed.has_segment(*name, size),
+        place => place.backup().is_some_and(|id| needed.backups.contains(id)),
+    });
+    worked.add_findings(wanted.flat_map(|damage| told_again(&location, damage)).collect());
+    match look::settle(repository, &mut worked, &location).await {
+        Ok(gone) => findings.extend(gone),
+        // What was found is told all the same.
+        Err(error) => worked.unread.push(Unread { object: location.clone(), why: error.to_string() }),
+    }
     notes.note().await;
     if let Some(error) = &notes.failure {
         repository.note(format!("what is proven of {location} cannot be noted there: {error}"));
@@ -343,7 +369,12 @@ fn report_of(
 
 /// Says of each finding in which other repository that lies which it takes.
 fn name_copies(looked: &[(LineageRepository, Looked)], reports: &mut [RepositoryReport]) {
-    let places = places(looked, reports);
+    let mut places = places(looked, reports);
+    // Nobody knows whether that is sound which was not read.
+    places.retain(|(location, _)| {
+        let report = reports.iter().find(|report| report.repository == *location);
+        report.is_some_and(|report| report.unread.is_empty() && report.never_proven == 0)
+    });
     let mut copies = Vec::new();
     for report in reports.iter() {
         let of_report: Vec<Vec<String>> = report
@@ -375,7 +406,15 @@ fn places<'a>(
         let report = reports.iter().find(|report| report.repository == location);
         let findings = report.into_iter().flat_map(|report| &report.findings);
         let findings = findings.filter(|finding| finding.is_damage()).collect();
-        (location, Place { catalog: &found.catalog, findings, tail_ends: &found.tail_ends })
+        (
+            location,
+            Place {
+                catalog: &found.catalog,
+                unrecorded: &found.unrecorded,
+                findings,
+                tail_ends: &found.tail_ends,
+            },
+        )
     });
     with_report.collect()
 }

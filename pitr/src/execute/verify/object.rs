@@ -59,11 +59,6 @@ impl Found {
         self.damage.is_some()
     }
 
-    /// Returns whether there is nothing wrong.
-    pub(super) fn is_clean(&self) -> bool {
-        self.damage.is_none() && self.flaws.is_empty() && self.pages_total == 0
-    }
-
     fn flaw(&mut self, what: String) {
         // One more than is told, so that it is known that there are more.
         if self.flaws.len() <= 10 * FLAWS_MAX {

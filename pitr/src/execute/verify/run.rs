@@ -1,6 +1,6 @@
 //! Does the work, piece by piece, several at a time, and notes what is proven as it goes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -8,15 +8,17 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use walship::catalog::{Catalog, VerifiedBackup, VerifyOutcome};
+use walship::catalog::{Catalog, ReadPlace, StoredSegments, VerifiedBackup, VerifyOutcome};
 use walship::pg::{SegmentName, SegmentSize, TimelineId};
 use walship::repository::LineageRepository;
 use walship::storage::metered::Meter;
 use walship::{Error, Result};
 
-use super::backup::{Cases, read_object};
+use super::backup::{Cases, read_documents, read_object};
 use super::wal::read_wal;
-use crate::verify::{Finding, ProvenState, RepositoryReport, Unread, VerifiedRange, Work, WorkKind};
+use crate::verify::{
+    Finding, ProvenState, RepositoryReport, Unread, VerifiedRange, Work, WorkKind, known_damage,
+};
 
 /// What was proven is noted for the first time after this long, then after twice as long each time.
 const FIRST_NOTE: Duration = Duration::from_secs(2);
@@ -41,6 +43,8 @@ pub(super) struct Job {
     pub(super) meter: Arc<Meter>,
     /// Up to how many bytes of the meter more is begun.
     pub(super) until_bytes: u64,
+    /// Up to how many what is known to be damaged is read before all else.
+    pub(super) damaged_until_bytes: u64,
     pub(super) stopped: Arc<AtomicBool>,
     /// At least one piece is read, however small the budget.
     pub(super) begun: AtomicBool,
@@ -64,20 +68,30 @@ pub(super) struct Done {
     /// Objects that were read.
     pub(super) objects: u64,
     pub(super) findings: Vec<Finding>,
-    /// Segments that are sound.
-    pub(super) proven: Vec<SegmentName>,
-    /// Segments that are not.
-    pub(super) doubted: Vec<SegmentName>,
+    /// What is sound.
+    pub(super) proven: Vec<ReadPlace>,
+    /// What is not, with what was found there.
+    pub(super) doubted: Vec<(ReadPlace, Vec<Finding>)>,
     /// Segments that were listed and are gone.
     pub(super) vanished: Vec<SegmentName>,
     /// Segments whose parts are sound.
     pub(super) parts: Vec<SegmentName>,
-    /// Data objects of backups, and whether they are sound.
-    pub(super) backup_objects: Vec<(String, u32, bool)>,
     /// Backups that are gone.
     pub(super) vanished_backups: Vec<String>,
     /// Segments of the piece that were not read.
     pub(super) left: u64,
+}
+
+impl Done {
+    /// Notes that a place was read, and what of the findings from the `first` on was found there.
+    pub(super) fn read(&mut self, place: ReadPlace, first: usize) {
+        let damage: Vec<Finding> =
+            self.findings.iter().skip(first).filter(|finding| finding.is_damage()).cloned().collect();
+        match damage.is_empty() {
+            true => self.proven.push(place),
+            false => self.doubted.push((place, damage)),
+        }
+    }
 }
 
 /// What all work came to.
@@ -101,23 +115,25 @@ pub(super) struct Worked {
 }
 
 impl Worked {
-    fn add(&mut self, done: Done, state: &mut ProvenState, at: DateTime<Utc>, size: SegmentSize) {
+    fn add(&mut self, done: Done, state: &mut ProvenState, at: DateTime<Utc>, stored: &StoredSegments) {
         self.objects += done.objects;
         self.add_findings(done.findings);
-        for name in &done.proven {
-            state.prove_segment(*name, at);
+        let read = done.proven.iter().chain(done.doubted.iter().map(|(place, _)| place));
+        for place in read {
+            if let ReadPlace::Segment(name) = place
+                && stored.contains(*name)
+            {
+                self.note_read(*name, stored.size());
+            }
         }
-        for name in &done.doubted {
-            state.doubt_segment(*name);
+        for place in &done.proven {
+            state.prove(place, at);
         }
-        for name in done.proven.iter().chain(&done.doubted) {
-            self.note_read(*name, size);
+        for (place, findings) in done.doubted {
+            state.doubt(known_damage(place, at, &findings));
         }
         for name in &done.parts {
             state.prove_parts(*name, at);
-        }
-        for (backup, place, sound) in done.backup_objects {
-            state.set_object(&backup, place, sound.then_some(at));
         }
         self.vanished.extend(done.vanished);
         self.vanished_backups.extend(done.vanished_backups);
@@ -136,6 +152,15 @@ impl Worked {
                 self.findings.push(finding);
             }
         }
+    }
+
+    /// Forgets findings that turned out to be none.
+    pub(super) fn take_back(&mut self, is_none: impl Fn(&Finding) -> bool) {
+        let findings = std::mem::take(&mut self.findings);
+        let (none, left): (Vec<_>, Vec<_>) = findings.into_iter().partition(is_none);
+        self.findings = left;
+        self.findings_total -= none.len() as u64;
+        self.damages -= none.iter().filter(|finding| finding.is_damage()).count() as u64;
     }
 
     fn note_read(&mut self, name: SegmentName, size: SegmentSize) {
@@ -196,12 +221,12 @@ pub(super) async fn work(
     progress: &Progress,
 ) -> Worked {
     let mut worked = Worked::default();
-    let mut queue = work.into_iter();
+    let mut queue = Queue::new(work);
     let mut running = FuturesUnordered::new();
     let mut failures = 0;
     loop {
-        while running.len() < workers.max(1) && !worked.broken_off && is_allowed(job) {
-            let Some(next) = queue.next() else { break };
+        while running.len() < workers.max(1) && !worked.broken_off {
+            let Some(next) = queue.next(job, running.is_empty()) else { break };
             running.push(async move {
                 let done = do_one(job, &next.what).await;
                 (next, done)
@@ -216,7 +241,7 @@ pub(super) async fn work(
                     worked.left += done.left;
                     worked.left_at.push(piece.at);
                 }
-                worked.add(done, &mut notes.state, notes.at, job.size());
+                worked.add(done, &mut notes.state, notes.at, &job.catalog.segments);
             }
             Err(error) => {
                 failures += 1;
@@ -230,12 +255,52 @@ pub(super) async fn work(
         notes.now_and_then().await;
     }
     drop(running);
-    for piece in queue {
+    for piece in queue.left() {
         worked.left += pieces_in(&piece.what);
         worked.left_at.push(piece.at);
     }
     worked.interrupted = job.stopped.load(Ordering::Relaxed);
     worked
+}
+
+/// The pieces that were not begun.
+struct Queue {
+    pieces: VecDeque<Work>,
+    /// Those that are known to be damaged, and that there was no room for.
+    late: VecDeque<Work>,
+    /// Whether one that is not known to be damaged was begun.
+    begun: bool,
+}
+
+impl Queue {
+    fn new(work: Vec<Work>) -> Self {
+        Self { pieces: work.into(), late: VecDeque::new(), begun: false }
+    }
+
+    /// Returns the next piece that may be begun. What is known to be damaged takes neither all of the budget nor, where one
+    /// piece is all that is read, the place of that.
+    fn next(&mut self, job: &Job, is_idle: bool) -> Option<Work> {
+        let is_damaged = |piece: &Work| piece.damaged.is_some();
+        while job.meter.bytes() >= job.damaged_until_bytes && self.pieces.front().is_some_and(is_damaged) {
+            self.late.extend(self.pieces.pop_front());
+        }
+        if !self.begun && self.pieces.front().is_some_and(|piece| !is_damaged(piece)) {
+            // Those at work must not take its right to the first object.
+            if !is_idle {
+                return None;
+            }
+            self.begun = true;
+            job.begun.store(false, Ordering::Relaxed);
+        }
+        if !is_allowed(job) {
+            return None;
+        }
+        self.pieces.pop_front().or_else(|| self.late.pop_front())
+    }
+
+    fn left(self) -> impl Iterator<Item = Work> {
+        self.pieces.into_iter().chain(self.late)
+    }
 }
 
 /// Returns whether another piece may be begun; does not use up the right to the first.
@@ -247,7 +312,7 @@ fn is_allowed(job: &Job) -> bool {
 fn pieces_in(what: &WorkKind) -> u64 {
     match what {
         WorkKind::Wal { from, until, .. } => until - from,
-        WorkKind::Parts(_) | WorkKind::Object { .. } => 1,
+        WorkKind::Parts(_) | WorkKind::Backup { .. } => 1,
     }
 }
 
@@ -263,7 +328,10 @@ fn shown(what: &WorkKind, size: SegmentSize) -> String {
             }
         }
         WorkKind::Parts(name) => format!("parts of {name}"),
-        WorkKind::Object { backup, place } => format!("data object {} of backup {backup}", place + 1),
+        WorkKind::Backup { backup, place: Some(place) } => {
+            format!("data object {} of backup {backup}", place + 1)
+        }
+        WorkKind::Backup { backup, place: None } => format!("documents of backup {backup}"),
     }
 }
 
@@ -271,7 +339,8 @@ async fn do_one(job: &Job, what: &WorkKind) -> Result<Done> {
     match what {
         WorkKind::Wal { timeline, from, until } => read_wal(job, *timeline, *from, *until).await,
         WorkKind::Parts(name) => read_parts(job, *name).await,
-        WorkKind::Object { backup, place } => read_object(job, backup, *place).await,
+        WorkKind::Backup { backup, place: Some(place) } => read_object(job, backup, *place).await,
+        WorkKind::Backup { backup, place: None } => read_documents(job, backup).await,
     }
 }
 
@@ -313,7 +382,6 @@ pub(super) struct Notes<'a> {
     pub(super) at: DateTime<Utc>,
     pub(super) id: &'a str,
     pub(super) round: DateTime<Utc>,
-    pub(super) accepts_missing: bool,
     pub(super) repository: &'a LineageRepository,
     number: u32,
     noted: Instant,
@@ -328,11 +396,10 @@ impl<'a> Notes<'a> {
         at: DateTime<Utc>,
         id: &'a str,
         round: DateTime<Utc>,
-        accepts_missing: bool,
         repository: &'a LineageRepository,
     ) -> Self {
         let (noted, pause) = (Instant::now(), FIRST_NOTE);
-        Self { state, at, id, round, accepts_missing, repository, number: 0, noted, pause, failure: None }
+        Self { state, at, id, round, repository, number: 0, noted, pause, failure: None }
     }
 
     async fn now_and_then(&mut self) {
@@ -345,9 +412,8 @@ impl<'a> Notes<'a> {
     /// Notes what is proven by now.
     pub(super) async fn note(&mut self) {
         self.number += 1;
-        let mut proven = self.state.recorded(self.id);
+        let mut proven = self.state.recorded(self.id, self.at);
         proven.round = Some(self.round);
-        proven.accepts_missing = self.accepts_missing;
         if let Err(error) = self.repository.put_proven(&proven, self.number).await {
             self.failure.get_or_insert(error);
         }
@@ -365,17 +431,16 @@ pub(super) fn backups(
 ) -> Vec<VerifiedBackup> {
     let of = |id: &String| {
         let pieces = state.objects(id).pieces(0, u64::from(objects.get(id).copied().unwrap_or(0)));
-        let never = pieces.is_empty() || pieces.iter().any(|piece| piece.at.is_none());
-        let proven_since = pieces.iter().filter_map(|piece| piece.at).min().filter(|_| !never);
-        let damaged = findings.iter().any(|finding| {
-            finding.is_damage()
-                && matches!(&finding.takes, crate::verify::Takes::Backup { id: known, .. } if known == id)
-        });
+        let times = pieces.iter().map(|piece| piece.at).chain([state.documents(id)]);
+        let proven_since = times.min().flatten().filter(|_| !pieces.is_empty());
+        let takes = |finding: &Finding| matches!(&finding.takes, crate::verify::Takes::Backup { id: known, .. } if known == id);
+        let damaged = findings.iter().any(|finding| finding.is_damage() && takes(finding))
+            || state.damage().keys().any(|place| place.backup() == Some(id));
         let outcome = if damaged {
             VerifyOutcome::Damaged
         } else if unread.iter().any(|unread| unread.object.contains(&**id)) {
             VerifyOutcome::Unread
-        } else if never {
+        } else if proven_since.is_none() {
             VerifyOutcome::Partly
         } else {
             VerifyOutcome::Sound

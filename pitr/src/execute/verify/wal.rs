@@ -2,8 +2,8 @@
 
 use std::io::{self, Write};
 
-use walship::catalog::Catalog;
-use walship::codec::ObjectKind;
+use walship::catalog::{Catalog, ReadPlace};
+use walship::codec::{Digest, ObjectKind};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId, WalFileName};
 use walship::repository::{LineageRepository, WalObject};
 use walship::wal::SegmentSummary;
@@ -58,15 +58,15 @@ async fn lead_in(job: &Job, first: SegmentName) -> Result<Option<Reader>> {
     let Some(before) = predecessor(&job.catalog, first) else { return Ok(None) };
     let number = before.number(job.size());
     let listed = job.repository.wal_objects(before.timeline, number, number + 1).await?;
-    let object = listed.objects.iter().find(|object| object.kind == ObjectKind::Segment);
-    let Some(object) = object else { return Ok(None) };
-    let sink = Sink::new(before, job.size(), None);
-    match job.repository.read_wal_object(object, sink).await {
-        Ok(Some((_, sink))) => Ok(sink.finish().1),
-        // It is told of where that segment is read itself.
-        Ok(None) | Err(Error::Corrupt(_)) => Ok(None),
-        Err(error) => Err(error),
+    for object in listed.objects.iter().filter(|object| object.kind == ObjectKind::Segment) {
+        match job.repository.read_wal_object(object, Sink::new(before, job.size(), None)).await {
+            Ok(Some((_, sink))) => return Ok(sink.finish().1),
+            // It is told of where that segment is read itself; a good copy may lie beside it.
+            Ok(None) | Err(Error::Corrupt(_)) => {}
+            Err(error) => return Err(error),
+        }
     }
+    Ok(None)
 }
 
 /// Returns the stored segment whose WAL the segment goes on with: on its own timeline, or on the one that it left.
@@ -89,27 +89,30 @@ async fn read_segment(
     carried: Option<Reader>,
     done: &mut Done,
 ) -> Result<Option<Reader>> {
-    let (mut next, mut carried) = (None, carried);
+    let (mut next, mut carried) = (None, Some(carried));
     let mut damages: Vec<(String, String)> = Vec::new();
-    let (mut sound, mut is_broken) = (0, false);
-    let is_segment = |object: &&&WalObject| object.kind == ObjectKind::Segment;
-    if !objects.iter().any(|object| is_segment(&object)) {
-        if job.catalog.in_parts.contains_key(&name) {
-            // They were put together, and decoded, when the catalog was read.
-            done.proven.push(name);
-            return Ok(None);
-        }
+    // The digest and the place of the first that is sound: readers take that.
+    let mut sound: Option<(Digest, String)> = None;
+    let first = done.findings.len();
+    let (segments, others): (Vec<&WalObject>, Vec<&WalObject>) =
+        objects.iter().copied().partition(|object| object.kind == ObjectKind::Segment);
+    // Parts were put together, and decoded, when the catalog was read.
+    let in_parts = job.catalog.in_parts.contains_key(&name);
+    if segments.is_empty() && job.catalog.segments.contains(name) && !in_parts {
         done.vanished.push(name);
         return Ok(None);
     }
-    for object in objects.iter().filter(is_segment) {
-        let sink = Sink::new(name, job.size(), carried.take());
-        match read_twice(job, object, sink).await {
+    for object in segments {
+        let carried = match carried.take() {
+            Some(carried) => carried,
+            None => lead_in(job, name).await?,
+        };
+        match read_twice(job, object, Sink::new(name, job.size(), carried)).await {
             Ok(None) => done.vanished.push(name),
             Ok(Some((head, sink))) => {
                 done.objects += 1;
                 let (scan, reader, join) = sink.finish_joined();
-                let wrong = judge(job, name, &head.summary, &scan);
+                let location = job.repository.wal_location(object);
                 if let Some(undecoded) = undecoded(&scan) {
                     done.findings.push(Finding::note(
                         FindingKind::Damaged,
@@ -118,17 +121,21 @@ async fn read_segment(
                         format!("its WAL cannot be decoded by this version: {undecoded}"),
                     ));
                 }
-                match wrong {
-                    None => {
-                        sound += 1;
-                        if next.is_none() {
-                            next = reader;
-                            let found = broken(job, name, &scan, join);
-                            is_broken |= found.as_ref().is_some_and(Finding::is_damage);
-                            done.findings.extend(found);
-                        }
+                match (judge(job, name, &head.summary, &scan), &sound) {
+                    (Some(wrong), _) => damages.push((location, wrong)),
+                    (None, None) => {
+                        next = reader;
+                        done.findings.extend(broken(job, name, &scan, join));
+                        sound = Some((head.envelope.digest, location));
                     }
-                    Some(wrong) => damages.push((job.repository.wal_location(object), wrong)),
+                    (None, Some((digest, known))) if *digest != head.envelope.digest => {
+                        let what =
+                            format!("it holds other WAL than {known}, and both are sound by themselves");
+                        let takes = Takes::Segments { first: name, last: name };
+                        let kind = FindingKind::Contradiction;
+                        done.findings.push(Finding::damage(kind, &job.location, location, what, takes));
+                    }
+                    (None, Some(_)) => {}
                 }
             }
             Err(Error::Corrupt(error)) => {
@@ -138,17 +145,11 @@ async fn read_segment(
             Err(error) => return Err(error),
         }
     }
-    let others = objects.iter().filter(|object| !is_segment(object));
     for object in others {
         check_other(job, name, object, done).await?;
     }
-    if is_broken || (sound == 0 && !damages.is_empty()) {
-        done.doubted.push(name);
-    } else if sound > 0 {
-        done.proven.push(name);
-    }
     for (location, what) in damages {
-        done.findings.push(if sound > 0 {
+        done.findings.push(if sound.is_some() {
             let what = format!("{what}; a good copy lies beside it and is read in its place");
             Finding::note(FindingKind::Damaged, &job.location, location, what)
         } else {
@@ -156,6 +157,7 @@ async fn read_segment(
             Finding::damage(FindingKind::Damaged, &job.location, location, what, takes)
         });
     }
+    done.read(ReadPlace::Segment(name), first);
     Ok(next)
 }
 
@@ -167,7 +169,10 @@ async fn read_twice(
 ) -> Result<Option<(walship::codec::ObjectHead, Sink)>> {
     let (name, size) = (sink.name, sink.size);
     match job.repository.read_wal_object(object, sink).await {
-        Err(Error::Corrupt(_)) => job.repository.read_wal_object(object, Sink::new(name, size, None)).await,
+        Err(Error::Corrupt(_)) => {
+            let carried = lead_in(job, name).await?;
+            job.repository.read_wal_object(object, Sink::new(name, size, carried)).await
+        }
         read => read,
     }
 }
@@ -228,9 +233,9 @@ async fn check_other(job: &Job, name: SegmentName, object: &WalObject, done: &mu
     match job.repository.read_wal_object(object, io::sink()).await {
         Ok(_) => {}
         Err(Error::Corrupt(error)) => {
-            // Only a `.partial` may hold WAL that is nowhere else.
-            let is_partial = object.kind == ObjectKind::Partial && !job.catalog.segments.contains(name);
-            done.findings.push(if is_partial {
+            // What is not whole may hold WAL that is nowhere else.
+            let is_piece = matches!(object.kind, ObjectKind::Partial | ObjectKind::Incomplete);
+            done.findings.push(if is_piece && !job.catalog.segments.contains(name) {
                 Finding::damage(
                     FindingKind::Damaged,
                     &job.location,

@@ -66,6 +66,11 @@ impl LineageRepository {
         Ok(records)
     }
 
+    /// Returns the records of all backups of which the fullest list tells, also of those that are gone since.
+    pub(in crate::repository) async fn records_in_list(&self) -> Result<Vec<BackupRecord>> {
+        Ok(self.fullest_list().await?.into_iter().map(|listed| listed.record).collect())
+    }
+
     async fn fullest_list(&self) -> Result<Vec<ListedBackup>> {
         let lists = list_all(&*self.storage, &self.layout.backup_lists_prefix(), LISTS_MAX).await?;
         for meta in lists.iter().rev() {

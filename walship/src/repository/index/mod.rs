@@ -253,7 +253,7 @@ impl LineageRepository {
                     last.has_copy = true;
                 }
             }
-            Listed::Partial(_) | Listed::Incomplete(_) => {}
+            Listed::Partial(_) | Listed::Incomplete(_) | Listed::BackupHistory(_) => {}
         })
         .await?;
         Ok(found)
