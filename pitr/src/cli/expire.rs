@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use walship::config::Config;
 use walship::repository::{LineageRepository, RemovedObjects};
-use walship::{Error, Result};
+use walship::Result;
 
 use super::args::ExpireArgs;
 use super::confirm::confirm_removal;
