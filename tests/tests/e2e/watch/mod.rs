@@ -4,6 +4,7 @@ mod metrics;
 mod monitor;
 mod notices;
 mod rules;
+mod unreachable;
 
 use std::collections::BTreeMap;
 use std::fs;
