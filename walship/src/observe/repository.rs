@@ -84,15 +84,7 @@ async fn contents(
     }
     summaries.forget_others();
     let reach = found.as_ref();
-    let until = reach.and_then(|reach| reach.window).map(|window| window.until_lsn);
-    let gaps: Vec<_> = catalog.gaps.iter().filter(|gap| !gap.is_expired()).collect();
-    let last_start = catalog.backups.iter().map(|backup| backup.start_lsn).max();
-    let history = reach.and_then(|reach| catalog.history(reach.timeline));
-    let bare = gaps.iter().filter(|gap| match &history {
-        Some(history) if history.contains(gap.timeline) => until.is_none_or(|until| until <= gap.start_lsn),
-        _ => last_start.is_none_or(|start| start < gap.end_lsn),
-    });
-    let bare = bare.count() as u64;
+    let gaps = catalog.gaps.iter().filter(|gap| !gap.is_expired()).count() as u64;
     let all_holes = reach.map(|reach| reach.holes.clone()).unwrap_or_default();
     let stays = |hole: &&Hole| {
         hole.behind_bytes / catalog.lineage.segment_size.bytes() >= ON_ITS_WAY_SEGMENTS
@@ -126,9 +118,9 @@ async fn contents(
         newest_xid: newest.xid,
         window: reach.and_then(|reach| reach.window),
         is_cut: reach.is_some_and(|reach| reach.is_cut),
-        gaps: (gaps.len() + holes.len()) as u64,
+        gaps: gaps + holes.len() as u64,
         holes: holes.len() as u64,
-        gaps_without_backup: bare + bare_holes,
+        gaps_without_backup: reach.map_or(0, |reach| reach.bare_gaps) + bare_holes,
         lost_ends: catalog.lost_ends.len() as u64,
         segments,
         wal_bytes,

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::facts::WindowFacts;
-use crate::catalog::{BackupRecord, Catalog};
+use crate::catalog::{BackupRecord, Catalog, GapRecord};
 use crate::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use crate::wal::event::{EventKind, WalEvent};
 
@@ -27,6 +27,8 @@ pub struct Reach {
     pub is_cut: bool,
     /// WAL that is missing behind the first backup, and of which the ledger knows nothing.
     pub holes: Vec<Hole>,
+    /// How many gaps of the ledger that are nobody's intention lie where no backup of use begins behind them.
+    pub bare_gaps: u64,
 }
 
 /// WAL that is missing although nobody said so. What is stored side by side looks like that for a moment.
@@ -75,13 +77,21 @@ pub fn reach(
         until_lsn: span.to,
     });
     let until = window.map_or(end, |window| window.until_lsn);
+    let window_ends_before = |lsn: Lsn| window.is_none_or(|window| window.until_lsn <= lsn);
+    // What lies on a timeline that was left before takes nothing away from where the way leads.
+    let is_on_way = |gap: &&GapRecord| {
+        history.contains(gap.timeline)
+            && history.switch_lsn_of(gap.timeline).is_none_or(|left| gap.start_lsn < left)
+    };
+    let bare_gaps = catalog.gaps.iter().filter(|gap| !gap.is_expired()).filter(is_on_way);
+    let bare_gaps = bare_gaps.filter(|gap| window_ends_before(gap.start_lsn)).count() as u64;
     let oldest = catalog.backups.iter().filter(on_way).map(|backup| backup.start_lsn).min();
     let holes = stored.windows(2).filter(|pair| oldest.is_some_and(|oldest| oldest < pair[1].from));
     let holes = holes.filter(|pair| !is_in_ledger(catalog, &history, pair[0].to, pair[1].from));
     let holes = holes.map(|pair| Hole {
         from: pair[0].to,
         behind_bytes: end.0.saturating_sub(pair[1].from.0),
-        is_bare: window.is_none_or(|window| window.until_lsn <= pair[0].to),
+        is_bare: window_ends_before(pair[0].to),
     });
     Some(Reach {
         timeline,
@@ -89,6 +99,7 @@ pub fn reach(
         window,
         is_cut: window.is_some() && until < end && !stored.iter().any(|span| span.to == until),
         holes: holes.collect(),
+        bare_gaps,
     })
 }
 
@@ -147,12 +158,13 @@ fn spans(catalog: &Catalog, history: &TimelineHistory) -> Vec<Span> {
 /// Returns whether the ledger knows of all segments between two positions.
 fn is_in_ledger(catalog: &Catalog, history: &TimelineHistory, from: Lsn, to: Lsn) -> bool {
     let size = catalog.lineage.segment_size;
-    let known: Vec<_> = catalog
-        .gaps
-        .iter()
-        .filter(|gap| history.contains(gap.timeline))
-        .map(|gap| gap.segments(size))
-        .collect();
+    let way = way(history);
+    let of_way = |gap: &GapRecord| {
+        let (_, begin, end) = way.iter().find(|(timeline, ..)| *timeline == gap.timeline)?;
+        let (start, end) = (gap.start_lsn.max(*begin), gap.end_lsn.min(*end));
+        (start < end).then_some((start.0 / size.bytes(), (end.0 - 1) / size.bytes()))
+    };
+    let known: Vec<_> = catalog.gaps.iter().filter_map(of_way).collect();
     let (mut at, last) = (from.0 / size.bytes(), to.0.saturating_sub(1) / size.bytes());
     while at <= last {
         match known.iter().filter(|(first, last)| (*first..=*last).contains(&at)).map(|(_, last)| *last).max()
@@ -175,7 +187,7 @@ fn crossed(stored: &[Span], breaks: &[Break]) -> Vec<Span> {
     let mut crossed = Vec::new();
     for span in stored {
         let mut from = span.from;
-        for Break { ends, goes_on } in breaks.iter().filter(|one| span.from < one.ends && one.ends < span.to)
+        for Break { ends, goes_on } in breaks.iter().filter(|one| span.from <= one.ends && one.ends < span.to)
         {
             crossed.push(Span { from, to: *ends });
             from = *goes_on;
@@ -213,7 +225,7 @@ fn breaks(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::{BackupRecord, GapCause, GapKind, GapRecord, Lineage, StoredSegments, StoredTail};
+    use crate::catalog::{GapCause, GapKind, Lineage, StoredSegments, StoredTail};
     use crate::pg::SegmentSize;
     use crate::wal::event::ServerLimits;
     use chrono::DateTime;
@@ -361,10 +373,17 @@ mod tests {
         // What lies before the first backup takes nothing away.
         assert_eq!(reached(&catalog(&[(1, 1, 1), (1, 3, 6)], &[(1, 4, 5)]), 1), Some((9, Some(5), vec![])));
         // What the ledger knows is counted there, all of it or nothing.
-        for kind in [GapKind::GivenUp, GapKind::Expired] {
+        let bare = |catalog: &Catalog, on| reach(catalog, timeline(on), &BTreeMap::new()).unwrap().bare_gaps;
+        for (kind, expected) in [(GapKind::GivenUp, 1), (GapKind::Expired, 0)] {
             holed.gaps = vec![ledger(1, 8, 9, kind)];
-            assert_eq!(reached(&holed, 1), Some((8, Some(3), vec![])));
+            assert_eq!((reached(&holed, 1), bare(&holed, 1)), (Some((8, Some(3), vec![])), expected));
         }
+        let mut behind = catalog(&[(1, 1, 3), (1, 5, 5)], &[(1, 6, 7)]);
+        behind.gaps = vec![ledger(1, 4, 5, GapKind::Lost)];
+        assert_eq!(bare(&behind, 1), 0, "a backup begins behind it");
+        let mut left = catalog(&[(1, 1, 12), (1, 14, 3), (2, 10, 2)], backups);
+        left.gaps = vec![ledger(1, 13, 14, GapKind::Lost)];
+        assert_eq!((bare(&left, 1), bare(&left, 2)), (1, 0), "timeline 2 left before it");
         let mut wide = catalog(&[(1, 1, 7), (1, 12, 3)], backups);
         wide.gaps = vec![ledger(1, 8, 9, GapKind::GivenUp), ledger(1, 11, 12, GapKind::Lost)];
         assert_eq!(reached(&wide, 1), Some((8, Some(3), vec![-8])));
