@@ -288,7 +288,7 @@ impl DrillReport {
         problems
     }
 
-    /// Returns what the history of a repository keeps of it: whether it was the first that was read.
+    /// Returns what the history of a repository keeps of it; `read_here` says whether it proves that one.
     pub fn record(&self, read_here: bool) -> DrillRecord {
         let mut problems = self.problems();
         if problems.len() > PROBLEMS_MAX {

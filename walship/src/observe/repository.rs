@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, DrillRecord};
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use crate::repository::{ClusterName, ClusterRepository, LineageRepository, load_catalog, load_tails};
@@ -100,10 +100,11 @@ async fn contents(
         segments += run.last.number(size) - run.first.number(size) + 1;
         wal_bytes = wal_bytes.saturating_add(run.stored_bytes);
     }
-    let mut drills = lineage.recent_drills(DRILLS_MAX).await?;
-    // With several repositories it says nothing of those that it had no need to read.
-    drills.retain(|drill| drill.read_here != Some(false));
-    let proven = drills.iter().find(|drill| DrillFacts::has_proven(&drill.outcome));
+    let drills = lineage.recent_drills(DRILLS_MAX).await?;
+    // With several repositories it proves nothing of those that it had no need to read; that it failed is told of all.
+    let proves =
+        |drill: &&DrillRecord| drill.read_here != Some(false) && DrillFacts::has_proven(&drill.outcome);
+    let proven = drills.iter().find(proves);
     let expires = lineage.recent_expires(1).await?;
     let verifications = lineage.recent_verifications(VERIFICATIONS_MAX).await?;
     Ok(Contents {
@@ -240,7 +241,6 @@ mod tests {
     use chrono::{DateTime, TimeDelta};
 
     use super::*;
-    use crate::catalog::DrillRecord;
     use crate::pg::SegmentSize;
     use crate::repository::{Repository, record_head};
     use crate::storage::memory::MemoryStorage;
@@ -251,11 +251,16 @@ mod tests {
         let repository = Repository::create(Arc::new(MemoryStorage::default()), now).await.unwrap();
         let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
         let lineage = cluster.register_lineage(42, SegmentSize::DEFAULT, 15, now).await.unwrap();
-        for (hour, read_here) in [(1, None), (2, Some(true)), (3, Some(false))] {
+        for (hour, read_here, outcome) in [
+            (1, None, "proven"),
+            (2, Some(true), "proven"),
+            (3, Some(false), "proven"),
+            (4, Some(false), "failed"),
+        ] {
             let record = DrillRecord {
                 head: record_head(now + TimeDelta::hours(hour), None, 7),
                 millis: 1,
-                outcome: "proven".into(),
+                outcome: outcome.into(),
                 problems: Vec::new(),
                 target: "--latest".into(),
                 backup: None,
@@ -267,8 +272,8 @@ mod tests {
             lineage.put_drill_record(&record).await.unwrap();
             let catalog = load_catalog(&lineage).await.unwrap();
             let seen = contents(&lineage, &catalog, Vec::new(), None, &mut Memory::default()).await.unwrap();
-            let counts = now + TimeDelta::hours(hour.min(2));
-            assert_eq!((seen.proven, seen.drill.unwrap().started), (Some(counts), counts));
+            assert_eq!(seen.proven, Some(now + TimeDelta::hours(hour.min(2))));
+            assert_eq!(seen.drill.unwrap().outcome, outcome, "that it failed is told of all");
             assert_eq!((seen.created, seen.timeline), (now, None));
         }
     }

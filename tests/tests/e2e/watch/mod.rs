@@ -46,6 +46,10 @@ impl Serving {
                 None => command.env_remove(name),
             };
         }
+        // How full this machine's disk is is no matter of most tests.
+        for limit in ["WARNING", "CRITICAL"] {
+            command.env(format!("WALSHIP_WATCH_DISK_{limit}_PERCENT"), "100");
+        }
         command.args(["serve", "--listen", "127.0.0.1:0"]).args(args);
         command.args(if server.is_none() { &["--offline"][..] } else { &[] });
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
