@@ -368,7 +368,10 @@ fn judgement(report: &DrillReport) -> Option<Error> {
 /// Puts the report into every repository, and then its record; where that cannot be, a line on standard error says so.
 async fn store(repository: &LineageRepository, report: &DrillReport) {
     let json = format!("{:#}\n", serde_json::json!(report));
-    for one in repository.each() {
+    let each = repository.each();
+    // Others are asked only for what the first one cannot give; that is a note then, and neither is proven by itself.
+    let reads_first = each.len() == 1 || repository.notes().is_empty();
+    for (at, one) in each.into_iter().enumerate() {
         let stored = async {
             let forms = [
                 (DrillReportForm::Json, json.clone()),
@@ -378,7 +381,7 @@ async fn store(repository: &LineageRepository, report: &DrillReport) {
             for (form, content) in forms {
                 one.put_drill_report(&report.id, form, Bytes::from(content)).await?;
             }
-            one.put_drill_record(&report.record()).await
+            one.put_drill_record(&report.record(at == 0 && reads_first)).await
         };
         if let Err(error) = stored.await {
             eprintln!(

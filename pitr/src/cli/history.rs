@@ -359,6 +359,7 @@ mod tests {
             restored_bytes: 48 << 30,
             recovery_millis: Some(600_800),
             newest_commit_age_millis: Some(12_000),
+            read_here: Some(true),
         };
         let restore = RestoreRecord {
             head: head(1, "db2", None),

@@ -288,8 +288,8 @@ impl DrillReport {
         problems
     }
 
-    /// Returns what the history keeps of it.
-    pub fn record(&self) -> DrillRecord {
+    /// Returns what the history of a repository keeps of it; `read_here` says whether it proves that one.
+    pub fn record(&self, read_here: bool) -> DrillRecord {
         let mut problems = self.problems();
         if problems.len() > PROBLEMS_MAX {
             let more = problems.len() - PROBLEMS_MAX;
@@ -313,6 +313,7 @@ impl DrillReport {
             restored_bytes: self.restored_bytes,
             recovery_millis: self.objectives.rto.measured_millis,
             newest_commit_age_millis: self.objectives.rpo.measured_millis,
+            read_here: Some(read_here),
         }
     }
 }
@@ -447,7 +448,7 @@ pub(crate) mod tests {
         for number in 0..100 {
             report.proofs.push(Proof::failed("checks", format!("{number}")));
         }
-        let record = report.record();
+        let record = report.record(true);
         assert_eq!(record.problems.len(), PROBLEMS_MAX + 1);
         assert_eq!((record.recovery_millis, record.outcome.as_str()), (Some(600_800), "not_proven"));
     }

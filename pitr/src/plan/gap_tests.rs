@@ -5,11 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use walship::catalog::{BackupRecord, Catalog, GapCause, GapKind, GapRecord};
 use walship::pg::{HistoryEntry, Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
+use walship::wal::event::{EventKind, ServerLimits, WalEvent};
+use walship::watch::reach;
 
 use super::chain::{ChainEnding, build_chain, chains_of, gaps_of};
-use super::gap::{Gap, KnownBy};
-use super::tests::{World, at, tli};
-use super::windows;
+use super::gap::{Gap, KnownBy, is_on_path};
+use super::tests::{World, at, limits, tli};
+use super::{Break, WAL_LEVEL_MINIMAL, WindowEnd, windows};
 
 const SIZE: SegmentSize = SegmentSize::MIN;
 
@@ -328,6 +330,46 @@ proptest! {
             for window in &found {
                 let gap = model.gap(unit(window.until_lsn)).map(|(to, _)| lsn(to));
                 prop_assert_eq!(window.gap.as_ref().map(|gap| gap.to), gap);
+            }
+        }
+    }
+
+    /// It does so each minute, and below the planner.
+    #[test]
+    fn watching_finds_the_last_window_and_every_hole_by_itself(
+        script in scripts(),
+        breaks in prop::collection::vec((1_u32..5, SEGMENTS.start * UNITS..SEGMENTS.end * UNITS, any::<bool>()), 0..3),
+    ) {
+        let scene = build(&script);
+        let mut events: BTreeMap<TimelineId, Vec<WalEvent>> = BTreeMap::new();
+        let breaks: Vec<Break> = breaks.into_iter().map(|(timeline, unit, is_reset)| {
+            let (timeline, lsn) = (tli(timeline), lsn(unit));
+            let minimal = ServerLimits { wal_level: WAL_LEVEL_MINIMAL, ..limits(1) };
+            let (kind, ends_by) = match is_reset {
+                true => (EventKind::WalBegins { time: at(0) }, WindowEnd::WalReset),
+                false => (EventKind::ParameterChange { settings: minimal }, WindowEnd::WalLevelMinimal),
+            };
+            events.entry(timeline).or_default().push(WalEvent { lsn, end_lsn: lsn, xid: 0, kind });
+            Break { timeline, lsn, ends_by }
+        }).collect();
+        for (timeline, history) in &scene.histories {
+            let found = windows(&scene.catalog, *timeline, &breaks);
+            let watched = reach(&scene.catalog, *timeline, &events);
+            let begin = lsn(Model::parts(history).last().unwrap().1);
+            // One that ends before the timeline begins is the ancestor's to the planner; here it is the end of the way.
+            let window = watched.as_ref().and_then(|watched| watched.window);
+            let window = window.map(|window| (window.from_lsn, window.until_lsn)).filter(|(_, until)| *until > begin);
+            let last = found.last().map(|window| (window.from_lsn, window.until_lsn));
+            prop_assert_eq!(window, last, "timeline {}", timeline);
+            let Some(watched) = watched else { continue };
+            prop_assert!(window.is_none_or(|(_, until)| until == watched.until));
+            let oldest = scene.catalog.backups.iter().filter(|backup| is_on_path(history, backup));
+            let oldest = oldest.map(|backup| backup.start_lsn).min();
+            for gap in gaps_of(&scene.catalog, history).iter().filter(|gap| gap.known_by == KnownBy::LaterWal) {
+                let is_hole = watched.holes.iter().any(|hole| hole.from == gap.from);
+                let counts = oldest.is_some_and(|oldest| oldest < gap.to);
+                prop_assert!(counts || !is_hole);
+                prop_assert!(is_hole || !counts || !gap.ledger.is_empty(), "{:?}", gap);
             }
         }
     }

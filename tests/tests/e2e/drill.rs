@@ -1,6 +1,7 @@
 //! `pitr drill`: a restore that really runs, what it proves and what it finds, and that nothing is left of it.
 
 mod ends;
+mod whose;
 
 use std::collections::BTreeSet;
 use std::fs;

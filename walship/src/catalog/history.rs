@@ -83,6 +83,10 @@ pub struct DrillRecord {
     /// How old the newest commit was that could be reached when it began, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub newest_commit_age_millis: Option<u64>,
+    /// Whether the repository that holds this document was read, and nothing had to be taken from another; `None` in older
+    /// records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_here: Option<bool>,
 }
 
 /// An extract (`history/extracts/<id>.json`): tables as they were at a target.

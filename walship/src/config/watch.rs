@@ -20,6 +20,8 @@ pub struct WatchSettings {
     pub drill_overdue: Overdue,
     /// The last verification: `8d`. `WALSHIP_WATCH_VERIFICATION_OVERDUE`.
     pub verification_overdue: Overdue,
+    /// What no verification has read for longest: `90d`. `WALSHIP_WATCH_PROVEN_OVERDUE`.
+    pub proven_overdue: Overdue,
     /// The last removal by retention: `off`. `WALSHIP_WATCH_RETENTION_OVERDUE`.
     pub retention_overdue: Overdue,
     /// So many full segments may wait on the server before it is worth a warning: 4; sixteen times as many are critical.
@@ -39,6 +41,7 @@ impl Default for WatchSettings {
             full_backup_overdue: Overdue(None),
             drill_overdue: hours(35 * 24),
             verification_overdue: hours(8 * 24),
+            proven_overdue: hours(90 * 24),
             retention_overdue: Overdue(None),
             waiting_segments: 4,
             disk_warning_percent: 80,
@@ -58,6 +61,7 @@ impl WatchSettings {
             full_backup_overdue: overdue("WALSHIP_WATCH_FULL_BACKUP_OVERDUE", self.full_backup_overdue)?,
             drill_overdue: overdue("WALSHIP_WATCH_DRILL_OVERDUE", self.drill_overdue)?,
             verification_overdue: overdue("WALSHIP_WATCH_VERIFICATION_OVERDUE", self.verification_overdue)?,
+            proven_overdue: overdue("WALSHIP_WATCH_PROVEN_OVERDUE", self.proven_overdue)?,
             retention_overdue: overdue("WALSHIP_WATCH_RETENTION_OVERDUE", self.retention_overdue)?,
             waiting_segments: environment
                 .number("WALSHIP_WATCH_WAITING_SEGMENTS")?

@@ -3,13 +3,16 @@
 //!
 //! What could not be read keeps what was seen of it last: a repository that is away does not make its last backup unknown.
 
+mod alone;
 mod disk;
 mod repository;
 mod server;
 
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use crate::config::Config;
@@ -17,8 +20,10 @@ use crate::error::{Error, Result};
 use crate::replication::options::ConnectOptions;
 use crate::repository::ClusterName;
 use crate::storage::{Location, StorageConfig};
-use crate::watch::{Disk, Facts, Limits, RepositoryFacts, ServerAnswer};
+use crate::watch::{Contents, Disk, Facts, Limits, RepositoryFacts, ServerAnswer, Transactions};
 
+use alone::Alone;
+use repository::Memory;
 pub use server::Identity;
 
 /// How long the server may take to answer all that it is asked.
@@ -31,11 +36,24 @@ const DISK_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Watcher {
     cluster: ClusterName,
-    repositories: Vec<(StorageConfig, RepositoryFacts)>,
+    repositories: Vec<Watched>,
     server: Option<ConnectOptions>,
+    transactions: Transactions,
     slot: String,
     limits: Limits,
     patience: Duration,
+}
+
+/// What a look at a repository saw: what it holds, with the store's latency, and its disk.
+type Seen = (Result<(Contents, Duration)>, Option<Disk>);
+
+/// A repository, and what was seen of it.
+#[derive(Debug)]
+struct Watched {
+    config: StorageConfig,
+    facts: RepositoryFacts,
+    memory: Arc<Mutex<Memory>>,
+    looking: Alone<Seen>,
 }
 
 impl Watcher {
@@ -60,12 +78,14 @@ impl Watcher {
                 contents: None,
                 disk: None,
             };
-            Ok((storage.clone(), facts))
+            let (memory, looking) = (Arc::default(), Alone::default());
+            Ok(Watched { config: storage.clone(), facts, memory, looking })
         };
         Ok(Self {
             cluster: config.cluster.parse()?,
             repositories: config.repositories.iter().map(nothing_seen).collect::<Result<_>>()?,
             server,
+            transactions: Transactions::default(),
             slot: config.receive.slot.clone().unwrap_or_else(|| "walship".to_owned()),
             limits: Limits::of(config),
             patience,
@@ -90,7 +110,8 @@ impl Watcher {
         let (server, identity) = match &self.server {
             None => (ServerAnswer::NotAsked, None),
             Some(options) => {
-                let asked = timeout(SERVER_PATIENCE, server::ask(options, &self.slot)).await;
+                let asked =
+                    timeout(SERVER_PATIENCE, server::ask(options, &self.slot, &mut self.transactions)).await;
                 match asked.unwrap_or_else(|_| Err(late("the server", SERVER_PATIENCE))) {
                     Ok((facts, identity)) => (ServerAnswer::Told(facts), Some(identity)),
                     Err(error) => {
@@ -101,15 +122,19 @@ impl Watcher {
             }
         };
         let (cluster, patience) = (&self.cluster, self.patience);
-        let looks = self.repositories.iter().map(|(config, facts)| async move {
-            let began = Instant::now();
-            let look = repository::look(config, cluster, identity.as_ref());
-            let seen = timeout(patience, look).await;
-            let seen = seen.unwrap_or_else(|_| Err(late(&facts.url, began.elapsed())));
-            (seen, disk_of(config).await)
+        let looks = self.repositories.iter_mut().map(|watched| {
+            let (config, memory) = (watched.config.clone(), Arc::clone(&watched.memory));
+            let (cluster, url) = (cluster.clone(), watched.facts.url.clone());
+            let look = async move {
+                let mut memory = memory.lock().await;
+                let seen = repository::look(&config, &cluster, identity.as_ref(), &mut memory).await;
+                (seen, disk_of(&config).await)
+            };
+            let seen = watched.looking.run(patience, look);
+            async move { seen.await.unwrap_or_else(|| (Err(late(&url, patience)), None)) }
         });
         let seen = futures_util::future::join_all(looks).await;
-        for ((_, facts), (seen, disk)) in self.repositories.iter_mut().zip(seen) {
+        for (Watched { facts, .. }, (seen, disk)) in self.repositories.iter_mut().zip(seen) {
             facts.disk = disk;
             match seen {
                 Ok((contents, latency)) => {
@@ -128,7 +153,7 @@ impl Watcher {
         Facts {
             at: now,
             cluster: self.cluster.to_string(),
-            repositories: self.repositories.iter().map(|(_, facts)| facts.clone()).collect(),
+            repositories: self.repositories.iter().map(|watched| watched.facts.clone()).collect(),
             server,
         }
     }

@@ -8,7 +8,7 @@ use crate::pg::control::ControlData;
 use crate::replication::connection::{Connection, SessionKind};
 use crate::replication::options::ConnectOptions;
 use crate::replication::{StandbyRole, server_position};
-use crate::watch::{Disk, DiskPlace, ServerFacts, SlotFacts};
+use crate::watch::{Disk, DiskPlace, ServerFacts, SlotFacts, Transactions};
 
 use super::disk;
 
@@ -24,23 +24,30 @@ pub struct Identity {
 }
 
 /// Asks the server.
-pub(super) async fn ask(options: &ConnectOptions, slot: &str) -> Result<(ServerFacts, Identity)> {
+pub(super) async fn ask(
+    options: &ConnectOptions,
+    slot: &str,
+    transactions: &mut Transactions,
+) -> Result<(ServerFacts, Identity)> {
     let mut connection = Connection::connect(options, SessionKind::Ordinary).await?;
     // First: what it has flushed later can only be more.
     let position = server_position(&mut connection).await?;
     let sql = "SELECT current_setting('archive_mode'), current_setting('synchronous_standby_names'), a.failed_count, \
-               CASE WHEN pg_is_in_recovery() THEN NULL \
-               ELSE pg_snapshot_xmax(pg_current_snapshot())::text::numeric % 4294967296 END \
+               CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_snapshot()::text END, \
+               CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_insert_lsn() END \
                FROM pg_stat_archiver a";
     let rows = connection.query(sql).await?;
     let text = |column| rows.get(0, column).unwrap_or_default().to_owned();
-    let next_xid: Option<u32> = rows.get(0, 3).and_then(|text| text.parse().ok());
+    // The snapshot is the statement's own, and so older than the position.
+    let snapshot = rows.get(0, 3).zip(rows.get(0, 4).and_then(|text| text.parse().ok()));
+    let ended =
+        snapshot.and_then(|(snapshot, written)| transactions.step(position.timeline, snapshot, written));
     let facts = ServerFacts {
         timeline: position.timeline,
         in_recovery: position.in_recovery,
         wal_lsn: position.wal_lsn,
         segment_bytes: position.segment_size.bytes(),
-        newest_xid: next_xid.map(|next| next.wrapping_sub(1)),
+        ended,
         archives: text(0) != "off",
         ready_files: ready_files(&mut connection).await?,
         archive_failures_total: text(2).parse().unwrap_or(0),

@@ -302,6 +302,7 @@ mod tests {
             restored_bytes: 0,
             recovery_millis: None,
             newest_commit_age_millis: None,
+            read_here: None,
         }
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
+use super::transactions::Ended;
 use crate::catalog::{BackupRecord, DrillRecord, ExpireOutcome, ExpireRecord, VerifyOutcome, VerifyRecord};
 use crate::pg::{Lsn, TimelineId};
 
@@ -70,7 +71,9 @@ pub struct RepositoryFacts {
 pub struct Contents {
     /// The lineage's number.
     pub lineage: u32,
-    /// The timeline that the rest is about: the server's, or the newest with WAL.
+    /// When it was registered.
+    pub created: DateTime<Utc>,
+    /// The timeline that the rest is about: the server's where WAL is stored on the way to it, or the newest with WAL.
     pub timeline: Option<TimelineId>,
     /// Complete backups, oldest start first.
     pub backups: Vec<BackupFacts>,
@@ -78,16 +81,20 @@ pub struct Contents {
     pub unfinished_backups: u64,
     /// Incremental backups without one that they build on.
     pub orphaned_backups: u64,
-    /// Up to where WAL is durable on the timeline without a hole behind it.
+    /// Up to where WAL is durable on the way to the timeline and, where there is a backup, can be restored.
     pub durable_lsn: Option<Lsn>,
     /// When the newest transaction ended that is durable, by the server's clock.
     pub newest_commit: Option<DateTime<Utc>>,
     /// The largest number of a transaction whose end is durable in the newest WAL.
     pub newest_xid: Option<u32>,
-    /// The span in which every commit can be reached, up to the end of the archive.
+    /// The last span in which every commit can be reached.
     pub window: Option<WindowFacts>,
+    /// Whether more is stored behind it, and a record in between that no recovery crosses.
+    pub is_cut: bool,
     /// Open gaps that are nobody's intention.
     pub gaps: u64,
+    /// Those among them of which the ledger knows nothing.
+    pub holes: u64,
     /// Those among them behind which no backup begins.
     pub gaps_without_backup: u64,
     /// Timelines of which WAL at the end is gone.
@@ -106,6 +113,8 @@ pub struct Contents {
     pub verification: Option<VerificationFacts>,
     /// When the last one began that read what it was to read.
     pub verified: Option<DateTime<Utc>>,
+    /// Since when verifications have read everything that was stored then.
+    pub all_read: Option<DateTime<Utc>>,
 }
 
 /// Full or incremental.
@@ -190,7 +199,13 @@ impl Contents {
         self.backups.iter().map(|backup| backup.finished).max()
     }
 
-    /// Returns when the oldest backup was complete: since then there is something to drill and to verify.
+    /// Returns since when there may have been something to drill and to verify; `None` without a backup. The oldest backup
+    /// that is kept does not tell: retention keeps it young.
+    pub fn since(&self) -> Option<DateTime<Utc>> {
+        (!self.backups.is_empty()).then_some(self.created)
+    }
+
+    /// Returns when the oldest backup was complete.
     pub fn oldest_backup(&self) -> Option<DateTime<Utc>> {
         self.backups.iter().map(|backup| backup.finished).min()
     }
@@ -277,9 +292,9 @@ pub struct VerificationFacts {
 }
 
 impl VerificationFacts {
-    /// Returns what is to be known of verifications, the newest first: the last one, but damage that one found stands
+    /// Returns which of the verifications, the newest first, counts: the last one, but damage that one found stands
     /// until all of its scope, or of the whole lineage, has been proven in that repository since.
-    pub fn of(records: &[VerifyRecord]) -> Option<Self> {
+    pub fn standing(records: &[VerifyRecord]) -> Option<&VerifyRecord> {
         let clears = |later: &VerifyRecord, damaged: &VerifyRecord| {
             matches!(later.outcome, VerifyOutcome::Sound | VerifyOutcome::Partly)
                 && later.repository == damaged.repository
@@ -290,7 +305,12 @@ impl VerificationFacts {
             record.outcome == VerifyOutcome::Damaged
                 && !records[..*at].iter().any(|later| clears(later, record))
         });
-        let record = stands.map(|(_, record)| record).or(records.first())?;
+        stands.map(|(_, record)| record).or(records.first())
+    }
+
+    /// Returns what is to be known of verifications, the newest first: of the one that counts.
+    pub fn of(records: &[VerifyRecord]) -> Option<Self> {
+        let record = Self::standing(records)?;
         Some(Self {
             started: record.head.started,
             took: Duration::from_millis(record.millis),
@@ -311,6 +331,11 @@ impl VerificationFacts {
         };
         records.iter().find(done).map(|record| record.head.started)
     }
+
+    /// Returns since when everything was read, as the last one of the whole lineage says that left nothing that was never read.
+    pub fn all_read(records: &[VerifyRecord]) -> Option<DateTime<Utc>> {
+        records.iter().filter(|record| record.whole).find_map(|record| record.proven_since)
+    }
 }
 
 /// What the server told.
@@ -324,8 +349,8 @@ pub struct ServerFacts {
     pub wal_lsn: Lsn,
     /// The size of its segments.
     pub segment_bytes: u64,
-    /// The largest number of a transaction that has ended, without its epoch; `None` on a standby.
-    pub newest_xid: Option<u32>,
+    /// Which transactions have ended; `None` on a standby.
+    pub ended: Option<Ended>,
     /// Whether an archiver is to archive: `archive_mode` is not off.
     pub archives: bool,
     /// How many files wait in `archive_status`; `None` where the role may not look.
@@ -402,20 +427,23 @@ impl Facts {
         let newest = contents.newest_commit?;
         let age = self.at.signed_duration_since(newest).to_std().unwrap_or_default();
         let nothing_newer = self.server.told().is_some_and(|server| {
-            let all_is_there = contents.timeline == Some(server.timeline)
-                && contents.durable_lsn.is_some_and(|durable| durable >= server.wal_lsn);
+            let reaches = |lsn: Lsn| {
+                contents.timeline == Some(server.timeline)
+                    && contents.durable_lsn.is_some_and(|durable| durable >= lsn)
+            };
             // Numbers wrap around: the later is the one that is less than half the circle ahead.
             let not_later = |server: u32, durable: u32| durable.wrapping_sub(server) < 1 << 31;
-            all_is_there
-                || server
-                    .newest_xid
-                    .zip(contents.newest_xid)
-                    .is_some_and(|(own, there)| not_later(own, there))
+            let all_ended_are_there = |ended: Ended| {
+                reaches(ended.by)
+                    || contents.newest_xid.is_some_and(|durable| not_later(ended.newest_xid, durable))
+                        && ended.late.is_none_or(reaches)
+            };
+            reaches(server.wal_lsn) || server.ended.is_some_and(all_ended_are_there)
         });
         Some(if nothing_newer { Duration::ZERO } else { age })
     }
 
-    /// Returns how many bytes of the server's WAL a repository does not hold; `None` without both.
+    /// Returns how many bytes of the server's WAL cannot be restored from a repository; `None` without both.
     pub fn behind_bytes(&self, contents: &Contents) -> Option<u64> {
         let server = self.server.told()?;
         if contents.timeline != Some(server.timeline) {

@@ -7,7 +7,8 @@ use chrono::{DateTime, Utc};
 use super::facts::{
     BackupKind, Contents, Disk, DrillFacts, Facts, RepositoryFacts, ServerAnswer, ServerFacts, backup_kinds,
 };
-use super::problems::{Kind, Limits, Problem, Severity};
+use super::kind::{Kind, Problem, Severity};
+use super::problems::Limits;
 
 /// A metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +55,7 @@ macro_rules! metrics {
 metrics! {
     BUILD_INFO: &["version"], gauge, "walship_build_info", "Which release looks; always 1.";
     OBSERVED: CLUSTER, gauge, "walship_observed_timestamp_seconds", "When all the rest was looked at last.";
-    OBJECTIVE: &["cluster", "objective"], gauge, "walship_objective_seconds", "What is configured: rpo, rto, and when a backup, a full_backup, a drill, a verification and retention are overdue.";
+    OBJECTIVE: &["cluster", "objective"], gauge, "walship_objective_seconds", "What is configured: rpo, rto, and when a backup, a full_backup, a drill, a verification, what was read by none (proven) and retention are overdue.";
     PROBLEM: &["cluster", "kind", "severity"], gauge, "walship_problem", "How many problems of this kind and severity there are; 0 for each that there could be.";
     SERVER_UP: CLUSTER, gauge, "walship_server_up", "Whether the server answered.";
     REPOSITORY_UP: REPOSITORY, gauge, "walship_repository_up", "Whether the repository could be read; where not, the rest is what it held then.";
@@ -78,14 +79,14 @@ metrics! {
     COMMIT_TIME: TIMELINE, gauge, "walship_newest_commit_timestamp_seconds", "When the newest durable transaction ended, by the server's clock.";
     COMMIT_AGE: TIMELINE, gauge, "walship_newest_commit_age_seconds", "How old the newest durable commit is.";
     RPO: TIMELINE, gauge, "walship_rpo_seconds", "How much would be lost were the server gone now: 0 when it has ended no transaction that is not durable, else the age of the newest commit.";
-    WAL_DURABLE: TIMELINE, gauge, "walship_wal_durable_lsn_bytes", "Up to where WAL is durable, as a number of bytes.";
-    WAL_BEHIND: TIMELINE, gauge, "walship_wal_behind_bytes", "How many bytes of the server's WAL are not durable.";
-    WAL_BEHIND_SEGMENTS: TIMELINE, gauge, "walship_wal_behind_segments", "How many full segments of the server's WAL are not durable.";
+    WAL_DURABLE: TIMELINE, gauge, "walship_wal_durable_lsn_bytes", "Up to where WAL is durable and can be restored, as a number of bytes.";
+    WAL_BEHIND: TIMELINE, gauge, "walship_wal_behind_bytes", "How many bytes of the server's WAL are not durable, or cannot be restored.";
+    WAL_BEHIND_SEGMENTS: TIMELINE, gauge, "walship_wal_behind_segments", "How many full segments of that.";
     WINDOW_START: TIMELINE, gauge, "walship_window_start_timestamp_seconds", "From when on every commit can be reached.";
     WINDOW_END: TIMELINE, gauge, "walship_window_end_timestamp_seconds", "Up to when: the newest durable commit.";
     WAL_SEGMENTS: LINEAGE, gauge, "walship_wal_segments", "How many whole segments are stored.";
     WAL_STORED: LINEAGE, gauge, "walship_wal_stored_bytes", "Their size as stored.";
-    GAPS: LINEAGE, gauge, "walship_wal_gaps", "Open gaps in the WAL that are nobody's intention.";
+    GAPS: LINEAGE, gauge, "walship_wal_gaps", "Gaps in the WAL that are nobody's intention, in the ledger or not.";
     GAPS_BARE: LINEAGE, gauge, "walship_wal_gaps_without_backup", "Those of them behind which no backup begins.";
     LOST_ENDS: LINEAGE, gauge, "walship_wal_lost_ends", "Timelines of which WAL at the end is gone.";
     DRILL_TIME: LINEAGE, gauge, "walship_drill_last_timestamp_seconds", "When the last drill began.";
@@ -97,6 +98,7 @@ metrics! {
     VERIFY_DURATION: LINEAGE, gauge, "walship_verification_last_duration_seconds", "How long it took.";
     VERIFY_GOOD: LINEAGE, gauge, "walship_verification_last_good", "Whether all that it read was as it should be.";
     VERIFY_BYTES: LINEAGE, gauge, "walship_verification_last_bytes", "How much it read.";
+    VERIFY_ALL: LINEAGE, gauge, "walship_verification_all_read_timestamp_seconds", "Since when verifications have read everything that was stored then.";
     EXPIRE_TIME: LINEAGE, gauge, "walship_expire_last_timestamp_seconds", "When the last removal by retention began.";
     EXPIRE_GOOD: LINEAGE, gauge, "walship_expire_last_good", "Whether it ended and nothing failed.";
     SERVER_LSN: CLUSTER, gauge, "walship_server_wal_lsn_bytes", "How far the server's WAL is flushed, as a number of bytes.";
@@ -147,6 +149,7 @@ pub fn samples(
         ("full_backup", watch.full_backup_overdue.0),
         ("drill", watch.drill_overdue.0),
         ("verification", watch.verification_overdue.0),
+        ("proven", watch.proven_overdue.0),
         ("retention", watch.retention_overdue.0),
     ] {
         samples.some(&OBJECTIVE, &[objective], length.map(|length| length.as_secs_f64()));
@@ -280,6 +283,7 @@ impl Samples<'_> {
             self.add(&VERIFY_GOOD, labels, flag(verification.is_good));
             self.add(&VERIFY_BYTES, labels, verification.bytes as f64);
         }
+        self.some(&VERIFY_ALL, labels, contents.all_read.map(seconds));
         if let Some(expire) = &contents.expire {
             self.add(&EXPIRE_TIME, labels, seconds(expire.started));
             self.add(&EXPIRE_GOOD, labels, flag(expire.finished.is_some() && expire.failure.is_none()));

@@ -5,15 +5,19 @@
 //! anywhere itself, and time is an argument.
 
 mod facts;
+mod kind;
 pub mod metrics;
 pub mod monitor;
 mod problems;
 mod reach;
 pub mod steady;
+mod transactions;
 
 pub use facts::{
     BackupFacts, BackupKind, Contents, Disk, DiskPlace, DrillFacts, ExpireFacts, Facts, RepositoryFacts,
     ServerAnswer, ServerFacts, SlotFacts, VerificationFacts, WindowFacts, backup_kinds,
 };
-pub use problems::{Kind, Limits, Problem, Severity, is_known, problems};
-pub use reach::{Reach, reach};
+pub use kind::{Kind, Problem, Severity};
+pub use problems::{Limits, is_known, problems};
+pub use reach::{Hole, Reach, end_of_way, reach, stored_at};
+pub use transactions::{Ended, Transactions};

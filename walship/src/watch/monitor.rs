@@ -7,8 +7,9 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::facts::Facts;
+use super::kind::Severity;
 use super::metrics::figures;
-use super::problems::{Limits, Severity};
+use super::problems::Limits;
 
 /// So many problems are listed one by one.
 const LINES_MAX: usize = 50;

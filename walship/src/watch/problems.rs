@@ -1,152 +1,20 @@
 //! What is wrong: one function that the monitor, the metrics and the notices share.
 
-use std::fmt;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use serde::{Deserialize, Serialize};
 
 use super::facts::{
     BackupKind, Contents, Disk, DrillFacts, Facts, RepositoryFacts, ServerAnswer, ServerFacts, backup_kinds,
 };
+use super::kind::{Kind, Problem, Severity};
 use crate::config::{Config, Objectives, RetentionSettings, WatchSettings};
+
+/// A clock may be so far ahead of another.
+const CLOCKS_DIFFER: Duration = Duration::from_secs(5 * 60);
 
 /// What is critical of what waits: so many times what is worth a warning.
 const WAITING_CRITICAL_TIMES: u64 = 16;
-
-/// How much a problem matters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Severity {
-    /// It should be looked at in working hours.
-    Warning,
-    /// What is in the archive, or is to come into it, is in danger.
-    Critical,
-}
-
-/// What can be wrong. The names are stable: labels of metrics and fields of notices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Kind {
-    /// A repository cannot be read.
-    RepositoryUnreachable,
-    /// The server does not answer.
-    ServerUnreachable,
-    /// There is no complete backup.
-    BackupMissing,
-    /// The newest backup is too old.
-    BackupOverdue,
-    /// The newest backup is much smaller or larger than the one before.
-    BackupSize,
-    /// The newest backup holds pages with wrong checksums.
-    BackupDamagedPages,
-    /// The last verification found damage.
-    VerificationFailed,
-    /// The last verification is too long ago.
-    VerificationOverdue,
-    /// The server's WAL waits, or the archiver fails.
-    WalNotArriving,
-    /// The slot of `walship receive` has lost WAL, is about to, or nobody streams from it.
-    Slot,
-    /// WAL is missing in the archive.
-    WalGap,
-    /// WAL at the end of a timeline is gone.
-    WalEndLost,
-    /// The disk of a repository is filling up.
-    RepositoryDisk,
-    /// A disk of the server is filling up.
-    ServerDisk,
-    /// More would be lost than the objective allows.
-    RpoMissed,
-    /// The last drill took longer than the objective allows.
-    RtoMissed,
-    /// The last drill did not prove that a restore works.
-    DrillFailed,
-    /// The last drill is too long ago.
-    DrillOverdue,
-    /// The last removal by retention failed or was cut off.
-    RetentionFailed,
-    /// Retention has not run for too long.
-    RetentionOverdue,
-}
-
-impl Kind {
-    /// Every kind.
-    pub const ALL: [Self; 20] = [
-        Self::RepositoryUnreachable,
-        Self::ServerUnreachable,
-        Self::BackupMissing,
-        Self::BackupOverdue,
-        Self::BackupSize,
-        Self::BackupDamagedPages,
-        Self::VerificationFailed,
-        Self::VerificationOverdue,
-        Self::WalNotArriving,
-        Self::Slot,
-        Self::WalGap,
-        Self::WalEndLost,
-        Self::RepositoryDisk,
-        Self::ServerDisk,
-        Self::RpoMissed,
-        Self::RtoMissed,
-        Self::DrillFailed,
-        Self::DrillOverdue,
-        Self::RetentionFailed,
-        Self::RetentionOverdue,
-    ];
-
-    /// Returns its name.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::RepositoryUnreachable => "repository_unreachable",
-            Self::ServerUnreachable => "server_unreachable",
-            Self::BackupMissing => "backup_missing",
-            Self::BackupOverdue => "backup_overdue",
-            Self::BackupSize => "backup_size",
-            Self::BackupDamagedPages => "backup_damaged_pages",
-            Self::VerificationFailed => "verification_failed",
-            Self::VerificationOverdue => "verification_overdue",
-            Self::WalNotArriving => "wal_not_arriving",
-            Self::Slot => "slot",
-            Self::WalGap => "wal_gap",
-            Self::WalEndLost => "wal_end_lost",
-            Self::RepositoryDisk => "repository_disk",
-            Self::ServerDisk => "server_disk",
-            Self::RpoMissed => "rpo_missed",
-            Self::RtoMissed => "rto_missed",
-            Self::DrillFailed => "drill_failed",
-            Self::DrillOverdue => "drill_overdue",
-            Self::RetentionFailed => "retention_failed",
-            Self::RetentionOverdue => "retention_overdue",
-        }
-    }
-
-    /// Returns whether `walship check` says it by itself, in more words.
-    pub fn is_told_by_check(self) -> bool {
-        matches!(self, Self::RepositoryUnreachable | Self::ServerUnreachable | Self::Slot | Self::WalEndLost)
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
-    }
-}
-
-/// Something that is wrong.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Problem {
-    /// What it is, for programs.
-    pub kind: Kind,
-    /// What it is about: a repository's address, a kind of backup, a slot, a disk; or `server`.
-    pub subject: String,
-    /// How much it matters.
-    pub severity: Severity,
-    /// What it is, for people: a lowercase fact.
-    pub text: String,
-    /// What to do.
-    pub next: String,
-}
 
 /// What is measured by.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -182,8 +50,10 @@ pub fn problems(facts: &Facts, limits: &Limits) -> Vec<Problem> {
     for repository in &facts.repositories {
         found.repository(repository, limits);
         if let Some(contents) = &repository.contents {
+            found.clocks(&repository.url, contents);
             found.backups(&repository.url, contents, limits);
-            found.wal(&repository.url, facts, contents, limits);
+            found.wal(&repository.url, contents);
+            found.arriving(repository, facts, contents, limits);
             found.drills(&repository.url, contents, limits);
             found.verifications(&repository.url, contents, limits);
             found.retention(&repository.url, contents, limits);
@@ -314,32 +184,81 @@ impl Found {
         }
     }
 
-    fn wal(&mut self, url: &str, facts: &Facts, contents: &Contents, limits: &Limits) {
-        if contents.gaps > 0 {
-            let severity =
-                if contents.gaps_without_backup > 0 { Severity::Critical } else { Severity::Warning };
-            let next = match severity {
-                Severity::Critical => {
-                    "Take a base backup (`walship backup`): nothing behind the gap can be restored without."
-                }
-                Severity::Warning => {
-                    "`pitr info` shows which moments cannot be reached; a backup behind it is there."
-                }
-            };
-            let text = format!("{url} has {} open gaps in its WAL", contents.gaps);
-            self.add(Kind::WalGap, url, severity, text, next);
+    /// What lies in the future would count as fresh until then.
+    fn clocks(&mut self, url: &str, contents: &Contents) {
+        let verified = contents.verification.as_ref().map(|verification| verification.started);
+        for (what, time) in [
+            ("backup", contents.newest_backup()),
+            ("commit", contents.newest_commit),
+            ("drill", contents.drill.as_ref().map(|drill| drill.started).max(contents.proven)),
+            ("verification", verified.max(contents.verified)),
+            ("removal by retention", contents.expire.as_ref().map(|expire| expire.started)),
+        ] {
+            let Some(time) = time.filter(|time| *time > self.at + CLOCKS_DIFFER) else { continue };
+            let time = time.format("%Y-%m-%d %H:%M:%SZ");
+            let text = format!("the newest {what} in {url} is of {time}, which lies in the future");
+            let next = "Compare the clocks of this machine, of the server and of those who wrote to the repository. \
+                        Until that time it is not noticed that a newer one is missing.";
+            self.add(Kind::Clock, &format!("{url} {what}"), Severity::Warning, text, next);
+        }
+    }
+
+    fn wal(&mut self, url: &str, contents: &Contents) {
+        if contents.gaps_without_backup > 0 {
+            let text = format!(
+                "{url} has {} gaps in its WAL without a backup behind them",
+                contents.gaps_without_backup
+            );
+            let next =
+                "Take a base backup (`walship backup`): nothing behind the gap can be restored without.";
+            self.add(Kind::WalGap, url, Severity::Critical, text, next);
+        } else if contents.holes > 0 {
+            // What the ledger knows was told when it was recorded, and is over with the backup behind it.
+            let text =
+                format!("WAL is missing in {url}, and nothing on record says why: {} gaps", contents.holes);
+            let next = "`pitr info` shows which moments cannot be reached. Store it (`walship wal push`) where it still is; \
+                        else record that it is lost (`walship wal give-up`), and this ends.";
+            self.add(Kind::WalGap, url, Severity::Warning, text, next);
         }
         if contents.lost_ends > 0 {
             let text = format!("WAL at the end of {} timelines is gone from {url}", contents.lost_ends);
             let next = "Find out who removed it, or whether this is an older copy of the repository.";
             self.add(Kind::WalEndLost, url, Severity::Critical, text, next);
         }
-        if let (Some(server), Some(behind)) = (facts.server.told(), facts.behind_bytes(contents)) {
-            let segments = behind / server.segment_bytes.max(1);
-            if segments >= limits.watch.waiting_segments {
+        let next = "Take a base backup (`walship backup`): nothing that is written can be restored without.";
+        if contents.is_cut {
+            let text = format!(
+                "no restore gets to the end of {url}: wal_level was minimal there, or pg_resetwal was run, and no backup \
+                 lies behind it"
+            );
+            self.add(Kind::WindowEnded, url, Severity::Critical, text, next);
+        } else if contents.window.is_none() && !contents.backups.is_empty() {
+            let text = format!("no backup in {url} has the WAL that it needs to be restored");
+            self.add(Kind::WindowEnded, url, Severity::Critical, text, next);
+        }
+    }
+
+    fn arriving(
+        &mut self,
+        repository: &RepositoryFacts,
+        facts: &Facts,
+        contents: &Contents,
+        limits: &Limits,
+    ) {
+        let url = &repository.url;
+        if let Some(server) = facts.server.told() {
+            let behind = facts.behind_bytes(contents);
+            let segments = behind.unwrap_or(0) / server.segment_bytes.max(1);
+            if contents.timeline != Some(server.timeline) && repository.failure.is_none() {
+                let text =
+                    format!("nothing in {url} leads to timeline {}, which the server is on", server.timeline);
+                let next =
+                    "See that the server archives, or `walship receive` streams from it: `walship check`.";
+                self.add(Kind::WalNotArriving, url, Severity::Critical, text, next);
+            } else if segments >= limits.watch.waiting_segments {
                 let text = format!(
-                    "{segments} full segments of the server's WAL ({}) are not in {url}",
-                    bytes(behind)
+                    "{segments} full segments of the server's WAL ({}) cannot be restored from {url}",
+                    bytes(behind.unwrap_or(0))
                 );
                 let next =
                     "Run `walship check`: it says whether the archiver or the receiver fails, and why.";
@@ -384,8 +303,7 @@ impl Found {
                 self.add(Kind::RtoMissed, url, Severity::Warning, text, next);
             }
         }
-        // Without a drill, time runs since there is something to drill.
-        let since = contents.proven.or(contents.oldest_backup());
+        let since = contents.proven.or(contents.since());
         if let Some((since, limit)) = since.zip(limits.watch.drill_overdue.0)
             && self.age(since) > limit
         {
@@ -410,7 +328,7 @@ impl Found {
             self.add(Kind::VerificationFailed, url, severity, text, next);
         }
         let last = contents.verified;
-        let since = last.or(contents.oldest_backup());
+        let since = last.or(contents.since());
         if let Some((since, limit)) = since.zip(limits.watch.verification_overdue.0)
             && self.age(since) > limit
         {
@@ -420,6 +338,21 @@ impl Found {
             };
             let next = "Run `pitr verify`, best from a timer.";
             self.add(Kind::VerificationOverdue, url, Severity::Warning, text, next);
+        }
+        // With a budget the work is spread over days; a small one never comes round.
+        let since = contents.all_read.or(contents.since());
+        if let Some((since, limit)) = since.zip(limits.watch.proven_overdue.0)
+            && last.is_some()
+            && self.age(since) > limit
+        {
+            let text = match contents.all_read {
+                Some(_) => {
+                    format!("something in {url} was read by no verification for {}", length(self.age(since)))
+                }
+                None => format!("something in {url} was never read by a verification"),
+            };
+            let next = "Raise --budget of `pitr verify`, or run it once without.";
+            self.add(Kind::VerificationOverdue, &format!("{url} all"), Severity::Warning, text, next);
         }
     }
 

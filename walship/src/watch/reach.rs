@@ -1,4 +1,4 @@
-//! Up to where the archive reaches without a hole, and from which backup on: the last window of a timeline.
+//! Up to where the archive reaches, and from which backup on: the last window of a timeline.
 //!
 //! What `pitr info` shows comes from the planner, which follows each window; here only the last one is wanted, and that
 //! every minute.
@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::facts::WindowFacts;
-use crate::catalog::Catalog;
+use crate::catalog::{BackupRecord, Catalog, GapRecord};
 use crate::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use crate::wal::event::{EventKind, WalEvent};
 
@@ -14,120 +14,218 @@ use crate::wal::event::{EventKind, WalEvent};
 const WAL_LEVEL_MINIMAL: i32 = 0;
 
 /// What an archive reaches on one timeline.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reach {
     /// The timeline.
     pub timeline: TimelineId,
-    /// From here on WAL is there without a hole.
-    pub unbroken_from: Lsn,
-    /// Up to here.
+    /// Up to here a restore gets: the end of the last window; without any, the end of what is stored.
     pub until: Lsn,
-    /// What can be reached with the backups in between; `None` without one.
+    /// The last window; `None` without a backup that is of use.
     pub window: Option<WindowFacts>,
+    /// Whether more is stored behind a record there that no recovery crosses, and no backup behind it: `wal_level` became
+    /// minimal, or WAL was reset.
+    pub is_cut: bool,
+    /// WAL that is missing behind the first backup, and of which the ledger knows nothing.
+    pub holes: Vec<Hole>,
+    /// How many gaps of the ledger that are nobody's intention lie where no backup of use begins behind them.
+    pub bare_gaps: u64,
 }
 
-/// Returns what can be reached at the end of the way to `timeline`; `None` where nothing is stored of it, or its history is
+/// WAL that is missing although nobody said so. What is stored side by side looks like that for a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hole {
+    /// Where it begins.
+    pub from: Lsn,
+    /// How many bytes lie between it and the end of what is stored.
+    pub behind_bytes: u64,
+    /// Whether no backup of use begins behind it.
+    pub is_bare: bool,
+}
+
+/// WAL in a row, or what of it recovery crosses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Span {
+    from: Lsn,
+    to: Lsn,
+}
+
+/// Returns what can be reached at the end of the way to `timeline`; `None` where nothing is stored on it, or its history is
 /// not. `newest` are events of segments that no roll-up covers.
 pub fn reach(
     catalog: &Catalog,
     timeline: TimelineId,
     newest: &BTreeMap<TimelineId, Vec<WalEvent>>,
 ) -> Option<Reach> {
-    let size = catalog.lineage.segment_size;
     let history = catalog.history(timeline)?;
-    let tail = catalog.tails.as_ref().and_then(|tails| tails.get(&timeline));
-    let tail = tail.and_then(|tail| catalog.served_tail(tail.segment));
-    let last = catalog.segments.last_of_timeline(timeline);
-    let (until, mut number) = match (tail, last) {
-        (Some(tail), _) => (tail.until_lsn, tail.segment.number(size).checked_sub(1)),
-        (None, Some(last)) => (last.end(size), Some(last.number(size))),
-        (None, None) => return None,
+    let stored = spans(catalog, &history);
+    let end = stored.last()?.to;
+    let crossed = crossed(&stored, &breaks(catalog, &history, newest));
+    let on_way = |backup: &&BackupRecord| {
+        history.timeline_of(backup.start_lsn) == backup.timeline
+            && history.timeline_of(Lsn(backup.stop_lsn.0.saturating_sub(1))) == backup.stop_timeline
     };
-    let mut unbroken_from = match (tail, last) {
-        (Some(tail), _) => tail.segment.start(size),
-        (None, _) => until,
+    let first_in = |span: &Span| {
+        let inside = |backup: &&BackupRecord| {
+            backup.start_lsn >= span.from && backup.stop_lsn <= span.to && on_way(backup)
+        };
+        catalog.backups.iter().filter(inside).min_by_key(|backup| backup.stop_lsn)
     };
-    // From the end back, along the timelines that lead there.
-    let mut on = Some(timeline);
-    while let (Some(current), Some(at)) = (on, number) {
-        let begin = begin_of(&history, current);
-        let first_own = begin.0 / size.bytes();
-        if at < first_own {
-            on = parent_of(&history, current);
-            continue;
-        }
-        let Some(name) = SegmentName::from_number(current, at, size) else { break };
-        let runs = catalog.segments.runs(current);
-        let Some(run) = runs.iter().find(|run| run.first <= name && name <= run.last) else { break };
-        let first = run.first.number(size).max(first_own);
-        unbroken_from = Lsn(first.saturating_mul(size.bytes()));
-        number = first.checked_sub(1);
-        if first > first_own {
-            break;
-        }
-        on = parent_of(&history, current);
-    }
-    let broken = last_break(catalog, &history, newest, until);
-    let first = catalog
-        .backups
-        .iter()
-        .filter(|backup| {
-            history.timeline_of(backup.start_lsn) == backup.timeline
-                && history.timeline_of(Lsn(backup.stop_lsn.0.saturating_sub(1))) == backup.stop_timeline
-                && backup.start_lsn >= unbroken_from
-                && backup.stop_lsn <= until
-                && broken.is_none_or(|broken| backup.start_lsn >= broken)
-        })
-        .min_by_key(|backup| backup.stop_lsn);
-    let window = first.map(|backup| WindowFacts {
+    let found = crossed.iter().rev().find_map(|span| Some((span, first_in(span)?)));
+    let window = found.map(|(span, backup)| WindowFacts {
         from_lsn: backup.stop_lsn,
         from: backup.finished,
-        until_lsn: until,
+        until_lsn: span.to,
     });
-    Some(Reach { timeline, unbroken_from, until, window })
+    let until = window.map_or(end, |window| window.until_lsn);
+    let window_ends_before = |lsn: Lsn| window.is_none_or(|window| window.until_lsn <= lsn);
+    // What lies on a timeline that was left before takes nothing away from where the way leads.
+    let is_on_way = |gap: &&GapRecord| {
+        history.contains(gap.timeline)
+            && history.switch_lsn_of(gap.timeline).is_none_or(|left| gap.start_lsn < left)
+    };
+    let bare_gaps = catalog.gaps.iter().filter(|gap| !gap.is_expired()).filter(is_on_way);
+    let bare_gaps = bare_gaps.filter(|gap| window_ends_before(gap.start_lsn)).count() as u64;
+    let oldest = catalog.backups.iter().filter(on_way).map(|backup| backup.start_lsn).min();
+    let holes = stored.windows(2).filter(|pair| oldest.is_some_and(|oldest| oldest < pair[1].from));
+    let holes = holes.filter(|pair| !is_in_ledger(catalog, &history, pair[0].to, pair[1].from));
+    let holes = holes.map(|pair| Hole {
+        from: pair[0].to,
+        behind_bytes: end.0.saturating_sub(pair[1].from.0),
+        is_bare: window_ends_before(pair[0].to),
+    });
+    Some(Reach {
+        timeline,
+        until,
+        window,
+        is_cut: window.is_some() && until < end && !stored.iter().any(|span| span.to == until),
+        holes: holes.collect(),
+        bare_gaps,
+    })
 }
 
-/// Returns where a timeline begins on the way.
-fn begin_of(history: &TimelineHistory, timeline: TimelineId) -> Lsn {
-    parent_of(history, timeline).and_then(|parent| history.switch_lsn_of(parent)).unwrap_or(Lsn(0))
+/// Returns where the last WAL ends that is stored on the way to a timeline.
+pub fn end_of_way(catalog: &Catalog, history: &TimelineHistory) -> Option<Lsn> {
+    spans(catalog, history).last().map(|span| span.to)
 }
 
-fn parent_of(history: &TimelineHistory, timeline: TimelineId) -> Option<TimelineId> {
-    let way = history.ancestors.iter().map(|entry| entry.timeline);
-    let before = way.take_while(|ancestor| *ancestor != timeline);
-    before.last()
+/// Returns the segment that holds the byte at `lsn` on the way, as a server asks for it: of the youngest timeline that has it.
+pub fn stored_at(catalog: &Catalog, history: &TimelineHistory, lsn: Lsn) -> Option<SegmentName> {
+    let size = catalog.lineage.segment_size;
+    let mut way = way(history).into_iter().rev();
+    way.find_map(|(timeline, begin, end)| {
+        let name = SegmentName::containing(timeline, lsn, size);
+        let is_own = begin < name.end(size) && lsn < end;
+        let is_there = || catalog.segments.contains(name) || catalog.served_tail(name).is_some();
+        (is_own && is_there()).then_some(name)
+    })
 }
 
-/// Returns where backups may start behind the last record on the way that no recovery crosses: `wal_level` became
-/// minimal, or WAL was reset.
-fn last_break(
+/// Returns the timelines on the way, the oldest first, each with where it begins and where it is left.
+fn way(history: &TimelineHistory) -> Vec<(TimelineId, Lsn, Lsn)> {
+    let ancestors = history.ancestors.iter().map(|entry| (entry.timeline, entry.switch_lsn));
+    let mut begin = Lsn(0);
+    let all = ancestors.chain([(history.timeline, Lsn(u64::MAX))]);
+    all.map(|(timeline, end)| (timeline, std::mem::replace(&mut begin, end), end)).collect()
+}
+
+/// Returns what is stored on the way, in WAL order, with holes in between.
+fn spans(catalog: &Catalog, history: &TimelineHistory) -> Vec<Span> {
+    let size = catalog.lineage.segment_size;
+    let mut stored = Vec::new();
+    for (timeline, begin, end) in way(history) {
+        // The segment with the fork is stored whole under the descendant's name.
+        let begin = Lsn(begin.0 / size.bytes() * size.bytes());
+        let whole = catalog.segments.runs(timeline).into_iter();
+        let whole = whole.map(|run| Span { from: run.first.start(size), to: run.last.end(size) });
+        let open = catalog.tails.iter().flatten().map(|(_, tail)| tail).chain(catalog.stranded.values());
+        let open = open.filter(|tail| tail.segment.timeline == timeline);
+        let open = open.filter_map(|tail| catalog.served_tail(tail.segment));
+        let open = open.map(|tail| Span { from: tail.segment.start(size), to: tail.until_lsn });
+        let own = whole.chain(open).map(|span| Span { from: span.from.max(begin), to: span.to.min(end) });
+        stored.extend(own.filter(|span| span.from < span.to));
+    }
+    stored.sort_unstable();
+    let mut joined: Vec<Span> = Vec::new();
+    for span in stored {
+        match joined.last_mut().filter(|last| span.from <= last.to) {
+            Some(last) => last.to = last.to.max(span.to),
+            None => joined.push(span),
+        }
+    }
+    joined
+}
+
+/// Returns whether the ledger knows of all segments between two positions.
+fn is_in_ledger(catalog: &Catalog, history: &TimelineHistory, from: Lsn, to: Lsn) -> bool {
+    let size = catalog.lineage.segment_size;
+    let way = way(history);
+    let of_way = |gap: &GapRecord| {
+        let (_, begin, end) = way.iter().find(|(timeline, ..)| *timeline == gap.timeline)?;
+        let (start, end) = (gap.start_lsn.max(*begin), gap.end_lsn.min(*end));
+        (start < end).then_some((start.0 / size.bytes(), (end.0 - 1) / size.bytes()))
+    };
+    let known: Vec<_> = catalog.gaps.iter().filter_map(of_way).collect();
+    let (mut at, last) = (from.0 / size.bytes(), to.0.saturating_sub(1) / size.bytes());
+    while at <= last {
+        match known.iter().filter(|(first, last)| (*first..=*last).contains(&at)).map(|(_, last)| *last).max()
+        {
+            Some(last) => at = last + 1,
+            None => return false,
+        }
+    }
+    true
+}
+
+/// Where recovery gets no further, and where a backup may start behind it.
+struct Break {
+    ends: Lsn,
+    goes_on: Lsn,
+}
+
+/// Returns spans as they are cut by breaks.
+fn crossed(stored: &[Span], breaks: &[Break]) -> Vec<Span> {
+    let mut crossed = Vec::new();
+    for span in stored {
+        let mut from = span.from;
+        for Break { ends, goes_on } in breaks.iter().filter(|one| span.from <= one.ends && one.ends < span.to)
+        {
+            crossed.push(Span { from, to: *ends });
+            from = *goes_on;
+        }
+        crossed.push(Span { from, to: span.to });
+    }
+    crossed
+}
+
+/// Returns the records on the way that no recovery crosses, in WAL order: `wal_level` became minimal, or WAL was reset.
+fn breaks(
     catalog: &Catalog,
     history: &TimelineHistory,
     newest: &BTreeMap<TimelineId, Vec<WalEvent>>,
-    until: Lsn,
-) -> Option<Lsn> {
-    // Recovery may start at the record with which WAL begins: nothing before it can be crossed.
-    let broken_from = |event: &WalEvent| match &event.kind {
+) -> Vec<Break> {
+    let break_by = |event: &WalEvent| match &event.kind {
         EventKind::ParameterChange { settings } if settings.wal_level == WAL_LEVEL_MINIMAL => {
-            Some(Lsn(event.lsn.0 + 1))
+            Some(Break { ends: event.lsn, goes_on: Lsn(event.lsn.0 + 1) })
         }
-        EventKind::WalBegins { .. } => Some(event.lsn),
+        // Recovery may start at the record with which WAL begins: nothing before it can be crossed.
+        EventKind::WalBegins { .. } => Some(Break { ends: event.lsn, goes_on: event.lsn }),
         _ => None,
     };
     let rolled_up = catalog.rollups.iter().map(|rollup| (rollup.timeline, &rollup.events));
     let all = rolled_up.chain(newest.iter().map(|(timeline, events)| (*timeline, events)));
     let on_way = all.flat_map(|(timeline, events)| {
-        let is_on_way =
-            move |event: &&WalEvent| history.timeline_of(event.lsn) == timeline && event.lsn < until;
-        events.iter().filter(is_on_way)
+        events.iter().filter(move |event| history.timeline_of(event.lsn) == timeline)
     });
-    on_way.filter_map(broken_from).max()
+    let mut breaks: Vec<_> = on_way.filter_map(break_by).collect();
+    breaks.sort_by_key(|one| one.ends);
+    breaks.dedup_by_key(|one| one.ends);
+    breaks
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::{BackupRecord, Lineage, StoredSegments, StoredTail};
+    use crate::catalog::{GapCause, GapKind, Lineage, StoredSegments, StoredTail};
     use crate::pg::SegmentSize;
     use crate::wal::event::ServerLimits;
     use chrono::DateTime;
@@ -214,29 +312,92 @@ mod tests {
         }
     }
 
-    /// In MiB: unbroken from, until, and where the window begins.
-    fn reached(catalog: &Catalog, on: u32, newest: &[WalEvent]) -> Option<(u64, u64, Option<u64>)> {
-        let newest = BTreeMap::from([(TimelineId::FIRST, newest.to_vec())]);
-        let reach = reach(catalog, timeline(on), &newest)?;
+    fn events(events: &[WalEvent]) -> BTreeMap<TimelineId, Vec<WalEvent>> {
+        BTreeMap::from([(TimelineId::FIRST, events.to_vec())])
+    }
+
+    /// In MiB: until, where the window begins, and where holes are, bare ones negative.
+    fn reached(catalog: &Catalog, on: u32) -> Option<(u64, Option<u64>, Vec<i64>)> {
+        let reach = reach(catalog, timeline(on), &BTreeMap::new())?;
+        assert!(!reach.is_cut);
         let window = reach.window.map(|window| window.from_lsn.0 / MIB);
-        Some((reach.unbroken_from.0 / MIB, reach.until.0 / MIB, window))
+        let holes = reach.holes.iter().map(|hole| {
+            let from = (hole.from.0 / MIB) as i64;
+            if hole.is_bare { -from } else { from }
+        });
+        Some((reach.until.0 / MIB, window, holes.collect()))
+    }
+
+    fn ledger(on: u32, start: u64, end: u64, kind: GapKind) -> GapRecord {
+        GapRecord {
+            format: 1,
+            id: String::new(),
+            timeline: timeline(on),
+            start_lsn: Lsn(start * MIB),
+            end_lsn: Lsn(end * MIB),
+            cause: GapCause { kind, text: String::new() },
+            segment_digest: None,
+            recorded: DateTime::UNIX_EPOCH,
+            host: String::new(),
+            user: String::new(),
+        }
     }
 
     #[test]
     fn the_last_window_ends_at_holes_and_leads_across_forks() {
         let backups = &[(1, 2, 3), (1, 6, 7)];
-        assert_eq!(reached(&catalog(&[], backups), 1, &[]), None);
-        assert_eq!(reached(&catalog(&[(1, 1, 9)], backups), 1, &[]), Some((1, 10, Some(3))));
-        assert_eq!(reached(&catalog(&[(1, 1, 3), (1, 5, 5)], backups), 1, &[]), Some((5, 10, Some(7))));
-        assert_eq!(reached(&catalog(&[(1, 8, 2)], backups), 1, &[]), Some((8, 10, None)), "no backup there");
+        assert_eq!(reached(&catalog(&[], backups), 1), None);
+        assert_eq!(reached(&catalog(&[(1, 1, 9)], backups), 1), Some((10, Some(3), vec![])));
+        assert_eq!(reached(&catalog(&[(1, 1, 3), (1, 5, 5)], backups), 1), Some((10, Some(7), vec![4])));
+        assert_eq!(reached(&catalog(&[(1, 8, 2)], backups), 1), Some((10, None, vec![])), "no backup there");
         // Along the fork: segment 10 is stored under the descendant's name.
         let forked = &[(1, 1, 9), (2, 10, 3)];
-        assert_eq!(reached(&catalog(forked, backups), 2, &[]), Some((1, 13, Some(3))));
-        assert_eq!(reached(&catalog(&[(1, 1, 8), (2, 10, 3)], backups), 2, &[]), Some((10, 13, None)));
+        assert_eq!(reached(&catalog(forked, backups), 2), Some((13, Some(3), vec![])));
         // What the old timeline wrote behind the fork is not on the way.
         let behind = &[(1, 11, 12)];
-        assert_eq!(reached(&catalog(&[(1, 1, 20), (2, 10, 3)], behind), 2, &[]), Some((1, 13, None)));
-        assert_eq!(reached(&catalog(forked, backups), 3, &[]), None, "its history is not stored");
+        assert_eq!(reached(&catalog(&[(1, 1, 20), (2, 10, 3)], behind), 2), Some((13, None, vec![])));
+        assert_eq!(reached(&catalog(forked, backups), 3), None, "its history is not stored");
+    }
+
+    #[test]
+    fn a_restore_gets_to_the_hole_behind_which_no_backup_begins() {
+        let backups = &[(1, 2, 3)];
+        let mut holed = catalog(&[(1, 1, 7), (1, 9, 3)], backups);
+        assert_eq!(reached(&holed, 1), Some((8, Some(3), vec![-8])));
+        assert_eq!(
+            reach(&holed, TimelineId::FIRST, &BTreeMap::new()).unwrap().holes[0].behind_bytes,
+            3 * MIB
+        );
+        // Across a fork.
+        assert_eq!(reached(&catalog(&[(1, 1, 8), (2, 11, 3)], backups), 2), Some((9, Some(3), vec![-9])));
+        // What lies before the first backup takes nothing away.
+        assert_eq!(reached(&catalog(&[(1, 1, 1), (1, 3, 6)], &[(1, 4, 5)]), 1), Some((9, Some(5), vec![])));
+        // What the ledger knows is counted there, all of it or nothing.
+        let bare = |catalog: &Catalog, on| reach(catalog, timeline(on), &BTreeMap::new()).unwrap().bare_gaps;
+        for (kind, expected) in [(GapKind::GivenUp, 1), (GapKind::Expired, 0)] {
+            holed.gaps = vec![ledger(1, 8, 9, kind)];
+            assert_eq!((reached(&holed, 1), bare(&holed, 1)), (Some((8, Some(3), vec![])), expected));
+        }
+        let mut behind = catalog(&[(1, 1, 3), (1, 5, 5)], &[(1, 6, 7)]);
+        behind.gaps = vec![ledger(1, 4, 5, GapKind::Lost)];
+        assert_eq!(bare(&behind, 1), 0, "a backup begins behind it");
+        let mut left = catalog(&[(1, 1, 12), (1, 14, 3), (2, 10, 2)], backups);
+        left.gaps = vec![ledger(1, 13, 14, GapKind::Lost)];
+        assert_eq!((bare(&left, 1), bare(&left, 2)), (1, 0), "timeline 2 left before it");
+        let mut wide = catalog(&[(1, 1, 7), (1, 12, 3)], backups);
+        wide.gaps = vec![ledger(1, 8, 9, GapKind::GivenUp), ledger(1, 11, 12, GapKind::Lost)];
+        assert_eq!(reached(&wide, 1), Some((8, Some(3), vec![-8])));
+        wide.gaps.push(ledger(1, 9, 11, GapKind::Lost));
+        assert_eq!(reached(&wide, 1), Some((8, Some(3), vec![])));
+    }
+
+    #[test]
+    fn a_timeline_of_which_nothing_is_stored_is_reached_up_to_its_fork() {
+        let backups = &[(1, 2, 3)];
+        let fork = reach(&catalog(&[(1, 1, 20)], backups), timeline(2), &BTreeMap::new()).unwrap();
+        assert_eq!((fork.timeline, fork.until), (timeline(2), Lsn(0xA8_0000)));
+        assert_eq!(fork.window.unwrap().until_lsn, fork.until);
+        assert_eq!(reached(&catalog(&[(1, 1, 5)], backups), 2), Some((6, Some(3), vec![])));
     }
 
     #[test]
@@ -253,16 +414,24 @@ mod tests {
             lost_from: None,
         };
         with_tail.tails = Some([(TimelineId::FIRST, tail)].into());
-        let reach = reach(&with_tail, TimelineId::FIRST, &BTreeMap::new()).unwrap();
         // Timeline 2 leaves timeline 1 inside of that segment: it is served.
-        assert_eq!((reach.unbroken_from, reach.until), (Lsn(MIB), Lsn(10 * MIB + 8)));
-        let minimal = WalEvent {
-            lsn: Lsn(4 * MIB),
-            end_lsn: Lsn(4 * MIB + 8),
+        let on_first = reach(&with_tail, TimelineId::FIRST, &BTreeMap::new()).unwrap();
+        assert_eq!((on_first.until, on_first.holes.len()), (Lsn(10 * MIB + 8), 0));
+        let history = with_tail.history(TimelineId::FIRST).unwrap();
+        let at = |lsn| stored_at(&with_tail, &history, Lsn(lsn)).map(|name| name.number(SIZE));
+        assert_eq!([at(10 * MIB), at(10 * MIB - 1), at(11 * MIB)], [Some(10), Some(9), None]);
+        let minimal = |mib| WalEvent {
+            lsn: Lsn(mib * MIB),
+            end_lsn: Lsn(mib * MIB + 8),
             xid: 0,
             kind: EventKind::ParameterChange { settings: limits(WAL_LEVEL_MINIMAL) },
         };
         let catalog = catalog(&[(1, 1, 9)], backups);
-        assert_eq!(reached(&catalog, 1, &[minimal]), Some((1, 10, Some(7))));
+        let broken = |at| {
+            let reach = reach(&catalog, TimelineId::FIRST, &events(&[minimal(at)])).unwrap();
+            (reach.until.0 / MIB, reach.window.map(|window| window.from_lsn.0 / MIB), reach.is_cut)
+        };
+        assert_eq!(broken(4), (10, Some(7), false));
+        assert_eq!(broken(8), (8, Some(3), true), "no backup behind it");
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::problems::{Kind, Problem, Severity};
+use super::kind::{Kind, Problem, Severity};
 
 /// How notices are spaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

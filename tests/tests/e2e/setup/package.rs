@@ -79,7 +79,7 @@ fn the_package_installs_works_upgrades_and_goes() {
 
     // The units are the package's; what setup writes takes their place, and says so.
     let units = root.at("usr/lib/systemd/system");
-    assert_eq!(files(&units).len(), 9);
+    assert_eq!(files(&units).len(), 10);
     let receive = fs::read_to_string(units.join("walship-receive.service")).unwrap();
     assert!(
         receive.contains("\nExecStart=/usr/bin/walship receive ") && receive.contains("\nUser=postgres\n")

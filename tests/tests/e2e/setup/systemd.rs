@@ -46,10 +46,10 @@ fn systemd_understands_the_units_and_finds_them_well_locked_up() {
     ] {
         let root = tempfile::tempdir().unwrap();
         let report = written(root.path(), config);
-        assert_eq!((&report["written"], report["units"].as_array().unwrap().len()), (&Value::Bool(true), 9));
+        assert_eq!((&report["written"], report["units"].as_array().unwrap().len()), (&Value::Bool(true), 10));
         compare("walship setup systemd", &[report], &[]);
         let units = files(&root.path().join("etc/systemd/system"));
-        assert_eq!(units.len(), 9);
+        assert_eq!(units.len(), 10);
         let output = run(
             Command::new("systemd-analyze").args(["verify", "--man=no"]).args(&units),
             RunOptions::default(),
@@ -85,7 +85,7 @@ fn what_was_edited_stays_and_settings_that_change_are_written() {
     assert!(shown.contains("    Type=notify\n") && shown.ends_with("--confirm does that.\n"), "{shown}");
     assert!(!folder.exists(), "a dry run writes nothing");
     assert!(succeeds(&with(&["--confirm"])).contains("systemctl enable --now walship-receive.service"));
-    assert!(succeeds(&with(&[])).matches("is there, unchanged").count() == 9);
+    assert!(succeeds(&with(&[])).matches("is there, unchanged").count() == 10);
 
     succeeds(&with(&["--backup-at", "Sat 22:00", "--backup-options", "--source local", "--confirm"]));
     let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
@@ -109,6 +109,7 @@ fn nonsense_is_refused_and_nothing_is_written() {
     let at = ["systemd", "--confirm", "--root", root.path().to_str().unwrap()];
     for (words, said) in [
         (&["--backup-options", "--bogus"][..], "unexpected argument '--bogus'"),
+        (&["--serve-options", "--textfile x --listen y"], "--serve-options: "),
         (&["--backup-at", "when it rains"], "systemd does not understand it"),
         (&["--drill-at", "06:00\nUnit=evil.service"], "systemd does not understand it"),
         (&["--drill-options", "a\u{7}b"], "control characters"),

@@ -19,7 +19,7 @@ use super::Serving;
 use crate::receive::Receiving;
 
 /// An archiving server with a full and an incremental backup and a commit behind them.
-fn archived(stage: &Stage, major: u32) -> PgServer {
+pub(super) fn archived(stage: &Stage, major: u32) -> PgServer {
     let server = stage.archiving(PgServer::builder(major).wal_segment_size_mb(1)).start();
     stage.init(&server);
     server.psql("CREATE TABLE t (n int); INSERT INTO t SELECT generate_series(1, 1000)");

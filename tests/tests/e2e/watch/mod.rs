@@ -4,6 +4,7 @@ mod metrics;
 mod monitor;
 mod notices;
 mod rules;
+mod unreachable;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -44,6 +45,10 @@ impl Serving {
                 Some(value) => command.env(name, value),
                 None => command.env_remove(name),
             };
+        }
+        // How full this machine's disk is is no matter of most tests.
+        for limit in ["WARNING", "CRITICAL"] {
+            command.env(format!("WALSHIP_WATCH_DISK_{limit}_PERCENT"), "100");
         }
         command.args(["serve", "--listen", "127.0.0.1:0"]).args(args);
         command.args(if server.is_none() { &["--offline"][..] } else { &[] });

@@ -1,5 +1,7 @@
 //! `walship check --monitor`: the states, and the form that monitors read.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
@@ -37,7 +39,9 @@ fn form(output: &Output) -> Vec<String> {
 
 #[test]
 fn every_state_has_its_status() {
-    let stage = Stage::folder("main");
+    // How full this machine's disk is does not matter.
+    let stage = Stage::folder("main")
+        .configured("[watch]\ndisk_warning_percent = 100\ndisk_critical_percent = 100\n");
     let mut server = stage
         .archiving(PgServer::builder(primary_major()).wal_segment_size_mb(1))
         .setting("fsync", "on")
@@ -110,4 +114,32 @@ fn the_answer_comes_in_time_whatever_hangs() {
         monitor(&stage, &mut stage.walship(&["check", "--monitor", "--offline", "--timeout", "2"]));
     assert_eq!(status, 2, "{first}");
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_repository_that_hangs_leaves_time_for_the_others() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let stage = Stage::folder("main");
+    let server = stage.archiving(PgServer::builder(primary_major())).start();
+    stage.init(&server);
+    stage.backup(&server);
+    let one = fs::read_to_string(stage.config()).unwrap();
+    let two =
+        one.replace(&format!("[{:?}]", stage.url()), &format!("[{:?}, \"s3://bucket/prefix\"]", stage.url()));
+    assert_ne!(one, two);
+    let s3 = format!(
+        "[s3]\nendpoint = \"http://{}\"\naccess_key_id = \"a\"\nsecret_access_key = \"b\"\n",
+        silent.local_addr().unwrap()
+    );
+    let config = stage.path().join("two.toml");
+    fs::write(&config, two + &s3).unwrap();
+    fs::set_permissions(&config, fs::Permissions::from_mode(0o600)).unwrap();
+    let mut command = stage.walship_on(&server, &["check", "--monitor", "--timeout", "10"]);
+    let output = stage.run(command.env("WALSHIP_CONFIG", &config));
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let lines = form(&output);
+    assert!(lines[0].contains("backup_age_1="), "{lines:#?}");
+    let hangs = |line: &String| line.contains("s3://bucket/prefix could not be looked at within 5 s");
+    assert_eq!(lines[1..].iter().filter(|line| hangs(line)).count(), 1, "{lines:#?}");
+    assert!(!lines.iter().any(|line| line.contains("not everything could be looked at")), "{lines:#?}");
 }

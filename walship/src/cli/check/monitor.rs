@@ -8,7 +8,7 @@ use serde::Serialize;
 use walship::config::Overrides;
 use walship::error::Result;
 use walship::watch::monitor::{Line, State, answer, worst};
-use walship::watch::{Facts, Problem, problems};
+use walship::watch::{Facts, Kind, Problem, problems};
 
 use super::{Args, Findings, Weight};
 use crate::cli::serve::watcher;
@@ -49,17 +49,24 @@ async fn look(args: &Args, overrides: &Overrides) -> Result<u8> {
     let limit = Duration::from_secs(args.timeout);
     let began = Instant::now();
     let mut findings = Findings::default();
-    let mut watcher = watcher(&config, args.offline, limit)?;
+    // A repository that hangs leaves time for the rest.
+    let mut watcher = watcher(&config, args.offline, limit / 2)?;
     let mut facts: Option<Facts> = None;
+    let mut hung = false;
     // What is known so far is said also when the time is up.
     let work = async {
-        facts = Some(watcher.look(Utc::now()).await);
-        super::check(&config, args.offline, overrides, &mut findings).await
+        let seen = facts.insert(watcher.look(Utc::now()).await);
+        hung = began.elapsed() >= limit / 2;
+        let answers = |at: usize| seen.repositories.get(at).is_none_or(|facts| facts.failure.is_none());
+        let mut to_check = config.clone();
+        let mut at = 0..;
+        to_check.repositories.retain(|_| at.next().is_some_and(|at| !hung || answers(at)));
+        super::check(&to_check, args.offline, overrides, &mut findings).await
     };
     let in_time = tokio::time::timeout(limit, work).await;
     let limits = walship::watch::Limits::of(&config);
     let found = facts.as_ref().map(|facts| problems(facts, &limits)).unwrap_or_default();
-    let mut lines = lines(&findings, &found, in_time.is_ok());
+    let mut lines = lines(&findings, &found, in_time.is_ok(), hung);
     match in_time {
         Ok(done) => done?,
         Err(_) => lines.push(Line {
@@ -80,9 +87,11 @@ async fn look(args: &Args, overrides: &Overrides) -> Result<u8> {
 }
 
 /// What is found and what is a problem, each once.
-fn lines(findings: &Findings, problems: &[Problem], checked: bool) -> Vec<Line> {
-    // Both say these; `check` in more words.
-    let told = problems.iter().filter(|problem| !(checked && problem.kind.is_told_by_check()));
+fn lines(findings: &Findings, problems: &[Problem], checked: bool, hung: bool) -> Vec<Line> {
+    // Both say these; `check` in more words, but nothing of a repository that hangs.
+    let by_check =
+        |kind: Kind| checked && kind.is_told_by_check() && !(hung && kind == Kind::RepositoryUnreachable);
+    let told = problems.iter().filter(|problem| !by_check(problem.kind));
     let told = told.map(|problem| Line {
         state: problem.severity.into(),
         text: problem.text.clone(),

@@ -13,7 +13,7 @@ use walship::pages;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Write systemd's units: services that stream, back up, verify, look at retention and drill, and their timers
+    /// Write systemd's units: services that stream, watch, back up, verify, look at retention and drill, and their timers
     #[command(after_help = systemd::HELP)]
     Systemd(Box<systemd::Args>),
     /// Write the man pages of all four programs

@@ -21,8 +21,8 @@ Examples:
   walship setup systemd --backup-at 'Sat 22:00' --backup-options '--source local --incremental' --confirm
   walship setup systemd --name shop --config /etc/walship/shop.toml --confirm      # a second cluster on this host
 
-Written are services for walship receive, base backups, pitr verify, pitr expire and drills, and timers for the last four. \
-Nothing is started: systemctl enable --now does that, for those that are wanted. What a unit may write to comes from \
+Written are services for walship receive, walship serve, base backups, pitr verify, pitr expire and drills, and timers for the \
+last four. A second walship serve on one host needs another port: --serve-options '--listen 127.0.0.1:19188'. Nothing is started: systemctl enable --now does that, for those that are wanted. What a unit may write to comes from \
 the configuration: run it again when a repository's or the spool's folder changes.
 
 A unit that was edited is never written over. Changes belong into a drop-in: systemctl edit walship-backup.timer
@@ -61,6 +61,15 @@ pub(in crate::cli) struct Args {
     /// The folder of the programs [default: where this one is]
     #[arg(long, value_name = "FOLDER")]
     bin_dir: Option<PathBuf>,
+    /// Options of walship serve, with spaces between them
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    serve_options: String,
     /// Options of walship backup, with spaces between them
     #[arg(
         long,
@@ -196,15 +205,15 @@ fn units(args: &Args, overrides: &Overrides, notes: &mut Vec<String>) -> Result<
             None
         }
     };
-    let backup_options = words(&args.backup_options);
-    super::super::Cli::try_parse_from(
-        ["walship", "backup"].into_iter().chain(backup_options.iter().map(String::as_str)),
-    )
-    .map_err(|error| {
-        let said = error.to_string();
-        let line = said.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        Error::invalid(format!("--backup-options: {line}")).with_safe("nothing was written")
-    })?;
+    let (serve_options, backup_options) = (words(&args.serve_options), words(&args.backup_options));
+    for (command, options) in [("serve", &serve_options), ("backup", &backup_options)] {
+        let line = ["walship", command].into_iter().chain(options.iter().map(String::as_str));
+        super::super::Cli::try_parse_from(line).map_err(|error| {
+            let said = error.to_string();
+            let line = said.lines().next().unwrap_or_default().trim_start_matches("error: ");
+            Error::invalid(format!("--{command}-options: {line}")).with_safe("nothing was written")
+        })?;
+    }
     for (option, at) in [
         ("--backup-at", &args.backup_at),
         ("--verify-at", &args.verify_at),
@@ -233,6 +242,7 @@ fn units(args: &Args, overrides: &Overrides, notes: &mut Vec<String>) -> Result<
         config: named.map(absolute).transpose()?,
         own_status_file: config.as_ref().is_some_and(|config| config.receive.status_file.is_some()),
         folders: config.as_ref().map(folders).transpose()?,
+        serve_options,
         backup_options,
         verify_options: words(&args.verify_options),
         drill_options: words(&args.drill_options),
@@ -352,7 +362,7 @@ fn text(report: &Report, name: &str) -> String {
     }
     if report.written {
         text += &format!(
-            "Then, for what is wanted:\n  systemctl daemon-reload\n  systemctl enable --now {name}-receive.service\n  \
+            "Then, for what is wanted:\n  systemctl daemon-reload\n  systemctl enable --now {name}-receive.service {name}-serve.service\n  \
              systemctl enable --now {name}-backup.timer {name}-verify.timer {name}-expire.timer \
              {name}-drill.timer\n"
         );

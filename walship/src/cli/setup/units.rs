@@ -1,4 +1,5 @@
-//! The text of systemd's units: services for `walship receive`, backups, `pitr expire` and drills, and their timers.
+//! The text of systemd's units: services for `walship receive`, `walship serve`, backups, `pitr expire` and drills, and their
+//! timers.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,8 @@ pub(super) struct Units {
     pub(super) folders: Option<Folders>,
     /// Whether the configuration names a status file.
     pub(super) own_status_file: bool,
-    /// Options of `walship backup`, `pitr verify` and `pitr drill`.
+    /// Options of `walship serve`, `walship backup`, `pitr verify` and `pitr drill`.
+    pub(super) serve_options: Vec<String>,
     pub(super) backup_options: Vec<String>,
     pub(super) verify_options: Vec<String>,
     pub(super) drill_options: Vec<String>,
@@ -47,6 +49,8 @@ enum Runs {
     Ours,
     /// A PostgreSQL server as well.
     Server,
+    /// Programs of ours that only read repositories, and have to begin without them.
+    Watching,
 }
 
 impl Units {
@@ -58,6 +62,7 @@ impl Units {
         let name = &self.name;
         let units = [
             ("receive.service", self.receive()?),
+            ("serve.service", self.serve()?),
             ("backup.service", self.backup()?),
             ("backup.timer", self.timer("base backups", &self.backup_at, "1h")?),
             ("expire.service", self.expire()?),
@@ -109,6 +114,38 @@ StateDirectoryMode=0700
 WantedBy=multi-user.target
 ",
             self.surroundings(Runs::Ours)?
+        ))
+    }
+
+    fn serve(&self) -> Result<String> {
+        let mut command = vec!["serve".to_owned()];
+        command.extend(self.serve_options.iter().cloned());
+        let exec = self.exec("walship", &command)?;
+        let name = &self.name;
+        Ok(format!(
+            "\
+[Unit]
+Description=Watches the archive: metrics for Prometheus, notices of problems ({name})
+Documentation=man:walship-serve(1)
+# No mount is waited for: that one is missing is what it tells.
+Wants=network-online.target
+After=network-online.target postgresql.service
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+{exec}
+Restart=always
+RestartSec=10
+# Notices that can still be delivered are, for some seconds.
+TimeoutStopSec=30
+StateDirectory={name}
+StateDirectoryMode=0700
+{}
+[Install]
+WantedBy=multi-user.target
+",
+            self.surroundings(Runs::Watching)?
         ))
     }
 
@@ -243,7 +280,7 @@ WantedBy=timers.target
         match &self.folders {
             Some(folders) => {
                 text.push_str("ProtectSystem=strict\n");
-                for folder in &folders.repositories {
+                for folder in folders.repositories.iter().filter(|_| runs != Runs::Watching) {
                     let _ = writeln!(text, "ReadWritePaths={}", word(&path_text(folder)?)?);
                 }
                 // A service must start without them: that of a status file below /run is there while the receiver runs.
@@ -259,7 +296,7 @@ WantedBy=timers.target
         }
         text.push_str(HARDENING);
         text.push_str(match runs {
-            Runs::Ours => HARDENING_OURS,
+            Runs::Ours | Runs::Watching => HARDENING_OURS,
             Runs::Server => HARDENING_SERVER,
         });
         Ok(text)
@@ -304,6 +341,8 @@ SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
 UMask=0077
+# A core would hold what was in memory: secrets, and rows.
+LimitCORE=0
 ";
 
 const HARDENING_OURS: &str = "\
@@ -369,6 +408,7 @@ mod tests {
             config: None,
             folders: None,
             own_status_file: false,
+            serve_options: Vec::new(),
             backup_options: vec!["--label".into(), "it costs 5 % of $HOME".into()],
             verify_options: Vec::new(),
             drill_options: Vec::new(),
@@ -416,6 +456,13 @@ mod tests {
             "ExecStart=/usr/bin/walship receive",
         ] {
             assert!(receive.lines().any(|known| known == line), "{line} in {receive}");
+        }
+        // Watching has to begin while a mount is missing, and writes to none.
+        let serve = text(&known, "walship-serve.service");
+        assert!(serve.contains("\nProtectSystem=strict\nReadWritePaths=-/var/spool/w\n"), "{serve}");
+        assert!(!serve.contains("/srv/wal ship"), "{serve}");
+        for (name, text) in known.texts().unwrap().iter().filter(|(name, _)| name.ends_with(".service")) {
+            assert!(text.contains("\nLimitCORE=0\n"), "{name}: {text}");
         }
         let options = |words: &[&str]| Units {
             folders: Some(Folders::default()),

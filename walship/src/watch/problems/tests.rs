@@ -1,6 +1,6 @@
 use super::*;
 use crate::pg::{Lsn, TimelineId};
-use crate::watch::{BackupFacts, DiskPlace, ExpireFacts, SlotFacts, VerificationFacts};
+use crate::watch::{BackupFacts, DiskPlace, Ended, ExpireFacts, SlotFacts, VerificationFacts, WindowFacts};
 
 const URL: &str = "file:///r";
 const HOUR: i64 = 3600;
@@ -29,6 +29,7 @@ fn backup(kind: BackupKind, age: i64, bytes: u64) -> BackupFacts {
 fn good() -> Facts {
     let contents = Contents {
         lineage: 1,
+        created: ago(25 * HOUR),
         timeline: Some(TimelineId::FIRST),
         backups: vec![backup(BackupKind::Full, 25 * HOUR, 100), backup(BackupKind::Full, HOUR, 100)],
         unfinished_backups: 0,
@@ -36,8 +37,10 @@ fn good() -> Facts {
         durable_lsn: Some(Lsn(1000)),
         newest_commit: Some(ago(10)),
         newest_xid: Some(700),
-        window: None,
+        window: Some(WindowFacts { from_lsn: Lsn(10), from: ago(25 * HOUR), until_lsn: Lsn(1000) }),
+        is_cut: false,
         gaps: 0,
+        holes: 0,
         gaps_without_backup: 0,
         lost_ends: 0,
         segments: 1,
@@ -47,6 +50,7 @@ fn good() -> Facts {
         expire: None,
         verification: None,
         verified: None,
+        all_read: None,
     };
     let repository = RepositoryFacts {
         url: URL.into(),
@@ -62,7 +66,7 @@ fn good() -> Facts {
         in_recovery: false,
         wal_lsn: Lsn(1000),
         segment_bytes: 16,
-        newest_xid: Some(700),
+        ended: Some(Ended { newest_xid: 700, by: Lsn(1000), late: None }),
         archives: true,
         ready_files: Some(3),
         archive_failures_total: 0,
@@ -173,21 +177,36 @@ fn the_recovery_point_is_what_would_be_lost() {
         point.map(|point| point.as_secs())
     };
     assert_eq!(point(|_| {}), Some(0), "the archive holds all that there is");
-    assert_eq!(point(|facts| server(facts).wal_lsn = Lsn(1008)), Some(0), "no transaction is behind its end");
-    let newer: fn(&mut Facts) = |facts| {
+    let ahead = |facts: &mut Facts, newest_xid: u32, by: u64, late: Option<u64>| {
         server(facts).wal_lsn = Lsn(1008);
-        server(facts).newest_xid = Some(701);
+        server(facts).ended = Some(Ended { newest_xid, by: Lsn(by), late: late.map(Lsn) });
     };
-    assert_eq!(point(newer), Some(301));
+    let asked = |newest_xid, by, late| {
+        let mut facts = good();
+        contents(&mut facts).newest_commit = Some(ago(301));
+        ahead(&mut facts, newest_xid, by, late);
+        facts.recovery_point(facts.repositories[0].contents.as_ref().unwrap()).unwrap().as_secs()
+    };
+    assert_eq!(asked(700, 1008, None), 0, "no transaction is behind its end");
+    assert_eq!(asked(701, 1008, None), 301);
+    assert_eq!(asked(700, 1008, Some(1004)), 301, "a long one with a lower number has ended last");
+    assert_eq!(asked(700, 1008, Some(1000)), 0, "and is there");
+    // The numbers of savepoints are not among those that ended.
+    assert_eq!(asked(703, 1000, None), 0, "none has ended since a position that is there");
     let wrapped = |facts: &mut Facts| {
         server(facts).wal_lsn = Lsn(1008);
-        server(facts).newest_xid = Some(3);
+        server(facts).ended = Some(Ended { newest_xid: 3, by: Lsn(1008), late: None });
         contents(facts).newest_xid = Some(u32::MAX);
     };
     assert_eq!(point(wrapped), Some(301), "numbers wrap around");
     assert_eq!(point(|facts| facts.server = ServerAnswer::NotAsked), Some(301));
     assert_eq!(point(|facts| contents(facts).newest_commit = None), None);
     assert_eq!(point(|facts| contents(facts).timeline = TimelineId::new(2)), Some(0), "by its transactions");
+    let late_elsewhere = |facts: &mut Facts| {
+        contents(facts).timeline = TimelineId::new(2);
+        server(facts).ended = Some(Ended { newest_xid: 700, by: Lsn(1000), late: Some(Lsn(500)) });
+    };
+    assert_eq!(point(late_elsewhere), Some(301), "positions of another timeline tell nothing");
 }
 
 #[test]
@@ -209,13 +228,53 @@ fn wal_that_waits_is_told() {
         server(facts).failing_wal = Some("000000010000000000000001".into());
     });
     assert_eq!(idle, [], "nobody is to archive them");
-    assert_eq!(after(|facts| contents(facts).gaps = 1), [(Kind::WalGap, Warning)]);
+    assert_eq!(after(|facts| contents(facts).gaps = 1), [], "it is known, and a backup lies behind it");
+    let hole = after(|facts| (contents(facts).gaps, contents(facts).holes) = (2, 1));
+    assert_eq!(hole, [(Kind::WalGap, Warning)]);
     let bare = after(|facts| {
         contents(facts).gaps = 1;
         contents(facts).gaps_without_backup = 1;
     });
     assert_eq!(bare, [(Kind::WalGap, Critical)]);
     assert_eq!(after(|facts| contents(facts).lost_ends = 1), [(Kind::WalEndLost, Critical)]);
+}
+
+#[test]
+fn a_timeline_to_which_nothing_leads_is_told() {
+    let promoted = |facts: &mut Facts| server(facts).timeline = TimelineId::new(2).unwrap();
+    assert_eq!(after(promoted), [(Kind::WalNotArriving, Critical)]);
+    // What it holds by now nobody knows.
+    let away = |facts: &mut Facts| {
+        promoted(facts);
+        facts.repositories[0].failure = Some(("gone".into(), "Look.".into()));
+    };
+    assert_eq!(after(away), [(Kind::RepositoryUnreachable, Critical)]);
+}
+
+#[test]
+fn an_end_that_no_backup_leads_to_is_told() {
+    assert_eq!(after(|facts| contents(facts).is_cut = true), [(Kind::WindowEnded, Critical)]);
+    assert_eq!(after(|facts| contents(facts).window = None), [(Kind::WindowEnded, Critical)]);
+    let empty = after(|facts| {
+        contents(facts).window = None;
+        contents(facts).backups.clear();
+    });
+    assert_eq!(empty, [(Kind::BackupMissing, Critical)], "said once");
+}
+
+#[test]
+fn what_lies_in_the_future_is_told() {
+    let clock = [(Kind::Clock, Warning)];
+    assert_eq!(after(|facts| contents(facts).newest_commit = Some(at(300))), [], "clocks differ a little");
+    assert_eq!(after(|facts| contents(facts).newest_commit = Some(at(301))), clock);
+    let later = |facts: &mut Facts| {
+        contents(facts).backups.push(backup(BackupKind::Full, -24 * HOUR, 100));
+    };
+    assert_eq!(after(later), clock);
+    assert_eq!(after(|facts| contents(facts).proven = Some(at(HOUR))), clock);
+    assert_eq!(after(|facts| contents(facts).verified = Some(at(HOUR))), clock);
+    let expire = ExpireFacts { started: at(HOUR), finished: None, failure: None };
+    assert_eq!(after(|facts| contents(facts).expire = Some(expire)), clock);
 }
 
 #[test]
@@ -274,11 +333,13 @@ fn drills_fail_are_slow_or_overdue() {
     assert_eq!(drilled("not_proven", HOUR, 1, Some(2 * HOUR)), [(Kind::DrillFailed, Critical)]);
     let month = 36 * 24 * HOUR;
     assert_eq!(drilled("proven", month, 1, Some(month)), [(Kind::DrillOverdue, Warning)]);
+    // Retention keeps the oldest backup young; that says nothing of when there was something to drill.
     let never = |age: i64| {
-        after(|facts| contents(facts).backups.insert(0, backup(BackupKind::Full, age, 100)))
-            .into_iter()
-            .filter(|(kind, _)| *kind == Kind::DrillOverdue)
-            .count()
+        let found = after(|facts| {
+            contents(facts).created = ago(age);
+            contents(facts).verified = Some(ago(HOUR));
+        });
+        found.into_iter().filter(|(kind, _)| *kind == Kind::DrillOverdue).count()
     };
     assert_eq!((never(34 * 24 * HOUR), never(month)), (0, 1), "there must be something to drill for so long");
 }
@@ -302,6 +363,22 @@ fn verifications_and_retention_fail_or_are_overdue() {
     assert_eq!(verified("damaged", false, HOUR), [(Kind::VerificationFailed, Critical)]);
     assert_eq!(verified("unread", false, HOUR), [(Kind::VerificationFailed, Warning)]);
     assert_eq!(verified("sound", true, 9 * 24 * HOUR), [(Kind::VerificationOverdue, Warning)]);
+    let never = |age: i64| after(|facts| contents(facts).created = ago(age));
+    assert_eq!(
+        (never(8 * 24 * HOUR), never(9 * 24 * HOUR)),
+        (vec![], vec![(Kind::VerificationOverdue, Warning)])
+    );
+    // With a budget that is too small: each day a part, never all.
+    let in_parts = |all_read: Option<i64>| {
+        let found = after(|facts| {
+            contents(facts).created = ago(91 * 24 * HOUR);
+            contents(facts).verified = Some(ago(HOUR));
+            contents(facts).all_read = all_read.map(ago);
+        });
+        found.into_iter().filter(|(kind, _)| *kind == Kind::VerificationOverdue).count()
+    };
+    assert_eq!(in_parts(Some(90 * 24 * HOUR)), 0);
+    assert_eq!((in_parts(Some(91 * 24 * HOUR)), in_parts(None)), (1, 1));
 
     let expired = |failure: Option<&str>, finished: bool, age: i64, limits: Limits| {
         after_with(limits, |facts| {
@@ -418,4 +495,13 @@ fn damage_stands_until_what_was_damaged_is_sound() {
     let elsewhere = VerifyRecord { repository: "another".into(), ..proven("all", VerifyOutcome::Sound, 1) };
     assert!(damaged(&[elsewhere]), "what one repository has sound may be damaged in another");
     assert_eq!(VerificationFacts::last_done(&[record(1, "a", VerifyOutcome::Unread)]), None);
+    let all_read = |records: &[VerifyRecord]| VerificationFacts::all_read(records);
+    let partly = proven("all", VerifyOutcome::Partly, 8);
+    assert_eq!(all_read(&[record(1, "all", VerifyOutcome::Partly), partly.clone()]), Some(ago(8 * HOUR)));
+    assert_eq!(
+        all_read(&[proven("a", VerifyOutcome::Sound, 1), partly]),
+        Some(ago(8 * HOUR)),
+        "of the whole"
+    );
+    assert_eq!(all_read(&[record(1, "all", VerifyOutcome::Partly)]), None);
 }

@@ -1,8 +1,9 @@
 //! What is to be thought of an archive: figures beside what they should be, and what somebody should look at.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use walship::catalog::BackupRecord;
+use walship::catalog::{BackupRecord, VerifyRecord};
 use walship::config::Objectives;
+use walship::watch::{Limits, VerificationFacts};
 
 use super::super::super::args::Deed;
 use super::super::super::history::Entry;
@@ -19,9 +20,6 @@ const CLOCKS_DIFFER: TimeDelta = TimeDelta::minutes(5);
 
 /// A backup that was begun so long ago is hardly under way.
 const UNDER_WAY: TimeDelta = TimeDelta::hours(24);
-
-/// A backup is taken every day, as the usual alarm has it: with two hours for itself.
-const BACKUP_DUE: TimeDelta = TimeDelta::hours(26);
 
 /// What somebody should look at.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,14 +61,15 @@ impl Health {
 }
 
 /// Judges the lineage that the cluster is on now.
-pub(super) fn judge(status: &LineageStatus, objectives: &Objectives) -> Health {
-    let LineageStatus { info, history, .. } = status;
+pub(super) fn judge(status: &LineageStatus, limits: &Limits) -> Health {
+    let LineageStatus { info, history, verifications, .. } = status;
+    let objectives = &limits.objectives;
     let mut health = Health::default();
     reach(info, objectives, &mut health);
-    backups(info, &mut health);
+    backups(info, limits, &mut health);
     gaps(info, &mut health);
     drills(info.asked, history, objectives, &mut health);
-    verification(info.asked, history, &mut health);
+    verification(info.asked, verifications, &mut health);
     retention(info, history, &mut health);
     stored(info, &mut health);
     server(info, &mut health);
@@ -203,24 +202,32 @@ pub(super) fn flaws(info: &Info, backup: &BackupRecord) -> Vec<String> {
     flaws
 }
 
-fn backups(info: &Info, health: &mut Health) {
+fn backups(info: &Info, limits: &Limits, health: &mut Health) {
     let Some(newest) = newest_backup(info) else {
         health.figure("Newest backup", Tone::Bad, "none", vec!["`walship backup` takes one".to_owned()]);
         return;
     };
     let flaws = flaws(info, newest);
-    let since = info.asked.signed_duration_since(newest.finished);
-    let tone = match (&*flaws, &newest.damaged_pages) {
-        ([], _) if since > BACKUP_DUE => {
-            let what = format!("the newest backup is {} old", age(since));
-            health.find(
-                Tone::Warn,
-                what,
-                "See why none was taken since: the schedule, then `walship check`.",
-            );
-            Tone::Warn
+    let full =
+        info.backups.iter().filter(|backup| backup.parent.is_none()).map(|backup| backup.finished).max();
+    let mut late = Tone::Good;
+    for (what, finished, limit) in [
+        ("backup", Some(newest.finished), limits.watch.backup_overdue.0),
+        ("full backup", full, limits.watch.full_backup_overdue.0),
+    ] {
+        let Some((finished, limit)) = finished.zip(limit) else { continue };
+        let since = info.asked.signed_duration_since(finished).to_std().unwrap_or_default();
+        if since <= limit {
+            continue;
         }
-        ([], _) => Tone::Good,
+        let tone = if since > limit * 2 { Tone::Bad } else { Tone::Warn };
+        let old = |length: std::time::Duration| age(TimeDelta::from_std(length).unwrap_or(TimeDelta::MAX));
+        let what = format!("the newest {what} is {} old; it may be {} old", old(since), old(limit));
+        health.find(tone, what, "See why none was taken since: the schedule, then `walship check`.");
+        late = late.max(tone);
+    }
+    let tone = match (&*flaws, &newest.damaged_pages) {
+        ([], _) => late,
         (_, Some(_)) => {
             let what = format!("the newest backup, {}, holds {}", newest.id, flaws.join("; "));
             health.find(Tone::Bad, what, "The damage is the server's: check its disk and pg_amcheck; `pitr info --json` names the pages.");
@@ -401,8 +408,23 @@ pub(super) fn verification_tone(outcome: &str) -> Tone {
     }
 }
 
-fn verification(now: DateTime<Utc>, history: &[Entry], health: &mut Health) {
-    let Some(newest) = of_kind(history, Deed::Verify).next() else {
+/// As watching judges: damage stands until what was damaged is proven, in each repository for itself.
+fn verification(now: DateTime<Utc>, records: &[VerifyRecord], health: &mut Health) {
+    let mut repositories: Vec<&str> = records.iter().map(|record| &*record.repository).collect();
+    repositories.sort_unstable();
+    repositories.dedup();
+    let judged = repositories.into_iter().filter_map(|repository| {
+        let own: Vec<_> = records.iter().filter(|record| record.repository == repository).cloned().collect();
+        let facts = VerificationFacts::of(&own)?;
+        let tone = match (facts.is_damaged, facts.is_good, &*facts.outcome) {
+            (true, ..) => Tone::Bad,
+            (_, false, _) => Tone::Warn,
+            (_, _, "sound") => Tone::Good,
+            _ => Tone::Soft,
+        };
+        Some((tone, VerificationFacts::standing(&own)?.clone()))
+    });
+    let Some((tone, last)) = judged.max_by_key(|(tone, _)| *tone) else {
         health.find(
             Tone::Soft,
             "no verification is on record: that what is stored is still what it was has not been looked at",
@@ -411,20 +433,22 @@ fn verification(now: DateTime<Utc>, history: &[Entry], health: &mut Health) {
         let details = vec!["no verification is on record".to_owned()];
         return health.figure("Last verification", Tone::Soft, "none", details);
     };
-    // Each repository has a record of its own.
-    let run = of_kind(history, Deed::Verify).filter(|entry| entry.id == newest.id);
-    let last = run.max_by_key(|entry| verification_tone(&entry.outcome)).unwrap_or(newest);
-    let tone = verification_tone(&last.outcome);
+    let (outcome, started) = (last.outcome.word(), last.head.started);
     if matches!(tone, Tone::Bad | Tone::Warn) {
         let problem = last.problems.first().map_or_else(String::new, |problem| format!(": {problem}"));
-        let what = format!("the last verification ended as \"{}\"{problem}", said(&last.outcome));
-        health.find(tone, what, "`pitr verify` says which moments that takes away.");
+        let what = format!("the verification of {} ended as \"{outcome}\"{problem}", short_time(started));
+        health.find(
+            tone,
+            what,
+            "`pitr verify` says which moments that takes away; damage stands here until it has read that again and found it \
+             sound.",
+        );
     }
-    let mut details = vec![short_time(last.started), ago(now, last.started)];
-    if last.outcome == "partly" {
+    let mut details = vec![short_time(started), ago(now, started)];
+    if outcome == "partly" {
         details.push("as far as its budget went".to_owned());
     }
-    health.figure("Last verification", tone, said(&last.outcome), details);
+    health.figure("Last verification", tone, outcome, details);
 }
 
 fn retention(info: &Info, history: &[Entry], health: &mut Health) {

@@ -15,9 +15,10 @@ use std::path::Path;
 use chrono::{DateTime, TimeDelta, Utc};
 use clap::ValueEnum as _;
 use walship::Result;
-use walship::catalog::Lineage;
+use walship::catalog::{Lineage, VerifyRecord};
 use walship::config::{Config, Objectives};
 use walship::repository::{LineageRepository, load_catalog, load_tails};
+use walship::watch::Limits;
 
 use super::super::args::{Deed, InfoArgs};
 use super::super::history::{Entry, entries_of};
@@ -40,7 +41,8 @@ const LATELY: TimeDelta = TimeDelta::days(7);
 struct Status {
     cluster: String,
     asked: DateTime<Utc>,
-    objectives: Objectives,
+    /// What watching measures by, too.
+    limits: Limits,
     /// The one that was asked for, or the newest; then older ones.
     lineages: Vec<LineageStatus>,
     /// Lineages of which only the name is on the page, and why.
@@ -52,6 +54,8 @@ struct LineageStatus {
     lineage: Lineage,
     info: Info,
     history: Vec<Entry>,
+    /// The verifications in it, of all repositories, the newest first.
+    verifications: Vec<VerifyRecord>,
     /// Whether there is more history of a kind than is read.
     more_history: bool,
     /// What is to be known of its repositories, and what could not be read.
@@ -79,7 +83,7 @@ pub(super) async fn run(
 }
 
 async fn collect(args: &InfoArgs, repository: &LineageRepository, info: Info) -> Result<Status> {
-    let objectives = Config::load(&args.source.overrides)?.objectives;
+    let limits = Limits::of(&Config::load(&args.source.overrides)?);
     let (cluster, asked, all) = (info.cluster.clone(), info.asked, info.lineages.clone());
     let number = info.lineage;
     let mut lineages = vec![with_history(repository, info).await];
@@ -96,7 +100,7 @@ async fn collect(args: &InfoArgs, repository: &LineageRepository, info: Info) ->
             Err(error) => not_read.push((other.clone(), format!("it cannot be read: {error}"))),
         }
     }
-    Ok(Status { cluster, asked, objectives, lineages, not_read })
+    Ok(Status { cluster, asked, limits, lineages, not_read })
 }
 
 /// Reads an older lineage.
@@ -112,8 +116,16 @@ async fn read(args: &InfoArgs, number: u32, all: &[Lineage], asked: DateTime<Utc
 async fn with_history(repository: &LineageRepository, info: Info) -> LineageStatus {
     let (mut history, mut more_history) = (Vec::new(), false);
     let mut unknown = Vec::new();
+    let mut verifications = Vec::new();
     for kind in Deed::value_variants().iter().filter(|kind| **kind != Deed::Backup) {
-        match entries_of(repository, *kind, ENTRIES_MAX + 1).await {
+        let entries = match kind {
+            Deed::Verify => repository.recent_verifications(ENTRIES_MAX + 1).await.map(|records| {
+                verifications.clone_from(&records);
+                records.into_iter().map(Entry::from).collect()
+            }),
+            kind => entries_of(repository, *kind, ENTRIES_MAX + 1).await,
+        };
+        match entries {
             Ok(mut entries) => {
                 more_history |= entries.len() > ENTRIES_MAX;
                 entries.truncate(ENTRIES_MAX);
@@ -126,7 +138,7 @@ async fn with_history(repository: &LineageRepository, info: Info) -> LineageStat
     }
     history.sort_by(|one, other| other.started.cmp(&one.started).then_with(|| other.id.cmp(&one.id)));
     let notes = repository.notes().into_iter().chain(unknown).collect();
-    LineageStatus { lineage: repository.lineage().clone(), info, history, more_history, notes }
+    LineageStatus { lineage: repository.lineage().clone(), info, history, verifications, more_history, notes }
 }
 
 /// Returns the page. Pure.
@@ -136,7 +148,7 @@ fn html(status: &Status) -> String {
         page::end(&mut page);
         return page;
     };
-    let health = health::judge(current, &status.objectives);
+    let health = health::judge(current, &status.limits);
     let tone = health.tone();
     let word = match tone {
         Tone::Bad => "something is wrong",
@@ -271,7 +283,7 @@ fn not_known(page: &mut String, status: &Status, current: &LineageStatus) {
     if info.server.is_none() {
         unknown.push("What the server has written and the archive does not hold: the server was not asked (--server asks it).".to_owned());
     }
-    if status.objectives == Objectives::default() {
+    if status.limits.objectives == Objectives::default() {
         unknown.push("Whether recovery is fast enough and loses little enough: no objectives are set (rto, rpo in the configuration).".to_owned());
     }
     let unlooked: u64 = info.timelines.iter().map(|timeline| timeline.segments_not_looked_at).sum();

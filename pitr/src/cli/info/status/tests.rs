@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use chrono::TimeZone as _;
 use walship::catalog::{BackupRecord, DamagedPages, Hold, OrphanedBackup, ParentBackup, StoredTail};
+use walship::catalog::{RecordHead, VerifyOutcome};
 use walship::config::Objectives;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 
@@ -148,14 +149,33 @@ fn drill(minutes: i64, outcome: &str, recovery: Option<u64>) -> Entry {
 }
 
 /// A verification of one repository; those of one run have one id.
-fn verification(minutes: i64, outcome: &str, bucket: &str) -> Entry {
-    Entry {
-        kind: Deed::Verify,
-        what: Some(format!("the whole lineage, 812 objects in s3://{bucket}/prefix")),
-        target: None,
-        recovery_millis: None,
-        problems: if outcome == "damaged" { vec!["a segment is damaged".into()] } else { vec![] },
-        ..drill(minutes, outcome, None)
+fn verification(minutes: i64, outcome: VerifyOutcome, bucket: &str) -> VerifyRecord {
+    VerifyRecord {
+        head: RecordHead {
+            format: 1,
+            id: format!("{}-{minutes:016x}", time_at(minutes).format("%Y%m%dT%H%M%SZ")),
+            started: time_at(minutes),
+            host: "backup1".into(),
+            user: "postgres".into(),
+            reason: None,
+        },
+        millis: 1000,
+        repository: format!("s3://{bucket}/prefix"),
+        scope: "the whole lineage".into(),
+        whole: true,
+        outcome,
+        problems: if outcome == VerifyOutcome::Damaged {
+            vec!["a segment is damaged".into()]
+        } else {
+            vec![]
+        },
+        problems_total: 0,
+        objects: 812,
+        bytes: 1,
+        objects_left: 0,
+        proven_since: (outcome == VerifyOutcome::Sound).then(|| time_at(minutes)),
+        backups: vec![],
+        unreachable: 0,
     }
 }
 
@@ -164,11 +184,21 @@ fn status(info: Info, history: Vec<Entry>) -> Status {
     Status {
         cluster: info.cluster.clone(),
         asked: info.asked,
-        objectives: Objectives {
-            recovery_time: Some(Duration::from_secs(900)),
-            recovery_point: Some(Duration::from_secs(300)),
+        limits: Limits {
+            objectives: Objectives {
+                recovery_time: Some(Duration::from_secs(900)),
+                recovery_point: Some(Duration::from_secs(300)),
+            },
+            ..Limits::default()
         },
-        lineages: vec![LineageStatus { lineage: shown, info, history, more_history: false, notes: vec![] }],
+        lineages: vec![LineageStatus {
+            lineage: shown,
+            info,
+            history,
+            verifications: vec![],
+            more_history: false,
+            notes: vec![],
+        }],
         not_read: vec![],
     }
 }
@@ -405,25 +435,39 @@ async fn what_is_wrong_is_said_first() {
         let page = html(status);
         page.split("<h1>").nth(1).unwrap().split("</h1>").next().unwrap().to_owned()
     };
-    let judged = |status: &Status| health::judge(&status.lineages[0], &status.objectives);
+    let judged = |status: &Status| health::judge(&status.lineages[0], &status.limits);
     let nothing = status(empty().await, vec![]);
     assert!(word(&nothing).contains("something is wrong"), "{}", word(&nothing));
     assert!(judged(&nothing).findings[0].what.contains("no complete backup"));
     let mut good = hour().await;
     good.lineages[0].info.server = None;
-    let drills = std::mem::take(&mut good.lineages[0].history);
-    let verified = |outcome: &str| {
-        let run = [verification(40, "sound", "one"), verification(40, outcome, "two")];
-        run.into_iter().chain([verification(5, "damaged", "two")]).chain(drills.clone()).collect()
-    };
-    for (outcome, tone) in [("partly", Tone::Soft), ("unread", Tone::Warn), ("damaged", Tone::Bad)] {
-        good.lineages[0].history = verified(outcome);
+    use VerifyOutcome::{Damaged, Partly, Sound, Unread};
+    let verified =
+        |outcome: VerifyOutcome| vec![verification(40, Sound, "one"), verification(40, outcome, "two")];
+    for (outcome, tone) in [(Partly, Tone::Soft), (Unread, Tone::Warn), (Damaged, Tone::Bad)] {
+        good.lineages[0].verifications = verified(outcome);
         let judged = judged(&good);
         let figure = judged.figures.iter().find(|figure| figure.name == "Last verification").unwrap();
-        assert_eq!((&*figure.value, figure.tone), (outcome, tone), "the worst of the newest run");
+        assert_eq!((&*figure.value, figure.tone), (outcome.word(), tone), "the worst repository");
         assert_eq!(judged.findings.is_empty(), tone == Tone::Soft, "{:?}", judged.findings);
     }
-    good.lineages[0].history = verified("sound");
+    // Damage stands until what was damaged is proven: neither by what was read elsewhere, nor by another part.
+    let elsewhere = |newer: VerifyRecord| vec![newer, verification(40, Damaged, "two")];
+    for (newer, tone) in [
+        (verification(5, Sound, "one"), Tone::Bad),
+        (verification(5, Partly, "two"), Tone::Bad),
+        (verification(5, Sound, "two"), Tone::Good),
+    ] {
+        good.lineages[0].verifications = elsewhere(newer);
+        assert_eq!(judged(&good).tone(), tone, "{:?}", judged(&good).findings);
+    }
+    good.lineages[0].verifications = verified(Sound);
+    // As the configuration has it, not after a number of hours of its own.
+    for (limit, tone) in [(3600, Tone::Good), (3000, Tone::Warn), (1600, Tone::Bad)] {
+        good.limits.watch.backup_overdue.0 = Some(Duration::from_secs(limit));
+        assert_eq!(judged(&good).tone(), tone, "{limit}");
+    }
+    good.limits.watch = Default::default();
     assert!(word(&good).contains("in order"), "{:?}", judged(&good).findings);
     // The newest commit is older than the objective: what that means the server tells.
     let info = &mut good.lineages[0].info;
