@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use chrono::Utc;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
+use walship::Result;
 use walship::config::Config;
 use walship::repository::{LineageRepository, RemovedObjects};
-use walship::Result;
 
 use super::args::ExpireArgs;
 use super::confirm::confirm_removal;

@@ -27,9 +27,12 @@ use crate::start::Place;
 pub(crate) struct Store {
     runtime: Runtime,
     storage: Arc<dyn Storage>,
-    /// Makes the objects whose keys hold a text so much older; not every store can be told.
-    age_objects: Box<dyn Fn(&str, Duration)>,
+    /// Not every store can be told.
+    age_objects: AgeObjects,
 }
+
+/// Makes the objects whose keys hold a text so much older.
+type AgeObjects = Box<dyn Fn(&str, Duration)>;
 
 impl Store {
     pub(crate) fn open(config: &StorageConfig) -> Self {
