@@ -695,8 +695,20 @@ async fn old_marks_of_whole_backups_are_taken_back_also_while_nothing_can_go() {
     let data = format!("main/0001/backups/{}/data/000001.tar", id(3));
     scene.memory.remove(&ObjectKey::new(data).unwrap());
     assert!(matches!(prepare(&scene.repository, &scene.request()).await, Err(Error::Corrupt(_))));
+    // With that of one that never became complete, from which the newest went on.
+    let lender = "20251201T000000Z-00000000000000aa";
+    let key = ObjectKey::new(scene.keys("/backups/catalog/").pop_last().unwrap()).unwrap();
+    let stored = scene.memory.get(&key, 1 << 20).await.unwrap().unwrap();
+    let mut record: serde_json::Value = serde_json::from_slice(&stored).unwrap();
+    record["objects"][0]["backup"] = lender.into();
+    scene.memory.overwrite(&key, serde_json::to_vec(&record).unwrap());
+    let mark = format!("main/0001/expiring/{lender}.20260101T000000Z-0123456789abcdef.json");
+    scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+    scene.memory.age(&format!("/expiring/{lender}"), TimeDelta::hours(2));
     take_back_old_marks(&scene.repository).await.unwrap();
-    assert!(scene.repository.check_not_expiring(&id(0)).await.is_ok());
+    for whole in [&id(0), lender] {
+        assert!(scene.repository.check_not_expiring(whole).await.is_ok(), "{whole}");
+    }
     assert!(scene.repository.check_not_expiring(&id(1)).await.is_err(), "its removal may not have ended");
     assert_eq!(scene.keys("/locks/").len(), 0);
 }

@@ -121,7 +121,8 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
 
 /// Returns whether a recovery that was watched has come to its end.
 fn has_ended(ended: Option<&Result<Started>>) -> bool {
-    matches!(ended, Some(Ok(started)) if matches!(started.state, State::Open | State::Paused | State::Stopped))
+    // One that paused or stopped may be told to go on.
+    matches!(ended, Some(Ok(Started { state: State::Open, .. })))
 }
 
 /// What was restored, or would be.

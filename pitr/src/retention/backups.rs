@@ -59,7 +59,10 @@ pub fn check_newest(catalog: &Catalog, seen: &Seen, now: DateTime<Utc>) -> Resul
     let by_wal = all().max_by_key(|(_, wal, id)| (wal.stop_timeline, wal.stop_lsn, *id));
     let by_clock = all().filter(|(finished, ..)| !is_to_come(*finished, now));
     let by_clock = by_clock.max_by_key(|(finished, _, id)| (*finished, *id));
-    let times = |finished: DateTime<Utc>, id: &str| (finished, seen.completed(id, finished, now));
+    let times = |finished: DateTime<Utc>, id: &str| {
+        let completed = seen.completed(id, finished, now);
+        (if is_to_come(finished, now) { completed } else { finished }, completed)
+    };
     // A sound one that is newer by both clocks: the other lies on a timeline of its own.
     let is_outdated = |id: &str| {
         let Some((finished, ..)) = all().find(|(.., known)| *known == id) else { return false };
@@ -182,6 +185,12 @@ fn by_policy(
     chosen
 }
 
+/// Returns the backups without a record of which it is not known that they are being removed, or were given up.
+fn recordless(seen: &Seen) -> impl Iterator<Item = &Begun> {
+    let known = |begun: &&Begun| !seen.expiring.contains(&begun.id) && !seen.given_up.contains(&begun.id);
+    seen.recordless.iter().filter(known)
+}
+
 /// Keeps backups under way, those that have lost their record, and all that they may have taken over: whatever was not complete
 /// when they began.
 fn keep_recordless(
@@ -191,6 +200,17 @@ fn keep_recordless(
     now: DateTime<Utc>,
     notes: &mut Vec<String>,
 ) {
+    for id in &seen.given_up {
+        if !seen.recordless.iter().any(|begun| begun.id == *id) {
+            notes.push(format!("there is no backup {id} without a record that could be given up"));
+        }
+    }
+    if catalog.backups.is_empty() && catalog.orphaned_backups.is_empty() && !seen.recordless.is_empty() {
+        notes.push("no record of any backup is there: no backup is taken for given up".to_owned());
+        for begun in recordless(seen) {
+            chosen.keep(&begun.id, "no record of any backup is there: it may have had one");
+        }
+    }
     let staying = seen.recordless.iter().filter(|begun| may_be_complete(seen, begun, now));
     let staying: Vec<&Begun> = staying.collect();
     for begun in &staying {
@@ -200,7 +220,7 @@ fn keep_recordless(
             _ => {
                 notes.push(format!(
                     "all of backup {id} is there but its record: it stays, and all WAL from its start on. Bring back what is missing \
-                     below backups/catalog/; or, if it never had a record, say so: `pitr expire --give-up {id}`",
+                     below backups/catalog/; or, if it never had a record, say so: `pitr expire --confirm --give-up {id}`",
                     id = begun.id
                 ));
                 "all of it is there but its record"
@@ -212,9 +232,9 @@ fn keep_recordless(
     for taker in staying.into_iter().filter(|begun| !begun.complete) {
         let Some(start) = taker.start else {
             // One that does not say any more that it has begun becomes no complete one; what one built on that was is not known.
-            for id in catalog.backups.iter().map(|backup| &backup.id).filter(|_| taker.was_finishing) {
-                chosen.keep(id, &format!("backup {} may build on it", taker.id));
-            }
+            let all = catalog.backups.iter().map(|backup| &backup.id);
+            let all = all.chain(recordless(seen).map(|begun| &begun.id)).filter(|_| taker.was_finishing);
+            all.for_each(|id| chosen.keep(id, &format!("backup {} may build on it", taker.id)));
             continue;
         };
         // Of one that began long ago it is known by now what it began before.

@@ -172,7 +172,7 @@ impl LineageRepository {
             true => Ok(()),
             false => Err(Error::conflict(format!("backup {id} in {} is being removed by retention", self.location()))
                 .with_safe("nothing depends on it any more")
-                .with_next("Choose another backup: `pitr info` lists them. What retention keeps is the policy's: [retention] in the configuration.")),
+                .with_next("Choose another backup: `pitr info` lists them. What a removal has marked that was killed `pitr expire --confirm` takes back, an hour later.")),
         }
     }
 

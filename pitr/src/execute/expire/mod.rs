@@ -262,9 +262,12 @@ async fn first_time(
     let size = catalog.lineage.segment_size;
     let first = lsn.0 / size.bytes();
     for number in first..first.saturating_add(LOOK_AHEAD_MAX) {
-        let timeline = history.timeline_of(lsn.max(Lsn(number.saturating_mul(size.bytes()))));
-        let name = SegmentName::from_number(timeline, number, size);
-        let Some(name) = name.filter(|name| catalog.segments.contains(*name)) else { break };
+        // Of a segment in which a timeline was left its successor's copy may be the one that is stored.
+        let start = Lsn(number.saturating_mul(size.bytes()));
+        let ends = [lsn.max(start), Lsn(start.0.saturating_add(size.bytes() - 1))];
+        let names =
+            ends.iter().filter_map(|at| SegmentName::from_number(history.timeline_of(*at), number, size));
+        let Some(name) = names.into_iter().find(|name| catalog.segments.contains(*name)) else { break };
         match repository.segment_summary(name).await {
             Ok(Some(SegmentSummary { min_time, max_time, .. })) => {
                 let ends = [min_time, max_time].into_iter().flatten().filter(|end| end.lsn >= lsn);
@@ -341,20 +344,32 @@ pub async fn carry_out(
 /// # Errors
 /// As of [`carry_out`]; what cannot be read.
 pub async fn take_back_old_marks(repository: &LineageRepository) -> Result<()> {
-    let mut marks = repository.marks().await?;
-    if marks.is_empty() {
-        return Ok(());
-    }
-    let records = repository.complete_backups().await?;
-    marks.retain(|mark| records.iter().any(|record| record.id == mark.backup));
-    if marks.is_empty() {
+    if repository.marks().await?.is_empty() {
         return Ok(());
     }
     let id = new_gap_id(Utc::now(), rand::random());
-    let remover = repository.begin_removal(&id, Utc::now()).await?;
-    let taken = remover.take_back(&marks, Utc::now()).await;
+    let mut remover = repository.begin_removal(&id, Utc::now()).await?;
+    let taken = async {
+        // Under the lock: no other removal makes a whole backup a half one now.
+        let (marks, whole) = remover.holding(marks_and_whole(repository)).await?;
+        let old: Vec<Mark> = marks.into_iter().filter(|mark| whole.contains(&mark.backup)).collect();
+        remover.take_back(&old, Utc::now()).await
+    }
+    .await;
     remover.end().await;
     taken.map(drop)
+}
+
+/// Returns the marks that there are, and the backups with a record, with what these have taken over from.
+async fn marks_and_whole(repository: &LineageRepository) -> Result<(Vec<Mark>, BTreeSet<String>)> {
+    let marks = repository.marks().await?;
+    let mut whole = BTreeSet::new();
+    for record in repository.complete_backups().await? {
+        let record = repository.whole_record(&record).await?;
+        whole.extend(record.objects.into_iter().filter_map(|object| object.backup));
+        whole.insert(record.id);
+    }
+    Ok((marks, whole))
 }
 
 /// Returns something that one plan removes and the other does not.

@@ -181,13 +181,18 @@ impl Removal<'_> {
     async fn remove_records(&mut self) -> Result<()> {
         let going: Vec<String> =
             self.prepared.plan.backups_removed.iter().map(|backup| backup.id.clone()).collect();
-        for id in &going {
-            self.remover.mark(id).await?;
-        }
-        let needed = self.needed_meanwhile().await;
+        let needed = async {
+            for id in &going {
+                self.remover.mark(id).await?;
+            }
+            self.needed_meanwhile().await
+        };
+        let needed = needed.await;
         if !matches!(needed, Ok((None, _))) {
-            // Nothing of them is gone.
-            self.remover.unmark(going.iter().map(String::as_str)).await?;
+            // Nothing of them is gone. Where this fails as well, the marks are taken back in an hour.
+            if let Err(error) = self.remover.unmark(going.iter().map(String::as_str)).await {
+                tracing::debug!(%error, "marks of backups that were not removed stay");
+            }
         }
         if let Some(needed) = needed?.0 {
             return Err(changed(&format!("backup {needed}")));
@@ -228,7 +233,9 @@ impl Removal<'_> {
         let needed = self.needed_meanwhile().await;
         if !matches!(needed, Ok((_, None))) {
             // Nothing of it is gone.
-            self.remover.withdraw_expired(&records).await?;
+            if let Err(error) = self.remover.withdraw_expired(&records).await {
+                tracing::debug!(%error, "records of WAL that was not removed stay");
+            }
         }
         if let Some(needed) = needed?.1 {
             return Err(changed(&needed));
