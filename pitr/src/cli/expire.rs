@@ -16,7 +16,9 @@ use super::confirm::confirm_removal;
 use super::output::{self, Style};
 use super::source::{open_for_removal, say_notes};
 use super::{DONE, status_of};
-use crate::execute::expire::{Prepared, Report, Request, carry_out, prepare, take_back_old_marks};
+use crate::execute::expire::{
+    Prepared, Report, Request, carry_out, note_nothing_to_do, prepare, take_back_old_marks,
+};
 use crate::retention::{KeptBackup, Policy, RetentionPlan};
 
 /// How many lines of one kind are printed: all of them are in the JSON.
@@ -63,6 +65,9 @@ pub(super) async fn run(args: &ExpireArgs) -> Result<u8> {
         for place in &mut places {
             let Ok(prepared) = &place.prepared else { continue };
             if prepared.is_done() {
+                if let Err(error) = note_nothing_to_do(&place.repository, &request, prepared).await {
+                    place.report = Some(Err(error.with_safe("there was nothing to remove")));
+                }
                 continue;
             }
             let report = remove(&place.repository, &request, prepared).await;

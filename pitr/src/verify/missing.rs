@@ -28,16 +28,31 @@ pub fn gaps_found(
     for history in catalog.timelines().into_iter().filter_map(|timeline| catalog.history(timeline)) {
         gaps.extend(gaps_of(catalog, &history).into_iter().filter(|gap| !gap.expired));
     }
+    // The timelines of backups of which nothing at all is stored.
+    let mut unknown = BTreeSet::new();
     let complete = catalog.backups.iter().filter(|backup| !going.contains(&backup.id));
     for backup in complete.filter(|backup| needed.backups.contains(&backup.id)) {
-        let Some(history) = catalog.history(backup.stop_timeline) else { continue };
+        let Some(history) = catalog.history(backup.stop_timeline) else {
+            unknown.insert(backup.stop_timeline);
+            continue;
+        };
         let chain = build_chain(catalog, &history, backup.start_lsn);
         // Also before the first segment that is stored, of which nothing else tells.
         if let (true, ChainEnding::Gap(gap)) = (chain.end() < backup.stop_lsn, &chain.ending) {
             gaps.push(gap.clone());
         }
     }
-    let (mut findings, mut told) = (Vec::new(), Vec::<(SegmentName, SegmentName)>::new());
+    let timelines = catalog.timelines();
+    let mut findings: Vec<Finding> = unknown
+        .into_iter()
+        .filter(|timeline| !timelines.contains(timeline))
+        .map(|timeline| {
+            let object = format!("{}.history", timeline.hex());
+            let what = "a backup ended on this timeline, of which nothing is stored".to_owned();
+            Finding::damage(FindingKind::Missing, repository, object, what, Takes::History(timeline))
+        })
+        .collect();
+    let mut told = Vec::<(SegmentName, SegmentName)>::new();
     for gap in gaps {
         let (first, last) = (gap.first_missing, gap.last_missing);
         let is_told = told.iter().any(|(known, end)| *known <= first && *end == last);

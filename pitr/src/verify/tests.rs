@@ -317,6 +317,12 @@ fn a_backup_whose_wal_is_gone_is_found_though_nothing_tells_of_a_hole() {
     hole.segments.remove_range(tli(1), all[5].number(SIZE), all[8].number(SIZE));
     let found = gaps_found("here", &hole, &Needed::everything(&hole), &none);
     assert_eq!(found.len(), 1, "{found:?}");
+    // All of the timeline that a backup ended on is gone, its history file too.
+    let mut gone = world.catalog.clone();
+    gone.backups[1].stop_timeline = tli(2);
+    let found = gaps_found("here", &gone, &Needed::everything(&gone), &none);
+    let takes: Vec<_> = found.iter().map(|finding| (finding.is_damage(), finding.takes.clone())).collect();
+    assert_eq!(takes, [(true, Takes::History(tli(2)))], "{found:?}");
 }
 
 proptest! {

@@ -591,6 +591,12 @@ fn two_removals_at_once_are_one() {
     server.heal();
     assert!(first.wait().unwrap().success());
     assert_eq!(scene.expire(&["--confirm", "--yes"])["plan"]["wal_removed"], Value::Array(vec![]));
+    // That it was run is on record, though there was nothing to do.
+    let history = scene.stage.ok(&mut scene.stage.pitr(&["history", "--json", "--only", "expire"]));
+    let history: Value = serde_json::from_str(&history).unwrap();
+    let whats = history["entries"].as_array().unwrap().iter().map(|entry| entry["what"].as_str().unwrap());
+    let none: Vec<bool> = whats.map(|what| what.starts_with("0 backups, 0 objects")).collect();
+    assert_eq!(none, [true, false], "{history:#}");
 }
 
 #[test]

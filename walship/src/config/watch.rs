@@ -22,7 +22,7 @@ pub struct WatchSettings {
     pub verification_overdue: Overdue,
     /// What no verification has read for longest: `90d`. `WALSHIP_WATCH_PROVEN_OVERDUE`.
     pub proven_overdue: Overdue,
-    /// The last removal by retention: `off`. `WALSHIP_WATCH_RETENTION_OVERDUE`.
+    /// The last run of retention, whether it found anything to remove or not: `8d`. `WALSHIP_WATCH_RETENTION_OVERDUE`.
     pub retention_overdue: Overdue,
     /// So many full segments may wait on the server before it is worth a warning: 4; sixteen times as many are critical.
     /// `WALSHIP_WATCH_WAITING_SEGMENTS`.
@@ -42,7 +42,7 @@ impl Default for WatchSettings {
             drill_overdue: hours(35 * 24),
             verification_overdue: hours(8 * 24),
             proven_overdue: hours(90 * 24),
-            retention_overdue: Overdue(None),
+            retention_overdue: hours(8 * 24),
             waiting_segments: 4,
             disk_warning_percent: 80,
             disk_critical_percent: 90,

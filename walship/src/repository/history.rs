@@ -259,7 +259,7 @@ impl LineageRepository {
         let listed = list_all(&*self.storage, &self.layout.history_prefix(deeds), RECORDS_MAX).await?;
         let reads = listed.iter().rev().take(max).map(|meta| async move {
             match document::read::<T>(&*self.storage, &meta.key).await {
-                Err(error @ Error::Corrupt(_)) => {
+                Err(error @ (Error::Corrupt(_) | Error::Mismatch(_))) => {
                     self.note(format!("a record of the history is left out: {error}"));
                     Ok(None)
                 }
@@ -332,6 +332,10 @@ mod tests {
         repository.storage.put_if_absent(&damaged, b"{".to_vec().into()).await.unwrap();
         assert_eq!(seconds(repository.recent_drills(9).await.unwrap()), [9, 1]);
         assert!(repository.notes().iter().any(|note| note.contains(damaged.as_str())));
+        // So is one of which a bit of the format's number is flipped.
+        repository.storage.delete(&damaged).await.unwrap();
+        repository.storage.put_if_absent(&damaged, b"{\"format\": 9}".to_vec().into()).await.unwrap();
+        assert_eq!(seconds(repository.recent_drills(9).await.unwrap()), [9, 1]);
         for bad in ["", "..", "../x", "20261121T010203Z-0123456789abcdeF"] {
             assert!(matches!(repository.get_drill_report(bad, form).await, Err(Error::Invalid(_))), "{bad}");
         }

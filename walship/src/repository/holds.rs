@@ -149,11 +149,23 @@ impl LineageRepository {
         Ok(self.marks().await?.into_iter().map(|mark| mark.backup).collect())
     }
 
-    /// Returns the backups without a record, in the order of their ids; `complete` are those with one.
-    pub async fn recordless_backups(&self, complete: &BTreeSet<&str>) -> Result<Vec<Recordless>> {
+    /// Returns the backups without a record, in the order of their ids; `complete` are those with one. What those of `given_up` said at
+    /// their start may be damaged: it counts as gone.
+    pub async fn recordless_backups(
+        &self,
+        complete: &BTreeSet<&str>,
+        given_up: &BTreeSet<String>,
+    ) -> Result<Vec<Recordless>> {
         let ids = started_ids(self).await?;
         let reads = ids.into_iter().filter(|id| !complete.contains(&**id)).map(|id| async move {
-            let started = self.backup_started(&id).await?;
+            let started = match self.backup_started(&id).await {
+                Err(Error::Corrupt(_) | Error::Mismatch(_)) if given_up.contains(&id) => None,
+                Err(error @ Error::Corrupt(_)) => {
+                    let next = format!("Put it back from a copy; or, if that backup was given up, say so: `pitr expire --confirm --give-up {id}`.");
+                    return Err(error.with_next(next));
+                }
+                read => read?,
+            };
             Ok::<_, Error>(Recordless { id, started })
         });
         let mut found: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;

@@ -109,7 +109,7 @@ pub async fn load_what_is_sound(repository: &LineageRepository) -> Result<Loaded
                 backups.push(record);
             }
             Ok(None) => {}
-            Err(Error::Corrupt(what)) => {
+            Err(Error::Corrupt(what) | Error::Mismatch(what)) => {
                 let id = meta.key.as_str().strip_suffix(".json").and_then(|key| key.get(key.len() - 33..));
                 let id = id.filter(|id| check_backup_id(id).is_ok()).unwrap_or_default().to_owned();
                 damaged.push(DamagedDocument::BackupRecord { id, what: what.to_string() });
@@ -126,7 +126,7 @@ pub async fn load_what_is_sound(repository: &LineageRepository) -> Result<Loaded
     for &timeline in timelines.iter().filter(|timeline| **timeline != TimelineId::FIRST) {
         match repository.history(timeline).await {
             Ok(history) => histories.extend(history.map(|history| (timeline, history))),
-            Err(Error::Corrupt(what)) => {
+            Err(Error::Corrupt(what) | Error::Mismatch(what)) => {
                 damaged.push(DamagedDocument::History { timeline, what: what.to_string() });
             }
             Err(error) => return Err(error),
@@ -450,7 +450,7 @@ async fn load_backups(repository: &LineageRepository) -> Result<Backups> {
         match repository.backup_started(&id).await {
             Ok(started) => unfinished.extend(started),
             // No restore reads it. Retention, which has to know what it says, reads it itself.
-            Err(error @ Error::Corrupt(_)) => {
+            Err(error @ (Error::Corrupt(_) | Error::Mismatch(_))) => {
                 repository.note(format!("a backup that did not complete is left out: {error}"));
             }
             Err(error) => return Err(error),

@@ -165,6 +165,16 @@ impl LineageRepository {
         Ok(remover)
     }
 
+    /// Writes what is about to be removed into the history.
+    pub async fn put_expire_record(&self, record: &ExpireRecord) -> Result<()> {
+        document::put_same(&*self.storage, &self.layout.expire_record(&record.id)?, record).await
+    }
+
+    /// Writes what a removal came to into the history.
+    pub async fn put_expire_outcome(&self, outcome: &ExpireOutcome) -> Result<()> {
+        document::put_same(&*self.storage, &self.layout.expire_outcome(&outcome.id)?, outcome).await
+    }
+
     /// Tries with an object of its own whether anything can be removed; returns what time it is by the store's clock, where it has
     /// one.
     async fn try_out(&self, run: &str, now: DateTime<Utc>) -> Result<Option<DateTime<Utc>>> {
@@ -267,18 +277,6 @@ impl Remover {
         if let Err(error) = given_back.await {
             tracing::debug!(%error, "the lock of a removal stays until its time is over");
         }
-    }
-
-    /// Writes what is about to be removed into the history.
-    pub async fn put_record(&self, record: &ExpireRecord) -> Result<()> {
-        let key = self.layout().expire_record(&record.id)?;
-        document::put_same(&*self.repository.storage, &key, record).await
-    }
-
-    /// Writes what a removal came to into the history.
-    pub async fn put_outcome(&self, outcome: &ExpireOutcome) -> Result<()> {
-        let key = self.layout().expire_outcome(&outcome.id)?;
-        document::put_same(&*self.repository.storage, &key, outcome).await
     }
 
     /// Marks a backup: nobody may begin to depend on it any more.

@@ -276,7 +276,9 @@ impl LineageRepository {
         let mut unreadable = Vec::new();
         for id in started_ids(self).await?.into_iter().filter(|id| !records.contains(&**id)) {
             match self.backup_started(&id).await {
-                Err(Error::Corrupt(error)) => unreadable.push((format!("backup {id}"), error.to_string())),
+                Err(Error::Corrupt(error) | Error::Mismatch(error)) => {
+                    unreadable.push((format!("backup {id}"), error.to_string()));
+                }
                 other => drop(other?),
             }
         }
@@ -297,13 +299,13 @@ impl LineageRepository {
             }
         }
         match self.holds().await {
-            Err(Error::Corrupt(error)) => {
+            Err(Error::Corrupt(error) | Error::Mismatch(error)) => {
                 unreadable.push((format!("{}/holds", self.location()), error.to_string()));
             }
             other => drop(other?),
         }
         match self.marks().await {
-            Err(Error::Corrupt(error)) => {
+            Err(Error::Corrupt(error) | Error::Mismatch(error)) => {
                 unreadable.push((format!("{}/expiring", self.location()), error.to_string()));
             }
             other => drop(other?),

@@ -377,10 +377,11 @@ impl Found {
             && self.age(since) > limit
         {
             let text = match done {
-                Some(_) => format!("retention has removed nothing in {url} for {}", length(self.age(since))),
-                None => format!("retention has never removed anything in {url}"),
+                Some(_) => format!("retention was not carried out in {url} for {}", length(self.age(since))),
+                None => format!("retention was never carried out in {url}"),
             };
-            let next = "See that `pitr expire` is run: a repository that only grows fills its disk.";
+            let next =
+                "See that `pitr expire --confirm` is run: a repository that only grows fills its disk.";
             self.add(Kind::RetentionOverdue, url, Severity::Warning, text, next);
         }
     }

@@ -90,7 +90,7 @@ async fn note_backups(repository: &LineageRepository, catalog: &Catalog, seen: &
     let orphaned = catalog.orphaned_backups.iter().map(|backup| &*backup.id);
     let known: BTreeSet<&str> = complete.chain(orphaned).collect();
     // In this order: one that becomes complete meanwhile is found both ways.
-    let found = repository.recordless_backups(&known).await?;
+    let found = repository.recordless_backups(&known, &seen.given_up).await?;
     seen.recordless.clear();
     for Recordless { id, started } in found {
         if let Some(parent) = started.as_ref().and_then(|started| started.parent.clone()) {

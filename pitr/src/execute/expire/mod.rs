@@ -24,6 +24,7 @@ use crate::retention::{
 use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, Zone};
 use look::read;
 use removal::Removal;
+pub use removal::note_nothing_to_do;
 
 /// The margin where the clocks of the server and of the machine that takes backups seem to differ.
 const WIDE_MARGIN: TimeDelta = TimeDelta::days(1);

@@ -6,7 +6,7 @@ use chrono::Utc;
 use walship::catalog::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, GapRecord};
 use walship::pg::Lsn;
 use walship::repository::index::complete::{Options, Task, complete};
-use walship::repository::{Mark, RecordedBy, RemovedObjects, Remover, new_gap_id};
+use walship::repository::{LineageRepository, Mark, RecordedBy, RemovedObjects, Remover, new_gap_id};
 use walship::{Error, Result};
 
 use super::look::again;
@@ -46,7 +46,8 @@ impl Removal<'_> {
         if self.prepared.plan.is_empty() {
             return Ok(report);
         }
-        self.remover.put_record(&self.begun(&by)).await?;
+        let record = begun(&self.prepared, self.request, &self.id, &by);
+        self.remover.repository().put_expire_record(&record).await?;
         let mut removed = RemovedObjects::default();
         let done = self.remove(&by, &mut removed, &mut report).await;
         (report.objects, report.bytes) = (removed.objects, removed.bytes);
@@ -61,7 +62,7 @@ impl Removal<'_> {
             bytes: report.bytes,
             kept_as_versions: report.kept_as_versions,
         };
-        if let Err(error) = self.remover.put_outcome(&outcome).await {
+        if let Err(error) = self.remover.repository().put_expire_outcome(&outcome).await {
             report.notes.push(format!("what was removed is not in the history of the repository: {error}"));
         }
         done.map(|()| report)
@@ -87,32 +88,6 @@ impl Removal<'_> {
             marks.iter().filter(|mark| !goes(mark)).partition(|mark| there.contains(&*mark.backup));
         let gone = gone.into_iter().map(|mark: &Mark| mark.backup.clone()).collect();
         (stale.into_iter().cloned().collect(), gone)
-    }
-
-    fn begun(&self, by: &RecordedBy) -> ExpireRecord {
-        let plan = &self.prepared.plan;
-        let backups = plan.backups_removed.iter().take(ExpireRecord::BACKUPS_MAX);
-        let wal = plan.wal_removed.iter().map(|wal| ExpiredWal {
-            timeline: wal.timeline,
-            start_lsn: wal.start_lsn,
-            end_lsn: wal.end_lsn,
-            reason: wal.reason.clone(),
-        });
-        ExpireRecord {
-            format: 1,
-            id: self.id.clone(),
-            started: Utc::now(),
-            host: by.host.clone(),
-            user: by.user.clone(),
-            reason: self.request.reason.clone(),
-            policy: plan.policy.clone(),
-            window_from: plan.window_from,
-            backups: backups
-                .map(|backup| ExpiredBackup { id: backup.id.clone(), reason: backup.reason.clone() })
-                .collect(),
-            backups_total: plan.backups_removed.len() as u64,
-            wal: wal.collect(),
-        }
     }
 
     /// Takes out of the ledger what was expired once, is needed, and of which nothing is gone; returns whether there was any.
@@ -287,6 +262,58 @@ impl Removal<'_> {
         }
         Ok(())
     }
+}
+
+/// Returns what is put on record before anything goes.
+fn begun(prepared: &Prepared, request: &Request, id: &str, by: &RecordedBy) -> ExpireRecord {
+    let plan = &prepared.plan;
+    let backups = plan.backups_removed.iter().take(ExpireRecord::BACKUPS_MAX);
+    let wal = plan.wal_removed.iter().map(|wal| ExpiredWal {
+        timeline: wal.timeline,
+        start_lsn: wal.start_lsn,
+        end_lsn: wal.end_lsn,
+        reason: wal.reason.clone(),
+    });
+    ExpireRecord {
+        format: 1,
+        id: id.to_owned(),
+        started: Utc::now(),
+        host: by.host.clone(),
+        user: by.user.clone(),
+        reason: request.reason.clone(),
+        policy: plan.policy.clone(),
+        window_from: plan.window_from,
+        backups: backups
+            .map(|backup| ExpiredBackup { id: backup.id.clone(), reason: backup.reason.clone() })
+            .collect(),
+        backups_total: plan.backups_removed.len() as u64,
+        wal: wal.collect(),
+    }
+}
+
+/// Puts on record that there was nothing to remove: who watches sees that retention is carried out.
+///
+/// # Errors
+/// What the store says.
+pub async fn note_nothing_to_do(
+    repository: &LineageRepository,
+    request: &Request,
+    prepared: &Prepared,
+) -> Result<()> {
+    let id = new_gap_id(Utc::now(), rand::random());
+    repository.put_expire_record(&begun(prepared, request, &id, &RecordedBy::now())).await?;
+    let (finished, failure) = (Utc::now(), None);
+    let outcome = ExpireOutcome {
+        format: 1,
+        id,
+        finished,
+        failure,
+        backups: 0,
+        objects: 0,
+        bytes: 0,
+        kept_as_versions: 0,
+    };
+    repository.put_expire_outcome(&outcome).await
 }
 
 fn changed(what: &str) -> Error {

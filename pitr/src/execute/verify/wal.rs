@@ -157,7 +157,10 @@ async fn read_segment(
             Finding::damage(FindingKind::Damaged, &job.location, location, what, takes)
         });
     }
-    done.read(ReadPlace::Segment(name), first);
+    // What vanished was not read: whatever is there now is new.
+    if sound.is_some() || done.vanished.last() != Some(&name) {
+        done.read(ReadPlace::Segment(name), first);
+    }
     Ok(next)
 }
 
