@@ -171,7 +171,7 @@ pub async fn verify(
     })
 }
 
-/// Where a repository lacks what another has, it is looked at again after this long: it may be on its way.
+/// Where a repository lacks something, it is looked at again after this long: it may be on its way.
 const ON_ITS_WAY: Duration = Duration::from_secs(10);
 
 /// So often at most, while something comes.
@@ -223,7 +223,15 @@ async fn verify_one(
     findings.extend(history_flaws(&location, &found.catalog));
     let gone = look::gone_backups(repository).await?;
     let going = look::going_backups(repository).await?;
-    findings.extend(gaps_found(&location, &found.catalog, &needed, &going));
+    let mut gaps = gaps_found(&location, &found.catalog, &needed, &going);
+    if gaps.iter().any(Finding::is_damage) && !stopped.load(Ordering::Relaxed) {
+        // Segments are stored side by side: one may be there before the one in front of it.
+        tokio::time::sleep(ON_ITS_WAY).await;
+        let again = look::look(repository, request.started).await?.catalog;
+        let still = gaps_found(&location, &again, &needed, &going);
+        gaps.retain(|gap| still.contains(gap));
+    }
+    findings.extend(gaps);
     let (size, now) = (found.catalog.lineage.segment_size, found.seen_now());
     let mut state = ProvenState::of(size, &location, request.started, &found.proven);
     if let Some(seen) = request.remembered.get(&location) {
