@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -928,4 +929,31 @@ fn what_comes_to_a_repository_later_is_waited_for() {
     }
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{:#}", parsed(&output));
+}
+
+#[test]
+fn a_file_that_cannot_be_read_does_not_hide_the_damage_beside_it() {
+    let stage = Stage::folder("main");
+    let server = short_archive(&stage);
+    for _ in 0..12 {
+        insert(&server, 100);
+        server.archive_now();
+    }
+    drop(server);
+    let all = segments(&stage, 1);
+    let (unreadable, damaged) = all.split_at(all.len() - 2);
+    flip(&damaged[0], 300);
+    // More of them than an outage needs to be taken for one.
+    let unreadable = &unreadable[unreadable.len() - 10..];
+    for path in unreadable {
+        fs::set_permissions(path, fs::Permissions::from_mode(0)).unwrap();
+    }
+    let output = stage.run(stage.pitr_as_user(&["verify", "--json"]).arg("--workers").arg("1"));
+    let report = parsed(&output);
+    assert_eq!((output.status.code(), &report["outcome"]), (Some(4), &Value::from("damaged")), "{report:#}");
+    assert_eq!(damage_of(&report, "damaged").len(), 1, "{report:#}");
+    let unread = report["repositories"][0]["unread"].as_array().unwrap();
+    let told =
+        |path: &&PathBuf| unread.iter().any(|one| one["object"].as_str().unwrap().contains(&name(path)));
+    assert_eq!(unreadable.iter().filter(told).count(), unreadable.len(), "{report:#}");
 }

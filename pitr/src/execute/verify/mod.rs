@@ -278,7 +278,8 @@ async fn verify_one(
         let behind = behind_server(&location, &found.catalog, server, slot.as_deref());
         findings.extend(behind);
     }
-    findings.extend(wal::check_forks(repository, &found.catalog, &needed, &location).await?);
+    let (forks, unread_forks) = wal::check_forks(repository, &found.catalog, &needed, &location).await;
+    findings.extend(forks);
     let going_on = look::goes_on_from(repository, found, request).await?;
     state.seen = state.seen.without(&state.accepted);
     state.seen.add_catalog(&found.catalog);
@@ -302,6 +303,7 @@ async fn verify_one(
     let since = round.unwrap_or(request.started);
     let mut notes = Notes::new(state, request.started, &request.id, since, repository);
     let mut worked = work(&job, pieces, request.workers, &mut notes, progress).await;
+    worked.add_unread(unread_forks);
     if needed.everything && !worked.interrupted && !worked.is_broken_off() {
         match look::index_flaws(repository, &found.catalog, &worked.ranges(job.size())).await {
             Ok(flaws) => findings.extend(flaws),

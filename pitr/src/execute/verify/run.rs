@@ -29,7 +29,10 @@ const NOTE_EVERY: Duration = Duration::from_secs(300);
 /// How many records of verifications are looked at.
 pub(super) const RECORDS_MAX: usize = 1000;
 
-/// After so many failures in a row the repository is left: it is not to be had.
+/// More is not named of what could not be read.
+const UNREAD_MAX: usize = 1000;
+
+/// After so many failures in a row, with no answer in between, the repository is left: it is not to be had.
 const FAILURES_MAX: u32 = 8;
 
 /// What every piece of work needs.
@@ -78,6 +81,8 @@ pub(super) struct Done {
     pub(super) parts: Vec<SegmentName>,
     /// Backups that are gone.
     pub(super) vanished_backups: Vec<String>,
+    /// What could not be read, though the repository answers.
+    pub(super) unread: Vec<Unread>,
     /// Segments of the piece that were not read.
     pub(super) left: u64,
 }
@@ -130,11 +135,13 @@ impl Worked {
             state.prove(place, at);
         }
         for (place, findings) in done.doubted {
-            state.doubt(known_damage(place, at, &findings));
+            // When it was found: a run that began earlier may have read it when it was sound.
+            state.doubt(known_damage(place, Utc::now().max(at), &findings));
         }
         for name in &done.parts {
             state.prove_parts(*name, at);
         }
+        self.add_unread(done.unread);
         self.vanished.extend(done.vanished);
         self.vanished_backups.extend(done.vanished_backups);
     }
@@ -152,6 +159,11 @@ impl Worked {
                 self.findings.push(finding);
             }
         }
+    }
+
+    pub(super) fn add_unread(&mut self, unread: Vec<Unread>) {
+        let room = UNREAD_MAX.saturating_sub(self.unread.len());
+        self.unread.extend(unread.into_iter().take(room));
     }
 
     /// Forgets findings that turned out to be none.
@@ -244,10 +256,11 @@ pub(super) async fn work(
                 worked.add(done, &mut notes.state, notes.at, &job.catalog.segments);
             }
             Err(error) => {
-                failures += 1;
+                // What cannot be read may be one object's affair.
+                failures = if job.repository.confirm_marker().await.is_ok() { 0 } else { failures + 1 };
                 worked.broken_off |= failures >= FAILURES_MAX;
                 let object = shown(&piece.what, job.size());
-                worked.unread.push(Unread { object, why: error.to_string() });
+                worked.add_unread(vec![Unread { object, why: error.to_string() }]);
                 worked.left += pieces_in(&piece.what);
                 worked.left_at.push(piece.at);
             }

@@ -13,7 +13,7 @@ use walship::wal::scan::{SegmentScan, SegmentScanner, Verdict};
 use walship::{Error, Result};
 
 use super::run::{Done, Job};
-use crate::verify::{Finding, FindingKind, Needed, Takes};
+use crate::verify::{Finding, FindingKind, Needed, Takes, Unread};
 
 /// Reads everything that is stored under `wal/` of the segments from `from` on and before `until`, while that is allowed.
 ///
@@ -33,13 +33,22 @@ pub(super) async fn read_wal(job: &Job, timeline: TimelineId, from: u64, until: 
     };
     for number in from..until {
         if !job.is_allowed() {
-            done.left = until - number;
+            done.left += until - number;
             break;
         }
         let Some(name) = SegmentName::from_number(timeline, number, size) else { break };
         let of_segment = |object: &&WalObject| segment_of(object.name) == Some(name);
         let objects: Vec<&WalObject> = listed.objects.iter().filter(of_segment).collect();
-        carried = read_segment(job, name, &objects, carried, &mut done).await?;
+        carried = match read_segment(job, name, &objects, carried, &mut done).await {
+            Ok(next) => next,
+            // One object that cannot be read (permissions, a bad sector) must not hide what is beside it.
+            Err(error) if job.repository.confirm_marker().await.is_ok() => {
+                done.unread.push(Unread { object: name.to_string(), why: error.to_string() });
+                done.left += 1;
+                None
+            }
+            Err(error) => return Err(error),
+        };
     }
     Ok(done)
 }
@@ -63,7 +72,7 @@ async fn lead_in(job: &Job, first: SegmentName) -> Result<Option<Reader>> {
             Ok(Some((_, sink))) => return Ok(sink.finish().1),
             // It is told of where that segment is read itself; a good copy may lie beside it.
             Ok(None) | Err(Error::Corrupt(_)) => {}
-            Err(error) => return Err(error),
+            Err(error) => job.repository.confirm_marker().await.map_err(|_| error)?,
         }
     }
     Ok(None)
@@ -261,9 +270,9 @@ pub(super) async fn check_forks(
     catalog: &Catalog,
     needed: &Needed,
     location: &str,
-) -> Result<Vec<Finding>> {
+) -> (Vec<Finding>, Vec<Unread>) {
     let size = catalog.lineage.segment_size;
-    let mut findings = Vec::new();
+    let (mut findings, mut unread) = (Vec::new(), Vec::new());
     for history in catalog.histories.values() {
         let Some(fork) = history.ancestors.last() else { continue };
         let own = SegmentName::containing(history.timeline, fork.switch_lsn, size);
@@ -275,9 +284,14 @@ pub(super) async fn check_forks(
         {
             continue;
         }
-        let digests =
-            (prefix(repository, own, size, until).await?, prefix(repository, parent, size, until).await?);
-        if let (Some(ours), Some(theirs)) = digests
+        let mut digests = Vec::new();
+        for name in [own, parent] {
+            match prefix(repository, name, size, until).await {
+                Ok(digest) => digests.extend(digest),
+                Err(error) => unread.push(Unread { object: name.to_string(), why: error.to_string() }),
+            }
+        }
+        if let [ours, theirs] = digests[..]
             && ours != theirs
         {
             findings.push(Finding::damage(
@@ -292,7 +306,7 @@ pub(super) async fn check_forks(
             ));
         }
     }
-    Ok(findings)
+    (findings, unread)
 }
 
 /// Returns the digest of the first bytes of a segment; `None` where it cannot be read.
