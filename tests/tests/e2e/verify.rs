@@ -946,7 +946,7 @@ fn a_file_that_cannot_be_read_does_not_hide_the_damage_beside_it() {
     // More of them than an outage needs to be taken for one.
     let unreadable = &unreadable[unreadable.len() - 10..];
     for path in unreadable {
-        fs::set_permissions(path, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
     }
     let output = stage.run(stage.pitr_as_user(&["verify", "--json"]).arg("--workers").arg("1"));
     let report = parsed(&output);

@@ -144,9 +144,7 @@ impl LineageRepository {
             Ok(Some(record)) if key_of(&record) == gap.told => cleaned(record),
             Ok(Some(_)) => gap.unread(format!("unknown cause: {shown} is the record of another gap")),
             Ok(None) => gap.unread(format!("unknown cause: {shown} was listed a moment ago and is gone")),
-            Err(error @ (Error::Corrupt(_) | Error::Mismatch(_))) => {
-                gap.unread(format!("unknown cause: {error}"))
-            }
+            Err(error @ Error::Corrupt(_)) => gap.unread(format!("unknown cause: {error}")),
             Err(error) => return Err(error),
         })
     }
