@@ -15,7 +15,6 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use tokio::sync::mpsc;
 use walship::catalog::BackupObject;
 use walship::codec::backup_index::{BLOCK_BYTES, BackupIndex, Frame, IndexedFile, block_digests};
 use walship::repository::{BackupBlocks, BlockPlace, FileBlocks};
@@ -42,17 +41,10 @@ const COMPARE_BYTES: usize = 1 << 20;
 /// So many bytes of files are compared, fetched and written together; one file more, however long.
 const TOGETHER_BYTES: u64 = 256 << 20;
 
-/// What is wanted is fetched while the comparison goes on: when so many blocks are wanted, or the first of them lies so far back.
-const FETCH_AFTER_BLOCKS: usize = (16 << 20) / BLOCK_BYTES;
-
-/// So many of these wait to be fetched, until the comparison waits too.
-const WAITING_MAX: usize = 4;
-
 /// A file of the backup, and where it goes.
 struct Target {
     place: Place,
     blocks: FileBlocks,
-    mode: u32,
     /// Kept in memory instead of written, as some small files are.
     is_held: bool,
     /// Made from several backups.
@@ -73,29 +65,6 @@ struct WantedBlock {
     target: usize,
     block: usize,
     place: BlockPlace,
-}
-
-/// The blocks that a comparison has found wrong and not handed over to be fetched.
-struct Wanted {
-    blocks: Vec<WantedBlock>,
-    found: mpsc::Sender<Vec<WantedBlock>>,
-}
-
-impl Wanted {
-    fn add(&mut self, block: WantedBlock) {
-        let is_far = |first: &WantedBlock| {
-            first.target == block.target && block.block - first.block >= FETCH_AFTER_BLOCKS
-        };
-        if self.blocks.len() >= FETCH_AFTER_BLOCKS || self.blocks.first().is_some_and(is_far) {
-            self.hand_over();
-        }
-        self.blocks.push(block);
-    }
-
-    fn hand_over(&mut self) {
-        // Nobody takes it when fetching has failed; that is said there.
-        let _ = self.found.blocking_send(std::mem::take(&mut self.blocks));
-    }
 }
 
 /// Brings every file of an object of the backup at the top to what the backup says.
@@ -138,27 +107,16 @@ async fn match_files(
     files: Vec<(IndexedFile, FileBlocks)>,
     destination: &Arc<Destination>,
 ) -> Result<()> {
-    let targets = {
+    let (targets, wanted) = {
         let (destination, object) = (destination.clone(), object.clone());
-        blocking(move || targets_of(&destination, &object, files)).await?
+        blocking(move || compare(&destination, &object, files)).await?
     };
-    let targets = &Arc::new(targets);
-    let (found, wanted) = mpsc::channel(WAITING_MAX);
-    let compared = {
-        let (destination, targets) = (destination.clone(), targets.clone());
-        blocking(move || compare(&destination, &targets, found))
-    };
-    let wanted =
-        futures_util::stream::unfold(wanted, async |mut wanted| Some((wanted.recv().await?, wanted)));
-    let fetched = wanted
-        .then(|wanted| ranges(backup, targets, wanted))
-        .map_ok(|ranges| futures_util::stream::iter(ranges.into_iter().map(Ok)))
-        .try_flatten()
-        .map_ok(|range| fetch(backup, Arc::new(range), targets, destination))
-        .try_buffer_unordered(RANGES_MAX)
-        .try_concat();
-    let ((), held): ((), Vec<Held>) = tokio::try_join!(compared, fetched)?;
-    let (destination, targets) = (destination.clone(), targets.clone());
+    let targets = Arc::new(targets);
+    let ranges = ranges(backup, &targets, wanted).await?;
+    let fetched = ranges.into_iter().map(|range| fetch(backup, Arc::new(range), &targets, destination));
+    let held: Vec<Held> =
+        futures_util::stream::iter(fetched).buffer_unordered(RANGES_MAX).try_concat().await?;
+    let destination = destination.clone();
     blocking(move || {
         put_held(&targets, held, &destination)?;
         targets
@@ -264,52 +222,39 @@ fn make_folders(destination: &Destination, object: &BackupObject, index: &Backup
     Ok(())
 }
 
-/// Returns where files go, in folders that are there then. Blocking.
-fn targets_of(
+/// Compares files with what is there, and says what is to be fetched. Blocking.
+fn compare(
     destination: &Destination,
     object: &BackupObject,
     files: Vec<(IndexedFile, FileBlocks)>,
-) -> Result<Vec<Target>> {
-    let mut known_folders = HashSet::new();
-    let targets = files.into_iter().map(|(file, blocks)| {
+) -> Result<(Vec<Target>, Vec<WantedBlock>)> {
+    let (mut targets, mut wanted) = (Vec::with_capacity(files.len()), Vec::new());
+    let (mut buffer, mut known_folders) = (Vec::new(), HashSet::new());
+    for (file, blocks) in files {
         let place = place_of(destination, object.tablespace, &file.whole_path())?;
         destination.claim(&object.name, &place, blocks.bytes)?;
         destination.note_group(file.group_reads);
         let is_held = destination.is_held(&place.listed, blocks.bytes)?;
-        if let Some(parent) = place.local.parent().filter(|_| !is_held) {
-            sound_folder(destination, parent, &mut known_folders)?;
-        }
-        let mode = if file.group_reads { 0o640 } else { 0o600 };
-        Ok(Target { place, blocks, mode, is_held, is_put_together: file.partial.is_some() })
-    });
-    targets.collect()
-}
-
-/// Compares files with what is there, and says meanwhile what is to be fetched. Blocking.
-fn compare(
-    destination: &Destination,
-    targets: &[Target],
-    found: mpsc::Sender<Vec<WantedBlock>>,
-) -> Result<()> {
-    let (mut buffer, mut wanted) = (Vec::new(), Wanted { blocks: Vec::new(), found });
-    for (number, target) in targets.iter().enumerate() {
-        let blocks = &target.blocks;
+        let target = targets.len();
         let mut want = |block: usize| {
-            if let Some(place) = blocks.blocks.get(block).copied().flatten() {
-                wanted.add(WantedBlock { target: number, block, place });
-            }
+            let place = blocks.blocks.get(block).copied().flatten();
+            wanted.extend(place.map(|place| WantedBlock { target, block, place }));
         };
-        if target.is_held {
+        if is_held {
             (0..blocks.blocks.len()).for_each(&mut want);
         } else {
-            let kept = compare_file(&target.place.local, target.mode, blocks, &mut buffer, &mut want)?;
+            if let Some(parent) = place.local.parent() {
+                sound_folder(destination, parent, &mut known_folders)?;
+            }
+            let mode = if file.group_reads { 0o640 } else { 0o600 };
+            let kept = compare_file(&place.local, mode, &blocks, &mut buffer, &mut want)?;
             destination.progress.kept_bytes.fetch_add(kept, Ordering::Relaxed);
             destination.progress.written_bytes.fetch_add(kept, Ordering::Relaxed);
         }
         destination.progress.files.fetch_add(1, Ordering::Relaxed);
+        targets.push(Target { place, blocks, is_held, is_put_together: file.partial.is_some() });
     }
-    wanted.hand_over();
-    Ok(())
+    Ok((targets, wanted))
 }
 
 /// Makes sure that a folder is there, and that nothing on the way to it from the data directory or the tablespace is a link.
