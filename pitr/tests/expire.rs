@@ -178,6 +178,21 @@ impl Scene {
         (runs[0].first.number(SIZE), runs.last().unwrap().last.number(SIZE))
     }
 
+    /// Marks a backup, as a removal that was killed then.
+    fn mark(&self, backup: &str) {
+        let key = format!("main/0001/expiring/{backup}.20260101T000000Z-0123456789abcdef.json");
+        self.memory.overwrite(&ObjectKey::new(key).unwrap(), b"{}".to_vec());
+    }
+
+    /// Lets the newest backup have taken over what another has stored.
+    async fn newest_goes_on_from(&self, lender: &str) {
+        let key = ObjectKey::new(self.keys("/backups/catalog/").pop_last().unwrap()).unwrap();
+        let stored = self.memory.get(&key, 1 << 20).await.unwrap().unwrap();
+        let mut record: serde_json::Value = serde_json::from_slice(&stored).unwrap();
+        record["objects"][0]["backup"] = lender.into();
+        self.memory.overwrite(&key, serde_json::to_vec(&record).unwrap());
+    }
+
     fn hold(&self, backup: &str) -> Hold {
         Hold {
             format: 1,
@@ -653,8 +668,7 @@ async fn a_complete_backup_whose_record_is_gone_is_not_taken_for_one_that_was_gi
     let scene = original.copy().await;
     scene.memory.remove(&records[2]);
     scene.memory.age("", TimeDelta::days(30));
-    let mark = format!("main/0001/expiring/{}.20260101T000000Z-0123456789abcdef.json", id(2));
-    scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+    scene.mark(&id(2));
     let plan = scene.shown().await.plan;
     assert!(plan.backups_removed.iter().any(|backup| backup.id == id(2)), "{plan:#?}");
     // A hold keeps that, and the mark stays, which tells it from what has lost its record.
@@ -688,8 +702,7 @@ async fn a_lost_record_stops_retention_of_nothing_that_came_later() {
 async fn old_marks_of_whole_backups_are_taken_back_also_while_nothing_can_go() {
     let scene = Scene::make().await;
     for at in [0, 1] {
-        let mark = format!("main/0001/expiring/{}.20260101T000000Z-0123456789abcde{at}.json", id(at));
-        scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+        scene.mark(&id(at));
     }
     scene.memory.age(&format!("/expiring/{}", id(0)), TimeDelta::hours(2));
     let data = format!("main/0001/backups/{}/data/000001.tar", id(3));
@@ -697,13 +710,8 @@ async fn old_marks_of_whole_backups_are_taken_back_also_while_nothing_can_go() {
     assert!(matches!(prepare(&scene.repository, &scene.request()).await, Err(Error::Corrupt(_))));
     // With that of one that never became complete, from which the newest went on.
     let lender = "20251201T000000Z-00000000000000aa";
-    let key = ObjectKey::new(scene.keys("/backups/catalog/").pop_last().unwrap()).unwrap();
-    let stored = scene.memory.get(&key, 1 << 20).await.unwrap().unwrap();
-    let mut record: serde_json::Value = serde_json::from_slice(&stored).unwrap();
-    record["objects"][0]["backup"] = lender.into();
-    scene.memory.overwrite(&key, serde_json::to_vec(&record).unwrap());
-    let mark = format!("main/0001/expiring/{lender}.20260101T000000Z-0123456789abcdef.json");
-    scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+    scene.newest_goes_on_from(lender).await;
+    scene.mark(lender);
     scene.memory.age(&format!("/expiring/{lender}"), TimeDelta::hours(2));
     take_back_old_marks(&scene.repository).await.unwrap();
     for whole in [&id(0), lender] {
@@ -722,13 +730,8 @@ async fn the_mark_of_what_a_kept_backup_has_taken_over_is_taken_back() {
     let mut upload = scene.repository.start_backup_object(given_up, "data/000001.tar").await.unwrap();
     upload.write(vec![1; 100].into()).await.unwrap();
     upload.finish().await.unwrap();
-    let key = ObjectKey::new(scene.keys("/backups/catalog/").pop_last().unwrap()).unwrap();
-    let stored = scene.memory.get(&key, 1 << 20).await.unwrap().unwrap();
-    let mut record: serde_json::Value = serde_json::from_slice(&stored).unwrap();
-    record["objects"][0]["backup"] = given_up.into();
-    scene.memory.overwrite(&key, serde_json::to_vec(&record).unwrap());
-    let mark = format!("main/0001/expiring/{given_up}.20260101T000000Z-0123456789abcdef.json");
-    scene.memory.overwrite(&ObjectKey::new(mark).unwrap(), b"{}".to_vec());
+    scene.newest_goes_on_from(given_up).await;
+    scene.mark(given_up);
     scene.memory.age("/expiring/", TimeDelta::days(1));
     scene.expire().await.unwrap();
     assert!(scene.keys("/expiring/").is_empty());
@@ -895,7 +898,7 @@ async fn marks_of_others_stay_until_they_are_old() {
     let mark = |at: usize| ObjectKey::new(format!("main/0001/expiring/{}.{run}.json", id(at))).unwrap();
     // Of one that goes by this policy too, and of one that stays.
     for at in [0, 3] {
-        scene.memory.overwrite(&mark(at), b"{}".to_vec());
+        scene.mark(&id(at));
     }
     let report = scene.expire().await.unwrap();
     assert_eq!(report.backups, 2);

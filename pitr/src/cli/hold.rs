@@ -173,7 +173,7 @@ pub(super) async fn release(args: &ReleaseArgs) -> Result<u8> {
 }
 
 /// Holds what a restore reads, where this user may write, so that retention does not remove it meanwhile; as long as what is
-/// returned lives, and for a day from then on at least.
+/// returned lives, and for eighteen hours from then on at least.
 ///
 /// # Errors
 /// [`Error::Conflict`] when it is being removed already, or WAL that it needs was since the plan was made.

@@ -313,6 +313,19 @@ pub(crate) fn parent_segments(history: &TimelineHistory, chain: &Chain, last: us
     found.collect()
 }
 
+/// Returns the same stretches (numbers of segments, ends excluded) in order, none touching another.
+pub(crate) fn merge(mut stretches: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    stretches.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::new();
+    for (from, until) in stretches {
+        match merged.last_mut() {
+            Some((_, end)) if *end >= from => *end = (*end).max(until),
+            _ => merged.push((from, until)),
+        }
+    }
+    merged
+}
+
 /// Returns where `timeline` begins on the path: the switch point of the ancestor before it.
 pub(crate) fn begin_of(history: &TimelineHistory, timeline: TimelineId) -> Option<Lsn> {
     let before = history.ancestors.iter().rev().find(|entry| entry.timeline < timeline)?;

@@ -35,7 +35,7 @@ use walship::wal::rollup::{Block, Rollup};
 use walship::wal::summary::SegmentSummary;
 
 pub use chain::{Chain, ChainEnding, ChainStep, ParentSegment, build_chain, gaps_of};
-pub(crate) use chain::{begin_of, chains_of};
+pub(crate) use chain::{begin_of, chains_of, merge};
 pub(crate) use extras::WAL_LEVEL_MINIMAL;
 pub use forecast::{Forecast, forecast};
 pub use gap::{Gap, KnownBy};

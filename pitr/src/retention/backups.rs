@@ -239,16 +239,16 @@ fn keep_recordless(
         };
         // Of one that began long ago it is known by now what it began before.
         let until = start.started.checked_add_signed(CLOCKS_DIFFER).filter(|_| !is_young(taker, now));
-        for id in may_lend(seen, &taker.id, start.started, until) {
+        for id in lenders(seen, &taker.id, start.started, until) {
             chosen.keep(id, "not complete, but another that is not may have taken over what it has stored");
         }
-        let may_lend = |backup: &BackupRecord| {
+        let was_open = |backup: &BackupRecord| {
             let completed =
                 seen.completed(&backup.id, backup.finished, now).checked_add_signed(CLOCKS_DIFFER);
             completed.is_none_or(|completed| start.started <= completed)
                 && until.is_none_or(|until| backup.started <= until)
         };
-        for backup in catalog.backups.iter().filter(|backup| may_lend(backup)) {
+        for backup in catalog.backups.iter().filter(|backup| was_open(backup)) {
             chosen.keep(
                 &backup.id,
                 "it may not have been complete when one began that is not, which may have taken over what it has stored",
@@ -259,7 +259,7 @@ fn keep_recordless(
 
 /// Returns the backups that did not complete at which one under way may have looked when it began: the newest before it that
 /// build on the same one; and those that began after it, which may be so by another machine's clock only.
-fn may_lend<'a>(
+fn lenders<'a>(
     seen: &'a Seen,
     taker: &str,
     begin: DateTime<Utc>,

@@ -8,7 +8,7 @@ use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 
 use super::backups::{Chosen, may_be_complete};
 use super::{CountsAgain, KeptWal, Policy, RemovedWal, Seen};
-use crate::plan::{begin_of, wal_is_on_path};
+use crate::plan::{begin_of, merge, wal_is_on_path};
 
 /// How long before the window's start something may have happened last on a timeline that is still looked at: the
 /// clock is the server's.
@@ -183,19 +183,6 @@ impl Needed {
         }
         reasons
     }
-}
-
-/// Returns the same stretches in order, none touching another.
-fn merge(mut all: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
-    all.sort_unstable();
-    let mut merged: Vec<(u64, u64)> = Vec::new();
-    for (from, until) in all {
-        match merged.last_mut() {
-            Some((_, end)) if *end >= from => *end = (*end).max(until),
-            _ => merged.push((from, until)),
-        }
-    }
-    merged
 }
 
 pub(super) fn needed(

@@ -35,8 +35,7 @@ pub fn told_again(repository: &str, damage: &KnownDamage) -> Vec<Finding> {
             }
         };
         let kind = serde_json::from_value(flaw.kind.clone().into()).unwrap_or(FindingKind::Damaged);
-        let what =
-            format!("{} (found by the verification that began {at}, and not read again since)", flaw.what);
+        let what = format!("{} (found {at}, and not read again since)", flaw.what);
         Finding::damage(kind, repository, flaw.object.clone(), what, takes)
     };
     damage.flaws.iter().map(finding).collect()
@@ -62,7 +61,7 @@ mod tests {
             let note = Finding::note(FindingKind::Damaged, "here", "another", "to be known");
             let again = told_again("here", &known_damage(place, at, &[note, found.clone()]));
             assert_eq!(again.len(), 1);
-            assert!(again[0].what.starts_with("flipped (found by the verification that began 2023-11-14"));
+            assert!(again[0].what.starts_with("flipped (found 2023-11-14"));
             assert_eq!(again[0], Finding { what: again[0].what.clone(), ..found });
         }
     }

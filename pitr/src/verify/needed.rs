@@ -6,7 +6,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use walship::catalog::{BackupRecord, Catalog};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 
-use crate::plan::{RestorePlan, build_chain};
+use crate::plan::{RestorePlan, build_chain, merge};
 
 /// How far before a moment the backup was finished that leads to it: the clocks of the server and of the machine that took
 /// it may differ.
@@ -119,15 +119,7 @@ impl Needed {
         let ranges = self.wal.get(&timeline).into_iter().flatten();
         let mut cut: Vec<_> = ranges.map(|(a, b)| ((*a).max(from), (*b).min(until))).collect();
         cut.retain(|(a, b)| a < b);
-        cut.sort_unstable();
-        let mut joined: Vec<(u64, u64)> = Vec::new();
-        for (a, b) in cut {
-            match joined.last_mut() {
-                Some((_, end)) if *end >= a => *end = (*end).max(b),
-                _ => joined.push((a, b)),
-            }
-        }
-        joined
+        merge(cut)
     }
 
     /// Returns whether a segment is needed.

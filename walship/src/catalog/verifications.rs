@@ -171,7 +171,7 @@ impl ReadPlace {
 pub struct KnownDamage {
     /// What has to be read to find out whether it still is.
     pub place: ReadPlace,
-    /// When the verification began that found it.
+    /// When it was found.
     pub at: DateTime<Utc>,
     /// What is wrong; at most [`KnownDamage::FLAWS_MAX`].
     pub flaws: Vec<KnownFlaw>,

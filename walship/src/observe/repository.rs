@@ -242,7 +242,8 @@ mod tests {
 
     use super::*;
     use crate::pg::SegmentSize;
-    use crate::repository::{Repository, record_head};
+    use crate::repository::Repository;
+    use crate::repository::testing::made_up_drill;
     use crate::storage::memory::MemoryStorage;
 
     #[tokio::test]
@@ -257,18 +258,7 @@ mod tests {
             (3, Some(false), "proven"),
             (4, Some(false), "failed"),
         ] {
-            let record = DrillRecord {
-                head: record_head(now + TimeDelta::hours(hour), None, 7),
-                millis: 1,
-                outcome: outcome.into(),
-                problems: Vec::new(),
-                target: "--latest".into(),
-                backup: None,
-                restored_bytes: 0,
-                recovery_millis: None,
-                newest_commit_age_millis: None,
-                read_here,
-            };
+            let record = DrillRecord { read_here, ..made_up_drill(now + TimeDelta::hours(hour), outcome) };
             lineage.put_drill_record(&record).await.unwrap();
             let catalog = load_catalog(&lineage).await.unwrap();
             let seen = contents(&lineage, &catalog, Vec::new(), None, &mut Memory::default()).await.unwrap();

@@ -281,6 +281,7 @@ mod tests {
     use super::*;
     use crate::pg::SegmentSize;
     use crate::repository::Repository;
+    use crate::repository::testing::made_up_drill;
     use crate::storage::memory::MemoryStorage;
 
     async fn lineage() -> LineageRepository {
@@ -292,18 +293,7 @@ mod tests {
 
     fn record(second: i64) -> DrillRecord {
         let started = Utc.timestamp_opt(1_700_000_000 + second, 0).unwrap();
-        DrillRecord {
-            head: record_head(started, None, 7),
-            millis: 1,
-            outcome: "proven".into(),
-            problems: Vec::new(),
-            target: "--latest".into(),
-            backup: None,
-            restored_bytes: 0,
-            recovery_millis: None,
-            newest_commit_age_millis: None,
-            read_here: None,
-        }
+        made_up_drill(started, "proven")
     }
 
     #[tokio::test]

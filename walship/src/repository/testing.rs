@@ -1,8 +1,9 @@
-//! Segments without WAL, for tests of what is made from summaries: an envelope, a summary, a few bytes.
+//! What is made up for tests: segments without WAL (an envelope, a summary, a few bytes), and records.
 
 use chrono::{DateTime, Utc};
 
-use crate::catalog::Lineage;
+use super::record_head;
+use crate::catalog::{DrillRecord, Lineage};
 use crate::codec::{Codec, Digest, EncodedBody, EncodedObject, Envelope, ObjectHead, ObjectKind};
 use crate::error::Result;
 use crate::pg::{Lsn, SegmentName, WalFileName};
@@ -61,4 +62,20 @@ pub fn made_up_object(summary: &SegmentSummary) -> Result<EncodedObject> {
     };
     let head = ObjectHead::encode(&envelope, Some(summary))?;
     Ok(EncodedObject { envelope, head: head.into(), body: EncodedBody::Memory(body.into()) })
+}
+
+/// Returns the record of a drill to the end of the archive that came to this.
+pub fn made_up_drill(started: DateTime<Utc>, outcome: &str) -> DrillRecord {
+    DrillRecord {
+        head: record_head(started, None, 7),
+        millis: 1,
+        outcome: outcome.into(),
+        problems: Vec::new(),
+        target: "--latest".into(),
+        backup: None,
+        restored_bytes: 0,
+        recovery_millis: None,
+        newest_commit_age_millis: None,
+        read_here: None,
+    }
 }
