@@ -155,21 +155,22 @@ fn spans(catalog: &Catalog, history: &TimelineHistory) -> Vec<Span> {
     joined
 }
 
-/// Returns whether the ledger knows of all segments between two positions.
+/// Returns whether the ledger knows of all segments between two positions; of one with a fork, of each timeline's own part.
 fn is_in_ledger(catalog: &Catalog, history: &TimelineHistory, from: Lsn, to: Lsn) -> bool {
     let size = catalog.lineage.segment_size;
     let way = way(history);
     let of_way = |gap: &GapRecord| {
-        let (_, begin, end) = way.iter().find(|(timeline, ..)| *timeline == gap.timeline)?;
-        let (start, end) = (gap.start_lsn.max(*begin), gap.end_lsn.min(*end));
-        (start < end).then_some((start.0 / size.bytes(), (end.0 - 1) / size.bytes()))
+        let (_, begin, left) = way.iter().find(|(timeline, ..)| *timeline == gap.timeline)?;
+        let (start, end) = (gap.start_lsn.max(*begin), gap.end_lsn.min(*left));
+        let first = Lsn(start.0 / size.bytes() * size.bytes());
+        let last = Lsn(end.0.div_ceil(size.bytes()).saturating_mul(size.bytes()));
+        (start < end).then_some((first.max(*begin), last.min(*left)))
     };
     let known: Vec<_> = catalog.gaps.iter().filter_map(of_way).collect();
-    let (mut at, last) = (from.0 / size.bytes(), to.0.saturating_sub(1) / size.bytes());
-    while at <= last {
-        match known.iter().filter(|(first, last)| (*first..=*last).contains(&at)).map(|(_, last)| *last).max()
-        {
-            Some(last) => at = last + 1,
+    let mut at = from;
+    while at < to {
+        match known.iter().filter(|(first, end)| (*first..*end).contains(&at)).map(|(_, end)| *end).max() {
+            Some(end) => at = end,
             None => return false,
         }
     }
@@ -389,6 +390,13 @@ mod tests {
         assert_eq!(reached(&wide, 1), Some((8, Some(3), vec![-8])));
         wide.gaps.push(ledger(1, 9, 11, GapKind::Lost));
         assert_eq!(reached(&wide, 1), Some((8, Some(3), vec![])));
+        // A gap of the timeline that was left says nothing of what the next one wrote into the segment with the fork.
+        let mut forked = catalog(&[(1, 1, 10), (2, 11, 3)], backups);
+        forked.gaps = vec![ledger(1, 10, 12, GapKind::Lost)];
+        let holes = reach(&forked, timeline(2), &BTreeMap::new()).unwrap().holes;
+        assert_eq!(holes.iter().map(|hole| hole.from).collect::<Vec<_>>(), [Lsn(0xA8_0000)]);
+        forked.gaps.push(ledger(2, 10, 11, GapKind::Lost));
+        assert_eq!(reach(&forked, timeline(2), &BTreeMap::new()).unwrap().holes, []);
     }
 
     #[test]
