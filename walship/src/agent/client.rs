@@ -128,10 +128,9 @@ pub fn ask_push(arguments: &[OsString]) -> Asking {
     let Some((path, options)) = arguments.split_last() else { return Asking::Foreground(None) };
     let Some(meeting) = meeting(options, Path::new(path)) else { return Asking::Foreground(None) };
     let Ok(path) = std::path::absolute(path) else { return Asking::Foreground(None) };
-    let answer = ask(&meeting, &Question::Push { path });
-    match answer {
+    match ask(&meeting, &Question::Push { path }) {
         // A status that archive-cmd never has is no answer.
-        Some(protocol::Answer::Status { status, text }) if status <= 125 => {
+        Some((protocol::Answer::Status { status, text }, _)) if status <= 125 => {
             Asking::Answered(Answered { status, text })
         }
         _ => Asking::Foreground(Some(meeting)),
@@ -143,16 +142,27 @@ pub fn ask_fetch(arguments: &[OsString]) -> Asking {
     let [options @ .., name, target] = arguments else { return Asking::Foreground(None) };
     let Some(meeting) = meeting(options, Path::new(target)) else { return Asking::Foreground(None) };
     let Ok(target) = std::path::absolute(target) else { return Asking::Foreground(None) };
-    match ask(&meeting, &Question::Fetch { name: name.clone(), target: target.clone() }) {
-        Some(protocol::Answer::File { path }) => match put_in_place(&path, &target) {
-            Ok(()) => Asking::Answered(Answered { status: 0, text: String::new() }),
-            Err(_) => Asking::Foreground(Some(meeting)),
-        },
-        Some(protocol::Answer::Status {
+    match fetched(&meeting, name, &target) {
+        Some(answered) => Asking::Answered(answered),
+        None => Asking::Foreground(Some(meeting)),
+    }
+}
+
+/// Returns the agent's answer, once the file that it gave is in place.
+fn fetched(meeting: &Meeting, name: &OsStr, target: &Path) -> Option<Answered> {
+    let question = Question::Fetch { name: name.to_owned(), target: target.to_owned() };
+    // The agent takes back what it gave as soon as the line is closed.
+    let (answer, _line) = ask(meeting, &question)?;
+    match answer {
+        protocol::Answer::File { path } => {
+            put_in_place(&path, target).ok()?;
+            Some(Answered { status: 0, text: String::new() })
+        }
+        protocol::Answer::Status {
             status: status @ (STATUS_ABSENT | STATUS_ASK_AGAIN | STATUS_STOP),
             text,
-        }) => Asking::Answered(Answered { status, text }),
-        _ => Asking::Foreground(Some(meeting)),
+        } => Some(Answered { status, text }),
+        _ => None,
     }
 }
 
@@ -166,8 +176,8 @@ fn meeting(options: &[OsString], path: &Path) -> Option<Meeting> {
     if options.iter().any(odd) { None } else { Meeting::of(options, path) }
 }
 
-/// Returns the agent's answer; `None` when there is no agent, or it gives none.
-fn ask(meeting: &Meeting, question: &Question) -> Option<protocol::Answer> {
+/// Returns the agent's answer and the line to it; `None` when there is no agent, or it gives none.
+fn ask(meeting: &Meeting, question: &Question) -> Option<(protocol::Answer, UnixStream)> {
     let mut stream = UnixStream::connect(&meeting.socket).ok()?;
     stream.set_read_timeout(Some(SILENCE_MAX)).ok()?;
     stream.set_write_timeout(Some(SILENCE_MAX)).ok()?;
@@ -186,7 +196,7 @@ fn ask(meeting: &Meeting, question: &Question) -> Option<protocol::Answer> {
         match protocol::read_answer(&mut stream).ok()?? {
             protocol::Answer::Working => {}
             protocol::Answer::Foreground { .. } => return None,
-            answer => return Some(answer),
+            answer => return Some((answer, stream)),
         }
     }
 }
@@ -299,7 +309,7 @@ pub(super) fn walship() -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::io::Write as _;
 
     use super::*;
 
@@ -329,6 +339,39 @@ mod tests {
         let killed = |signal: i32| status_for_postgres(ExitStatus::from_raw(signal));
         assert_eq!((killed(15), killed(3)), (Some(143), Some(131)));
         assert_eq!((killed(9), killed(11)), (None, None));
+    }
+
+    /// What it gives is taken back when the asker is gone, so nobody may be gone before the file is in place.
+    #[test]
+    fn the_agent_hears_us_until_the_file_is_in_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let meeting =
+            Meeting { socket: folder.path().join("socket"), data_directory: folder.path().to_owned() };
+        let listener = std::os::unix::net::UnixListener::bind(&meeting.socket).unwrap();
+        let spooled = folder.path().join("spooled");
+        let targets: Vec<PathBuf> =
+            (0..200).map(|call| folder.path().join(format!("target {call}"))).collect();
+        let agent = {
+            let targets = targets.clone();
+            std::thread::spawn(move || {
+                for target in targets {
+                    let (mut line, _) = listener.accept().unwrap();
+                    let mut length = [0; 4];
+                    line.read_exact(&mut length).unwrap();
+                    line.read_exact(&mut vec![0; protocol::body_length(length).unwrap()]).unwrap();
+                    fs::write(&spooled, "whole").unwrap();
+                    let answer = protocol::Answer::File { path: spooled.clone() }.to_message();
+                    line.write_all(&[GREETING, &*answer].concat()).unwrap();
+                    assert_eq!(line.read(&mut length).unwrap(), 0);
+                    assert!(target.exists(), "hung up before {}", target.display());
+                }
+            })
+        };
+        for target in &targets {
+            let answered = fetched(&meeting, OsStr::new("000000010000000000000001"), target);
+            assert_eq!(answered.map(|answered| answered.status), Some(0));
+        }
+        agent.join().unwrap();
     }
 
     #[test]

@@ -218,7 +218,8 @@ fn breaks(
         events.iter().filter(move |event| history.timeline_of(event.lsn) == timeline)
     });
     let mut breaks: Vec<_> = on_way.filter_map(break_by).collect();
-    breaks.sort_by_key(|one| one.ends);
+    // Of two at the same place the one that also stops a backup which begins right there.
+    breaks.sort_by_key(|one| (one.ends, std::cmp::Reverse(one.goes_on)));
     breaks.dedup_by_key(|one| one.ends);
     breaks
 }
