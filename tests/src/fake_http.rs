@@ -58,6 +58,11 @@ impl FakeHttp {
         Self { address, log }
     }
 
+    /// Returns the address that it listens at.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Returns the server's URL.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)

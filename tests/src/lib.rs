@@ -52,6 +52,7 @@ pub mod random;
 pub mod requests;
 pub mod s3_inprocess;
 pub mod stage;
+pub mod tls;
 pub mod tmpfs;
 pub mod wait;
 pub mod weed;

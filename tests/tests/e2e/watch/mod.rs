@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -33,6 +34,16 @@ impl Serving {
     }
 
     fn start_with(stage: &Stage, server: Option<&PgServer>, args: &[&str]) -> Self {
+        Self::start_in(stage, server, args, &[])
+    }
+
+    /// With these variables in its environment.
+    fn start_in(
+        stage: &Stage,
+        server: Option<&PgServer>,
+        args: &[&str],
+        variables: &[(&str, &Path)],
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let errors = fs::File::create(folder.path().join("stderr")).unwrap();
         let inner = match server {
@@ -50,7 +61,7 @@ impl Serving {
         for limit in ["WARNING", "CRITICAL"] {
             command.env(format!("WALSHIP_WATCH_DISK_{limit}_PERCENT"), "100");
         }
-        command.args(["serve", "--listen", "127.0.0.1:0"]).args(args);
+        command.args(["serve", "--listen", "127.0.0.1:0"]).args(args).envs(variables.iter().copied());
         command.args(if server.is_none() { &["--offline"][..] } else { &[] });
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
         let mut child = process::spawn(command).unwrap();

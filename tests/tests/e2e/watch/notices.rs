@@ -10,9 +10,10 @@ use serde_json::Value;
 use walship_tests::fake_http::FakeHttp;
 use walship_tests::postgres::{PgServer, primary_major};
 use walship_tests::stage::Stage;
-use walship_tests::wait;
+use walship_tests::{tls, wait};
 
 use super::Serving;
+use crate::storage::own_authority;
 
 const HOLD: Duration = Duration::from_secs(4);
 
@@ -171,6 +172,40 @@ fn what_flaps_is_not_told_and_what_lasts_is_told_again() {
     assert_eq!(events.first(), Some(&"problem".into()));
     assert_eq!(events.last(), Some(&"recovery".into()));
     assert_eq!(events.iter().filter(|event| **event == "problem").count(), 1, "{events:?}");
+}
+
+/// Whoever answers at the address is told nothing before it has shown a certificate of an authority that this machine trusts.
+#[test]
+fn a_webhook_over_tls_is_told_where_its_certificate_is_trusted() {
+    let folder = tempfile::tempdir().unwrap();
+    let (authority, certificate, key) = own_authority(folder.path());
+    let strangers = tempfile::tempdir().unwrap();
+    let (stranger, ..) = own_authority(strangers.path());
+    let hook = FakeHttp::start(|_| (200, "text/plain", "ok".to_owned()));
+    let address = tls::in_front_of(hook.address(), &certificate, &key);
+    let stage = Stage::folder("main")
+        .configured(&format!("[notify]\nwebhook = \"https://user:hush@{address}/hush\"\nhold = \"1s\"\n"));
+    let server = stage.archiving(PgServer::builder(primary_major())).start();
+    stage.init(&server);
+    fs::rename(stage.repository_dir(), stage.path().join("away")).unwrap();
+
+    let trusting =
+        |authority| Serving::start_in(&stage, None, &["--interval", "1"], &[("SSL_CERT_FILE", authority)]);
+    let mut serving = trusting(&stranger);
+    wait::until("the notice waits", || state(stage.path()).contains("\"attempts\":1"));
+    assert!(hook.log().is_empty(), "{:?}", hook.log());
+    let said = serving.said();
+    assert!(said.contains("certificate") && !said.contains("hush"), "{said}");
+    assert!(serving.terminate().success());
+
+    let mut serving = trusting(&authority);
+    wait::until("the webhook takes the notice", || !hook.log().is_empty());
+    assert!(serving.terminate().success());
+    let asked = &hook.log()[0];
+    assert_eq!((&*asked.method, &*asked.path), ("POST", "/hush"));
+    assert_eq!(asked.header("authorization"), Some("Basic dXNlcjpodXNo"), "user:hush");
+    let body: Value = serde_json::from_str(&asked.body).unwrap();
+    assert_eq!((&body["event"], &body["kind"]), (&"problem".into(), &"repository_unreachable".into()));
 }
 
 #[test]
