@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
@@ -447,6 +448,32 @@ fn killed_at_any_request(server: &S3Server) {
         assert!(!keys.iter().any(|key| key.contains("/expiring/")), "{most}: {keys:?}");
     }
     assert!(killed > 10, "{killed}");
+}
+
+/// As one leaves it that was killed after its last backup and before its mark.
+#[test]
+fn a_run_that_finds_nothing_but_a_mark_is_on_record() {
+    let scene = Scene::folder(primary_major());
+    let records = || {
+        let keys = scene.store.keys().into_iter();
+        keys.filter(|key| key.contains("/history/expires/")).collect::<Vec<_>>()
+    };
+    let shown = scene.expire(&["--confirm", "--yes"]);
+    assert_eq!(ids(&shown["plan"]["backups_removed"]), [&scene.backups[0]]);
+    let first = records();
+    assert_eq!(first.len(), 2, "begun and done: {first:?}");
+    let (base, name) = first[0].split_once("/history/expires/").unwrap();
+    let (run, _) = name.split_once('.').unwrap();
+    let mark = format!("{base}/expiring/{}.{run}.json", scene.backups[0]);
+    let folder = scene.stage.repository_dir().join(&mark).parent().unwrap().to_owned();
+    std::fs::create_dir_all(&folder).unwrap();
+    let owner = std::fs::metadata(folder.parent().unwrap()).unwrap();
+    std::os::unix::fs::chown(&folder, Some(owner.uid()), Some(owner.gid())).unwrap();
+    std::fs::write(scene.stage.repository_dir().join(&mark), "").unwrap();
+    assert!(scene.store.keys().contains(&mark));
+    scene.expire(&["--confirm", "--yes"]);
+    assert!(!scene.store.keys().contains(&mark));
+    assert_eq!(records().len(), 4, "{:?}", records());
 }
 
 #[test]

@@ -33,23 +33,17 @@ impl Removal<'_> {
             kept_as_versions: 0,
             notes: Vec::new(),
         };
-        let (stale, of_gone) = self.marks_of_others();
-        for id in &of_gone {
-            self.remover.remove_marks(id).await?;
-        }
-        for mark in self.remover.take_back(&stale, Utc::now()).await? {
-            report.notes.push(format!(
-                "backup {} stays, and is still marked by a removal that may not have ended ({}): its mark is taken back in an hour",
-                mark.backup, mark.run
-            ));
-        }
-        if self.prepared.plan.is_empty() {
-            return Ok(report);
-        }
         let record = begun(&self.prepared, self.request, &self.id, &by);
         self.remover.repository().put_expire_record(&record).await?;
         let mut removed = RemovedObjects::default();
-        let done = self.remove(&by, &mut removed, &mut report).await;
+        let done = async {
+            self.tidy_marks(&mut report).await?;
+            match self.prepared.plan.is_empty() {
+                true => Ok(()),
+                false => self.remove(&by, &mut removed, &mut report).await,
+            }
+        }
+        .await;
         (report.objects, report.bytes) = (removed.objects, removed.bytes);
         report.kept_as_versions = removed.kept_as_versions;
         let outcome = ExpireOutcome {
@@ -66,6 +60,21 @@ impl Removal<'_> {
             report.notes.push(format!("what was removed is not in the history of the repository: {error}"));
         }
         done.map(|()| report)
+    }
+
+    /// Takes back the marks of backups that stay after all, and removes those of backups that are gone.
+    async fn tidy_marks(&mut self, report: &mut Report) -> Result<()> {
+        let (stale, of_gone) = self.marks_of_others();
+        for id in &of_gone {
+            self.remover.remove_marks(id).await?;
+        }
+        for mark in self.remover.take_back(&stale, Utc::now()).await? {
+            report.notes.push(format!(
+                "backup {} stays, and is still marked by a removal that may not have ended ({}): its mark is taken back in an hour",
+                mark.backup, mark.run
+            ));
+        }
+        Ok(())
     }
 
     /// Returns the marks of backups that stay after all, and the marked backups that are gone.
