@@ -23,7 +23,7 @@ use crate::wal::rollup::Rollup;
 
 pub use gaps::{GapCause, GapKind, GapRecord};
 pub use history::{BackupRun, ChangeRecord, DrillRecord, ExtractRecord, RecordHead};
-pub use holds::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, HeldWal, Hold};
+pub use holds::{ExpireOutcome, ExpireRecord, ExpireRemoved, ExpiredBackup, ExpiredWal, HeldWal, Hold};
 pub use names::{DatabaseNames, Names, RelationName, SavedNames};
 pub use restores::{Phase, RestoreRecord};
 pub use segments::StoredSegments;

@@ -23,6 +23,7 @@ use walship_tests::{process, wait};
 use crate::exact::history::with_clock;
 use crate::json_docs::compare;
 use crate::start::Place;
+use crate::verify::{damage_of, parsed};
 
 /// The repository's objects.
 pub(crate) struct Store {
@@ -60,7 +61,9 @@ impl Store {
     /// What retention has to do with: all but the history of what was done and who did it.
     pub(crate) fn kept_keys(&self) -> BTreeSet<String> {
         let own = |key: &String| {
-            ["/history/", "/locks/", "/index/", "/gaps/", "/expiring/"].iter().any(|part| key.contains(part))
+            ["/history/", "/locks/", "/index/", "/gaps/", "/expiring/", "/verifications/"]
+                .iter()
+                .any(|part| key.contains(part))
         };
         self.keys().into_iter().filter(|key| !own(key)).collect()
     }
@@ -311,7 +314,7 @@ fn what_is_kept_is_restored(mut scene: Scene) {
     let ledger = keys.iter().filter(|key| key.contains("/gaps/")).count();
     assert_eq!(ledger, 1, "records of what was expired become one: {keys:?}");
     let history = keys.iter().filter(|key| key.contains("/history/expires/")).count();
-    assert_eq!(history, 4, "begun and done, twice: {keys:?}");
+    assert_eq!(history, 5, "begun and done, twice, and once which backup was removed: {keys:?}");
     let history: Value = serde_json::from_str(
         &scene.stage.ok(&mut scene.stage.pitr(&["history", "--only", "expire", "--json"])),
     )
@@ -395,6 +398,13 @@ fn killed_at_any_request(server: &S3Server) {
     let days = [400, 380, 20];
     let scene = Scene::s3_aged(server, days);
     scene.hold_first();
+    // A verification has seen everything: what a removal removes is not missed, wherever it ends.
+    let missed = || {
+        let words = ["verify", "--json", "--no-server", "--budget", "1kB"];
+        let report = parsed(&scene.stage.run(&mut scene.stage.pitr(&words)));
+        [damage_of(&report, "missing"), damage_of(&report, "missing_end")].concat()
+    };
+    assert_eq!(missed(), Vec::<String>::new());
     let all: BTreeMap<_, _> = server.objects();
     let put_back = || {
         server.objects().keys().for_each(|key| assert!(server.remove(key)));
@@ -434,6 +444,7 @@ fn killed_at_any_request(server: &S3Server) {
         child.wait().unwrap();
         server.heal();
         killed += 1;
+        assert_eq!(missed(), Vec::<String>::new(), "killed at change {most}");
         assert!(scene.plans(&["--immediate", "--backup", &scene.backups[0]]), "killed at change {most}");
         assert!(scene.plans(&["--to-xid", scene.xids[9].trim()]), "killed at change {most}");
         assert!(scene.plans(&["--latest"]), "killed at change {most}");
@@ -443,6 +454,7 @@ fn killed_at_any_request(server: &S3Server) {
             assert!(whole, "{id} is shown, and half removed, at change {most}");
         }
         scene.expire(&["--confirm", "--yes"]);
+        assert_eq!(missed(), Vec::<String>::new(), "killed at change {most}");
         assert_eq!(scene.store.kept_keys(), expected, "killed at change {most}");
         let keys = scene.store.keys();
         assert!(!keys.iter().any(|key| key.contains("/expiring/")), "{most}: {keys:?}");

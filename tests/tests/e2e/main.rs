@@ -49,6 +49,7 @@ mod tablespaces;
 mod texts;
 mod thin;
 mod verify;
+mod verify_blind;
 mod wal_files;
 mod waldump_oracle;
 mod watch;

@@ -21,13 +21,13 @@ use walship_tests::stage::Stage;
 
 use crate::json_docs::compare;
 
-fn parsed(output: &std::process::Output) -> Value {
+pub(crate) fn parsed(output: &std::process::Output) -> Value {
     serde_json::from_slice(&output.stdout)
         .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
 }
 
 /// Verifies, and returns the exit status and what was printed.
-fn verify(stage: &Stage, words: &[&str]) -> (i32, Value) {
+pub(crate) fn verify(stage: &Stage, words: &[&str]) -> (i32, Value) {
     let output = stage.run(stage.pitr(&["verify", "--json"]).args(words));
     (output.status.code().unwrap(), parsed(&output))
 }
@@ -47,7 +47,7 @@ fn damaged(stage: &Stage, what: &str) -> Value {
 }
 
 /// The findings of one kind that count as damage: what they concern.
-fn damage_of(report: &Value, kind: &str) -> Vec<String> {
+pub(crate) fn damage_of(report: &Value, kind: &str) -> Vec<String> {
     let all = report["repositories"].as_array().unwrap().iter();
     let all = all.flat_map(|one| one["findings"].as_array().unwrap());
     all.filter(|finding| finding["kind"] == kind && finding["weight"] == "damage")

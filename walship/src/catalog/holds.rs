@@ -77,11 +77,32 @@ pub struct ExpireRecord {
     pub backups_total: u64,
     /// The WAL to remove.
     pub wal: Vec<ExpiredWal>,
+    /// Whether it says which backups it has removed ([`ExpireRemoved`]). One of an older version does not: what it was about
+    /// to remove counts as removed.
+    #[serde(default)]
+    pub tells_removed: bool,
 }
 
 impl ExpireRecord {
     /// So many backups are named one by one.
     pub const BACKUPS_MAX: usize = 2000;
+}
+
+/// The backups that a removal has removed (`history/expires/<id>.removed.json`): written when their records are gone, before
+/// their marks are. Of one that came to remove none there is no such document.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpireRemoved {
+    /// The format of this document; 1.
+    pub format: u32,
+    /// The removal's id.
+    pub id: String,
+    /// The ids of the backups, up to [`ExpireRemoved::BACKUPS_MAX`].
+    pub removed: Vec<String>,
+}
+
+impl ExpireRemoved {
+    /// So many backups are named.
+    pub const BACKUPS_MAX: usize = 10_000;
 }
 
 /// A backup that retention removes.

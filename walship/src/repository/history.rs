@@ -3,7 +3,7 @@
 //! those of removals, which are written before.
 //! The reports of drills lie beside them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -12,8 +12,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{
-    BackupRun, ChangeRecord, DrillRecord, ExpireOutcome, ExpireRecord, ExtractRecord, RecordHead,
-    RestoreRecord, VerifyRecord,
+    BackupRun, ChangeRecord, DrillRecord, ExpireOutcome, ExpireRecord, ExpireRemoved, ExtractRecord,
+    RecordHead, RestoreRecord, VerifyRecord,
 };
 use crate::error::{Error, Result};
 use crate::storage::{PutOutcome, list_all};
@@ -65,7 +65,11 @@ impl DrillReportForm {
 enum ExpireDocument {
     Outcome(ExpireOutcome),
     Record(ExpireRecord),
+    Removed(ExpireRemoved),
 }
+
+/// How many documents a removal has.
+const EXPIRE_DOCUMENTS: usize = 3;
 
 /// Returns what a record of something that this process does begins with.
 pub fn record_head(started: DateTime<Utc>, reason: Option<&str>, random: u64) -> RecordHead {
@@ -189,10 +193,11 @@ impl LineageRepository {
         let (mut records, mut ends) = (Vec::new(), BTreeMap::new());
         // Each repository has its own removals, and the end of each has a document of its own.
         for one in self.each() {
-            for document in one.recent_here(EXPIRES, max.saturating_mul(2)).await? {
+            for document in one.recent_here(EXPIRES, max.saturating_mul(EXPIRE_DOCUMENTS)).await? {
                 match document {
                     ExpireDocument::Outcome(outcome) => drop(ends.insert(outcome.id.clone(), outcome)),
                     ExpireDocument::Record(record) => records.push(record),
+                    ExpireDocument::Removed(_) => {}
                 }
             }
         }
@@ -203,6 +208,24 @@ impl LineageRepository {
             (record, end)
         };
         Ok(records.into_iter().map(with_end).collect())
+    }
+
+    /// Returns the backups that removals have removed from this repository, the last `max` removals.
+    ///
+    /// # Errors
+    /// As [`recent_expires`](Self::recent_expires).
+    pub async fn removed_backups(&self, max: usize) -> Result<BTreeSet<String>> {
+        let mut removed = BTreeSet::new();
+        for document in self.recent_here(EXPIRES, max.saturating_mul(EXPIRE_DOCUMENTS)).await? {
+            match document {
+                ExpireDocument::Removed(told) => removed.extend(told.removed),
+                ExpireDocument::Record(record) if !record.tells_removed => {
+                    removed.extend(record.backups.into_iter().map(|backup| backup.id));
+                }
+                ExpireDocument::Record(_) | ExpireDocument::Outcome(_) => {}
+            }
+        }
+        Ok(removed)
     }
 
     /// Stores one form of a drill's report. One that is there already, with whatever content, is a conflict.

@@ -471,6 +471,12 @@ impl LineageLayout {
         self.key(format_args!("history/expires/{id}.done.json"))
     }
 
+    /// The key of what says which backups a removal has removed.
+    pub(super) fn expire_removed(&self, id: &str) -> Result<ObjectKey> {
+        check_id(id, "a removal")?;
+        self.key(format_args!("history/expires/{id}.removed.json"))
+    }
+
     /// What the keys of all of a backup's own objects start with.
     pub(super) fn backup_prefix(&self, id: &str) -> Result<String> {
         check_backup_id(id)?;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::document::{self, DOCUMENT_VERSION};
 use super::layout::LineageLayout;
 use super::{LineageRepository, Mark};
-use crate::catalog::{BackupRecord, ExpireOutcome, ExpireRecord, GapRecord, Hold};
+use crate::catalog::{BackupRecord, ExpireOutcome, ExpireRecord, ExpireRemoved, GapRecord, Hold};
 use crate::codec::ObjectKind;
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, TimelineId, WalFileName};
@@ -173,6 +173,11 @@ impl LineageRepository {
     /// Writes what a removal came to into the history.
     pub async fn put_expire_outcome(&self, outcome: &ExpireOutcome) -> Result<()> {
         document::put_same(&*self.storage, &self.layout.expire_outcome(&outcome.id)?, outcome).await
+    }
+
+    /// Writes which backups a removal has removed into the history.
+    pub async fn put_expire_removed(&self, removed: &ExpireRemoved) -> Result<()> {
+        document::put_same(&*self.storage, &self.layout.expire_removed(&removed.id)?, removed).await
     }
 
     /// Tries with an object of its own whether anything can be removed; returns what time it is by the store's clock, where it has

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use chrono::Utc;
-use walship::catalog::{ExpireOutcome, ExpireRecord, ExpiredBackup, ExpiredWal, GapRecord};
+use walship::catalog::{ExpireOutcome, ExpireRecord, ExpireRemoved, ExpiredBackup, ExpiredWal, GapRecord};
 use walship::pg::Lsn;
 use walship::repository::index::complete::{Options, Task, complete};
 use walship::repository::{LineageRepository, Mark, RecordedBy, RemovedObjects, Remover, new_gap_id};
@@ -125,10 +125,16 @@ impl Removal<'_> {
         report: &mut Report,
     ) -> Result<()> {
         self.remove_records().await?;
-        let records = self.tell_of_wal(by).await;
-        // Backups do not exist any more; their objects go whatever became of the WAL.
         let backups: Vec<String> =
             self.prepared.plan.backups_removed.iter().map(|backup| backup.id.clone()).collect();
+        // At every moment a backup whose record is gone is marked, or told of here.
+        if !backups.is_empty() {
+            let removed = backups.iter().take(ExpireRemoved::BACKUPS_MAX).cloned().collect();
+            let told = ExpireRemoved { format: 1, id: self.id.clone(), removed };
+            self.remover.repository().put_expire_removed(&told).await.map_err(half_way)?;
+        }
+        let records = self.tell_of_wal(by).await;
+        // Backups do not exist any more; their objects go whatever became of the WAL.
         for id in &backups {
             let done = self.remover.remove_backup(id).await.map_err(half_way)?;
             (self.progress)(done);
@@ -297,6 +303,7 @@ fn begun(prepared: &Prepared, request: &Request, id: &str, by: &RecordedBy) -> E
             .collect(),
         backups_total: plan.backups_removed.len() as u64,
         wal: wal.collect(),
+        tells_removed: true,
     }
 }
 

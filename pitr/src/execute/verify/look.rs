@@ -219,12 +219,11 @@ pub(super) async fn going_backups(repository: &LineageRepository) -> Result<BTre
     }
 }
 
-/// Returns the backups that retention has removed, was to remove, or is removing.
+/// Returns the backups that retention has removed, or is removing. The marks come first: what is told as removed is marked until
+/// then.
 pub(super) async fn gone_backups(repository: &LineageRepository) -> Result<BTreeSet<String>> {
     let mut gone = going_backups(repository).await?;
-    for (record, _) in repository.recent_expires(EXPIRES_MAX).await? {
-        gone.extend(record.backups.into_iter().map(|backup| backup.id));
-    }
+    gone.extend(repository.removed_backups(EXPIRES_MAX).await?);
     Ok(gone)
 }
 
