@@ -32,7 +32,7 @@ pub(crate) fn verify(stage: &Stage, words: &[&str]) -> (i32, Value) {
     (output.status.code().unwrap(), parsed(&output))
 }
 
-fn sound(stage: &Stage, words: &[&str]) -> Value {
+pub(crate) fn sound(stage: &Stage, words: &[&str]) -> Value {
     let (status, report) = verify(stage, words);
     assert_eq!((status, &report["outcome"]), (0, &Value::from("sound")), "{report:#}");
     let found = &report["repositories"][0]["findings"];
@@ -40,7 +40,7 @@ fn sound(stage: &Stage, words: &[&str]) -> Value {
     report
 }
 
-fn damaged(stage: &Stage, what: &str) -> Value {
+pub(crate) fn damaged(stage: &Stage, what: &str) -> Value {
     let (status, report) = verify(stage, &[]);
     assert_eq!((status, &report["outcome"]), (4, &Value::from("damaged")), "{what}: {report:#}");
     report
@@ -113,7 +113,7 @@ fn lineage(stage: &Stage) -> PathBuf {
     stage.repository_dir().join("main/0001")
 }
 
-fn matching(stage: &Stage, begin: &str, end: &str) -> Vec<PathBuf> {
+pub(crate) fn matching(stage: &Stage, begin: &str, end: &str) -> Vec<PathBuf> {
     let fits = |key: &String| key.starts_with(begin) && key.ends_with(end);
     files(stage).into_iter().filter(|(key, _)| fits(key)).map(|(_, path)| path).collect()
 }
@@ -122,11 +122,11 @@ fn segments(stage: &Stage, timeline: u32) -> Vec<PathBuf> {
     matching(stage, &format!("wal/{timeline:08X}/"), ".wal")
 }
 
-fn name(path: &Path) -> String {
+pub(crate) fn name(path: &Path) -> String {
     path.file_name().unwrap().to_str().unwrap().trim_end_matches(".wal").to_owned()
 }
 
-fn write(path: &Path, bytes: &[u8]) {
+pub(crate) fn write(path: &Path, bytes: &[u8]) {
     // Stored objects may be read only.
     fs::remove_file(path).unwrap();
     fs::write(path, bytes).unwrap();
@@ -673,7 +673,7 @@ fn lost_backups(report: &Value) -> usize {
 }
 
 /// A server with a backup and a few segments behind it.
-fn short_archive(stage: &Stage) -> PgServer {
+pub(crate) fn short_archive(stage: &Stage) -> PgServer {
     let server = stage.archiving(small(primary_major())).start();
     stage.init(&server);
     server.psql("create table t (g int, t text)");
@@ -687,7 +687,7 @@ fn short_archive(stage: &Stage) -> PgServer {
     server
 }
 
-fn flip(path: &Path, at: usize) -> Vec<u8> {
+pub(crate) fn flip(path: &Path, at: usize) -> Vec<u8> {
     let kept = fs::read(path).unwrap();
     let mut flipped = kept.clone();
     flipped[at] ^= 1;

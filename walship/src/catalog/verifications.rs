@@ -109,6 +109,9 @@ pub struct Proven {
     /// that brings this document along.
     #[serde(default)]
     pub repository: String,
+    /// What tells that repository's marker from a copy of it at the same address; `None` where the store cannot tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub marker: Option<String>,
     /// From when on objects count as read by that verification: its begin, or that of one that was killed and that it goes
     /// on from.
     pub round: Option<DateTime<Utc>>,

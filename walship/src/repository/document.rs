@@ -175,13 +175,23 @@ async fn put_within<T: Serialize>(
     document: &T,
     bytes_max: u64,
 ) -> Result<PutOutcome> {
+    let bytes = written(document, bytes_max).map_err(|error| error.context(key.to_string()))?;
+    storage.put_if_absent(key, bytes.into()).await
+}
+
+/// Returns a document as it is stored.
+///
+/// # Errors
+/// [`Error::Invalid`] for one that is longer than `bytes_max`: nobody could read it.
+pub(super) fn written<T: Serialize>(document: &T, bytes_max: u64) -> Result<Vec<u8>> {
     let mut bytes = serde_json::to_vec_pretty(document)
-        .map_err(|error| Error::invalid(format!("{key} cannot be written as JSON: {error}")))?;
+        .map_err(|error| Error::invalid(format!("the document cannot be written as JSON: {error}")))?;
     bytes.push(b'\n');
     if bytes.len() as u64 > bytes_max {
-        return Err(Error::invalid(format!("{key} would have {} bytes, more than are read", bytes.len())));
+        let length = bytes.len();
+        return Err(Error::invalid(format!("the document would have {length} bytes, more than are read")));
     }
-    storage.put_if_absent(key, bytes.into()).await
+    Ok(bytes)
 }
 
 /// Writes a document whose key nobody else uses for anything else: taken with the same content is success.

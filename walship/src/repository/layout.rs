@@ -124,6 +124,17 @@ pub(super) struct RollupKey {
     pub(super) digest: String,
 }
 
+/// What the key of a document about what is proven says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ProvenKey {
+    /// The verification's id.
+    pub(super) id: String,
+    /// Which of its documents it is.
+    pub(super) number: u32,
+    /// The place that it is said of and the digest of its bytes; `None` for one by an older version.
+    pub(super) named: Option<(String, String)>,
+}
+
 /// The key of a gap's record, read back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct GapKey {
@@ -387,17 +398,29 @@ impl LineageLayout {
         format!("{}/verifications/", self.base)
     }
 
-    /// The key of such a document: the `number`th of a verification.
-    pub(super) fn proven(&self, id: &str, number: u32) -> Result<ObjectKey> {
-        check_id(id, "a verification")?;
-        self.key(format_args!("verifications/{id}/{number:08}.json"))
+    /// The key of such a document.
+    pub(super) fn proven(&self, key: &ProvenKey) -> Result<ObjectKey> {
+        check_id(&key.id, "a verification")?;
+        let ProvenKey { id, number, named } = key;
+        match named {
+            Some((place, digest)) => {
+                self.key(format_args!("verifications/{id}/{number:08}-{place}-{digest}.json"))
+            }
+            None => self.key(format_args!("verifications/{id}/{number:08}.json")),
+        }
     }
 
-    /// Reads the id and the number in the key of such a document back.
-    pub(super) fn parse_proven(&self, key: &ObjectKey) -> Option<(String, u32)> {
-        let (id, number) = key.as_str().strip_prefix(&self.proven_prefix())?.split_once('/')?;
-        let number = number.strip_suffix(".json")?.parse().ok()?;
-        (self.proven(id, number).ok().as_ref() == Some(key)).then(|| (id.to_owned(), number))
+    /// Reads the key of such a document back.
+    pub(super) fn parse_proven(&self, key: &ObjectKey) -> Option<ProvenKey> {
+        let (id, name) = key.as_str().strip_prefix(&self.proven_prefix())?.split_once('/')?;
+        let words: Vec<&str> = name.strip_suffix(".json")?.split('-').collect();
+        let (number, named) = match &*words {
+            [number] => (number, None),
+            [number, place, digest] => (number, Some(((*place).to_owned(), (*digest).to_owned()))),
+            _ => return None,
+        };
+        let found = ProvenKey { id: id.to_owned(), number: number.parse().ok()?, named };
+        (self.proven(&found).ok().as_ref() == Some(key)).then_some(found)
     }
 
     /// What the keys of all documents about holds start with.
@@ -648,6 +671,24 @@ mod tests {
             format!("{key}.x"),
         ] {
             assert_eq!(layout().parse_rollup(&ObjectKey::new(&*text).unwrap(), size), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn keys_of_what_is_proven_are_read_back() {
+        let id = "20261121T010203Z-0123456789abcdef".to_owned();
+        let named = Some((Digest::of(b"x").short(), Digest::of(b"y").short()));
+        for named in [None, named] {
+            let found = ProvenKey { id: id.clone(), number: 12, named };
+            let key = layout().proven(&found).unwrap();
+            assert_eq!(layout().parse_proven(&key), Some(found));
+            for text in [
+                key.as_str().replace("00000012", "12"),
+                format!("{key}.x"),
+                key.as_str().replace("cdef/", "/"),
+            ] {
+                assert_eq!(layout().parse_proven(&ObjectKey::new(&*text).unwrap()), None, "{text}");
+            }
         }
     }
 

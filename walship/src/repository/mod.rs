@@ -66,6 +66,7 @@ pub use load_catalog::{
 };
 pub use load_tails::load_tails;
 pub use others::open_same_lineage;
+pub use proven::ProvenBefore;
 pub use removal::{RemovedObjects, Remover};
 pub use segments::{Leftover, Put, Summarized};
 pub use tails::{Damage, ListedPart};

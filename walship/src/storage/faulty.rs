@@ -171,6 +171,10 @@ impl Storage for FaultyStorage {
         Ok(self.with(Call::List, prefix, self.inner.unfinished(prefix)).await?.0)
     }
 
+    async fn identity(&self, key: &ObjectKey) -> Result<Option<String>> {
+        self.inner.identity(key).await
+    }
+
     fn removal(&self) -> Option<&dyn StoreRemoval> {
         self.inner.removal().map(|_| self as _)
     }

@@ -144,6 +144,11 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
+    async fn identity(&self, key: &ObjectKey) -> Result<Option<String>> {
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(written.get(key.as_str()).map(|time| format!("written {}", time.to_rfc3339())))
+    }
+
     fn removal(&self) -> Option<&dyn StoreRemoval> {
         Some(self)
     }

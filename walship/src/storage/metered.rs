@@ -115,6 +115,10 @@ impl Storage for MeteredStorage {
     async fn unfinished(&self, prefix: &str) -> Result<Option<Vec<Unfinished>>> {
         self.inner.unfinished(prefix).await
     }
+
+    async fn identity(&self, key: &ObjectKey) -> Result<Option<String>> {
+        self.inner.identity(key).await
+    }
 }
 
 #[cfg(feature = "test-util")]

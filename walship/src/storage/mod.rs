@@ -381,6 +381,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(Some(Vec::new()))
     }
 
+    /// Returns what tells an object from a copy of it that lies under the same key elsewhere, as long as nobody touches it; `None`
+    /// where it is not there, or the store cannot tell.
+    async fn identity(&self, _key: &ObjectKey) -> Result<Option<String>> {
+        Ok(None)
+    }
+
     /// Returns what only a probe asks of a store; `None` where there is nothing more to ask.
     fn probe(&self) -> Option<&dyn StoreProbe> {
         None

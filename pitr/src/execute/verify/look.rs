@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use walship::catalog::{BackupRecord, Catalog, Proven, StoredSegments, VerifyOutcome};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use walship::repository::{
-    DamagedDocument, LineageRepository, Loaded, RollupState, load_tails, load_what_is_sound,
+    DamagedDocument, LineageRepository, Loaded, ProvenBefore, RollupState, load_tails, load_what_is_sound,
 };
 use walship::wal::rollup::{LEVEL_MAX, span};
 use walship::{Error, Result};
@@ -30,6 +30,8 @@ pub(super) struct Looked {
     pub(super) unrecorded: Vec<BackupRecord>,
     /// What earlier verifications recorded, in the order in which they began.
     pub(super) proven: Vec<Proven>,
+    /// What tells the repository from a copy of it at the same address.
+    pub(super) marker: Option<String>,
     /// Segments that are stored whole and have parts as well.
     pub(super) doubled: BTreeSet<SegmentName>,
     /// Up to where parts of flawed tails are stored.
@@ -58,7 +60,7 @@ impl Looked {
 /// Looks at a repository at `now`.
 pub(super) async fn look(repository: &LineageRepository, now: DateTime<Utc>) -> Result<Looked> {
     let location = repository.location();
-    let proven = repository.proven(now).await?;
+    let ProvenBefore { marker, documents: proven, damaged: damaged_proofs } = repository.proven(now).await?;
     let Loaded { mut catalog, objects, unrecorded, backup_histories, damaged } =
         load_what_is_sound(repository).await?;
     let records = damaged.iter().filter_map(|damaged| match damaged {
@@ -69,6 +71,12 @@ pub(super) async fn look(repository: &LineageRepository, now: DateTime<Utc>) -> 
     let starts = repository.unreadable_starts(&records).await?;
     let mut findings: Vec<Finding> =
         damaged.into_iter().map(|damaged| document_finding(&location, damaged)).collect();
+    for (object, what) in damaged_proofs {
+        let what = format!(
+            "{what}; what it alone said was proven is read again, and nothing else depends on it: it can be removed"
+        );
+        findings.push(Finding::damage(FindingKind::Damaged, &location, object, what, Takes::Nothing));
+    }
     for (object, what) in starts {
         let what = format!("{what}; retention removes nothing while it is so");
         findings.push(Finding::damage(FindingKind::Damaged, &location, object, what, Takes::Nothing));
@@ -105,7 +113,8 @@ pub(super) async fn look(repository: &LineageRepository, now: DateTime<Utc>) -> 
         stored.insert(*name, 0);
     }
     let (doubled, tail_ends) = (BTreeSet::new(), TailEnds::new());
-    let mut looked = Looked { catalog, stored, objects, unrecorded, proven, doubled, tail_ends, findings };
+    let mut looked =
+        Looked { catalog, stored, objects, unrecorded, proven, marker, doubled, tail_ends, findings };
     check_histories(repository, &mut looked).await?;
     check_tails(repository, &mut looked).await?;
     Ok(looked)

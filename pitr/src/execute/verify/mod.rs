@@ -301,7 +301,8 @@ async fn verify_one(
         begun: AtomicBool::new(false),
     };
     let since = round.unwrap_or(request.started);
-    let mut notes = Notes::new(state, request.started, &request.id, since, repository);
+    let marker = found.marker.clone();
+    let mut notes = Notes::new(state, request.started, &request.id, since, marker, repository);
     let mut worked = work(&job, pieces, request.workers, &mut notes, progress).await;
     worked.add_unread(unread_forks);
     if needed.everything && !worked.interrupted && !worked.is_broken_off() {
@@ -324,7 +325,7 @@ async fn verify_one(
         // What was found is told all the same.
         Err(error) => worked.unread.push(Unread { object: location.clone(), why: error.to_string() }),
     }
-    notes.note().await;
+    notes.note_last().await;
     if let Some(error) = &notes.failure {
         repository.note(format!("what is proven of {location} cannot be noted there: {error}"));
     }

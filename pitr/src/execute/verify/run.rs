@@ -395,6 +395,8 @@ pub(super) struct Notes<'a> {
     pub(super) at: DateTime<Utc>,
     pub(super) id: &'a str,
     pub(super) round: DateTime<Utc>,
+    /// What tells the repository from a copy of it at the same address.
+    marker: Option<String>,
     pub(super) repository: &'a LineageRepository,
     number: u32,
     noted: Instant,
@@ -409,10 +411,11 @@ impl<'a> Notes<'a> {
         at: DateTime<Utc>,
         id: &'a str,
         round: DateTime<Utc>,
+        marker: Option<String>,
         repository: &'a LineageRepository,
     ) -> Self {
         let (noted, pause) = (Instant::now(), FIRST_NOTE);
-        Self { state, at, id, round, repository, number: 0, noted, pause, failure: None }
+        Self { state, at, id, round, marker, repository, number: 0, noted, pause, failure: None }
     }
 
     async fn now_and_then(&mut self) {
@@ -422,11 +425,19 @@ impl<'a> Notes<'a> {
         }
     }
 
+    /// Notes what is proven at the end, twice: what this run has found outlives a document that is damaged later.
+    pub(super) async fn note_last(&mut self) {
+        self.note().await;
+        if self.failure.is_none() {
+            self.note().await;
+        }
+    }
+
     /// Notes what is proven by now.
-    pub(super) async fn note(&mut self) {
+    async fn note(&mut self) {
         self.number += 1;
         let mut proven = self.state.recorded(self.id, self.at);
-        proven.round = Some(self.round);
+        (proven.round, proven.marker) = (Some(self.round), self.marker.clone());
         if let Err(error) = self.repository.put_proven(&proven, self.number).await {
             self.failure.get_or_insert(error);
         }

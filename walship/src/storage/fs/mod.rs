@@ -11,7 +11,7 @@ mod list;
 mod publish;
 
 use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -211,6 +211,23 @@ impl Storage for FsStorage {
         self.run("listing temporaries".to_owned(), 0, |root| publish::temporaries(root)).await.map(Some)
     }
 
+    /// Its file's number, and when that came to be: neither can be given to a copy. Where the file system does not know that
+    /// time, when the file was last changed in any way.
+    async fn identity(&self, key: &ObjectKey) -> Result<Option<String>> {
+        let name = key.clone();
+        self.run(format!("looking at {key}"), 0, move |root| {
+            let Some((_, file, _)) = open_object(root, &KeyPath::new(&name)?)? else { return Ok(None) };
+            let metadata =
+                file.metadata().map_err(|error| root.failed("cannot look at", name.as_str(), error))?;
+            let time = match metadata.created() {
+                Ok(born) => format!("born {}", DateTime::<Utc>::from(born).to_rfc3339()),
+                Err(_) => format!("changed {}.{:09}", metadata.ctime(), metadata.ctime_nsec()),
+            };
+            Ok(Some(format!("inode {}, {time}", metadata.ino())))
+        })
+        .await
+    }
+
     fn removal(&self) -> Option<&dyn StoreRemoval> {
         Some(self)
     }
@@ -364,6 +381,27 @@ mod tests {
         crate::storage::conformance::one_upload_wins(&storage).await;
         let left = std::fs::read_dir(root.join(TMP)).unwrap().count();
         assert_eq!(left, 0, "no temporary is left behind");
+    }
+
+    #[tokio::test]
+    async fn a_copy_is_told_from_the_original() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, key) = (folder.path().join("repository"), ObjectKey::new("a/b").unwrap());
+        let storage = FsStorage::create_root(&root).unwrap();
+        assert_eq!(storage.identity(&key).await.unwrap(), None);
+        storage.put_if_absent(&key, Bytes::from_static(b"abc").into()).await.unwrap();
+        let original = storage.identity(&key).await.unwrap().unwrap();
+        assert_eq!(storage.identity(&key).await.unwrap().as_ref(), Some(&original));
+        // With all that a copy can take along.
+        let (path, copy) = (root.join("a/b"), root.join("a/copy"));
+        std::fs::copy(&path, &copy).unwrap();
+        let modified = std::fs::metadata(&path).unwrap().modified().unwrap();
+        File::options().write(true).open(&copy).unwrap().set_modified(modified).unwrap();
+        std::fs::rename(&path, root.join("a/away")).unwrap();
+        std::fs::rename(&copy, &path).unwrap();
+        assert_ne!(storage.identity(&key).await.unwrap().unwrap(), original);
+        std::fs::rename(root.join("a/away"), &path).unwrap();
+        assert_eq!(storage.identity(&key).await.unwrap().unwrap(), original);
     }
 
     #[tokio::test]

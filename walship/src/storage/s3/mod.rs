@@ -439,6 +439,12 @@ impl Storage for S3Storage {
         Some(self)
     }
 
+    /// When it was written: a copy is younger.
+    async fn identity(&self, key: &ObjectKey) -> Result<Option<String>> {
+        let written = self.last_written(key.as_str()).await?;
+        Ok(written.map(|time| format!("written {}", time.to_rfc3339())))
+    }
+
     fn removal(&self) -> Option<&dyn StoreRemoval> {
         Some(self)
     }
