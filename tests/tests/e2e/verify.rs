@@ -109,7 +109,7 @@ fn files(stage: &Stage) -> BTreeMap<String, PathBuf> {
     found
 }
 
-fn lineage(stage: &Stage) -> PathBuf {
+pub(crate) fn lineage(stage: &Stage) -> PathBuf {
     stage.repository_dir().join("main/0001")
 }
 
@@ -118,7 +118,7 @@ pub(crate) fn matching(stage: &Stage, begin: &str, end: &str) -> Vec<PathBuf> {
     files(stage).into_iter().filter(|(key, _)| fits(key)).map(|(_, path)| path).collect()
 }
 
-fn segments(stage: &Stage, timeline: u32) -> Vec<PathBuf> {
+pub(crate) fn segments(stage: &Stage, timeline: u32) -> Vec<PathBuf> {
     matching(stage, &format!("wal/{timeline:08X}/"), ".wal")
 }
 
@@ -193,6 +193,20 @@ fn a_sound_archive_is_proven_and_recorded() {
         let text = stage.ok(&mut stage.pitr(&["verify"]));
         assert!(text.contains("everything is sound") && text.contains("proven since"), "{text}");
     }
+}
+
+/// Puts a roll-up that lies under a key that is right for it.
+fn lying_rollup(stage: &Stage) -> PathBuf {
+    let rollup = matching(stage, "index/00000001/1/", ".json.zst")[0].clone();
+    let json = zstd(&["-dc"], &fs::read(&rollup).unwrap());
+    let mut value: walship::wal::rollup::Rollup = serde_json::from_slice(&json).unwrap();
+    value.entries[0].facts.wal_bytes += 8;
+    let lie = serde_json::to_vec(&value).unwrap();
+    let old = rollup.file_name().unwrap().to_str().unwrap();
+    let stem = old.rsplit_once('-').unwrap().0;
+    let lying = rollup.with_file_name(format!("{stem}-{}.json.zst", Digest::of(&lie).short()));
+    fs::write(&lying, zstd(&["-c"], &lie)).unwrap();
+    lying
 }
 
 #[test]
@@ -314,16 +328,7 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
     assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "{report:#}");
     fs::write(&record, &kept).unwrap();
 
-    // A roll-up that lies under a key that is right for it.
-    let rollup = matching(&stage, "index/00000001/1/", ".json.zst")[0].clone();
-    let json = zstd(&["-dc"], &fs::read(&rollup).unwrap());
-    let mut value: walship::wal::rollup::Rollup = serde_json::from_slice(&json).unwrap();
-    value.entries[0].facts.wal_bytes += 8;
-    let lie = serde_json::to_vec(&value).unwrap();
-    let old = rollup.file_name().unwrap().to_str().unwrap();
-    let stem = old.rsplit_once('-').unwrap().0;
-    let lying = rollup.with_file_name(format!("{stem}-{}.json.zst", Digest::of(&lie).short()));
-    fs::write(&lying, zstd(&["-c"], &lie)).unwrap();
+    let lying = lying_rollup(&stage);
     let report = damaged(&stage, "a roll-up lies");
     assert_eq!(damage_of(&report, "index").len(), 1, "{report:#}");
     assert!(report["affected"]["unreachable"].as_array().unwrap().is_empty(), "{report:#}");
@@ -337,9 +342,9 @@ fn every_kind_of_damage_is_found_and_told_by_what_it_takes() {
     assert!(history["entries"].as_array().unwrap().iter().any(|entry| entry["outcome"] == "damaged"));
 }
 
-#[test]
-fn wal_of_another_history_under_a_right_name_does_not_go_on() {
-    let stage = Stage::folder("main");
+/// Lets one server archive into one stage and its twin into another, with the same names from some segment on; returns what
+/// both have stored.
+pub(crate) fn twins(stage: &Stage, elsewhere: &Stage) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let mut server = stage.archiving(small(primary_major())).start();
     stage.init(&server);
     server.psql("create table t (g int, t text)");
@@ -348,7 +353,7 @@ fn wal_of_another_history_under_a_right_name_does_not_go_on() {
     server.archive_now();
     server.stop(StopMode::Fast);
     // The same server twice, from here on.
-    let (copy, elsewhere) = (stage.path().join("copy"), Stage::folder("main"));
+    let copy = stage.path().join("copy");
     copy_tree(server.data_dir(), &copy);
     copy_tree(&stage.repository_dir(), &elsewhere.repository_dir());
     let go_on = |stage: &Stage, server: &PgServer, rows: u32| {
@@ -359,11 +364,18 @@ fn wal_of_another_history_under_a_right_name_does_not_go_on() {
         segments(stage, 1)
     };
     server.start();
-    let ours = go_on(&stage, &server, 3000);
+    let ours = go_on(stage, &server, 3000);
     server.stop(StopMode::Fast);
     let mut twin = elsewhere.archiving(elsewhere.recovering(&copy)).start();
-    let theirs = go_on(&elsewhere, &twin, 2000);
+    let theirs = go_on(elsewhere, &twin, 2000);
     twin.stop(StopMode::Fast);
+    (ours, theirs)
+}
+
+#[test]
+fn wal_of_another_history_under_a_right_name_does_not_go_on() {
+    let (stage, elsewhere) = (Stage::folder("main"), Stage::folder("main"));
+    let (ours, theirs) = twins(&stage, &elsewhere);
     sound(&stage, &[]);
     let at = ours.len() - 3;
     let same_name = theirs.iter().find(|path| name(path) == name(&ours[at])).unwrap();

@@ -2,14 +2,23 @@
 //! or are at work, folders that cannot be read, WAL that is stored in parts.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
+use tokio::runtime::Runtime;
+use walship::codec::Compression;
+use walship::pg::{Lsn, SegmentName};
+use walship::repository::{ClusterRepository, LineageRepository};
+use walship::storage::{self, StorageConfig};
+use walship_tests::process::copy_tree;
 use walship_tests::s3_inprocess::{Fault, S3Server};
 use walship_tests::stage::Stage;
 
 use crate::expire::Scene;
-use crate::verify::{damage_of, damaged, flip, matching, name, short_archive, sound, verify, write};
+use crate::verify::{
+    damage_of, damaged, flip, lineage, matching, name, short_archive, sound, twins, verify, write,
+};
 
 fn never_proven(report: &Value) -> u64 {
     report["repositories"][0]["never_proven"].as_u64().unwrap()
@@ -42,6 +51,63 @@ fn a_backup_that_a_removal_has_left_is_missed_when_it_is_lost() {
     let done = s3.objects().into_keys().filter(|key| key.ends_with(".done.json"));
     done.for_each(|key| assert!(s3.remove(&key)));
     assert_eq!(missing(), none);
+}
+
+/// Opens the lineage in a stage's folder.
+async fn opened(stage: &Stage) -> LineageRepository {
+    let storage = storage::open(&StorageConfig::new(stage.url())).unwrap();
+    let cluster = ClusterRepository::open(storage, &"main".parse().unwrap()).await.unwrap();
+    cluster.newest_lineage().await.unwrap()
+}
+
+/// Puts the first bytes of a segment of one archive into another one, in parts.
+fn in_parts(from: &Stage, to: &Stage, segment: &Path, bytes: usize) {
+    Runtime::new().unwrap().block_on(async {
+        let segment: SegmentName = name(segment).parse().unwrap();
+        let (from, to) = (opened(from).await, opened(to).await);
+        let wal = from.segment_bytes(segment).await.unwrap().unwrap();
+        for at in (0..bytes).step_by(300_000) {
+            let part = wal[at..bytes.min(at + 300_000)].to_vec();
+            let start = Lsn(segment.start(to.lineage().segment_size).0 + at as u64);
+            to.put_tail(segment.timeline, start, part, Compression::default()).await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_break_beside_what_is_stored_in_parts_is_found() {
+    const WHOLE: usize = 1 << 20;
+    let (stage, elsewhere) = (Stage::folder("main"), Stage::folder("main"));
+    let (ours, theirs) = twins(&stage, &elsewhere);
+    let tail = lineage(&stage).join("tail");
+    let kept = stage.path().join("kept");
+    copy_tree(&stage.repository_dir(), &kept);
+    let at = ours.len() - 3;
+    assert!(theirs.iter().any(|path| name(path) == name(&ours[at])));
+    // Its own WAL in parts goes on, from what is before it and to what is behind it; so does the open segment.
+    let last = ours.last().unwrap();
+    for path in [&ours[at], last] {
+        in_parts(&stage, &stage, path, if path == last { WHOLE / 2 } else { WHOLE });
+        fs::remove_file(path).unwrap();
+    }
+    sound(&stage, &[]);
+    // That of another history does not.
+    fs::remove_dir_all(&tail).unwrap();
+    in_parts(&elsewhere, &stage, &ours[at], WHOLE);
+    let report = damaged(&stage, "parts of another history");
+    let broken = damage_of(&report, "broken");
+    assert!(broken.contains(&name(&ours[at])) && broken.contains(&name(&ours[at + 1])), "{report:#}");
+    assert!(!report["affected"]["unreachable"].as_array().unwrap().is_empty(), "{report:#}");
+    // Nor that of an open segment: it ends where the one before it does.
+    fs::remove_dir_all(stage.repository_dir()).unwrap();
+    copy_tree(&kept, &stage.repository_dir());
+    fs::remove_file(last).unwrap();
+    in_parts(&elsewhere, &stage, last, WHOLE / 2);
+    let report = damaged(&stage, "an open segment of another history");
+    assert_eq!(damage_of(&report, "broken"), [format!("parts of {}", name(last))], "{report:#}");
+    let lost = report["affected"]["unreachable"].as_array().unwrap();
+    let start = name(last).parse::<SegmentName>().unwrap().start(walship::pg::SegmentSize::MIN);
+    assert!(lost.iter().any(|lost| lost["from_lsn"] == start.to_string()), "{report:#}");
 }
 
 #[test]

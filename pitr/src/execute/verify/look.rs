@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
-use walship::catalog::{BackupRecord, Catalog, Proven, StoredSegments, VerifyOutcome};
+use walship::catalog::{BackupRecord, Catalog, Proven, StoredSegments, TailFlaw, VerifyOutcome};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use walship::repository::{
     DamagedDocument, LineageRepository, Loaded, ProvenBefore, RollupState, load_tails, load_what_is_sound,
@@ -54,6 +54,17 @@ impl Looked {
     /// Returns what is there.
     pub(super) fn seen_now(&self) -> SeenBefore {
         SeenBefore::of_catalog(&self.catalog)
+    }
+
+    /// Notes that what is stored of an open segment is not its WAL: the timeline ends before it.
+    pub(super) fn end_before(&mut self, segment: SegmentName, what: &str) {
+        let tails = self.catalog.tails.iter_mut().flat_map(|tails| tails.values_mut());
+        let size = self.catalog.lineage.segment_size;
+        for tail in tails.filter(|tail| tail.segment == segment) {
+            self.tail_ends.insert(segment, tail.until_lsn);
+            tail.until_lsn = segment.start(size);
+            tail.flaw = Some(TailFlaw::Damaged { what: what.to_owned() });
+        }
     }
 }
 

@@ -24,8 +24,8 @@ use walship::{Error, Result};
 use crate::plan::RestorePlan;
 use crate::verify::affected::{Affected, Place, affected};
 use crate::verify::{
-    Finding, Needed, ProvenState, Report, RepositoryReport, SeenBefore, Unread, behind_server, gaps_found,
-    history_flaws, less_than_seen, order, told_again,
+    Finding, FindingKind, Needed, ProvenState, Report, RepositoryReport, SeenBefore, Takes, Unread,
+    behind_server, gaps_found, history_flaws, less_than_seen, order, told_again,
 };
 use look::Looked;
 use run::{Job, Notes, Worked, backups, work};
@@ -299,6 +299,7 @@ async fn verify_one(
         damaged_until_bytes: within(request.budget.map(|budget| budget / 2)),
         stopped: Arc::clone(stopped),
         begun: AtomicBool::new(false),
+        in_memory: tokio::sync::Mutex::default(),
     };
     let since = round.unwrap_or(request.started);
     let marker = found.marker.clone();
@@ -330,6 +331,11 @@ async fn verify_one(
         repository.note(format!("what is proven of {location} cannot be noted there: {error}"));
     }
     worked.add_findings(findings);
+    for finding in &worked.findings {
+        if let (FindingKind::Broken, Takes::Tail(segment)) = (finding.kind, &finding.takes) {
+            found.end_before(*segment, &finding.what);
+        }
+    }
     let report = report_of(location, &needed, found, &notes.state, worked, request.started, round);
     Ok(RepositoryReport { bytes: meter.bytes() - read_before, ..report })
 }

@@ -51,6 +51,8 @@ pub(super) struct Job {
     pub(super) stopped: Arc<AtomicBool>,
     /// At least one piece is read, however small the budget.
     pub(super) begun: AtomicBool,
+    /// Held while a segment that is stored in parts is in memory: one at a time is.
+    pub(super) in_memory: tokio::sync::Mutex<()>,
 }
 
 impl Job {

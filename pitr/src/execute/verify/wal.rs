@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use walship::catalog::{Catalog, ReadPlace};
+use walship::catalog::{Catalog, ReadPlace, StoredTail};
 use walship::codec::{Digest, ObjectKind};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId, WalFileName};
 use walship::repository::{LineageRepository, WalObject};
@@ -13,6 +13,7 @@ use walship::wal::scan::{SegmentScan, SegmentScanner, Verdict};
 use walship::{Error, Result};
 
 use super::run::{Done, Job};
+use crate::execute::restore::blocking;
 use crate::verify::{Finding, FindingKind, Needed, Takes, Unread};
 
 /// Reads everything that is stored under `wal/` of the segments from `from` on and before `until`, while that is allowed.
@@ -75,7 +76,79 @@ async fn lead_in(job: &Job, first: SegmentName) -> Result<Option<Reader>> {
             Err(error) => job.repository.confirm_marker().await.map_err(|_| error)?,
         }
     }
-    Ok(None)
+    let size = job.size();
+    let whole = job.catalog.in_parts.contains_key(&before).then_some(size.bytes());
+    let Some(end) = whole else { return Ok(None) };
+    Ok(read_parts(job, Sink::new(before, size, None), end).await?.and_then(|sink| sink.finish().1))
+}
+
+/// Reads the first bytes of a segment that is stored in parts; `None` where less is stored of it.
+async fn read_parts(job: &Job, mut sink: Sink, end: u64) -> Result<Option<Sink>> {
+    let _one_at_a_time = job.in_memory.lock().await;
+    let Some(bytes) = job.repository.tail_bytes(sink.name, end).await? else { return Ok(None) };
+    blocking(move || {
+        sink.write_all(&bytes).map_err(|error| Error::from_io("reading parts of a segment", error))?;
+        Ok(Some(sink))
+    })
+    .await
+}
+
+/// Reads a segment that is stored in parts only. That they are sound was told when the catalog was read.
+async fn read_in_parts(
+    job: &Job,
+    name: SegmentName,
+    carried: Option<Reader>,
+    done: &mut Done,
+) -> Result<Option<Reader>> {
+    let Some(sink) = read_parts(job, Sink::new(name, job.size(), carried), job.size().bytes()).await? else {
+        done.vanished.push(name);
+        return Ok(None);
+    };
+    done.objects += 1;
+    let (scan, reader, join) = sink.finish_joined();
+    if let Some(wrong) = misfit(job, name, &scan) {
+        let takes = Takes::Segments { first: name, last: name };
+        let object = format!("parts of {name}");
+        done.findings.push(Finding::damage(FindingKind::Damaged, &job.location, object, wrong, takes));
+        return Ok(None);
+    }
+    done.findings.extend(broken(job, name, &scan, join));
+    Ok(reader)
+}
+
+/// Looks whether the open segment goes on where this one, behind which it comes, ends; `reader` stands there.
+async fn check_open(
+    job: &Job,
+    name: SegmentName,
+    reader: &mut Option<Reader>,
+    done: &mut Done,
+) -> Result<()> {
+    let size = job.size();
+    let behind = |tail: &&StoredTail| predecessor(&job.catalog, tail.segment) == Some(name);
+    for tail in job.catalog.tails.iter().flat_map(|tails| tails.values()).filter(behind) {
+        let (segment, start) = (tail.segment, tail.segment.start(size));
+        // What lies there is not its WAL at all: that was told.
+        if tail.until_lsn <= start {
+            continue;
+        }
+        // Where its own timeline goes on whole, that of another one begins here.
+        let carried = match segment.timeline == name.timeline {
+            true => reader.take(),
+            false => lead_in(job, segment).await?,
+        };
+        let Some(carried) = carried else { continue };
+        let end = tail.end_lsn.0.saturating_sub(start.0).min(size.bytes());
+        let Some(sink) = read_parts(job, Sink::new(segment, size, Some(carried)), end).await? else {
+            continue;
+        };
+        if let Some(stop) = sink.join() {
+            let what = format!("its WAL does not go on where that of the segment before ends: {stop}");
+            let object = format!("parts of {segment}");
+            let takes = Takes::Tail(segment);
+            done.findings.push(Finding::damage(FindingKind::Broken, &job.location, object, what, takes));
+        }
+    }
+    Ok(())
 }
 
 /// Returns the stored segment whose WAL the segment goes on with: on its own timeline, or on the one that it left.
@@ -105,8 +178,7 @@ async fn read_segment(
     let first = done.findings.len();
     let (segments, others): (Vec<&WalObject>, Vec<&WalObject>) =
         objects.iter().copied().partition(|object| object.kind == ObjectKind::Segment);
-    // Parts were put together, and decoded, when the catalog was read.
-    let in_parts = job.catalog.in_parts.contains_key(&name);
+    let in_parts = segments.is_empty() && job.catalog.in_parts.contains_key(&name);
     if segments.is_empty() && job.catalog.segments.contains(name) && !in_parts {
         done.vanished.push(name);
         return Ok(None);
@@ -154,6 +226,12 @@ async fn read_segment(
             Err(error) => return Err(error),
         }
     }
+    if let Some(carried) = carried.take().filter(|_| in_parts) {
+        next = read_in_parts(job, name, carried, done).await?;
+    }
+    if next.is_some() {
+        check_open(job, name, &mut next, done).await?;
+    }
     for object in others {
         check_other(job, name, object, done).await?;
     }
@@ -196,6 +274,15 @@ fn judge(
     stored: &Option<SegmentSummary>,
     scan: &SegmentScan,
 ) -> Option<String> {
+    misfit(job, name, scan).or_else(|| match stored {
+        None => Some("it has no summary".to_owned()),
+        Some(stored) => crate::verify::summary_difference(stored, &scan.summary)
+            .map(|fields| format!("its summary says something else than its WAL: {fields}")),
+    })
+}
+
+/// Returns why WAL is not that of the whole segment.
+fn misfit(job: &Job, name: SegmentName, scan: &SegmentScan) -> Option<String> {
     let ours = job.catalog.lineage.system_identifier;
     match &scan.verdict {
         Verdict::Whole | Verdict::Undecoded { .. } => {}
@@ -204,14 +291,8 @@ fn judge(
         }
         Verdict::Mismatch { what } => return Some(format!("it is not segment {name}: {what}")),
     }
-    if ![0, ours].contains(&scan.summary.system_identifier) {
-        return Some(format!("it is of system identifier {}", scan.summary.system_identifier));
-    }
-    match stored {
-        None => Some("it has no summary".to_owned()),
-        Some(stored) => crate::verify::summary_difference(stored, &scan.summary)
-            .map(|fields| format!("its summary says something else than its WAL: {fields}")),
-    }
+    let theirs = scan.summary.system_identifier;
+    (![0, ours].contains(&theirs)).then(|| format!("it is of system identifier {theirs}"))
 }
 
 fn undecoded(scan: &SegmentScan) -> Option<&str> {
@@ -373,11 +454,16 @@ impl Sink {
         (scan, reader)
     }
 
+    /// Returns why the segment does not go on with the one before.
+    fn join(&self) -> Option<String> {
+        let stop = self.carried.as_ref().and_then(Reader::stop).filter(|_| !self.joined);
+        stop.map(|stop| format!("{} at {}", stop.reason, stop.lsn))
+    }
+
     /// Returns also why the segment does not go on with the one before.
     fn finish_joined(self) -> (SegmentScan, Option<Reader>, Option<String>) {
+        let join = self.join();
         let (scan, reader) = self.scanner.finish_with_reader();
-        let stop = self.carried.as_ref().and_then(Reader::stop).filter(|_| !self.joined);
-        let join = stop.map(|stop| format!("{} at {}", stop.reason, stop.lsn));
         let whole = scan.verdict == Verdict::Whole;
         // A record may begin before this segment and end behind it: only who came from before knows of it.
         let next = match self.carried {
