@@ -142,7 +142,7 @@ pub fn affected(places: &[Place<'_>]) -> Affected {
 }
 
 /// Returns what of a stretch lies in none of `others`, which are in order.
-fn subtract((from, until): (Lsn, Lsn), others: &[(Lsn, Lsn)]) -> Vec<(Lsn, Lsn)> {
+pub(super) fn subtract((from, until): (Lsn, Lsn), others: &[(Lsn, Lsn)]) -> Vec<(Lsn, Lsn)> {
     let (mut left, mut at) = (Vec::new(), from);
     for (start, end) in others {
         if *start > at {

@@ -6,6 +6,7 @@ use walship::catalog::{Catalog, GapRecord};
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId, WalFileName};
 use walship::replication::ServerPosition;
 
+use super::affected::subtract;
 use super::needed::Needed;
 use super::proven::SeenBefore;
 use super::{Finding, FindingKind, Takes};
@@ -60,26 +61,80 @@ pub fn gaps_found(
             continue;
         }
         told.push((first, last));
-        let object = if first == last { first.to_string() } else { format!("{first} to {last}") };
-        let what = gap.to_string();
-        let on_record = !gap.expired && is_covered(&gap.ledger, gap.from, gap.to);
-        findings.push(if on_record {
-            Finding::note(FindingKind::Missing, repository, object, what)
-        } else {
-            let takes = Takes::Segments { first, last };
+        let named = |first: SegmentName, last: SegmentName| match first == last {
+            true => first.to_string(),
+            false => format!("{first} to {last}"),
+        };
+        // What makes a backup consistent is missed although it was expired.
+        let untold = match gap.expired {
+            true => vec![(gap.from, gap.to)],
+            false => untold(&gap.ledger, gap.from, gap.to),
+        };
+        if untold.is_empty() {
+            findings.push(Finding::note(
+                FindingKind::Missing,
+                repository,
+                named(first, last),
+                gap.to_string(),
+            ));
+        }
+        for (from, to) in untold {
+            let of_all = (from, to) == (gap.from, gap.to);
+            let (first, last) = match of_all {
+                true => (first, last),
+                false => {
+                    let end = SegmentName::ending_at(last.timeline, to, size).unwrap_or(last);
+                    (SegmentName::containing(first.timeline, from, size), end)
+                }
+            };
+            let what =
+                if of_all { gap.to_string() } else { format!("the ledger does not tell of it: {gap}") };
             let behind = gap.known_by == KnownBy::LaterWal;
             let kind = if behind { FindingKind::Missing } else { FindingKind::MissingEnd };
-            Finding::damage(kind, repository, object, what, takes)
-        });
+            let takes = Takes::Segments { first, last };
+            findings.push(Finding::damage(kind, repository, named(first, last), what, takes));
+        }
     }
     findings
 }
 
-/// Returns whether records of the ledger tell of all of a stretch.
-fn is_covered(ledger: &[GapRecord], from: Lsn, to: Lsn) -> bool {
-    let mut stretches: Vec<_> = ledger.iter().map(|record| (record.start_lsn, record.end_lsn)).collect();
-    stretches.sort_unstable();
-    stretches.iter().fold(from, |at, (start, end)| if *start <= at { at.max(*end) } else { at }) >= to
+/// Returns the parts of a stretch of which no record of the ledger tells.
+fn untold(ledger: &[GapRecord], from: Lsn, to: Lsn) -> Vec<(Lsn, Lsn)> {
+    let mut told: Vec<(Lsn, Lsn)> = ledger.iter().map(|record| (record.start_lsn, record.end_lsn)).collect();
+    told.sort_unstable();
+    subtract((from, to), &told)
+}
+
+/// How many segments are stored side by side at most: what is missing further before the end is not on its way.
+const SIDE_BY_SIDE: u64 = 64;
+
+/// Returns whether any of what is missing may be on its way: it is at the end of its timeline, or is the newest backup or
+/// timeline.
+pub fn may_come<'a>(catalog: &Catalog, missing: impl IntoIterator<Item = &'a Finding>) -> bool {
+    let size = catalog.lineage.segment_size;
+    missing.into_iter().filter(|finding| finding.is_damage()).any(|finding| match &finding.takes {
+        Takes::Segments { last, .. } => {
+            let end = catalog.segments.last_of_timeline(last.timeline).map_or(0, |end| end.number(size));
+            last.number(size).saturating_add(SIDE_BY_SIDE) >= end
+        }
+        Takes::Backup { id, .. } => catalog.backups.iter().all(|backup| backup.id < *id),
+        Takes::History(timeline) => catalog.timelines().iter().all(|known| known <= timeline),
+        Takes::Tail(_) => true,
+        Takes::Nothing => false,
+    })
+}
+
+/// Returns what of `now` was missing before: what came after that may have left others behind it for a moment.
+pub fn still_missing(before: &[Finding], now: Vec<Finding>, size: SegmentSize) -> Vec<Finding> {
+    let same = |one: &Finding, other: &Finding| match (&one.takes, &other.takes) {
+        (Takes::Segments { first, last }, Takes::Segments { first: from, last: to }) => {
+            first.timeline == from.timeline
+                && first.number(size) <= to.number(size)
+                && from.number(size) <= last.number(size)
+        }
+        _ => one == other,
+    };
+    now.into_iter().filter(|finding| before.iter().any(|known| same(known, finding))).collect()
 }
 
 /// Returns what was seen by earlier verifications, or in other repositories, and is not there now. `gone` are the
@@ -100,7 +155,7 @@ pub fn less_than_seen(
                 missing_of(catalog, timeline, run.first.number(size), run.last.number(size) + 1)
             {
                 for (from, until) in needed.within(timeline, from, until) {
-                    findings.extend(missing_run(repository, catalog, timeline, (from, until), told));
+                    findings.extend(missing_runs(repository, catalog, timeline, (from, until), told));
                 }
             }
         }
@@ -159,6 +214,22 @@ pub fn less_than_seen(
     findings
 }
 
+/// Returns the segments of a stretch that is missing, without those of which the ledger tells whole.
+fn missing_runs(
+    repository: &str,
+    catalog: &Catalog,
+    timeline: TimelineId,
+    (from, until): (u64, u64),
+    told: &[Finding],
+) -> Vec<Finding> {
+    let bytes = catalog.lineage.segment_size.bytes();
+    let ledger: Vec<_> = catalog.gaps.iter().filter(|gap| gap.timeline == timeline).cloned().collect();
+    let start = |number: u64| Lsn(number.saturating_mul(bytes));
+    let untold = untold(&ledger, start(from), start(until)).into_iter();
+    let runs = untold.map(|(from, until)| (from.0 / bytes, until.0.div_ceil(bytes)));
+    runs.filter_map(|run| missing_run(repository, catalog, timeline, run, told)).collect()
+}
+
 fn missing_run(
     repository: &str,
     catalog: &Catalog,
@@ -169,9 +240,7 @@ fn missing_run(
     let size = catalog.lineage.segment_size;
     let first = SegmentName::from_number(timeline, from, size)?;
     let last = SegmentName::from_number(timeline, until - 1, size)?;
-    let on_way = catalog.gaps.iter().filter(|gap| gap.timeline == timeline).cloned().collect::<Vec<_>>();
-    if is_covered(&on_way, first.start(size), last.end(size)) || already_told(told.iter(), first, last, size)
-    {
+    if already_told(told.iter(), first, last, size) {
         return None;
     }
     let at_end = catalog.stored_until(timeline).is_none_or(|end| end <= first.start(size));

@@ -15,19 +15,21 @@ mod summaries;
 #[cfg(test)]
 mod tests;
 pub mod text;
+mod unlisted;
 
 use serde::{Deserialize, Serialize};
 use walship::pg::{SegmentName, TimelineId};
 
 pub use histories::history_flaws;
 pub use known::{known_damage, told_again};
-pub use missing::{behind_server, gaps_found, less_than_seen};
+pub use missing::{behind_server, gaps_found, less_than_seen, may_come, still_missing};
 pub use needed::Needed;
 pub use order::{SEGMENTS_PER_PIECE, Work, WorkKind, order};
 pub use proven::{ProvenState, SeenBefore};
 pub use report::{Report, RepositoryReport, Unread, VerifiedRange};
 pub use spans::{Piece, Spans};
 pub use summaries::summary_difference;
+pub use unlisted::Unlisted;
 
 /// Something that is not as it should be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -9,6 +9,7 @@ use walship::catalog::{
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use walship::wal::rollup::Run;
 
+use super::Unlisted;
 use super::spans::Spans;
 
 /// So many spans are recorded for each timeline and each backup.
@@ -266,8 +267,11 @@ impl ProvenState {
         self.parts.entry(name.timeline).or_default().put(number, number + 1, at);
     }
 
-    /// Forgets what is not stored any more; `stored` are the segments of which anything is.
-    pub fn keep_only(&mut self, catalog: &Catalog, stored: &StoredSegments) {
+    /// Forgets what is not stored any more; `stored` are the segments of which anything is. What may lie in what cannot be read
+    /// stays as it was.
+    pub fn keep_only(&mut self, catalog: &Catalog, stored: &StoredSegments, unlisted: &Unlisted) {
+        let mut stored = stored.clone();
+        stored.append(unlisted.among(&self.seen.wal));
         for (timeline, spans) in &mut self.wal {
             let mut at = 0;
             for run in stored.runs(*timeline) {
@@ -277,11 +281,12 @@ impl ProvenState {
             spans.carve(at, u64::MAX);
         }
         let complete: BTreeSet<&str> = catalog.backups.iter().map(|backup| &*backup.id).collect();
-        self.backups.retain(|id, _| complete.contains(&**id));
-        self.documents.retain(|id, _| complete.contains(&**id));
+        let is_kept = |id: &str| complete.contains(id) || unlisted.hides_backups();
+        self.backups.retain(|id, _| is_kept(id));
+        self.documents.retain(|id, _| is_kept(id));
         self.damage.retain(|place, _| match place {
             ReadPlace::Segment(name) => stored.contains(*name),
-            place => place.backup().is_some_and(|id| complete.contains(id)),
+            place => place.backup().is_some_and(is_kept),
         });
     }
 

@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use walship::catalog::{Catalog, ReadPlace, Seen, SeenRun};
+use walship::catalog::{Catalog, GapCause, GapKind, GapRecord, ReadPlace, Seen, SeenRun};
 use walship::pg::{Lsn, SegmentName};
 use walship::replication::{Archiver, ServerPosition};
 
@@ -156,6 +156,76 @@ fn a_missing_segment_is_found_and_counts_as_there_once() {
     assert_eq!(found[0].kind, FindingKind::Missing);
     let end = catalog.stored_until(tli(1)).unwrap().0;
     assert_eq!(lost(&catalog, &found), [(gone.start(SIZE).0, end)]);
+}
+
+#[test]
+fn of_a_hole_of_which_the_ledger_tells_in_part_the_rest_is_named() {
+    let world = archive(12, &[1]);
+    let all = names(&world.catalog);
+    let mut now = world.catalog.clone();
+    now.segments.remove_range(tli(1), all[5].number(SIZE), all[9].number(SIZE));
+    let record = |first: SegmentName, last: SegmentName| GapRecord {
+        format: 1,
+        id: first.to_string(),
+        timeline: tli(1),
+        start_lsn: first.start(SIZE),
+        end_lsn: last.end(SIZE),
+        cause: GapCause { kind: GapKind::Lost, text: "test".into() },
+        segment_digest: None,
+        recorded: at(0),
+        host: String::new(),
+        user: String::new(),
+    };
+    let (none, needed) = (BTreeSet::new(), Needed::everything(&world.catalog));
+    let seen = SeenBefore::of_catalog(&world.catalog);
+    let taken = |catalog: &Catalog| {
+        let takes = |found: Vec<Finding>| -> Vec<Takes> {
+            found.into_iter().filter(Finding::is_damage).map(|finding| finding.takes).collect()
+        };
+        let found = takes(gaps_found("here", catalog, &needed, &none));
+        assert_eq!(takes(less_than_seen("here", catalog, &seen, &none, &needed, &[])), found);
+        found
+    };
+    assert_eq!(taken(&now), [Takes::Segments { first: all[5], last: all[8] }]);
+    now.gaps = vec![record(all[6], all[6])];
+    let (first, last) = (all[7], all[8]);
+    assert_eq!(
+        taken(&now),
+        [Takes::Segments { first: all[5], last: all[5] }, Takes::Segments { first, last }]
+    );
+    now.gaps.push(record(all[7], all[8]));
+    assert_eq!(taken(&now), [Takes::Segments { first: all[5], last: all[5] }]);
+    now.gaps.push(record(all[5], all[5]));
+    assert_eq!(taken(&now), []);
+}
+
+#[test]
+fn only_what_may_be_on_its_way_is_waited_for() {
+    let world = archive(120, &[1, 100]);
+    let all = names(&world.catalog);
+    let without = |numbers: std::ops::Range<usize>| {
+        let mut catalog = world.catalog.clone();
+        let from = all[numbers.start].number(SIZE);
+        catalog.segments.remove_range(tli(1), from, from + numbers.len() as u64);
+        catalog
+    };
+    let seen = SeenBefore::of_catalog(&world.catalog);
+    let (none, needed) = (BTreeSet::new(), Needed::everything(&world.catalog));
+    let missing = |catalog: &Catalog| less_than_seen("here", catalog, &seen, &none, &needed, &[]);
+    let comes = |catalog: &Catalog| may_come(catalog, &missing(catalog));
+    assert!(!comes(&world.catalog) && !comes(&without(5..9)), "long ago");
+    assert!(comes(&without(80..81)) && comes(&without(100..120)));
+    for (backup, newest) in [(0, false), (1, true)] {
+        let mut catalog = world.catalog.clone();
+        catalog.backups.remove(backup);
+        assert_eq!(comes(&catalog), newest, "{backup}");
+    }
+    // What came meanwhile is not missing, nor what it left behind it for a moment.
+    let (before, now) = (without(80..90), without(84..90));
+    let gaps = |catalog: &Catalog| gaps_found("here", catalog, &needed, &none);
+    let still = still_missing(&gaps(&before), gaps(&now), SIZE);
+    assert_eq!(still[0].takes, Takes::Segments { first: all[84], last: all[89] });
+    assert!(still_missing(&gaps(&before), gaps(&without(100..105)), SIZE).is_empty());
 }
 
 #[test]

@@ -59,7 +59,7 @@ fn small(major: u32) -> walship_tests::postgres::PgServerBuilder {
     PgServer::builder(major).wal_segment_size_mb(1)
 }
 
-fn insert(server: &PgServer, rows: u32) {
+pub(crate) fn insert(server: &PgServer, rows: u32) {
     server.psql(&format!("insert into t select g, md5(g::text) from generate_series(1, {rows}) g"));
 }
 
@@ -196,7 +196,7 @@ fn a_sound_archive_is_proven_and_recorded() {
 }
 
 /// Puts a roll-up that lies under a key that is right for it.
-fn lying_rollup(stage: &Stage) -> PathBuf {
+pub(crate) fn lying_rollup(stage: &Stage) -> PathBuf {
     let rollup = matching(stage, "index/00000001/1/", ".json.zst")[0].clone();
     let json = zstd(&["-dc"], &fs::read(&rollup).unwrap());
     let mut value: walship::wal::rollup::Rollup = serde_json::from_slice(&json).unwrap();
@@ -680,7 +680,7 @@ fn on_s3_an_outage_is_no_damage() {
 }
 
 /// The names of the backups that a report calls lost.
-fn lost_backups(report: &Value) -> usize {
+pub(crate) fn lost_backups(report: &Value) -> usize {
     report["affected"]["backups"].as_array().unwrap().len()
 }
 

@@ -2,26 +2,35 @@
 //! or are at work, folders that cannot be read, WAL that is stored in parts.
 
 use std::fs;
-use std::path::Path;
-use std::time::Duration;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 use walship::codec::Compression;
 use walship::pg::{Lsn, SegmentName};
 use walship::repository::{ClusterRepository, LineageRepository};
 use walship::storage::{self, StorageConfig};
-use walship_tests::process::copy_tree;
+use walship_tests::process::{self, copy_tree};
 use walship_tests::s3_inprocess::{Fault, S3Server};
 use walship_tests::stage::Stage;
 
 use crate::expire::Scene;
 use crate::verify::{
-    damage_of, damaged, flip, lineage, matching, name, short_archive, sound, twins, verify, write,
+    damage_of, damaged, flip, insert, lineage, lost_backups, lying_rollup, matching, name, parsed, segments,
+    short_archive, sound, twins, verify, write,
 };
 
 fn never_proven(report: &Value) -> u64 {
     report["repositories"][0]["never_proven"].as_u64().unwrap()
+}
+
+fn unread(report: &Value) -> Vec<String> {
+    let unread = report["repositories"][0]["unread"].as_array().unwrap().iter();
+    unread.map(|one| one["object"].as_str().unwrap().to_owned()).collect()
 }
 
 #[test]
@@ -174,4 +183,194 @@ fn a_flipped_bit_in_what_is_proven_is_damage_and_takes_nothing_along() {
     assert_eq!((told(&name(&last)), told("manifest")), (0, 1));
     write(&manifest, &kept);
     sound(&stage, &[]);
+}
+
+#[test]
+fn a_folder_that_cannot_be_read_is_named_and_the_rest_is_read() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    sound(&stage, &[]);
+    let user = || {
+        let output = stage.run(&mut stage.pitr_as_user(&["verify", "--json"]));
+        (output.status.code().unwrap(), parsed(&output))
+    };
+    let object = matching(&stage, "backups/2", "data/000001.tar")[0].clone();
+    let segment = segments(&stage, 1)[3].clone();
+    for (folder, reads_backup) in
+        [("wal/00000001/00000000", true), ("wal", true), ("backups/catalog", false), ("gaps", true)]
+    {
+        let path = lineage(&stage).join(folder);
+        fs::create_dir_all(&path).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
+        let (status, report) = user();
+        assert_eq!((status, &report["outcome"]), (1, &Value::from("unread")), "{folder}: {report:#}");
+        assert!(unread(&report).iter().any(|object| object.ends_with(folder)), "{folder}: {report:#}");
+        assert_eq!(report["repositories"][0]["findings"], serde_json::json!([]), "{folder}: {report:#}");
+        assert_eq!(report["affected"]["unreachable"], serde_json::json!([]), "{folder}: {report:#}");
+        assert!(report["repositories"][0]["proven_since"].is_null(), "{folder}: {report:#}");
+        let read = report["repositories"][0]["backups"].as_array().unwrap().len();
+        assert_eq!(read, usize::from(reads_backup), "{folder}: {report:#}");
+        // What may be there is not accepted as missing.
+        let mut accepting = stage.pitr_as_user(&["verify", "--json", "--accept-missing", "--reason", "x"]);
+        let report = parsed(&stage.run(&mut accepting));
+        assert!(report["notes"].to_string().contains("nothing was accepted as missing"), "{report:#}");
+        fs::set_permissions(&path, mode).unwrap();
+        sound(&stage, &[]);
+    }
+    // What lies beside it is found, and what was found there is not forgotten.
+    let kept_segment = flip(&segment, fs::metadata(&segment).unwrap().len() as usize / 2);
+    damaged(&stage, "a segment");
+    let wal = lineage(&stage).join("wal/00000001");
+    let mode = fs::metadata(&wal).unwrap().permissions();
+    fs::set_permissions(&wal, fs::Permissions::from_mode(0o000)).unwrap();
+    let kept = flip(&object, fs::metadata(&object).unwrap().len() as usize / 2);
+    let (status, report) = user();
+    assert_eq!(status, 4, "{report:#}");
+    let objects = damage_of(&report, "damaged");
+    assert_eq!(objects.len(), 2, "{report:#}");
+    assert_eq!(lost_backups(&report), 1, "{report:#}");
+    fs::set_permissions(&wal, mode).unwrap();
+    write(&object, &kept);
+    write(&segment, &kept_segment);
+    sound(&stage, &[]);
+}
+
+#[test]
+fn a_small_file_that_cannot_be_read_does_not_hide_the_rest() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let record = matching(&stage, "backups/catalog/", ".json")[0].clone();
+    let started = matching(&stage, "backups/2", "started.json")[0].clone();
+    let gap = lineage(&stage)
+        .join("gaps/00000001/0000000099000000-000000009A000000-20260101T000000Z-0123456789abcdef.json");
+    fs::create_dir_all(gap.parent().unwrap()).unwrap();
+    let segment = segments(&stage, 1)[3].clone();
+    for path in [&record, &started, &gap] {
+        if *path == gap {
+            fs::write(path, "{}").unwrap();
+        }
+        let mode = fs::metadata(path).unwrap().permissions();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
+        let looked = |damages: usize| {
+            let report = parsed(&stage.run(&mut stage.pitr_as_user(&["verify", "--json"])));
+            let expected = if damages > 0 { "damaged" } else { "unread" };
+            assert_eq!(report["outcome"], expected, "{}: {report:#}", path.display());
+            assert_eq!(damage_of(&report, "damaged").len(), damages, "{report:#}");
+            let read = if *path == record { 5 } else { 11 };
+            assert!(report["repositories"][0]["objects"].as_u64().unwrap() > read, "{report:#}");
+            assert!(unread(&report).iter().any(|object| object.contains(&name(path))), "{report:#}");
+        };
+        looked(0);
+        let kept = flip(&segment, fs::metadata(&segment).unwrap().len() as usize / 2);
+        looked(1);
+        write(&segment, &kept);
+        fs::set_permissions(path, mode).unwrap();
+    }
+    fs::remove_file(gap).unwrap();
+    sound(&stage, &[]);
+}
+
+#[test]
+fn a_link_in_the_repository_is_named_and_the_rest_is_read() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let segment = segments(&stage, 1)[3].clone();
+    let away = stage.path().join("away.wal");
+    fs::rename(&segment, &away).unwrap();
+    std::os::unix::fs::symlink(&away, &segment).unwrap();
+    let (status, report) = verify(&stage, &[]);
+    assert_eq!((status, &report["outcome"]), (1, &Value::from("unread")), "{report:#}");
+    assert!(unread(&report).iter().any(|object| object.contains(&name(&segment))), "{report:#}");
+    assert!(report["repositories"][0]["objects"].as_u64().unwrap() > 5, "{report:#}");
+}
+
+#[test]
+fn looking_can_be_interrupted() {
+    let s3 = S3Server::start();
+    let stage = Stage::s3("main", &s3.endpoint());
+    drop(short_archive(&stage));
+    let (asked, was_asked) = std::sync::mpsc::channel();
+    s3.set_faults(move |seen| {
+        let looks = seen.query.contains("%2Fwal%2F") || seen.query.contains("/wal/");
+        looks.then(|| asked.send(()).unwrap()).map(|()| Fault::Late(Duration::from_secs(30)))
+    });
+    let mut command = stage.pitr(&["verify"]);
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = process::spawn(command).unwrap();
+    was_asked.recv_timeout(Duration::from_secs(60)).unwrap();
+    let told = Instant::now();
+    process::signal(child.id(), Signal::SIGINT);
+    let output = child.wait_with_output().unwrap();
+    assert!(told.elapsed() < Duration::from_secs(10), "{:?}", told.elapsed());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && said.contains("interrupted"), "{said}");
+    s3.heal();
+    sound(&stage, &[]);
+}
+
+#[test]
+fn looking_counts_against_the_budget() {
+    let stage = Stage::folder("main");
+    let server = short_archive(&stage);
+    insert(&server, 9000);
+    server.archive_now();
+    drop(server);
+    let kept = stage.path().join("kept");
+    copy_tree(&stage.repository_dir(), &kept);
+    let read = || {
+        let (status, report) = verify(&stage, &["--budget", "400kB", "--workers", "1"]);
+        assert_eq!((status, &report["outcome"]), (0, &Value::from("partly")), "{report:#}");
+        let wal = report["repositories"][0]["wal"].as_array().unwrap();
+        wal.iter().map(|range| range["segments"].as_u64().unwrap()).sum::<u64>()
+    };
+    let without_parts = read();
+    fs::remove_dir_all(stage.repository_dir()).unwrap();
+    copy_tree(&kept, &stage.repository_dir());
+    // Parts are read each time, before all else.
+    let last = segments(&stage, 1).pop().unwrap();
+    in_parts(&stage, &stage, &last, 1 << 20);
+    fs::remove_file(last).unwrap();
+    let with_parts = read();
+    assert!(0 < with_parts && with_parts < without_parts, "{with_parts} and {without_parts}");
+}
+
+#[test]
+fn what_is_wrong_with_the_index_is_told_whatever_is_read() {
+    let stage = Stage::folder("main");
+    let server = short_archive(&stage);
+    for _ in 0..6 {
+        insert(&server, 3000);
+        server.archive_now();
+    }
+    drop(server);
+    stage.ok(&mut stage.pitr(&["index"]));
+    sound(&stage, &[]);
+    let lying: PathBuf = lying_rollup(&stage);
+    assert_eq!(damage_of(&damaged(&stage, "a roll-up lies"), "index").len(), 1);
+    for run in 0..5 {
+        let (status, report) = verify(&stage, &["--budget", "1kB"]);
+        assert_eq!((status, damage_of(&report, "index").len()), (4, 1), "run {run}: {report:#}");
+    }
+    fs::remove_file(lying).unwrap();
+    let (status, report) = verify(&stage, &["--budget", "50MB"]);
+    assert_eq!(status, 0, "{report:#}");
+    sound(&stage, &[]);
+}
+
+#[test]
+fn wal_that_is_on_its_way_is_waited_for() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let all = segments(&stage, 1);
+    let late = &all[all.len() - 2];
+    let kept = fs::read(late).unwrap();
+    fs::remove_file(late).unwrap();
+    let mut command = stage.pitr(&["verify", "--json"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = process::spawn(command).unwrap();
+    std::thread::sleep(Duration::from_secs(25));
+    fs::write(late, kept).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{:#}", parsed(&output));
 }

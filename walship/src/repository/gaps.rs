@@ -145,6 +145,9 @@ impl LineageRepository {
             Ok(Some(_)) => gap.unread(format!("unknown cause: {shown} is the record of another gap")),
             Ok(None) => gap.unread(format!("unknown cause: {shown} was listed a moment ago and is gone")),
             Err(error @ Error::Corrupt(_)) => gap.unread(format!("unknown cause: {error}")),
+            Err(error) if self.storage.skip(gap.key.as_str(), &error) => {
+                gap.unread(format!("unknown cause: {error}"))
+            }
             Err(error) => return Err(error),
         })
     }

@@ -286,6 +286,7 @@ impl LineageRepository {
                     self.note(format!("a record of the history is left out: {error}"));
                     Ok(None)
                 }
+                Err(error) if self.storage.skip(meta.key.as_str(), &error) => Ok(None),
                 read => read,
             }
         });

@@ -151,6 +151,11 @@ impl LineageLayout {
         Self { base: format!("{cluster}/{lineage:04}") }
     }
 
+    /// The lineage's folder.
+    pub(super) fn base(&self) -> &str {
+        &self.base
+    }
+
     fn key(&self, rest: impl fmt::Display) -> Result<ObjectKey> {
         ObjectKey::new(format!("{}/{rest}", self.base))
     }

@@ -117,6 +117,7 @@ pub async fn load_what_is_sound(repository: &LineageRepository) -> Result<Loaded
             // Removed meanwhile.
             Err(Error::Unavailable(_))
                 if repository.storage.list(meta.key.as_str(), None).await?.objects.is_empty() => {}
+            Err(error) if repository.storage.skip(meta.key.as_str(), &error) => {}
             Err(error) => return Err(error),
         }
     }
@@ -129,6 +130,7 @@ pub async fn load_what_is_sound(repository: &LineageRepository) -> Result<Loaded
             Err(Error::Corrupt(what) | Error::Mismatch(what)) => {
                 damaged.push(DamagedDocument::History { timeline, what: what.to_string() });
             }
+            Err(error) if repository.storage.skip(repository.layout.history(timeline)?.as_str(), &error) => {}
             Err(error) => return Err(error),
         }
     }

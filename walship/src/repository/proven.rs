@@ -109,6 +109,7 @@ impl LineageRepository {
                     self.note(format!("what a verification has proven cannot be told: {error}"));
                     break;
                 }
+                Err(error) if self.storage.skip(stored.as_str(), &error) => {}
                 Err(error) => return Err(error),
             }
         }

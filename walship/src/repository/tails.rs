@@ -351,6 +351,9 @@ impl LineageRepository {
                     tracing::warn!("{error}");
                     Ok((part, Err(error.to_string())))
                 }
+                Err(error) if self.storage.skip(part.key.as_str(), &error) => {
+                    Ok((part, Err(error.to_string())))
+                }
                 Err(error) => Err(error),
             }
         });

@@ -1,6 +1,6 @@
 //! What verification reads: every stored object by its own key, none in another's place.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::sync::Arc;
 
@@ -9,15 +9,19 @@ use crate::codec::{ObjectHead, ObjectKind};
 use crate::error::{Error, Result};
 use crate::pg::{SegmentName, TimelineId, WalFileName};
 use crate::storage::metered::{Meter, MeteredStorage};
-use crate::storage::{ObjectKey, ObjectMeta};
+use crate::storage::{ObjectKey, ObjectMeta, list_all};
 use crate::wal::rollup::build::{Part, build};
 
 use super::LineageRepository;
+use super::backups::STARTED;
 use super::document::{self, RECORD_BYTES_MAX};
 use super::index::StoredRollup;
 use super::load_catalog::started_ids;
 use super::stored::{Expected, Target};
 use super::tails::ListedPart;
+
+/// More records of the ledger and marks than there ever are.
+const TRACES_MAX: usize = 1_000_000;
 
 /// One object below `wal/`, as a listing shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,11 +74,25 @@ impl<W: Write + Send + 'static> Target for Into<W> {
 }
 
 impl LineageRepository {
-    /// Returns this repository alone, with every read told to the meter.
+    /// Returns this repository alone, with every read told to the meter. Its listings leave out folders that cannot be read, and
+    /// name them in [`LineageRepository::skipped`].
     #[must_use]
     pub fn metered(&self, meter: Arc<Meter>) -> Self {
-        let storage = Arc::new(MeteredStorage::new(Arc::clone(&self.storage), meter));
-        Self { storage, ..self.clone() }
+        let inner = self.storage.skipping().unwrap_or_else(|| Arc::clone(&self.storage));
+        Self { storage: Arc::new(MeteredStorage::new(inner, meter)), ..self.clone() }
+    }
+
+    /// Returns what listings have left out because it cannot be read, with why: paths below the lineage's folder, an empty
+    /// one where that is all of it. What lies elsewhere is none of its concern.
+    pub fn skipped(&self) -> BTreeMap<String, String> {
+        let base = self.layout.base();
+        let below = |path: &str| match path.strip_prefix(base) {
+            Some(rest) => {
+                rest.is_empty().then(String::new).or_else(|| Some(rest.strip_prefix('/')?.to_owned()))
+            }
+            None => base.starts_with(&format!("{path}/")).then(String::new),
+        };
+        self.storage.skipped().into_iter().filter_map(|(path, why)| Some((below(&path)?, why))).collect()
     }
 
     /// Returns everything that is stored under `wal/` of the segments of a timeline from `from` on and before `until`
@@ -197,6 +215,21 @@ impl LineageRepository {
         Ok(self.tail_part_if_there(segment, part).await?.is_some())
     }
 
+    /// Notes that a part cannot be read and is left out, as listings leave out folders; returns whether it may be.
+    pub fn skip_part(&self, part: &ListedPart, error: &Error) -> bool {
+        self.storage.skip(part.key.as_str(), error)
+    }
+
+    /// As [`LineageRepository::skip_part`], for an object below `wal/`.
+    pub fn skip_wal_object(&self, object: &WalObject, error: &Error) -> bool {
+        self.storage.skip(object.key.as_str(), error)
+    }
+
+    /// As [`LineageRepository::skip_part`], for one of a backup's own objects.
+    pub fn skip_backup_object(&self, id: &str, name: &str, error: &Error) -> bool {
+        self.layout.backup_object(id, name).is_ok_and(|key| self.storage.skip(key.as_str(), error))
+    }
+
     /// Returns where a part lies, for messages.
     pub fn part_location(&self, part: &ListedPart) -> String {
         self.shown(&part.key)
@@ -279,10 +312,25 @@ impl LineageRepository {
                 Err(Error::Corrupt(error) | Error::Mismatch(error)) => {
                     unreadable.push((format!("backup {id}"), error.to_string()));
                 }
+                Err(error) if self.skip_backup_object(&id, STARTED, &error) => {}
                 other => drop(other?),
             }
         }
         Ok(unreadable)
+    }
+
+    /// Returns the keys of what a removal writes before it removes, and takes back: records of the ledger, marks of backups.
+    /// What was looked at while they stayed the same was not looked at between two steps of one.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn traces_of_removals(&self) -> Result<Vec<ObjectKey>> {
+        let mut keys = Vec::new();
+        for prefix in [self.layout.gaps_prefix(), self.layout.expiring_prefix()] {
+            let listed = list_all(&*self.storage, &prefix, TRACES_MAX).await?;
+            keys.extend(listed.into_iter().map(|meta| meta.key));
+        }
+        Ok(keys)
     }
 
     /// Returns the documents of gaps and holds, and the marks of backups that are being removed, that cannot be read: where,
@@ -291,10 +339,12 @@ impl LineageRepository {
     /// # Errors
     /// What the store says.
     pub async fn unreadable_documents(&self, catalog: &Catalog) -> Result<Vec<(String, String)>> {
-        let mut unreadable = Vec::new();
+        let (mut unreadable, skipped) = (Vec::new(), self.storage.skipped());
         for gap in &catalog.gaps {
             // A document that cannot be read is a gap of unknown cause.
-            if gap.cause.kind == crate::catalog::GapKind::Unknown {
+            if gap.cause.kind == crate::catalog::GapKind::Unknown
+                && !skipped.contains_key(self.gap_key(gap)?.as_str())
+            {
                 unreadable.push((format!("{}/gaps", self.location()), gap.cause.text.clone()));
             }
         }
@@ -302,6 +352,7 @@ impl LineageRepository {
             Err(Error::Corrupt(error) | Error::Mismatch(error)) => {
                 unreadable.push((format!("{}/holds", self.location()), error.to_string()));
             }
+            Err(error) if self.storage.skip(self.layout.holds_prefix().trim_end_matches('/'), &error) => {}
             other => drop(other?),
         }
         match self.marks().await {

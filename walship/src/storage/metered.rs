@@ -1,5 +1,6 @@
 //! A storage whose reads are counted, and slowed down to a rate.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +11,7 @@ use bytes::Bytes;
 use tokio::time::{Instant, sleep_until};
 
 use super::{FolderPage, ListPage, ObjectKey, ObjectMeta, PutBody, PutOutcome, Storage, Unfinished, Upload};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Counts what is read from the storages that share it, and holds them to a rate together.
 #[derive(Debug)]
@@ -118,6 +119,14 @@ impl Storage for MeteredStorage {
 
     async fn identity(&self, key: &ObjectKey) -> Result<Option<String>> {
         self.inner.identity(key).await
+    }
+
+    fn skip(&self, path: &str, error: &Error) -> bool {
+        self.inner.skip(path, error)
+    }
+
+    fn skipped(&self) -> BTreeMap<String, String> {
+        self.inner.skipped()
     }
 }
 

@@ -21,6 +21,8 @@ pub mod retry;
 pub mod s3;
 mod settings;
 
+#[cfg(feature = "store")]
+use std::collections::BTreeMap;
 use std::fmt;
 #[cfg(feature = "store")]
 use std::io::Read as _;
@@ -385,6 +387,22 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// where it is not there, or the store cannot tell.
     async fn identity(&self, _key: &ObjectKey) -> Result<Option<String>> {
         Ok(None)
+    }
+
+    /// Returns the same storage, whose listings leave out folders that cannot be read and name them in [`Storage::skipped`];
+    /// `None` for one without folders of its own. For those alone who take nothing for absent because of it.
+    fn skipping(&self) -> Option<Arc<dyn Storage>> {
+        None
+    }
+
+    /// Notes that what lies at a path cannot be read and is left out, where that is an answer; returns whether it is.
+    fn skip(&self, _path: &str, _error: &Error) -> bool {
+        false
+    }
+
+    /// Returns what was left out, without a slash at its end, with why.
+    fn skipped(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
     }
 
     /// Returns what only a probe asks of a store; `None` where there is nothing more to ask.

@@ -125,6 +125,7 @@ async fn open(job: &Job, id: &str) -> Result<Opened> {
         Err(Error::Corrupt(error)) => {
             findings.push(unneeded(job, id, FindingKind::Damaged, STARTED, error.to_string()));
         }
+        Err(error) if repository.skip_backup_object(id, STARTED, &error) => {}
         Err(error) => return Err(error),
     }
     let (manifest, flaws) = read_manifest(job, &record).await?;
@@ -139,6 +140,7 @@ async fn open(job: &Job, id: &str) -> Result<Opened> {
             Err(Error::Corrupt(error) | Error::Missing(error)) => {
                 findings.push(unneeded(job, id, FindingKind::Damaged, part, error.to_string()));
             }
+            Err(error) if repository.skip_backup_object(id, part, &error) => {}
             Err(error) => return Err(error),
         }
     }

@@ -12,8 +12,8 @@ use walship::wal::rollup::{LEVEL_MAX, span};
 use walship::{Error, Result};
 
 use super::run::Worked;
-use super::{GO_ON_WITHIN, LOOK_ASIDE_MAX, Request, TailEnds};
-use crate::verify::{Finding, FindingKind, Needed, SeenBefore, Takes, VerifiedRange};
+use super::{GO_ON_WITHIN, LOOK_ASIDE_MAX, LOOKS_MAX, Request, TailEnds};
+use crate::verify::{Finding, FindingKind, Needed, SeenBefore, Takes, Unlisted, VerifiedRange};
 
 /// How many records of removals are read.
 const EXPIRES_MAX: usize = 10_000;
@@ -32,6 +32,10 @@ pub(super) struct Looked {
     pub(super) proven: Vec<Proven>,
     /// What tells the repository from a copy of it at the same address.
     pub(super) marker: Option<String>,
+    /// What listings leave out.
+    pub(super) unlisted: Unlisted,
+    /// How many bytes looking took.
+    pub(super) bytes: u64,
     /// Segments that are stored whole and have parts as well.
     pub(super) doubled: BTreeSet<SegmentName>,
     /// Up to where parts of flawed tails are stored.
@@ -70,6 +74,27 @@ impl Looked {
 
 /// Looks at a repository at `now`.
 pub(super) async fn look(repository: &LineageRepository, now: DateTime<Utc>) -> Result<Looked> {
+    undisturbed(repository, || look_once(repository, now)).await
+}
+
+/// Looks again where a removal has meanwhile changed what tells of it: what it removed would be missing.
+async fn undisturbed<T, F: Future<Output = Result<T>>>(
+    repository: &LineageRepository,
+    look: impl Fn() -> F,
+) -> Result<T> {
+    let mut before = repository.traces_of_removals().await?;
+    for _ in 1..LOOKS_MAX {
+        let looked = look().await;
+        let behind = repository.traces_of_removals().await?;
+        if before == behind {
+            return looked;
+        }
+        before = behind;
+    }
+    look().await
+}
+
+async fn look_once(repository: &LineageRepository, now: DateTime<Utc>) -> Result<Looked> {
     let location = repository.location();
     let ProvenBefore { marker, documents: proven, damaged: damaged_proofs } = repository.proven(now).await?;
     let Loaded { mut catalog, objects, unrecorded, backup_histories, damaged } =
@@ -124,10 +149,23 @@ pub(super) async fn look(repository: &LineageRepository, now: DateTime<Utc>) -> 
         stored.insert(*name, 0);
     }
     let (doubled, tail_ends) = (BTreeSet::new(), TailEnds::new());
-    let mut looked =
-        Looked { catalog, stored, objects, unrecorded, proven, marker, doubled, tail_ends, findings };
+    let unlisted = Unlisted::default();
+    let mut looked = Looked {
+        catalog,
+        stored,
+        objects,
+        unrecorded,
+        proven,
+        marker,
+        unlisted,
+        bytes: 0,
+        doubled,
+        tail_ends,
+        findings,
+    };
     check_histories(repository, &mut looked).await?;
     check_tails(repository, &mut looked).await?;
+    looked.unlisted = Unlisted(repository.skipped());
     Ok(looked)
 }
 
@@ -167,6 +205,7 @@ async fn check_histories(repository: &LineageRepository, looked: &mut Looked) ->
                     ));
                 }
             }
+            Err(error) if repository.skip_wal_object(&object, &error) => {}
             Err(error) => return Err(error),
         }
     }
@@ -193,8 +232,11 @@ async fn check_tails(repository: &LineageRepository, looked: &mut Looked) -> Res
             for part in repository.tail_of(name).await? {
                 end = end.max(part.end);
                 let Err(error) = repository.check_part(name, &part).await else { continue };
-                let Error::Corrupt(error) = error else { return Err(error) };
                 damaged = true;
+                if repository.skip_part(&part, &error) {
+                    continue;
+                }
+                let Error::Corrupt(error) = error else { return Err(error) };
                 let needed = tail.as_ref().is_none_or(|tail| tail.flaw.is_some());
                 let object = repository.part_location(&part);
                 looked.findings.push(if needed && !looked.catalog.in_parts.contains_key(&name) {
@@ -264,12 +306,13 @@ pub(super) async fn goes_on_from(
 }
 
 /// Compares the roll-ups of what was read with the segments' summaries, those above with those below, and the lists of
-/// backups with the backups' records. The index is a cache: no restore fails by it, but plans are made from it.
+/// backups with the backups' records. The index is a cache: no restore fails by it, but plans are made from it. With what is
+/// compared only where its segments are read, the first of these.
 pub(super) async fn index_flaws(
     repository: &LineageRepository,
     catalog: &Catalog,
     read: &[VerifiedRange],
-) -> Result<Vec<Finding>> {
+) -> Result<Vec<(Finding, Option<SegmentName>)>> {
     let location = repository.location();
     let size = catalog.lineage.segment_size;
     let mut findings = Vec::new();
@@ -289,13 +332,16 @@ pub(super) async fn index_flaws(
                     continue;
                 }
                 if let RollupState::Wrong(what) = repository.check_rollup(&stored).await? {
-                    findings.push(index(repository.rollup_location(&stored), what));
+                    let name = SegmentName::from_number(timeline, first, size).filter(|_| level == 1);
+                    let name = name.and_then(|name| catalog.segments.first_from(name));
+                    let name = name.filter(|name| name.number(size) < end);
+                    findings.push((index(repository.rollup_location(&stored), what), name));
                 }
             }
         }
     }
     match repository.wrong_backup_lists().await {
-        Ok(wrong) => findings.extend(wrong.into_iter().map(|(object, what)| index(object, what))),
+        Ok(wrong) => findings.extend(wrong.into_iter().map(|(object, what)| (index(object, what), None))),
         // Records that cannot be read are told of already.
         Err(Error::Corrupt(_)) => {}
         Err(error) => return Err(error),
@@ -317,7 +363,7 @@ pub(super) async fn settle(
     }
     let gone = gone_backups(repository).await?;
     let mut findings = Vec::new();
-    let now = load_what_is_sound(repository).await?;
+    let now = undisturbed(repository, || load_what_is_sound(repository)).await?;
     // A record that cannot be read is there.
     let broken = |id: &str| {
         now.damaged.iter().any(|damaged| match damaged {
@@ -392,4 +438,68 @@ pub(super) async fn time_near(
         number = if behind { number + 1 } else { number.checked_sub(1)? };
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use walship::catalog::{GapCause, GapKind, GapRecord};
+    use walship::pg::TimelineId;
+    use walship::repository::{Repository, new_gap_id};
+    use walship::storage::faulty::{Call, FaultyStorage};
+    use walship::storage::memory::MemoryStorage;
+    use walship::storage::{ObjectKey, Storage as _};
+
+    use super::*;
+
+    fn time(second: i64) -> DateTime<Utc> {
+        DateTime::from_timestamp(1_700_000_000 + second, 0).unwrap()
+    }
+
+    fn expired(second: i64) -> GapRecord {
+        GapRecord {
+            format: 1,
+            id: new_gap_id(time(second), 7),
+            timeline: TimelineId::FIRST,
+            start_lsn: Lsn(1 << 24),
+            end_lsn: Lsn(3 << 24),
+            cause: GapCause { kind: GapKind::Expired, text: "test".into() },
+            segment_digest: None,
+            recorded: time(second),
+            host: "host".into(),
+            user: "user".into(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_record_that_a_removal_replaces_meanwhile_is_not_damaged() {
+        let memory = MemoryStorage::new();
+        let storage = FaultyStorage::new(Arc::new(memory.clone()));
+        let repository = Repository::create(Arc::new(storage.clone()), time(0)).await.unwrap();
+        let cluster = repository.create_cluster(&"main".parse().unwrap(), time(0)).await.unwrap();
+        let lineage = cluster.register_lineage(42, SegmentSize::DEFAULT, 17, time(0)).await.unwrap();
+        let stored = |memory: &MemoryStorage| {
+            let key = memory.keys().into_iter().find(|key| key.contains("/gaps/")).unwrap();
+            ObjectKey::new(key).unwrap()
+        };
+        lineage.put_gap(&expired(2)).await.unwrap();
+        let newer = stored(&memory);
+        let document = memory.get(&newer, 1 << 20).await.unwrap().unwrap();
+        memory.remove(&newer);
+        lineage.put_gap(&expired(1)).await.unwrap();
+        let older = stored(&memory);
+        // It is listed, and replaced when it is read.
+        let removal = memory.clone();
+        storage.set(move |call, key| {
+            if call == Call::Get && key == older.as_str() {
+                removal.overwrite(&newer, document.clone());
+                removal.remove(&older);
+            }
+            None
+        });
+        let looked = look(&lineage, time(9)).await.unwrap();
+        assert!(looked.findings.is_empty(), "{:?}", looked.findings);
+        assert_eq!(looked.catalog.gaps, [expired(2)]);
+    }
 }

@@ -24,8 +24,8 @@ use walship::{Error, Result};
 use crate::plan::RestorePlan;
 use crate::verify::affected::{Affected, Place, affected};
 use crate::verify::{
-    Finding, FindingKind, Needed, ProvenState, Report, RepositoryReport, SeenBefore, Takes, Unread,
-    behind_server, gaps_found, history_flaws, less_than_seen, order, told_again,
+    Finding, FindingKind, Needed, ProvenState, Report, RepositoryReport, SeenBefore, Takes, Unlisted, Unread,
+    behind_server, gaps_found, history_flaws, less_than_seen, may_come, order, still_missing, told_again,
 };
 use look::Looked;
 use run::{Job, Notes, Worked, backups, work};
@@ -117,8 +117,13 @@ pub async fn verify(
     let (mut looked, mut reports, mut failure) = (Vec::new(), Vec::new(), None);
     for one in repository.each() {
         let metered = one.metered(Arc::clone(&meter));
-        match look::look(&metered, request.started).await {
-            Ok(found) => looked.push((metered, found)),
+        let before = meter.bytes();
+        let found = unless_stopped(&stopped, look::look(&metered, request.started)).await;
+        match found.ok_or_else(interrupted)? {
+            Ok(mut found) => {
+                found.bytes = meter.bytes() - before;
+                looked.push((metered, found));
+            }
             Err(error) => {
                 reports.push(unread_report(one.location(), &error));
                 failure.get_or_insert(error);
@@ -129,8 +134,10 @@ pub async fn verify(
         return Err(failure.unwrap_or_else(|| Error::invalid("no repository is configured")));
     }
     if let Scope::Backup(id) = &request.scope {
-        let has = |catalog: &Catalog| Needed::of_backup(catalog, id).is_some();
-        if !looked.iter().any(|(_, found)| has(&found.catalog)) {
+        let may_have = |found: &Looked| {
+            Needed::of_backup(&found.catalog, id).is_some() || found.unlisted.hides_backups()
+        };
+        if !looked.iter().any(|(_, found)| may_have(found)) {
             return Err(Error::missing(format!("there is no backup {id:?} in {}", repository.location()))
                 .with_next("`pitr info` lists them."));
         }
@@ -171,11 +178,36 @@ pub async fn verify(
     })
 }
 
-/// Where a repository lacks something, it is looked at again after this long: it may be on its way.
-const ON_ITS_WAY: Duration = Duration::from_secs(10);
+/// Where a repository lacks something that may be on its way, it is looked at again after this long.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 
-/// So often at most, while something comes.
+/// After so long it is not on its way any more.
+const ON_ITS_WAY_MAX: Duration = Duration::from_secs(60);
+
+/// A repository is looked at so often at most while a removal changes it.
 const LOOKS_MAX: u32 = 6;
+
+/// How often is looked whether a verification that waits is to end.
+const STOPPED_WITHIN: Duration = Duration::from_millis(100);
+
+/// Waits for work that may be given up; `None` when it was.
+async fn unless_stopped<T>(stopped: &AtomicBool, work: impl Future<Output = T>) -> Option<T> {
+    let stop = async {
+        while !stopped.load(Ordering::Relaxed) {
+            tokio::time::sleep(STOPPED_WITHIN).await;
+        }
+    };
+    tokio::select! {
+        done = work => Some(done),
+        () = stop => None,
+    }
+}
+
+fn interrupted() -> Error {
+    Error::unavailable("the verification was interrupted before anything was read")
+        .with_safe("nothing was changed; what was proven before is noted")
+        .with_next("Run it again: it goes on where this one ended.")
+}
 
 /// Returns how bad an outcome is.
 fn weight(outcome: VerifyOutcome) -> u8 {
@@ -223,15 +255,6 @@ async fn verify_one(
     findings.extend(history_flaws(&location, &found.catalog));
     let gone = look::gone_backups(repository).await?;
     let going = look::going_backups(repository).await?;
-    let mut gaps = gaps_found(&location, &found.catalog, &needed, &going);
-    if gaps.iter().any(Finding::is_damage) && !stopped.load(Ordering::Relaxed) {
-        // Segments are stored side by side: one may be there before the one in front of it.
-        tokio::time::sleep(ON_ITS_WAY).await;
-        let again = look::look(repository, request.started).await?.catalog;
-        let still = gaps_found(&location, &again, &needed, &going);
-        gaps.retain(|gap| still.contains(gap));
-    }
-    findings.extend(gaps);
     let (size, now) = (found.catalog.lineage.segment_size, found.seen_now());
     let mut state = ProvenState::of(size, &location, request.started, &found.proven);
     if let Some(seen) = request.remembered.get(&location) {
@@ -239,41 +262,49 @@ async fn verify_one(
     }
     // What is back counts again.
     state.accepted = state.accepted.without(&now);
-    if request.accept_missing {
+    // What cannot be read may be there.
+    let accepts = request.accept_missing && found.unlisted.is_empty();
+    if accepts {
         for seen in elsewhere.iter().copied().chain([&state.seen.clone()]) {
             state.accepted.add(&seen.without(&now).recorded());
         }
-    } else {
-        let seen = state.seen.without(&state.accepted);
-        let elsewhere: Vec<_> = elsewhere.iter().map(|seen| seen.without(&state.accepted)).collect();
-        let mut less = less_than_seen(&location, &found.catalog, &seen, &gone, &needed, &findings);
-        let than_elsewhere = |catalog: &Catalog, told: &[Finding]| {
-            let (mut less, mut told) = (Vec::new(), told.to_vec());
-            for seen in &elsewhere {
-                let more = less_than_seen(&location, catalog, seen, &gone, &needed, &told);
-                told.extend(more.iter().cloned());
-                less.extend(more);
-            }
-            less
-        };
-        let told: Vec<Finding> = findings.iter().chain(&less).cloned().collect();
-        let mut than_others = than_elsewhere(&found.catalog, &told);
-        // What the others had by then may be on its way here, or have arrived.
-        for _ in 0..LOOKS_MAX {
-            if than_others.is_empty() || stopped.load(Ordering::Relaxed) {
-                break;
-            }
-            tokio::time::sleep(ON_ITS_WAY).await;
-            let again = than_elsewhere(&look::look(repository, request.started).await?.catalog, &told);
-            let is_coming = again != than_others;
-            than_others = again;
-            if !is_coming {
-                break;
-            }
-        }
-        less.extend(than_others);
-        findings.extend(less);
     }
+    let seen = state.seen.without(&state.accepted);
+    let elsewhere: Vec<_> = elsewhere.iter().map(|seen| seen.without(&state.accepted)).collect();
+    let gaps_in = |catalog: &Catalog| gaps_found(&location, catalog, &needed, &going);
+    let than_elsewhere = |catalog: &Catalog, told: &[Finding]| {
+        let (mut less, mut told) = (Vec::new(), told.to_vec());
+        for seen in &elsewhere {
+            let more = less_than_seen(&location, catalog, seen, &gone, &needed, &told);
+            told.extend(more.iter().cloned());
+            less.extend(more);
+        }
+        less
+    };
+    let mut gaps = gaps_in(&found.catalog);
+    let told: Vec<Finding> = findings.iter().chain(&gaps).cloned().collect();
+    let less = less_than_seen(&location, &found.catalog, &seen, &gone, &needed, &told);
+    let told: Vec<Finding> = told.into_iter().chain(less.iter().cloned()).collect();
+    let mut than_others = than_elsewhere(&found.catalog, &told);
+    // Segments are stored side by side: one may be there before the one in front of it. And what other repositories had by
+    // then may be on its way here, or have arrived.
+    let waiting = Instant::now();
+    while waiting.elapsed() < ON_ITS_WAY_MAX {
+        let unlisted = |finding: &&Finding| found.unlisted.may_hold(finding).is_some();
+        let missing = gaps.iter().chain(&than_others).filter(|finding| !unlisted(finding));
+        if !may_come(&found.catalog, missing) {
+            break;
+        }
+        let again = async {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            look::look(repository, request.started).await
+        };
+        let Some(again) = unless_stopped(stopped, again).await else { break };
+        let again = again?.catalog;
+        gaps = still_missing(&gaps, gaps_in(&again), size);
+        than_others = than_elsewhere(&again, &told);
+    }
+    findings.extend(gaps.into_iter().chain(less).chain(than_others));
     if let Some((server, slot)) = request.server.as_ref().filter(|_| needed.to_the_end) {
         let behind = behind_server(&location, &found.catalog, server, slot.as_deref());
         findings.extend(behind);
@@ -284,10 +315,12 @@ async fn verify_one(
     state.seen = state.seen.without(&state.accepted);
     state.seen.add_catalog(&found.catalog);
     state.seen.backups.retain(|id| !gone.contains(id));
-    state.keep_only(&found.catalog, &found.stored);
+    state.keep_only(&found.catalog, &found.stored, &found.unlisted);
     let round = going_on.filter(|_| request.budget.is_none());
     let pieces = order(&found.stored, &needed, &state, &found.objects, &found.doubled, round);
     progress.pieces.fetch_add(pieces.len() as u64, Ordering::Relaxed);
+    // Looking takes half of the budget at most: something is read each time.
+    let left = request.budget.map(|budget| budget - found.bytes.min(budget / 2));
     let within = |budget: Option<u64>| budget.map_or(u64::MAX, |budget| meter.bytes().saturating_add(budget));
     let job = Job {
         repository: repository.clone(),
@@ -295,8 +328,8 @@ async fn verify_one(
         catalog: found.catalog.clone(),
         cases: backup::Cases::default(),
         meter: Arc::clone(meter),
-        until_bytes: within(request.budget),
-        damaged_until_bytes: within(request.budget.map(|budget| budget / 2)),
+        until_bytes: within(left),
+        damaged_until_bytes: within(left.map(|budget| budget / 2)),
         stopped: Arc::clone(stopped),
         begun: AtomicBool::new(false),
         in_memory: tokio::sync::Mutex::default(),
@@ -308,7 +341,7 @@ async fn verify_one(
     worked.add_unread(unread_forks);
     if needed.everything && !worked.interrupted && !worked.is_broken_off() {
         match look::index_flaws(repository, &found.catalog, &worked.ranges(job.size())).await {
-            Ok(flaws) => findings.extend(flaws),
+            Ok(flaws) => findings.extend(notes.of_index(flaws)),
             Err(error) => {
                 worked.unread.push(Unread { object: format!("{location}/index"), why: error.to_string() })
             }
@@ -330,6 +363,13 @@ async fn verify_one(
     if let Some(error) = &notes.failure {
         repository.note(format!("what is proven of {location} cannot be noted there: {error}"));
     }
+    found.unlisted = Unlisted(repository.skipped());
+    let (hidden, findings): (Vec<_>, Vec<_>) =
+        findings.into_iter().partition(|finding| found.unlisted.may_hold(finding).is_some());
+    worked.add_unread(unlisted(&location, &found.unlisted, &hidden));
+    if request.accept_missing && !accepts {
+        repository.note(format!("nothing was accepted as missing of {location}: not all of it can be read"));
+    }
     worked.add_findings(findings);
     for finding in &worked.findings {
         if let (FindingKind::Broken, Takes::Tail(segment)) = (finding.kind, &finding.takes) {
@@ -337,7 +377,20 @@ async fn verify_one(
         }
     }
     let report = report_of(location, &needed, found, &notes.state, worked, request.started, round);
-    Ok(RepositoryReport { bytes: meter.bytes() - read_before, ..report })
+    Ok(RepositoryReport { bytes: found.bytes + meter.bytes() - read_before, ..report })
+}
+
+/// Returns what cannot be listed, and what may lie there.
+fn unlisted(location: &str, unlisted: &Unlisted, hidden: &[Finding]) -> Vec<Unread> {
+    let folders = unlisted.0.iter().map(|(path, why)| Unread {
+        object: format!("{location}/{path}").trim_end_matches('/').to_owned(),
+        why: why.clone(),
+    });
+    let hidden = hidden.iter().map(|finding| Unread {
+        object: finding.object.clone(),
+        why: format!("{}; it may lie in what cannot be read", finding.what),
+    });
+    folders.chain(hidden).collect()
 }
 
 fn report_of(
@@ -373,7 +426,7 @@ fn report_of(
         bytes: 0,
         objects_left: worked.left,
         never_proven,
-        proven_since: proven_since.filter(|_| never_proven == 0),
+        proven_since: proven_since.filter(|_| never_proven == 0 && found.unlisted.is_empty()),
         goes_on_from,
         wal: worked.ranges(size),
         backups,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use walship::catalog::{Catalog, ReadPlace, StoredSegments, VerifiedBackup, VerifyOutcome};
+use walship::catalog::{Catalog, KnownDamage, ReadPlace, StoredSegments, VerifiedBackup, VerifyOutcome};
 use walship::pg::{SegmentName, SegmentSize, TimelineId};
 use walship::repository::LineageRepository;
 use walship::storage::metered::Meter;
@@ -425,6 +425,31 @@ impl<'a> Notes<'a> {
             self.pause = (self.pause * 2).min(NOTE_EVERY);
             self.note().await;
         }
+    }
+
+    /// Remembers what is wrong with the index together with the first segment that it tells of, so that both are read again until
+    /// that is mended; returns what is not told with that segment already.
+    pub(super) fn of_index(&mut self, flaws: Vec<(Finding, Option<SegmentName>)>) -> Vec<Finding> {
+        let mut untold = Vec::new();
+        for (finding, first) in flaws {
+            let place = first.map(ReadPlace::Segment);
+            let known = place.as_ref().and_then(|place| self.state.damage().get(place));
+            let is_old = known.is_some_and(|known| known.at < self.at);
+            if is_old
+                && known.iter().any(|known| known.flaws.iter().any(|flaw| flaw.object == finding.object))
+            {
+                continue;
+            }
+            if let Some(place) = place.filter(|_| !is_old) {
+                let mut flaws = known.map(|known| known.flaws.clone()).unwrap_or_default();
+                let mut damage = known_damage(place, Utc::now().max(self.at), std::slice::from_ref(&finding));
+                damage.flaws.append(&mut flaws);
+                damage.flaws.truncate(KnownDamage::FLAWS_MAX);
+                self.state.doubt(damage);
+            }
+            untold.push(finding);
+        }
+        untold
     }
 
     /// Notes what is proven at the end, twice: what this run has found outlives a document that is damaged later.

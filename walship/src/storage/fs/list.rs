@@ -1,6 +1,8 @@
 //! Listing in the byte order of whole keys, as S3 does, one page at a time.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
@@ -18,9 +20,21 @@ pub(super) const PAGE_OBJECTS: usize = 1000;
 /// How many names a folder may hold: more do not come from us, and all are in memory for a while.
 const FOLDER_NAMES_MAX: usize = 1_000_000;
 
-/// Returns the objects under `prefix` whose keys come after `after`.
-pub(super) fn page(root: &Root, prefix: &str, after: Option<&str>) -> Result<ListPage> {
-    let mut walk = Walk { root, prefix, after: after.unwrap_or(""), found: Vec::new() };
+/// How many things that are left out are named.
+const SKIPPED_MAX: usize = 1000;
+
+/// What listings have left out because it cannot be read, with why.
+pub(super) type Skipped = Arc<Mutex<BTreeMap<String, String>>>;
+
+/// Returns the objects under `prefix` whose keys come after `after`. With `skipped`, what cannot be read below the root is left
+/// out and noted there.
+pub(super) fn page(
+    root: &Root,
+    prefix: &str,
+    after: Option<&str>,
+    skipped: Option<&Skipped>,
+) -> Result<ListPage> {
+    let mut walk = Walk { root, prefix, after: after.unwrap_or(""), skipped, found: Vec::new() };
     walk.folder(&root.descriptor()?, "")?;
     let mut objects = walk.found;
     let next = (objects.len() > PAGE_OBJECTS).then(|| {
@@ -30,10 +44,21 @@ pub(super) fn page(root: &Root, prefix: &str, after: Option<&str>) -> Result<Lis
     Ok(ListPage { objects, next })
 }
 
+/// Notes that a path is left out; returns whether there was room for it.
+pub(super) fn note_skipped(skipped: &Skipped, path: &str, error: &Error) -> bool {
+    let mut skipped = skipped.lock().unwrap_or_else(PoisonError::into_inner);
+    let has_room = skipped.len() < SKIPPED_MAX || skipped.contains_key(path);
+    if has_room {
+        skipped.insert(path.to_owned(), error.to_string());
+    }
+    has_room
+}
+
 struct Walk<'a> {
     root: &'a Root,
     prefix: &'a str,
     after: &'a str,
+    skipped: Option<&'a Skipped>,
     found: Vec<ObjectMeta>,
 }
 
@@ -45,33 +70,40 @@ impl Walk<'_> {
                 return Ok(());
             }
             let path = format!("{below}{name}");
-            match path.strip_suffix('/') {
+            let walked = match path.strip_suffix('/') {
                 Some(inner) => {
                     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-                    let name = name.trim_end_matches('/');
-                    match openat(folder, name, flags, Mode::empty()) {
-                        Ok(opened) => self.folder(&opened, &path)?,
-                        Err(Errno::ENOENT) => {}
-                        Err(errno) => return Err(self.root.failed("cannot open the folder", inner, errno)),
+                    match openat(folder, name.trim_end_matches('/'), flags, Mode::empty()) {
+                        Ok(opened) => self.folder(&opened, &path),
+                        Err(Errno::ENOENT) => Ok(()),
+                        Err(errno) => Err(self.root.failed("cannot open the folder", inner, errno)),
                     }
                 }
-                None => self.file(folder, &name, path)?,
-            }
+                None => self.file(folder, &name, &path),
+            };
+            walked.or_else(|error| self.skip(&path, error))?;
         }
         Ok(())
     }
 
-    fn file(&mut self, folder: &OwnedFd, name: &str, path: String) -> Result<()> {
+    fn skip(&self, path: &str, error: Error) -> Result<()> {
+        match self.skipped {
+            Some(skipped) if note_skipped(skipped, path.trim_end_matches('/'), &error) => Ok(()),
+            _ => Err(error),
+        }
+    }
+
+    fn file(&mut self, folder: &OwnedFd, name: &str, path: &str) -> Result<()> {
         let stat = match fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
             // Tidied away since the folder was read.
             Err(Errno::ENOENT) => return Ok(()),
-            Err(errno) => return Err(self.root.failed("cannot look at", &path, errno)),
+            Err(errno) => return Err(self.root.failed("cannot look at", path, errno)),
         };
         if !is(&stat, SFlag::S_IFREG) {
             return Err(Error::denied(format!(
                 "{} is neither a file nor a folder",
-                self.root.path().join(&path).display()
+                self.root.path().join(path).display()
             ))
             .with_next(
                 "Only files and folders may lie in a repository, links are not followed: move it away.",

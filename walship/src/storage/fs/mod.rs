@@ -10,11 +10,12 @@ mod folder;
 mod list;
 mod publish;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -26,6 +27,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use folder::{Folders, Root};
+use list::Skipped;
 use publish::Temporary;
 
 /// The folder of temporaries below the root: no key starts with it.
@@ -37,6 +39,8 @@ pub struct FsStorage {
     root: Arc<Root>,
     limits: Limits,
     tidied: Arc<AtomicBool>,
+    /// Where listings leave out what cannot be read, what that was.
+    skipped: Option<Skipped>,
 }
 
 impl FsStorage {
@@ -48,6 +52,7 @@ impl FsStorage {
             root: Arc::new(Root::at(root)),
             limits: Limits::default(),
             tidied: Arc::new(AtomicBool::new(false)),
+            skipped: None,
         }
     }
 
@@ -190,8 +195,9 @@ impl Storage for FsStorage {
     }
 
     async fn list(&self, prefix: &str, page: Option<&str>) -> Result<ListPage> {
-        let (prefix, page) = (prefix.to_owned(), page.map(str::to_owned));
-        self.run("listing".to_owned(), 0, move |root| list::page(root, &prefix, page.as_deref())).await
+        let (prefix, page, skipped) = (prefix.to_owned(), page.map(str::to_owned), self.skipped.clone());
+        let list = move |root: &Arc<Root>| list::page(root, &prefix, page.as_deref(), skipped.as_ref());
+        self.run("listing".to_owned(), 0, list).await
     }
 
     async fn delete(&self, key: &ObjectKey) -> Result<()> {
@@ -226,6 +232,23 @@ impl Storage for FsStorage {
             Ok(Some(format!("inode {}, {time}", metadata.ino())))
         })
         .await
+    }
+
+    fn skipping(&self) -> Option<Arc<dyn Storage>> {
+        Some(Arc::new(Self { skipped: Some(Skipped::default()), ..self.clone() }))
+    }
+
+    fn skip(&self, path: &str, error: &Error) -> bool {
+        // An outage is of all of it.
+        let of_one = matches!(error, Error::Denied(_) | Error::LocalIo(_));
+        self.skipped.as_ref().is_some_and(|skipped| of_one && list::note_skipped(skipped, path, error))
+    }
+
+    fn skipped(&self) -> BTreeMap<String, String> {
+        let skipped = self.skipped.as_ref();
+        skipped
+            .map(|skipped| skipped.lock().unwrap_or_else(PoisonError::into_inner).clone())
+            .unwrap_or_default()
     }
 
     fn removal(&self) -> Option<&dyn StoreRemoval> {
@@ -264,7 +287,7 @@ impl StoreRemoval for FsStorage {
         loop {
             let (prefix, from) = (prefix.to_owned(), after.take());
             let looked = self.run("listing".to_owned(), 0, move |root| {
-                let page = list::page(root, &prefix, from.as_deref())?;
+                let page = list::page(root, &prefix, from.as_deref(), None)?;
                 let mut newest = None;
                 for meta in &page.objects {
                     newest = newest.max(modified(root, &meta.key)?);
@@ -402,6 +425,34 @@ mod tests {
         assert_ne!(storage.identity(&key).await.unwrap().unwrap(), original);
         std::fs::rename(root.join("a/away"), &path).unwrap();
         assert_eq!(storage.identity(&key).await.unwrap().unwrap(), original);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_is_left_out_only_where_that_is_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("repository");
+        let storage = FsStorage::create_root(&root).unwrap();
+        for key in ["a/1", "b/2", "c/3"] {
+            let key = ObjectKey::new(key).unwrap();
+            storage.put_if_absent(&key, Bytes::from_static(b"abc").into()).await.unwrap();
+        }
+        let listed = async |storage: &dyn Storage| -> Result<Vec<String>> {
+            Ok(storage.list("", None).await?.objects.iter().map(|meta| meta.key.to_string()).collect())
+        };
+        let skipping = storage.skipping().unwrap();
+        assert_eq!(listed(&*skipping).await.unwrap().len(), 3);
+        assert!(skipping.skipped().is_empty());
+        std::os::unix::fs::symlink(root.join("a"), root.join("b/link")).unwrap();
+        assert!(matches!(listed(&storage).await, Err(Error::Denied(_))));
+        assert_eq!(listed(&*skipping).await.unwrap(), ["a/1", "b/2", "c/3"]);
+        assert_eq!(skipping.skipped().into_keys().collect::<Vec<_>>(), ["b/link"]);
+        // Only of one thing it is said, not of an outage, and of no other handle.
+        assert!(skipping.skip("c/3", &Error::denied("no")) && !skipping.skip("d", &Error::unavailable("no")));
+        assert!(!storage.skip("c/3", &Error::denied("no")) && storage.skipped().is_empty());
+        assert_eq!(skipping.skipped().into_keys().collect::<Vec<_>>(), ["b/link", "c/3"]);
+        // Without the root nothing is known.
+        std::fs::rename(&root, folder.path().join("away")).unwrap();
+        assert!(matches!(listed(&*skipping).await, Err(Error::Unavailable(_))));
     }
 
     #[tokio::test]
