@@ -22,7 +22,7 @@ use crate::config::{NotifyLeast, NotifySettings, WebhookForm};
 use crate::error::{Error, Result};
 use crate::watch::metrics::Notices;
 use crate::watch::steady::{Event, Notice, Rules, Steady};
-use crate::watch::{Facts, Problem, Severity, is_known};
+use crate::watch::{Facts, Problem, Severity, absence};
 
 /// The version of messages and of the state file.
 const FORMAT: u32 = 1;
@@ -144,7 +144,7 @@ impl Notifier {
             let before = state.clone();
             let notices = state.steady.step(
                 problems,
-                &|kind, subject| is_known(facts, kind, subject),
+                &|kind, subject| absence(facts, kind, subject),
                 facts.at,
                 &self.rules,
             );
@@ -264,6 +264,9 @@ impl Shared {
             Event::Problem => format!("walship {word}: {cluster}: {text} (since {since}). {next}"),
             Event::Reminder => format!("walship still {word}: {cluster}: {text} (since {since}). {next}"),
             Event::Recovery => format!("walship OK: {cluster}: it is over (since {since}): {text}"),
+            Event::Unwatched => {
+                format!("walship watches this no more: {cluster}: {text} (since {since}). {next}")
+            }
         };
         encode(&serde_json::json!({ "text": line }))
     }

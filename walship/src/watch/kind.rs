@@ -131,6 +131,17 @@ impl fmt::Display for Kind {
     }
 }
 
+/// What it means that a problem is not found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absence {
+    /// It is not there.
+    Over,
+    /// Nobody could look.
+    Unknown,
+    /// What it is about is not in the configuration: nobody looks any more.
+    Unwatched,
+}
+
 /// Something that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {

@@ -17,7 +17,7 @@ pub use facts::{
     BackupFacts, BackupKind, Contents, Disk, DiskPlace, DrillFacts, ExpireFacts, Facts, RepositoryFacts,
     ServerAnswer, ServerFacts, SlotFacts, VerificationFacts, WindowFacts, backup_kinds,
 };
-pub use kind::{Kind, Problem, Severity};
-pub use problems::{Limits, is_known, problems};
+pub use kind::{Absence, Kind, Problem, Severity};
+pub use problems::{Limits, absence, problems};
 pub use reach::{Hole, Reach, end_of_way, reach, stored_at};
 pub use transactions::{Ended, Transactions};

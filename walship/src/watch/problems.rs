@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use super::facts::{
     BackupKind, Contents, Disk, DrillFacts, Facts, RepositoryFacts, ServerAnswer, ServerFacts, backup_kinds,
 };
-use super::kind::{Kind, Problem, Severity};
+use super::kind::{Absence, Kind, Problem, Severity};
 use crate::config::{Config, Objectives, RetentionSettings, WatchSettings};
 
 /// A clock may be so far ahead of another.
@@ -15,6 +15,10 @@ const CLOCKS_DIFFER: Duration = Duration::from_secs(5 * 60);
 
 /// What is critical of what waits: so many times what is worth a warning.
 const WAITING_CRITICAL_TIMES: u64 = 16;
+
+/// The subjects of what waits on the server.
+const ARCHIVER: &str = "archiver";
+const ARCHIVE_STATUS: &str = "archive_status";
 
 /// What is measured by.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -67,16 +71,32 @@ pub fn problems(facts: &Facts, limits: &Limits) -> Vec<Problem> {
     problems
 }
 
-/// Returns whether facts tell if there is a problem of this kind: what nobody could look at is neither there nor over.
-pub fn is_known(facts: &Facts, kind: Kind, subject: &str) -> bool {
-    let server = facts.server.told().is_some();
-    let mut about = facts.repositories.iter().filter(|repository| subject.starts_with(&repository.url));
-    match kind {
-        Kind::ServerUnreachable | Kind::RepositoryUnreachable => true,
-        Kind::Slot | Kind::ServerDisk => server,
-        Kind::WalNotArriving => server && about.all(|repository| repository.contents.is_some()),
-        Kind::RepositoryDisk => about.all(|repository| repository.disk.is_some()),
-        _ => about.all(|repository| repository.contents.is_some()),
+/// Returns what it means that there is no problem of this kind with this subject: what nobody could look at is neither there
+/// nor over, and what nobody is to look at any more did not end.
+pub fn absence(facts: &Facts, kind: Kind, subject: &str) -> Absence {
+    let is_of_server = matches!(kind, Kind::ServerUnreachable | Kind::Slot | Kind::ServerDisk)
+        || matches!(subject, ARCHIVER | ARCHIVE_STATUS);
+    if is_of_server || kind == Kind::WalNotArriving {
+        match facts.server {
+            ServerAnswer::NotAsked => return Absence::Unwatched,
+            ServerAnswer::Failed { .. } if kind != Kind::ServerUnreachable => return Absence::Unknown,
+            ServerAnswer::Failed { .. } | ServerAnswer::Told(_) if is_of_server => return Absence::Over,
+            ServerAnswer::Failed { .. } | ServerAnswer::Told(_) => {}
+        }
+    }
+    let is_about = |repository: &&RepositoryFacts| {
+        subject.strip_prefix(&repository.url).is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
+    };
+    let about: Vec<_> = facts.repositories.iter().filter(is_about).collect();
+    let is_seen = |repository: &&RepositoryFacts| match kind {
+        Kind::RepositoryUnreachable => true,
+        Kind::RepositoryDisk => repository.disk.is_some(),
+        _ => repository.contents.is_some(),
+    };
+    match about.iter().all(is_seen) {
+        _ if about.is_empty() => Absence::Unwatched,
+        true => Absence::Over,
+        false => Absence::Unknown,
     }
 }
 
@@ -391,14 +411,14 @@ impl Found {
         if let Some(failing) = server.failing_wal.as_ref().filter(|_| server.archives) {
             let text = format!("the archiver fails with {failing}");
             let next = "Look into the server's log: archive-cmd says there what happened.";
-            self.add(Kind::WalNotArriving, "archiver", Severity::Critical, text, next);
+            self.add(Kind::WalNotArriving, ARCHIVER, Severity::Critical, text, next);
         }
         if let Some(ready) = server.ready_files.filter(|ready| *ready >= limits.watch.waiting_segments)
             && server.archives
         {
             let text = format!("{ready} files wait on the server to be archived");
             let next = "See whether archive_command keeps up: `walship check`, and the server's log.";
-            self.add(Kind::WalNotArriving, "archive_status", waiting(ready, limits), text, next);
+            self.add(Kind::WalNotArriving, ARCHIVE_STATUS, waiting(ready, limits), text, next);
         }
         match &server.slot {
             Some(slot) => {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::kind::{Kind, Problem, Severity};
+use super::kind::{Absence, Kind, Problem, Severity};
 
 /// How notices are spaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub enum Event {
     Reminder,
     /// It is gone.
     Recovery,
+    /// It was there, and what it is about was taken out of the configuration.
+    Unwatched,
 }
 
 /// Something to be told.
@@ -72,12 +74,12 @@ struct Told {
 }
 
 impl Steady {
-    /// Takes what is wrong now, and returns what is to be told. `is_known` says whether there would be a problem of a kind
-    /// and about a subject if there was one: while it is not known, nothing is over.
+    /// Takes what is wrong now, and returns what is to be told. `absence` says what it means that there is no problem of a kind
+    /// and about a subject: while nobody knows, nothing is over.
     pub fn step(
         &mut self,
         problems: &[Problem],
-        is_known: &dyn Fn(Kind, &str) -> bool,
+        absence: &dyn Fn(Kind, &str) -> Absence,
         now: DateTime<Utc>,
         rules: &Rules,
     ) -> Vec<Notice> {
@@ -92,12 +94,21 @@ impl Steady {
         let mut notices = Vec::new();
         self.episodes.retain_mut(|episode| {
             let key = (episode.problem.kind, episode.problem.subject.clone());
-            match here.remove(&key) {
-                Some(problem) => episode.is_there(problem, now, rules, &mut notices),
-                None if is_known(key.0, &key.1) => return episode.is_gone(now, rules, &mut notices),
-                None => episode.gone_since = None,
+            if let Some(problem) = here.remove(&key) {
+                episode.is_there(problem, now, rules, &mut notices);
+                return true;
             }
-            true
+            match absence(key.0, &key.1) {
+                Absence::Over => episode.is_gone(now, rules, &mut notices),
+                Absence::Unknown => {
+                    episode.gone_since = None;
+                    true
+                }
+                Absence::Unwatched => {
+                    notices.extend(episode.told.map(|_| episode.is_unwatched(now)));
+                    false
+                }
+            }
         });
         for problem in here.into_values() {
             let mut episode = Episode {
@@ -151,6 +162,15 @@ impl Episode {
         false
     }
 
+    fn is_unwatched(&self, now: DateTime<Utc>) -> Notice {
+        let mut notice = self.notice(Event::Unwatched, now);
+        notice.problem.next =
+            "It is not in the configuration any more, and this was not over: see that it was taken out on \
+                               purpose."
+                .to_owned();
+        notice
+    }
+
     fn notice(&self, event: Event, at: DateTime<Utc>) -> Notice {
         Notice { event, problem: self.problem.clone(), since: self.since, at }
     }
@@ -179,6 +199,8 @@ mod tests {
         }
     }
 
+    const OVER: fn(Kind, &str) -> Absence = |_, _| Absence::Over;
+
     const RULES: Rules = Rules {
         least: Severity::Warning,
         hold: Duration::from_secs(120),
@@ -194,7 +216,7 @@ mod tests {
             steady = serde_json::from_str(&serde_json::to_string(&steady).unwrap()).unwrap();
             events.extend(
                 steady
-                    .step(&problems, &|_, _| true, at(*second), &RULES)
+                    .step(&problems, &OVER, at(*second), &RULES)
                     .into_iter()
                     .map(|notice| (*second, notice.event)),
             );
@@ -243,23 +265,47 @@ mod tests {
     fn what_nobody_can_look_at_is_not_over() {
         let rules = Rules { least: Severity::Warning, hold: Duration::ZERO, repeat: None };
         let mut steady = Steady::default();
-        assert_eq!(steady.step(&[problem(Severity::Critical)], &|_, _| true, at(0), &rules).len(), 1);
-        let unknown = |kind, subject: &str| kind != Kind::BackupOverdue && subject != "file:///r";
+        assert_eq!(steady.step(&[problem(Severity::Critical)], &OVER, at(0), &rules).len(), 1);
+        let unknown = |kind, subject: &str| match (kind, subject) {
+            (Kind::BackupOverdue, "file:///r") => Absence::Unknown,
+            _ => Absence::Over,
+        };
         assert!(steady.step(&[], &unknown, at(1), &rules).is_empty());
         assert!(steady.step(&[], &unknown, at(100_000), &rules).is_empty());
-        let over = steady.step(&[], &|_, _| true, at(100_001), &rules);
+        let over = steady.step(&[], &OVER, at(100_001), &rules);
         assert_eq!(over[0].event, Event::Recovery);
+    }
+
+    #[test]
+    fn what_is_watched_no_more_did_not_recover() {
+        let unwatched = |_, _: &str| Absence::Unwatched;
+        let mut steady = Steady::default();
+        let bad = [problem(Severity::Critical)];
+        assert!(steady.step(&bad, &OVER, at(0), &RULES).is_empty());
+        assert!(steady.step(&[], &unwatched, at(120), &RULES).is_empty(), "it was never told");
+        steady.step(&bad, &OVER, at(200), &RULES);
+        assert_eq!(steady.step(&bad, &OVER, at(320), &RULES)[0].event, Event::Problem);
+        let told = steady.step(&[], &unwatched, at(321), &RULES);
+        let [Notice { event: Event::Unwatched, problem: last, since, .. }] = &*told else {
+            panic!("{told:?}");
+        };
+        assert_eq!((&last.text, *since), (&bad[0].text, at(200)));
+        assert!(last.next.contains("configuration"), "{}", last.next);
+        assert!(steady.step(&[], &unwatched, at(1000), &RULES).is_empty(), "it is told once");
+        // It is back, and a problem like any other.
+        steady.step(&bad, &OVER, at(2000), &RULES);
+        assert_eq!(steady.step(&bad, &OVER, at(2120), &RULES)[0].event, Event::Problem);
     }
 
     #[test]
     fn what_matters_less_is_left_out() {
         let rules = Rules { least: Severity::Critical, hold: Duration::ZERO, repeat: None };
         let mut steady = Steady::default();
-        assert!(steady.step(&[problem(Severity::Warning)], &|_, _| true, at(0), &rules).is_empty());
-        assert_eq!(steady.step(&[problem(Severity::Critical)], &|_, _| true, at(1), &rules).len(), 1);
-        assert!(steady.step(&[problem(Severity::Critical)], &|_, _| true, at(1_000_000), &rules).is_empty());
+        assert!(steady.step(&[problem(Severity::Warning)], &OVER, at(0), &rules).is_empty());
+        assert_eq!(steady.step(&[problem(Severity::Critical)], &OVER, at(1), &rules).len(), 1);
+        assert!(steady.step(&[problem(Severity::Critical)], &OVER, at(1_000_000), &rules).is_empty());
         assert_eq!(
-            steady.step(&[problem(Severity::Warning)], &|_, _| true, at(1_000_001), &rules)[0].event,
+            steady.step(&[problem(Severity::Warning)], &OVER, at(1_000_001), &rules)[0].event,
             Event::Recovery
         );
     }

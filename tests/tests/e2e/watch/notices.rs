@@ -209,6 +209,30 @@ fn a_webhook_over_tls_is_told_where_its_certificate_is_trusted() {
 }
 
 #[test]
+fn what_is_taken_out_of_the_configuration_is_watched_no_more_and_did_not_recover() {
+    let scene = Scene::new(0, "json", "");
+    let mut serving = Serving::start(&scene.stage, None);
+    scene.take_away();
+    let problem = scene.wait_told(1);
+    assert!(serving.terminate().success());
+    // The archive is at another address from now on.
+    let config = scene.stage.config();
+    let elsewhere = format!("file://{}", scene.away().display());
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace(scene.stage.url(), &elsewhere)).unwrap();
+    let mut serving = Serving::start(&scene.stage, None);
+    let unwatched = scene.wait_told(2);
+    assert_eq!(unwatched["event"], "unwatched", "{unwatched}");
+    for key in ["kind", "subject", "severity", "since"] {
+        assert_eq!(unwatched[key], problem[key], "{key}");
+    }
+    assert!(unwatched["next"].as_str().unwrap().contains("not in the configuration"), "{unwatched}");
+    assert_eq!(serving.fresh().problems(), []);
+    assert!(serving.terminate().success());
+    assert_eq!(scene.told().len(), 2, "{:#?}", scene.told());
+}
+
+#[test]
 fn a_webhook_that_is_none_is_refused_without_showing_it() {
     let stage = Stage::folder("main").configured("[notify]\nwebhook = \"hush://h/hush\"\n");
     let server = PgServer::builder(primary_major()).start();

@@ -435,12 +435,13 @@ fn lengths_and_sizes_are_said_as_people_do() {
 
 #[test]
 fn what_is_away_cannot_tell_that_something_is_over() {
-    let known = |facts: &Facts, kind| is_known(facts, kind, URL);
+    let known = |facts: &Facts, kind| absence(facts, kind, URL) == Absence::Over;
     let all = good();
     assert!(known(&all, Kind::BackupOverdue) && known(&all, Kind::ServerDisk) && known(&all, Kind::WalGap));
     let mut facts = good();
     facts.server = ServerAnswer::Failed { what: "down".into(), next: "Start it.".into() };
     assert!(!known(&facts, Kind::ServerDisk) && !known(&facts, Kind::Slot) && known(&facts, Kind::WalGap));
+    assert!(!known(&facts, Kind::WalNotArriving));
     assert!(known(&facts, Kind::ServerUnreachable), "that it cannot be asked is known");
     let mut facts = good();
     facts.repositories[0].contents = None;
@@ -448,7 +449,31 @@ fn what_is_away_cannot_tell_that_something_is_over() {
     assert!(
         !known(&facts, Kind::WalGap) && !known(&facts, Kind::RepositoryDisk) && known(&facts, Kind::Slot)
     );
-    assert!(is_known(&facts, Kind::WalGap, "file:///other"));
+    assert!(known(&facts, Kind::RepositoryUnreachable), "that it is away is known");
+}
+
+#[test]
+fn what_is_not_in_the_configuration_is_watched_no_more() {
+    let watched = |facts: &Facts, kind, subject: &str| absence(facts, kind, subject) != Absence::Unwatched;
+    let mut facts = good();
+    let every = [Kind::WalGap, Kind::RepositoryUnreachable, Kind::RepositoryDisk, Kind::WalNotArriving];
+    for kind in every {
+        assert!(watched(&facts, kind, URL) && watched(&facts, kind, &format!("{URL} full")), "{kind}");
+        assert!(!watched(&facts, kind, "file:///r2") && !watched(&facts, kind, "s3://r full"), "{kind}");
+    }
+    let of_server = [
+        (Kind::ServerUnreachable, "server"),
+        (Kind::Slot, "walship"),
+        (Kind::ServerDisk, "pg_wal"),
+        (Kind::WalNotArriving, "archiver"),
+        (Kind::WalNotArriving, "archive_status"),
+        (Kind::WalNotArriving, URL),
+    ];
+    assert!(of_server.iter().all(|(kind, subject)| absence(&facts, *kind, subject) == Absence::Over));
+    // `--offline` from now on.
+    facts.server = ServerAnswer::NotAsked;
+    assert!(!of_server.iter().any(|(kind, subject)| watched(&facts, *kind, subject)));
+    assert!(watched(&facts, Kind::WalGap, URL));
 }
 
 #[test]
