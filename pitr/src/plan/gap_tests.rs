@@ -363,6 +363,10 @@ proptest! {
             prop_assert_eq!(window, last, "timeline {}", timeline);
             let Some(watched) = watched else { continue };
             prop_assert!(window.is_none_or(|(_, until)| until == watched.until));
+            let until = watched.window.map_or(0, |window| window.until_lsn.0 / lsn(1).0);
+            let model = Model { catalog: &scene.catalog, history };
+            let (behind, _) = model.ledger(until, (SEGMENTS.end + 4) * UNITS);
+            prop_assert_eq!(watched.bare_gaps, behind.len() as u64, "nothing behind it can be restored");
             let oldest = scene.catalog.backups.iter().filter(|backup| is_on_path(history, backup));
             let oldest = oldest.map(|backup| backup.start_lsn).min();
             for gap in gaps_of(&scene.catalog, history).iter().filter(|gap| gap.known_by == KnownBy::LaterWal) {

@@ -79,15 +79,14 @@ pub fn reach(
     let until = window.map_or(end, |window| window.until_lsn);
     let window_ends_before = |lsn: Lsn| window.is_none_or(|window| window.until_lsn <= lsn);
     // What lies on a timeline that was left before takes nothing away from where the way leads.
-    let is_on_way = |gap: &&GapRecord| {
-        history.contains(gap.timeline)
-            && history.switch_lsn_of(gap.timeline).is_none_or(|left| gap.start_lsn < left)
-    };
-    let bare_gaps = catalog.gaps.iter().filter(|gap| !gap.is_expired()).filter(is_on_way);
-    let bare_gaps = bare_gaps.filter(|gap| window_ends_before(gap.start_lsn)).count() as u64;
+    let way = way(&history);
+    let on_way_of = catalog.gaps.iter().filter(|gap| !gap.is_expired()).filter_map(|gap| part_of(&way, gap));
+    // Parts of the segment in which one begins may lead into it, and no restore through it.
+    let is_bare = |part: &Span| window.is_none_or(|window| window.until_lsn < part.to);
+    let bare_gaps = on_way_of.filter(is_bare).count() as u64;
     let oldest = catalog.backups.iter().filter(on_way).map(|backup| backup.start_lsn).min();
     let holes = stored.windows(2).filter(|pair| oldest.is_some_and(|oldest| oldest < pair[1].from));
-    let holes = holes.filter(|pair| !is_in_ledger(catalog, &history, pair[0].to, pair[1].from));
+    let holes = holes.filter(|pair| !is_in_ledger(catalog, &way, pair[0].to, pair[1].from));
     let holes = holes.map(|pair| Hole {
         from: pair[0].to,
         behind_bytes: end.0.saturating_sub(pair[1].from.0),
@@ -121,7 +120,7 @@ pub fn stored_at(catalog: &Catalog, history: &TimelineHistory, lsn: Lsn) -> Opti
 }
 
 /// Returns the timelines on the way, the oldest first, each with where it begins and where it is left.
-fn way(history: &TimelineHistory) -> Vec<(TimelineId, Lsn, Lsn)> {
+fn way(history: &TimelineHistory) -> Vec<OnWay> {
     let ancestors = history.ancestors.iter().map(|entry| (entry.timeline, entry.switch_lsn));
     let mut begin = Lsn(0);
     let all = ancestors.chain([(history.timeline, Lsn(u64::MAX))]);
@@ -155,16 +154,25 @@ fn spans(catalog: &Catalog, history: &TimelineHistory) -> Vec<Span> {
     joined
 }
 
+/// A timeline on the way, where it begins and where it is left.
+type OnWay = (TimelineId, Lsn, Lsn);
+
+/// Returns what of a gap lies on the way.
+fn part_of(way: &[OnWay], gap: &GapRecord) -> Option<Span> {
+    let (_, begin, left) = way.iter().find(|(timeline, ..)| *timeline == gap.timeline)?;
+    let part = Span { from: gap.start_lsn.max(*begin), to: gap.end_lsn.min(*left) };
+    (part.from < part.to).then_some(part)
+}
+
 /// Returns whether the ledger knows of all segments between two positions; of one with a fork, of each timeline's own part.
-fn is_in_ledger(catalog: &Catalog, history: &TimelineHistory, from: Lsn, to: Lsn) -> bool {
+fn is_in_ledger(catalog: &Catalog, way: &[OnWay], from: Lsn, to: Lsn) -> bool {
     let size = catalog.lineage.segment_size;
-    let way = way(history);
     let of_way = |gap: &GapRecord| {
         let (_, begin, left) = way.iter().find(|(timeline, ..)| *timeline == gap.timeline)?;
-        let (start, end) = (gap.start_lsn.max(*begin), gap.end_lsn.min(*left));
-        let first = Lsn(start.0 / size.bytes() * size.bytes());
-        let last = Lsn(end.0.div_ceil(size.bytes()).saturating_mul(size.bytes()));
-        (start < end).then_some((first.max(*begin), last.min(*left)))
+        let part = part_of(way, gap)?;
+        let first = Lsn(part.from.0 / size.bytes() * size.bytes());
+        let last = Lsn(part.to.0.div_ceil(size.bytes()).saturating_mul(size.bytes()));
+        Some((first.max(*begin), last.min(*left)))
     };
     let known: Vec<_> = catalog.gaps.iter().filter_map(of_way).collect();
     let mut at = from;
@@ -386,6 +394,10 @@ mod tests {
         let mut left = catalog(&[(1, 1, 12), (1, 14, 3), (2, 10, 2)], backups);
         left.gaps = vec![ledger(1, 13, 14, GapKind::Lost)];
         assert_eq!((bare(&left, 1), bare(&left, 2)), (1, 0), "timeline 2 left before it");
+        // It begins inside a segment of which the beginning is stored.
+        let mut inside = catalog(&[(1, 1, 7)], backups);
+        inside.gaps = vec![GapRecord { start_lsn: Lsn(8 * MIB - 16), ..ledger(1, 7, 9, GapKind::Lost) }];
+        assert_eq!((reached(&inside, 1), bare(&inside, 1)), (Some((8, Some(3), vec![])), 1));
         let mut wide = catalog(&[(1, 1, 7), (1, 12, 3)], backups);
         wide.gaps = vec![ledger(1, 8, 9, GapKind::GivenUp), ledger(1, 11, 12, GapKind::Lost)];
         assert_eq!(reached(&wide, 1), Some((8, Some(3), vec![-8])));
