@@ -44,8 +44,8 @@ pub struct Watcher {
     patience: Duration,
 }
 
-/// What a look at a repository saw: what it holds, with the store's latency, and its disk.
-type Seen = (Result<(Contents, Duration)>, Option<Disk>);
+/// What a look at a repository saw that was begun at a time: what it holds, with the store's latency, and its disk.
+type Seen = (DateTime<Utc>, Result<(Contents, Duration)>, Option<Disk>);
 
 /// A repository, and what was seen of it.
 #[derive(Debug)]
@@ -128,19 +128,20 @@ impl Watcher {
             let look = async move {
                 let mut memory = memory.lock().await;
                 let seen = repository::look(&config, &cluster, identity.as_ref(), &mut memory).await;
-                (seen, disk_of(&config).await)
+                (now, seen, disk_of(&config).await)
             };
             let seen = watched.looking.run(patience, look);
-            async move { seen.await.unwrap_or_else(|| (Err(late(&url, patience)), None)) }
+            async move { seen.await.unwrap_or_else(|| (now, Err(late(&url, patience)), None)) }
         });
         let seen = futures_util::future::join_all(looks).await;
-        for (Watched { facts, .. }, (seen, disk)) in self.repositories.iter_mut().zip(seen) {
+        for (Watched { facts, .. }, (begun, seen, disk)) in self.repositories.iter_mut().zip(seen) {
             facts.disk = disk;
             match seen {
                 Ok((contents, latency)) => {
                     facts.failure = None;
                     facts.latency = Some(latency);
-                    facts.seen = Some(now);
+                    // One that hung may have read what was there long ago.
+                    facts.seen = Some(begun);
                     facts.contents = Some(contents);
                 }
                 Err(error) => {
@@ -168,4 +169,37 @@ async fn disk_of(config: &StorageConfig) -> Option<Disk> {
     let Ok(Location::Folder(root)) = config.location() else { return None };
     let looked = tokio::task::spawn_blocking(move || disk::room(&root));
     timeout(DISK_PATIENCE, looked).await.ok()?.ok()?
+}
+
+#[cfg(feature = "test-util")]
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Overrides;
+    use crate::pg::SegmentSize;
+    use crate::repository::Repository;
+
+    #[tokio::test]
+    async fn what_a_late_look_brings_is_of_when_it_was_begun() {
+        let folder = tempfile::tempdir().unwrap();
+        let url = format!("file://{}", folder.path().display());
+        let flags = Overrides { repo: vec![url], cluster: Some("main".into()), ..Default::default() };
+        let config = Config::read(&flags, &|_| None).unwrap();
+        let at = |second: i64| DateTime::from_timestamp(1_700_000_000 + second, 0).unwrap();
+        let storage = crate::storage::create_root(&config.repositories[0]).unwrap();
+        let repository = Repository::create(storage, at(0)).await.unwrap();
+        let cluster = repository.create_cluster(&"main".parse().unwrap(), at(0)).await.unwrap();
+        cluster.register_lineage(42, SegmentSize::DEFAULT, 15, at(0)).await.unwrap();
+
+        let mut watcher = Watcher::new(&config, None, Duration::from_millis(50)).unwrap();
+        let hung = Arc::clone(&watcher.repositories[0].memory).lock_owned().await;
+        let facts = watcher.look(at(10)).await;
+        assert!(facts.repositories[0].failure.is_some() && facts.repositories[0].seen.is_none());
+        drop(hung);
+        watcher.patience = Duration::from_secs(60);
+        let facts = watcher.look(at(1000)).await;
+        assert_eq!(facts.repositories[0].failure, None);
+        assert_eq!((facts.at, facts.repositories[0].seen), (at(1000), Some(at(10))));
+        assert_eq!(watcher.look(at(1060)).await.repositories[0].seen, Some(at(1060)));
+    }
 }
