@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::replication::options::ConnectOptions;
 use crate::repository::ClusterName;
 use crate::storage::{Location, StorageConfig};
-use crate::watch::{Contents, Disk, Facts, Limits, RepositoryFacts, ServerAnswer, Transactions};
+use crate::watch::{Contents, Disk, DiskPlace, Facts, Limits, RepositoryFacts, ServerAnswer, Transactions};
 
 use alone::Alone;
 use repository::Memory;
@@ -38,6 +38,7 @@ pub struct Watcher {
     cluster: ClusterName,
     repositories: Vec<Watched>,
     server: Option<ConnectOptions>,
+    server_disks: Alone<Vec<(DiskPlace, Disk)>>,
     transactions: Transactions,
     slot: String,
     limits: Limits,
@@ -85,6 +86,7 @@ impl Watcher {
             cluster: config.cluster.parse()?,
             repositories: config.repositories.iter().map(nothing_seen).collect::<Result<_>>()?,
             server,
+            server_disks: Alone::default(),
             transactions: Transactions::default(),
             slot: config.receive.slot.clone().unwrap_or_else(|| "walship".to_owned()),
             limits: Limits::of(config),
@@ -113,7 +115,13 @@ impl Watcher {
                 let asked =
                     timeout(SERVER_PATIENCE, server::ask(options, &self.slot, &mut self.transactions)).await;
                 match asked.unwrap_or_else(|_| Err(late("the server", SERVER_PATIENCE))) {
-                    Ok((facts, identity)) => (ServerAnswer::Told(facts), Some(identity)),
+                    Ok((mut facts, identity, data_dir)) => {
+                        if let Some(path) = data_dir {
+                            let look = server::disks(path, identity.system_identifier);
+                            facts.disks = self.server_disks.run(DISK_PATIENCE, look).await;
+                        }
+                        (ServerAnswer::Told(facts), Some(identity))
+                    }
                     Err(error) => {
                         let (what, next) = (error.to_string(), error.next().to_owned());
                         (ServerAnswer::Failed { what, next }, None)
@@ -201,5 +209,31 @@ mod tests {
         assert_eq!(facts.repositories[0].failure, None);
         assert_eq!((facts.at, facts.repositories[0].seen), (at(1000), Some(at(10))));
         assert_eq!(watcher.look(at(1060)).await.repositories[0].seen, Some(at(1060)));
+    }
+
+    #[tokio::test]
+    async fn a_data_directory_that_hangs_is_looked_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let control = folder.path().join("global/pg_control");
+        std::fs::create_dir(folder.path().join("global")).unwrap();
+        nix::unistd::mkfifo(&control, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut alone = Alone::default();
+        let look = || server::disks(folder.path().to_owned(), 42);
+        for _ in 0..3 {
+            assert_eq!(alone.run(Duration::from_millis(20), look()).await, None);
+        }
+        // With a writer it is open for all that have waited to open it.
+        let gate = std::fs::OpenOptions::new().write(true).open(&control).unwrap();
+        assert_eq!(alone.run(Duration::from_millis(200), look()).await, None);
+        let open = std::fs::read_dir("/proc/self/fd").unwrap();
+        let open =
+            open.filter(|fd| std::fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|to| to == control));
+        assert_eq!(open.count(), 2, "ours, and one that reads");
+        drop(gate);
+        assert_eq!(
+            alone.run(Duration::from_secs(60), look()).await,
+            Some(Vec::new()),
+            "it is no control file"
+        );
     }
 }

@@ -23,12 +23,12 @@ pub struct Identity {
     pub timeline: crate::pg::TimelineId,
 }
 
-/// Asks the server.
+/// Asks the server; returns also where it says that its data directory is. Nothing is known of its disks by that.
 pub(super) async fn ask(
     options: &ConnectOptions,
     slot: &str,
     transactions: &mut Transactions,
-) -> Result<(ServerFacts, Identity)> {
+) -> Result<(ServerFacts, Identity, Option<PathBuf>)> {
     let mut connection = Connection::connect(options, SessionKind::Ordinary).await?;
     // First: what it has flushed later can only be more.
     let position = server_position(&mut connection).await?;
@@ -55,15 +55,17 @@ pub(super) async fn ask(
         last_archived: position.archiver.last_archived_time,
         slot: read_slot(&mut connection, slot).await?,
         commits_wait: StandbyRole::of(&text(1), &options.application_name) != StandbyRole::None,
-        disks: disks(&mut connection, position.system_identifier).await?,
+        disks: Some(Vec::new()),
     };
     let identity = Identity {
         system_identifier: position.system_identifier,
         segment_size: position.segment_size,
         timeline: position.timeline,
     };
+    let rows = allowed(connection.query("SELECT current_setting('data_directory')").await)?;
+    let data_dir = rows.and_then(|rows| rows.get(0, 0).map(PathBuf::from));
     connection.close().await;
-    Ok((facts, identity))
+    Ok((facts, identity, data_dir))
 }
 
 /// Returns the answer, or `None` where the role may not ask that.
@@ -100,17 +102,16 @@ async fn read_slot(connection: &mut Connection, name: &str) -> Result<Option<Slo
     }))
 }
 
-/// Returns how full the server's disks are, where its data directory lies on this machine.
-async fn disks(connection: &mut Connection, system_identifier: u64) -> Result<Vec<(DiskPlace, Disk)>> {
-    let rows = allowed(connection.query("SELECT current_setting('data_directory')").await)?;
-    let Some(path) = rows.and_then(|rows| rows.get(0, 0).map(PathBuf::from)) else { return Ok(Vec::new()) };
+/// Returns how full the server's disks are, where its data directory lies on this machine. On a mount that hangs it never
+/// returns.
+pub(super) async fn disks(path: PathBuf, system_identifier: u64) -> Vec<(DiskPlace, Disk)> {
     let look = move || {
         let is_it = control_of(&path).is_some_and(|control| control.system_identifier == system_identifier);
         let places = [(DiskPlace::DataDirectory, path.clone()), (DiskPlace::Wal, path.join("pg_wal"))];
         let room = |(place, path): (DiskPlace, PathBuf)| Some((place, disk::room(&path)?));
         if is_it { places.into_iter().filter_map(room).collect() } else { Vec::new() }
     };
-    crate::storage::blocking(move || Ok(look())).await
+    crate::storage::blocking(move || Ok(look())).await.unwrap_or_default()
 }
 
 /// Another machine's path may be here too, of another server or of none.

@@ -365,8 +365,8 @@ pub struct ServerFacts {
     pub slot: Option<SlotFacts>,
     /// Whether commits wait for `walship receive`.
     pub commits_wait: bool,
-    /// The server's disks, where this is its machine.
-    pub disks: Vec<(DiskPlace, Disk)>,
+    /// The server's disks, where this is its machine; `None` when they do not answer.
+    pub disks: Option<Vec<(DiskPlace, Disk)>>,
 }
 
 /// A replication slot.

@@ -305,7 +305,7 @@ impl Samples<'_> {
             self.some(&SLOT_LAG, labels, slot.lag_bytes.map(|lag| lag as f64));
             self.add(&SLOT_LOST, labels, flag(slot.wal_status == "lost"));
         }
-        for (place, disk) in &server.disks {
+        for (place, disk) in server.disks.iter().flatten() {
             self.disk([&SERVER_DISK_SIZE, &SERVER_DISK_FREE, &SERVER_DISK_USED], &[place.word()], disk);
         }
     }
@@ -383,7 +383,7 @@ pub(super) fn figures(facts: &Facts, limits: &Limits) -> Vec<(String, String, Op
         if let Some(lag) = server.slot.as_ref().and_then(|slot| slot.lag_bytes) {
             figures.push(("slot_lag".to_owned(), format!("{lag}B"), None, None));
         }
-        for (place, disk) in &server.disks {
+        for (place, disk) in server.disks.iter().flatten() {
             let watch = &limits.watch;
             figures.push((
                 format!("{}_disk", place.word()),

@@ -20,6 +20,9 @@ const WAITING_CRITICAL_TIMES: u64 = 16;
 const ARCHIVER: &str = "archiver";
 const ARCHIVE_STATUS: &str = "archive_status";
 
+/// The subject of a disk of the server that does not answer.
+const SILENT: &str = "disk";
+
 /// What is measured by.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {
@@ -80,6 +83,9 @@ pub fn absence(facts: &Facts, kind: Kind, subject: &str) -> Absence {
         match facts.server {
             ServerAnswer::NotAsked => return Absence::Unwatched,
             ServerAnswer::Failed { .. } if kind != Kind::ServerUnreachable => return Absence::Unknown,
+            ServerAnswer::Told(ref server) if kind == Kind::ServerDisk && server.disks.is_none() => {
+                return Absence::Unknown;
+            }
             ServerAnswer::Failed { .. } | ServerAnswer::Told(_) if is_of_server => return Absence::Over,
             ServerAnswer::Failed { .. } | ServerAnswer::Told(_) => {}
         }
@@ -447,7 +453,14 @@ impl Found {
             }
             None => {}
         }
-        for (place, disk) in &server.disks {
+        if server.disks.is_none() {
+            let text =
+                "the disk with the server's data directory does not answer: how full it is cannot be told"
+                    .to_owned();
+            let next = "See whether it is mounted and its storage answers: `df` on the server's machine hangs as well.";
+            self.add(Kind::ServerDisk, SILENT, Severity::Warning, text, next);
+        }
+        for (place, disk) in server.disks.iter().flatten() {
             let what = format!("the server's disk with its {}", place.word());
             let next = "Make room: a server whose pg_wal has none stops. See whether WAL waits to be archived, or a slot \
                         holds it.";

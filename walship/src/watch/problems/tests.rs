@@ -74,7 +74,7 @@ fn good() -> Facts {
         last_archived: Some(ago(60)),
         slot: None,
         commits_wait: false,
-        disks: vec![(DiskPlace::Wal, Disk { total_bytes: 100, free_bytes: 21 })],
+        disks: Some(vec![(DiskPlace::Wal, Disk { total_bytes: 100, free_bytes: 21 })]),
     };
     Facts {
         at: at(0),
@@ -309,9 +309,13 @@ fn disks_fill_up() {
         let disk = Disk { total_bytes: 100, free_bytes: free };
         let repository = after(|facts| facts.repositories[0].disk = Some(disk));
         assert_eq!(repository.first().copied(), expected.map(|severity| (Kind::RepositoryDisk, severity)));
-        let own = after(|facts| server(facts).disks[0].1 = disk);
+        let own = after(|facts| server(facts).disks.as_mut().unwrap()[0].1 = disk);
         assert_eq!(own.first().copied(), expected.map(|severity| (Kind::ServerDisk, severity)));
     }
+    assert_eq!(after(|facts| server(facts).disks = None), [(Kind::ServerDisk, Warning)], "it hangs");
+    let mut silent = good();
+    server(&mut silent).disks = None;
+    assert_eq!(absence(&silent, Kind::ServerDisk, "pg_wal"), Absence::Unknown, "it is no emptier for that");
     assert_eq!(Disk { total_bytes: 0, free_bytes: 0 }.used_ratio(), 0.0);
 }
 
