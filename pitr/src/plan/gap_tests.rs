@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use walship::catalog::{BackupRecord, Catalog, GapCause, GapKind, GapRecord};
 use walship::pg::{HistoryEntry, Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use walship::wal::event::{EventKind, ServerLimits, WalEvent};
-use walship::watch::reach;
+use walship::watch::{left_holes, reach};
 
 use super::chain::{ChainEnding, build_chain, chains_of, gaps_of};
 use super::gap::{Gap, KnownBy, is_on_path};
@@ -375,6 +375,34 @@ proptest! {
                 prop_assert!(counts || !is_hole);
                 prop_assert!(is_hole || !counts || !gap.ledger.is_empty(), "{:?}", gap);
             }
+        }
+    }
+
+    /// What it cannot tell by the way to the server's timeline.
+    #[test]
+    fn watching_finds_every_hole_of_the_timelines_that_were_left(script in scripts()) {
+        let scene = build(&script);
+        let read = |timeline: &TimelineId| scene.catalog.history(*timeline).is_some();
+        for main in scene.histories.values().filter(|main| read(&main.timeline)) {
+            let holes = left_holes(&scene.catalog, main);
+            let mut all = 0;
+            for other in scene.histories.values().filter(|other| read(&other.timeline)) {
+                let begin = lsn(Model::parts(other).last().unwrap().1);
+                let is_told = |gap: &Gap| main.contains(other.timeline)
+                    && main.switch_lsn_of(other.timeline).is_none_or(|left| gap.from < left);
+                let oldest = scene.catalog.backups.iter().filter(|backup| is_on_path(other, backup));
+                let oldest = oldest.map(|backup| backup.start_lsn).min();
+                for gap in gaps_of(&scene.catalog, other) {
+                    let is_own = gap.known_by == KnownBy::LaterWal && gap.to > begin && !is_told(&gap);
+                    let counts = is_own && scene.catalog.has_wal_of(other.timeline)
+                        && oldest.is_some_and(|oldest| oldest < gap.to);
+                    let is_hole = holes.iter().any(|(on, hole)| (*on, hole.from) == (other.timeline, gap.from));
+                    prop_assert!(counts || !is_hole, "{:?}", gap);
+                    prop_assert!(is_hole || !counts || !gap.ledger.is_empty(), "{:?}", gap);
+                    all += usize::from(is_hole);
+                }
+            }
+            prop_assert_eq!(all, holes.len(), "each is one of the planner's");
         }
     }
 }

@@ -12,7 +12,8 @@ use crate::wal::SegmentSummary;
 use crate::wal::event::WalEvent;
 use crate::wal::summary::StopTime;
 use crate::watch::{
-    BackupFacts, Contents, DrillFacts, ExpireFacts, Hole, VerificationFacts, end_of_way, reach, stored_at,
+    BackupFacts, Contents, DrillFacts, ExpireFacts, Hole, VerificationFacts, end_of_way, left_holes, reach,
+    stored_at,
 };
 
 use super::Identity;
@@ -38,7 +39,7 @@ pub(super) struct Memory {
     /// Summaries of the newest segments: they never change.
     summaries: BTreeMap<SegmentName, SegmentSummary>,
     /// Where WAL was missing.
-    holes: BTreeSet<Lsn>,
+    holes: BTreeSet<(TimelineId, Lsn)>,
 }
 
 /// Looks at a repository; returns what it holds, and how long the store took for one small read.
@@ -85,13 +86,18 @@ async fn contents(
     summaries.forget_others();
     let reach = found.as_ref();
     let gaps = catalog.gaps.iter().filter(|gap| !gap.is_expired()).count() as u64;
-    let all_holes = reach.map(|reach| reach.holes.clone()).unwrap_or_default();
-    let stays = |hole: &&Hole| {
+    let mut all_holes: Vec<(TimelineId, Hole)> = Vec::new();
+    if let Some(reach) = reach {
+        all_holes.extend(reach.holes.iter().map(|hole| (reach.timeline, *hole)));
+        let main = catalog.history(reach.timeline);
+        all_holes.extend(main.map(|main| left_holes(catalog, &main)).unwrap_or_default());
+    }
+    let stays = |(timeline, hole): &&(TimelineId, Hole)| {
         hole.behind_bytes / catalog.lineage.segment_size.bytes() >= ON_ITS_WAY_SEGMENTS
-            || memory.holes.contains(&hole.from)
+            || memory.holes.contains(&(*timeline, hole.from))
     };
-    let holes: Vec<_> = all_holes.iter().filter(stays).copied().collect();
-    memory.holes = all_holes.iter().map(|hole| hole.from).collect();
+    let holes: Vec<_> = all_holes.iter().filter(stays).map(|(_, hole)| *hole).collect();
+    memory.holes = all_holes.iter().map(|(timeline, hole)| (*timeline, hole.from)).collect();
     let bare_holes = holes.iter().filter(|hole| hole.is_bare).count() as u64;
     let runs = catalog.segments.timelines().into_iter().flat_map(|timeline| catalog.segments.runs(timeline));
     let (mut segments, mut wal_bytes) = (0, 0_u64);

@@ -19,5 +19,5 @@ pub use facts::{
 };
 pub use kind::{Absence, Kind, Problem, Severity};
 pub use problems::{Limits, absence, problems};
-pub use reach::{Hole, Reach, end_of_way, reach, stored_at};
+pub use reach::{Hole, Reach, end_of_way, left_holes, reach, stored_at};
 pub use transactions::{Ended, Transactions};

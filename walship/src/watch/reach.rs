@@ -60,13 +60,9 @@ pub fn reach(
     let stored = spans(catalog, &history);
     let end = stored.last()?.to;
     let crossed = crossed(&stored, &breaks(catalog, &history, newest));
-    let on_way = |backup: &&BackupRecord| {
-        history.timeline_of(backup.start_lsn) == backup.timeline
-            && history.timeline_of(Lsn(backup.stop_lsn.0.saturating_sub(1))) == backup.stop_timeline
-    };
     let first_in = |span: &Span| {
         let inside = |backup: &&BackupRecord| {
-            backup.start_lsn >= span.from && backup.stop_lsn <= span.to && on_way(backup)
+            backup.start_lsn >= span.from && backup.stop_lsn <= span.to && is_on_way(&history, backup)
         };
         catalog.backups.iter().filter(inside).min_by_key(|backup| backup.stop_lsn)
     };
@@ -84,7 +80,7 @@ pub fn reach(
     // Parts of the segment in which one begins may lead into it, and no restore through it.
     let is_bare = |part: &Span| window.is_none_or(|window| window.until_lsn < part.to);
     let bare_gaps = on_way_of.filter(is_bare).count() as u64;
-    let oldest = catalog.backups.iter().filter(on_way).map(|backup| backup.start_lsn).min();
+    let oldest = oldest_backup(catalog, &history);
     let holes = stored.windows(2).filter(|pair| oldest.is_some_and(|oldest| oldest < pair[1].from));
     let holes = holes.filter(|pair| !is_in_ledger(catalog, &way, pair[0].to, pair[1].from));
     let holes = holes.map(|pair| Hole {
@@ -100,6 +96,45 @@ pub fn reach(
         holes: holes.collect(),
         bare_gaps,
     })
+}
+
+/// Returns the WAL that is missing on timelines that the way to `main` does not lead along, or leaves before, behind the first
+/// backup, and of which the ledger knows nothing. No backup can be taken there any more.
+pub fn left_holes(catalog: &Catalog, main: &TimelineHistory) -> Vec<(TimelineId, Hole)> {
+    let others = catalog.timelines().into_iter().filter(|timeline| catalog.has_wal_of(*timeline));
+    let of_one = |timeline: TimelineId| {
+        let history = catalog.history(timeline)?;
+        let (way, stored) = (way(&history), spans(catalog, &history));
+        let end = stored.last()?.to;
+        let begin = history.begin_lsn().unwrap_or(Lsn(0));
+        // What is told of the main way is not told again.
+        let left = match main.contains(timeline) {
+            true => main.switch_lsn_of(timeline)?,
+            false => Lsn(0),
+        };
+        let oldest = oldest_backup(catalog, &history)?;
+        let is_left = |pair: &&[Span]| pair[1].from > begin && pair[0].to >= left && oldest < pair[1].from;
+        let holes = stored.windows(2).filter(is_left);
+        let holes = holes.filter(|pair| !is_in_ledger(catalog, &way, pair[0].to, pair[1].from));
+        let hole = |pair: &[Span]| Hole {
+            from: pair[0].to,
+            behind_bytes: end.0.saturating_sub(pair[1].from.0),
+            is_bare: false,
+        };
+        Some(holes.map(|pair| (timeline, hole(pair))).collect::<Vec<_>>())
+    };
+    others.filter_map(of_one).flatten().collect()
+}
+
+/// Returns where the first backup starts that lies on a way.
+fn oldest_backup(catalog: &Catalog, history: &TimelineHistory) -> Option<Lsn> {
+    let backups = catalog.backups.iter().filter(|backup| is_on_way(history, backup));
+    backups.map(|backup| backup.start_lsn).min()
+}
+
+fn is_on_way(history: &TimelineHistory, backup: &BackupRecord) -> bool {
+    history.timeline_of(backup.start_lsn) == backup.timeline
+        && history.timeline_of(Lsn(backup.stop_lsn.0.saturating_sub(1))) == backup.stop_timeline
 }
 
 /// Returns where the last WAL ends that is stored on the way to a timeline.
@@ -410,6 +445,26 @@ mod tests {
         assert_eq!(holes.iter().map(|hole| hole.from).collect::<Vec<_>>(), [Lsn(0xA8_0000)]);
         forked.gaps.push(ledger(2, 10, 11, GapKind::Lost));
         assert_eq!(reach(&forked, timeline(2), &BTreeMap::new()).unwrap().holes, []);
+    }
+
+    #[test]
+    fn what_is_missing_on_a_timeline_that_was_left_is_found() {
+        let backups = &[(1, 2, 3)];
+        let found = |catalog: &Catalog, main| {
+            let holes = left_holes(catalog, &catalog.history(timeline(main)).unwrap());
+            assert!(holes.iter().all(|(_, hole)| !hole.is_bare));
+            holes.iter().map(|(on, hole)| (on.get(), hole.from.0 / MIB)).collect::<Vec<_>>()
+        };
+        // Timeline 2 has left 1 in the middle of segment 10.
+        let segments = &[(1, 1, 4), (1, 6, 6), (1, 13, 3), (2, 10, 2)];
+        let mut left = catalog(segments, backups);
+        assert_eq!(found(&left, 2), [(1, 12)], "what lies before the fork is on the way");
+        assert_eq!(found(&left, 1), [], "all of timeline 2 is there");
+        left.gaps = vec![ledger(1, 12, 13, GapKind::Lost)];
+        assert_eq!(found(&left, 2), []);
+        assert_eq!(found(&catalog(segments, &[(1, 14, 15)]), 2), [], "nothing leads there");
+        // Seen from the old timeline, the new one is the other.
+        assert_eq!(found(&catalog(&[(1, 1, 12), (2, 12, 2)], backups), 1), [(2, 10)]);
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! WAL that no restore gets to, and transactions that would be lost although numbers say otherwise.
 
 use std::fs;
+use std::process::Command;
 
 use walship_tests::postgres::{PgServer, StopMode, majors, primary_major};
 use walship_tests::stage::Stage;
-use walship_tests::wait;
+use walship_tests::{process, wait};
 
 use super::Serving;
 use super::metrics::archived;
@@ -61,6 +62,43 @@ fn a_hole_is_told_until_it_is_known_and_a_backup_lies_behind_it() {
     });
     assert_eq!(behind.problems(), [problem("wal_gap", "warning")], "{behind:#?}");
 
+    let mut give_up =
+        stage.walship(&["wal", "give-up", &stored[1], "--reason", "removed by a test", "--yes"]);
+    stage.ok(&mut give_up);
+    serving.wait("nothing is wrong any more", |metrics| metrics.problems().is_empty());
+}
+
+#[test]
+fn a_hole_on_a_timeline_that_was_left_is_told_until_it_is_known() {
+    let stage = Stage::folder("main");
+    let mut old = archived(&stage, primary_major());
+    old.stop(StopMode::Fast);
+    let copy = stage.path().join("copy");
+    process::run_ok(Command::new("cp").arg("-a").args([old.data_dir(), &copy]));
+    // The old server writes on; the new one leaves its timeline before that.
+    old.start();
+    let insert = |server: &PgServer, n: u32| {
+        server.psql(&format!("INSERT INTO t VALUES ({n})"));
+        server.archive_now()
+    };
+    let stored: Vec<_> = (1..=3).map(|n| insert(&old, n)).collect();
+    old.stop(StopMode::Fast);
+    fs::write(copy.join("standby.signal"), "").unwrap();
+    let new = stage.archiving(PgServer::from_data_dir(&copy)).start();
+    new.promote();
+    insert(&new, 5);
+    let serving = Serving::start(&stage, Some(&new));
+    let before = serving.fresh();
+    assert_eq!(before.one("walship_server_timeline", &[]), 2.0);
+    assert_eq!(before.problems(), [], "{before:#?}");
+
+    // A timeline that was left is in the index, which tells of what was there once.
+    fs::remove_dir_all(stage.repository_dir().join("main/0001/index")).unwrap();
+    fs::remove_file(find(&stage.repository_dir(), &format!("{}.wal", stored[1])).unwrap()).unwrap();
+    let holed = serving.wait("the hole is told", |metrics| metrics.has_problem("wal_gap"));
+    assert_eq!(holed.problems(), [problem("wal_gap", "warning")], "{holed:#?}");
+    assert_eq!(holed.one("walship_wal_gaps", &[]), 1.0);
+    assert_eq!(holed.one("walship_wal_gaps_without_backup", &[]), 0.0, "none can be taken there any more");
     let mut give_up =
         stage.walship(&["wal", "give-up", &stored[1], "--reason", "removed by a test", "--yes"]);
     stage.ok(&mut give_up);
