@@ -7,7 +7,9 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 use walship::config::{Config, Objectives, parse_duration};
-use walship::repository::{DrillReportForm, LineageRepository, RecordedBy, load_tails, new_backup_id};
+use walship::repository::{
+    DrillReportForm, LineageRepository, RecordedBy, load_catalog, load_tails, new_backup_id,
+};
 use walship::{Error, Result};
 
 use super::args::DrillArgs;
@@ -17,7 +19,7 @@ use super::plan::refused;
 use super::scratch::{self, Broken, Told};
 use super::source::Source;
 use super::{DAMAGED, DONE, FAILED, status_of};
-use crate::drill::{Compared, DrillReport, Objective, Outcome, Span, Trouble, html, moment, text};
+use crate::drill::{Compared, DrillReport, Objective, Outcome, Span, Trouble, html, is_held, moment, text};
 use crate::execute::drill::{Clock, Counted, ProofOptions, millis, prove, read_checks};
 use crate::execute::info::{WindowInfo, read_info};
 use crate::execute::scratch::{Purpose, Scratch, Stage, bring_up, check};
@@ -56,7 +58,7 @@ pub(super) async fn run(args: &DrillArgs) -> Result<u8> {
                 safe: "nothing was started".to_owned(),
                 next: "Look at `pitr info` for what can be reached.".to_owned(),
             });
-            store(&source.repository, &report).await;
+            store(&source.repository, &report, None).await;
             return refused(&refusal, args.source.json);
         }
     };
@@ -89,7 +91,7 @@ pub(super) async fn run(args: &DrillArgs) -> Result<u8> {
         }
     };
     report.millis = clock.millis();
-    store(repository, &report).await;
+    store(repository, &report, Some(&plan)).await;
     if args.source.json {
         output::print_json(&serde_json::json!(report))?;
     } else {
@@ -365,13 +367,32 @@ fn judgement(report: &DrillReport) -> Option<Error> {
     }
 }
 
-/// Puts the report into every repository, and then its record; where that cannot be, a line on standard error says so.
-async fn store(repository: &LineageRepository, report: &DrillReport) {
-    let json = format!("{:#}\n", serde_json::json!(report));
+/// Returns whether the first of several repositories has given everything. Others are asked only for what it cannot give; what
+/// they hold is not proven by that.
+async fn is_proven_alone(repository: &LineageRepository, plan: &RestorePlan) -> bool {
     let each = repository.each();
-    // Others are asked only for what the first one cannot give; that is a note then, and neither is proven by itself.
-    let reads_first = each.len() == 1 || repository.notes().is_empty();
-    for (at, one) in each.into_iter().enumerate() {
+    let Some(first) = each.iter().find(|one| one.location() == repository.location()) else { return false };
+    if each.len() == 1 {
+        return true;
+    }
+    // What it lacks recovery has fetched elsewhere, in processes of its own.
+    let own = async {
+        let mut own = load_catalog(first).await?;
+        load_tails(first, &mut own).await?;
+        Ok::<_, Error>(own)
+    };
+    let holds_all = own.await.is_ok_and(|own| is_held(plan, &own));
+    holds_all && repository.gave_all()
+}
+
+/// Puts the report into every repository, and then its record; where that cannot be, a line on standard error says so.
+async fn store(repository: &LineageRepository, report: &DrillReport, plan: Option<&RestorePlan>) {
+    let json = format!("{:#}\n", serde_json::json!(report));
+    let is_proven = match plan {
+        Some(plan) => is_proven_alone(repository, plan).await,
+        None => false,
+    };
+    for one in repository.each() {
         let stored = async {
             let forms = [
                 (DrillReportForm::Json, json.clone()),
@@ -381,7 +402,7 @@ async fn store(repository: &LineageRepository, report: &DrillReport) {
             for (form, content) in forms {
                 one.put_drill_report(&report.id, form, Bytes::from(content)).await?;
             }
-            one.put_drill_record(&report.record(at == 0 && reads_first)).await
+            one.put_drill_record(&report.record(is_proven && one.location() == repository.location())).await
         };
         if let Err(error) = stored.await {
             eprintln!(

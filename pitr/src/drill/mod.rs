@@ -8,10 +8,10 @@ mod text;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use walship::catalog::{DrillRecord, RecordHead};
-use walship::pg::Lsn;
+use walship::catalog::{BackupRecord, Catalog, DrillRecord, RecordHead};
+use walship::pg::{Lsn, SegmentName};
 
-use crate::plan::TransactionEnd;
+use crate::plan::{ChainPart, RestorePlan, TransactionEnd};
 use crate::words::duration;
 
 pub use html::html;
@@ -316,6 +316,26 @@ impl DrillReport {
             read_here: Some(read_here),
         }
     }
+}
+
+/// Returns whether a repository holds all that a plan takes, by its own catalog.
+pub fn is_held(plan: &RestorePlan, own: &Catalog) -> bool {
+    let size = own.lineage.segment_size;
+    let has_part = |part: &ChainPart| {
+        let numbers = part.first.number(size)..=part.last.number(size);
+        numbers.into_iter().all(|number| {
+            let Some(name) = SegmentName::from_number(part.first.timeline, number, size) else {
+                return false;
+            };
+            let has_tail = || own.served_tail(name).is_some_and(|tail| part.until_lsn <= tail.until_lsn);
+            own.segments.contains(name) || has_tail()
+        })
+    };
+    let has_backup = |backup: &BackupRecord| own.backups.iter().any(|known| known.id == backup.id);
+    let mut path = plan.timeline_path.iter();
+    path.all(|part| own.history(part.timeline).is_some())
+        && plan.backups().all(has_backup)
+        && plan.chain.iter().all(has_part)
 }
 
 /// Returns what a step or a proof is called for people.

@@ -520,9 +520,10 @@ pub(super) fn taken_from(
     error: &Error,
 ) {
     let from = one.location();
-    blocks
-        .repository()
-        .note(format!("{} of backup {id} was taken from {from}, not from {location}: {error}", object.name));
+    blocks.repository().note_made_up_for(format!(
+        "{} of backup {id} was taken from {from}, not from {location}: {error}",
+        object.name
+    ));
 }
 
 /// Fetches one object range by range while a thread unpacks what has come.

@@ -25,6 +25,8 @@ pub(super) struct Others {
     right: Arc<Mutex<BTreeMap<SegmentName, String>>>,
     /// Whether a call to this very repository ended in an outage: it is asked last then.
     down: Arc<AtomicBool>,
+    /// Whether another gave what this one holds and could not give.
+    made_up_for: Arc<AtomicBool>,
 }
 
 impl LineageRepository {
@@ -93,6 +95,17 @@ impl LineageRepository {
         }
     }
 
+    /// Notes that something was taken from another repository, and why: this one could not give it.
+    pub fn note_made_up_for(&self, note: String) {
+        self.others.made_up_for.store(true, Ordering::Relaxed);
+        self.note(note);
+    }
+
+    /// Returns whether this repository was read first and gave everything that it was asked for and holds.
+    pub fn gave_all(&self) -> bool {
+        !self.others.made_up_for.load(Ordering::Relaxed) && !self.others.down.load(Ordering::Relaxed)
+    }
+
     pub(super) fn has_others(&self) -> bool {
         !self.others.repositories.is_empty()
     }
@@ -116,7 +129,7 @@ impl LineageRepository {
                 Ok(Some(found)) => {
                     // What is simply not there was told of when the catalog was read.
                     if let Some((location, Some(why))) = refused.filter(|_| !what.is_empty()) {
-                        self.note(format!(
+                        self.note_made_up_for(format!(
                             "{what} was taken from {}, not from {location}: {why}",
                             one.location()
                         ));

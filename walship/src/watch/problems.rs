@@ -61,7 +61,7 @@ pub fn problems(facts: &Facts, limits: &Limits) -> Vec<Problem> {
             found.backups(&repository.url, contents, limits);
             found.wal(&repository.url, contents);
             found.arriving(repository, facts, contents, limits);
-            found.drills(&repository.url, contents, limits);
+            found.drills(&repository.url, contents, limits, facts.repositories.len());
             found.verifications(&repository.url, contents, limits);
             found.retention(&repository.url, contents, limits);
         }
@@ -305,7 +305,7 @@ impl Found {
         }
     }
 
-    fn drills(&mut self, url: &str, contents: &Contents, limits: &Limits) {
+    fn drills(&mut self, url: &str, contents: &Contents, limits: &Limits, repositories: usize) {
         if let Some(drill) = &contents.drill {
             let DrillFacts { started, outcome, recovery, .. } = drill;
             if !DrillFacts::has_proven(outcome) {
@@ -337,7 +337,13 @@ impl Found {
                 Some(_) => format!("the last good drill of {url} was {} ago", length(self.age(since))),
                 None => format!("no drill has shown that {url} can be restored from"),
             };
-            let next = "Run `pitr drill`, best from a timer.";
+            let next = match repositories {
+                1 => "Run `pitr drill`, best from a timer.",
+                _ => {
+                    "Run `pitr drill --repo` with this address alone, best from a timer: of several repositories a drill proves \
+                     the first, where that holds all that is needed."
+                }
+            };
             self.add(Kind::DrillOverdue, url, Severity::Warning, text, next);
         }
     }

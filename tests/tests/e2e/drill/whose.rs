@@ -34,6 +34,17 @@ fn a_drill_says_which_repository_it_read() {
     };
     assert_eq!(drilled(&[&first, &second]), (Some(true), Some(false)));
     assert_eq!(drilled(&[&second]), (Some(true), Some(true)));
+    // One that cannot be read takes nothing away from the first that can.
+    let (third, gone) = (origin.stage.path().join("third"), origin.stage.path().join("gone"));
+    process::run_ok(Command::new("cp").arg("-a").args([&first, &third]));
+    assert_eq!(drilled(&[&gone, &second, &third]), (Some(true), Some(true)));
+    assert_eq!(read_here(&third), Some(false));
+    // Nor does what the drill has no need of.
+    let unneeded = fs::read_dir(first.join("main/0001/wal/00000001/00000000")).unwrap();
+    let unneeded =
+        unneeded.map(|entry| entry.unwrap().path()).filter(|path| path.extension() == Some("wal".as_ref()));
+    fs::remove_file(unneeded.min().unwrap()).unwrap();
+    assert_eq!(drilled(&[&first, &second]), (Some(true), Some(false)));
     // With what one lacks taken from the other neither is proven.
     fs::remove_file(find(&first, &format!("{}.wal", origin.segments[1])).unwrap()).unwrap();
     assert_eq!(drilled(&[&first, &second]), (Some(false), Some(false)));
