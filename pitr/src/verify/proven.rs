@@ -149,8 +149,10 @@ impl ProvenState {
             state.accepted = SeenBefore::new(size);
             state.accepted.add(&document.accepted);
             if document.repository == repository {
-                state.add(document, now);
+                state.add_proven(document, now);
             }
+            // Wherever it was found: a copy may have it as well, and to forget it nobody has to read anything.
+            state.add_damage(document, now);
         }
         let damage = std::mem::take(&mut state.damage);
         for (place, damage) in damage {
@@ -161,7 +163,7 @@ impl ProvenState {
         state
     }
 
-    fn add(&mut self, document: &Proven, now: DateTime<Utc>) {
+    fn add_proven(&mut self, document: &Proven, now: DateTime<Utc>) {
         let size = self.size;
         for (runs, spans) in [(&document.wal, &mut self.wal), (&document.parts, &mut self.parts)] {
             for ProvenRun { run, at } in runs.iter().filter(|run| run.at <= now) {
@@ -180,6 +182,9 @@ impl ProvenState {
             let known = self.documents.entry(id.clone()).or_insert(*at);
             *known = (*known).max(*at);
         }
+    }
+
+    fn add_damage(&mut self, document: &Proven, now: DateTime<Utc>) {
         // By a clock that was ahead as well it was found before now.
         let latest = now - TimeDelta::microseconds(1);
         for damage in &document.damage {
@@ -390,9 +395,10 @@ mod tests {
         assert_eq!(read, recorded, "{json}");
         assert_eq!(together([&read]), state);
         assert_eq!(recorded.wal.len(), 4, "{json}");
-        // Nothing of it is proven of a copy that lies elsewhere; what was there is known there as well.
+        // Nothing of it is proven of a copy that lies elsewhere; what was there, and what was damaged, is known there as well.
         let copy = ProvenState::of(SegmentSize::MIN, "there", time(99), [&read]);
-        assert!(copy.wal(TimelineId::FIRST).all().next().is_none() && copy.damage().is_empty(), "{copy:?}");
+        assert!(copy.wal(TimelineId::FIRST).all().next().is_none(), "{copy:?}");
+        assert_eq!(copy.damage(), state.damage());
         assert!(copy.objects(ID).all().next().is_none() && copy.documents(ID).is_none(), "{copy:?}");
         assert_eq!(copy.seen, state.seen);
     }

@@ -55,11 +55,15 @@ fn a_backup_that_a_removal_has_left_is_missed_when_it_is_lost() {
     assert_eq!(missing(), [format!("backup {old}")]);
     s3.put(&key, kept);
     assert_eq!(missing(), none);
-    // What it does remove is not missed; nor is it when that came to its end without saying so.
+    // What it does remove is not missed: it says so itself, and that it came to its end says so as well.
     scene.expire(&["--confirm", "--yes"]);
-    let done = s3.objects().into_keys().filter(|key| key.ends_with(".done.json"));
-    done.for_each(|key| assert!(s3.remove(&key)));
-    assert_eq!(missing(), none);
+    for one in [".backups.json", ".done.json"] {
+        let lost: Vec<_> = s3.objects().into_iter().filter(|(key, _)| key.ends_with(one)).collect();
+        assert!(!lost.is_empty(), "{one}");
+        lost.iter().for_each(|(key, _)| assert!(s3.remove(key)));
+        assert_eq!(missing(), none, "without {one}");
+        lost.into_iter().for_each(|(key, bytes)| s3.put(&key, bytes));
+    }
 }
 
 /// Opens the lineage in a stage's folder.
@@ -140,6 +144,21 @@ fn of_a_copy_in_the_place_of_the_original_nothing_is_proven() {
     fs::rename(&original, stage.repository_dir()).unwrap();
     let (_, report) = verify(&stage, &["--budget", "1kB"]);
     assert_eq!(never_proven(&report), 0, "{report:#}");
+    // What was damaged in it may be so in a copy, and is told until it is read there.
+    let segment = segments(&stage, 1)[3].clone();
+    let kept = flip(&segment, 700);
+    damaged(&stage, "a segment");
+    fs::rename(stage.repository_dir(), &original).unwrap();
+    let mut copy = std::process::Command::new("cp");
+    assert!(copy.arg("-a").arg(&original).arg(stage.repository_dir()).status().unwrap().success());
+    let (status, report) = verify(&stage, &["--budget", "1B"]);
+    assert_eq!(status, 4, "{report:#}");
+    assert!(
+        damage_of(&report, "damaged").iter().any(|object| object.contains(&name(&segment))),
+        "{report:#}"
+    );
+    write(&segment, &kept);
+    sound(&stage, &[]);
 }
 
 #[test]

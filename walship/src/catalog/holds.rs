@@ -88,7 +88,7 @@ impl ExpireRecord {
     pub const BACKUPS_MAX: usize = 2000;
 }
 
-/// The backups that a removal has removed (`history/expires/<id>.removed.json`): written when their records are gone, before
+/// The backups that a removal has removed (`history/expires/<id>.backups.json`): written when their records are gone, before
 /// their marks are. Of one that came to remove none there is no such document.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExpireRemoved {

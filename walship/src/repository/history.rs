@@ -215,15 +215,21 @@ impl LineageRepository {
     /// # Errors
     /// As [`recent_expires`](Self::recent_expires).
     pub async fn removed_backups(&self, max: usize) -> Result<BTreeSet<String>> {
-        let mut removed = BTreeSet::new();
+        let (mut removed, mut planned, mut done) = (BTreeSet::new(), Vec::new(), BTreeSet::new());
         for document in self.recent_here(EXPIRES, max.saturating_mul(EXPIRE_DOCUMENTS)).await? {
             match document {
                 ExpireDocument::Removed(told) => removed.extend(told.removed),
-                ExpireDocument::Record(record) if !record.tells_removed => {
-                    removed.extend(record.backups.into_iter().map(|backup| backup.id));
+                ExpireDocument::Record(record) => planned.push(record),
+                ExpireDocument::Outcome(outcome) if outcome.failure.is_none() => {
+                    done.insert(outcome.id);
                 }
-                ExpireDocument::Record(_) | ExpireDocument::Outcome(_) => {}
+                ExpireDocument::Outcome(_) => {}
             }
+        }
+        // One that came to its end has removed all that it was about to.
+        for record in planned.into_iter().filter(|record| !record.tells_removed || done.contains(&record.id))
+        {
+            removed.extend(record.backups.into_iter().map(|backup| backup.id));
         }
         Ok(removed)
     }

@@ -502,7 +502,7 @@ impl LineageLayout {
     /// The key of what says which backups a removal has removed.
     pub(super) fn expire_removed(&self, id: &str) -> Result<ObjectKey> {
         check_id(id, "a removal")?;
-        self.key(format_args!("history/expires/{id}.removed.json"))
+        self.key(format_args!("history/expires/{id}.backups.json"))
     }
 
     /// What the keys of all of a backup's own objects start with.

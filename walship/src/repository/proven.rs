@@ -42,8 +42,11 @@ pub struct ProvenBefore {
     pub damaged: Vec<(String, String)>,
 }
 
-/// The documents of a run, in their order.
+/// The documents of a run of one place; those by an older version name none.
 type Documents = Vec<(ProvenKey, ObjectKey)>;
+
+/// A run's id, and a place.
+type Run = (String, Option<String>);
 
 impl LineageRepository {
     /// Stores what is proven: the `number`th document of a verification.
@@ -70,14 +73,15 @@ impl LineageRepository {
         let here = Proven { repository: self.location(), marker: marker.clone(), ..Proven::default() };
         let place = place_of(&here);
         let listed = list_all(&*self.storage, &self.layout.proven_prefix(), DOCUMENTS_MAX).await?;
-        let mut runs: BTreeMap<String, Documents> = BTreeMap::new();
+        let mut runs: BTreeMap<Run, Documents> = BTreeMap::new();
         for meta in listed {
             let Some(key) = self.layout.parse_proven(&meta.key) else { continue };
-            runs.entry(key.id.clone()).or_default().push((key, meta.key));
+            let place = key.named.as_ref().map(|(place, _)| place.clone());
+            runs.entry((key.id.clone(), place)).or_default().push((key, meta.key));
         }
         // Ids begin with the time.
         let behind_now = new_backup_id(now + TimeDelta::seconds(1), 0);
-        let ahead = runs.split_off(&behind_now);
+        let ahead = runs.split_off(&(behind_now, None));
         let chosen = newest(ahead, &place).into_iter().chain(newest(runs, &place));
         let reads = chosen.map(|documents| self.last_of_run(documents, &place));
         let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
@@ -139,17 +143,15 @@ fn place_of(document: &Proven) -> String {
 }
 
 /// Returns the newest runs: so many of this place, and so many of all.
-fn newest(runs: BTreeMap<String, Documents>, place: &str) -> Vec<Documents> {
+fn newest(runs: BTreeMap<Run, Documents>, place: &str) -> Vec<Documents> {
     let (mut here, mut all) = (0, 0);
-    let is_here = |documents: &Documents| {
-        documents.iter().any(|(key, _)| key.named.as_ref().is_some_and(|(known, _)| known == place))
-    };
-    let chosen = runs.into_values().rev().filter(|documents| {
+    let chosen = runs.into_iter().rev().filter(|((_, known), _)| {
+        let is_here = known.as_deref() == Some(place);
         all += 1;
-        here += usize::from(is_here(documents));
-        all <= RUNS_MAX || (is_here(documents) && here <= RUNS_MAX)
+        here += usize::from(is_here);
+        all <= RUNS_MAX || (is_here && here <= RUNS_MAX)
     });
-    chosen.collect()
+    chosen.map(|(_, documents)| documents).collect()
 }
 
 /// Returns a document without what it does not tell of this place.
@@ -251,6 +253,20 @@ mod tests {
         let here: Vec<&Proven> = read.iter().filter(|one| one.repository == lineage.location()).collect();
         assert_eq!((here.len(), here[0].damage.len()), (1, 1));
         assert_eq!(read.len(), RUNS_MAX + 1);
+    }
+
+    /// A run has the same id in all repositories, and one of them may be copied onto another, its documents with it.
+    #[tokio::test]
+    async fn what_another_place_remembers_of_the_same_run_hides_nothing() {
+        let lineage = lineage(&MemoryStorage::default()).await;
+        let here = began(&lineage, 10, 1, true).await;
+        lineage.put_proven(&here, 1).await.unwrap();
+        let elsewhere = Proven { repository: "elsewhere".to_owned(), ..began(&lineage, 10, 1, false).await };
+        for number in 1..4 {
+            lineage.put_proven(&elsewhere, number).await.unwrap();
+        }
+        let read = lineage.proven(time(999)).await.unwrap().documents;
+        assert!(read.len() == 2 && read.contains(&here), "{read:?}");
     }
 
     #[tokio::test]

@@ -8,7 +8,7 @@ mod object;
 mod run;
 mod wal;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -253,7 +253,7 @@ async fn verify_one(
     let read_before = meter.bytes();
     let mut findings = found.take_findings(&needed);
     findings.extend(history_flaws(&location, &found.catalog));
-    let gone = look::gone_backups(repository).await?;
+    let mut gone = look::gone_backups(repository).await?;
     let going = look::going_backups(repository).await?;
     let (size, now) = (found.catalog.lineage.segment_size, found.seen_now());
     let mut state = ProvenState::of(size, &location, request.started, &found.proven);
@@ -271,21 +271,22 @@ async fn verify_one(
     }
     let seen = state.seen.without(&state.accepted);
     let elsewhere: Vec<_> = elsewhere.iter().map(|seen| seen.without(&state.accepted)).collect();
-    let gaps_in = |catalog: &Catalog| gaps_found(&location, catalog, &needed, &going);
-    let than_elsewhere = |catalog: &Catalog, told: &[Finding]| {
+    let gaps_in =
+        |catalog: &Catalog, going: &BTreeSet<String>| gaps_found(&location, catalog, &needed, going);
+    let than_elsewhere = |catalog: &Catalog, gone: &BTreeSet<String>, told: &[Finding]| {
         let (mut less, mut told) = (Vec::new(), told.to_vec());
         for seen in &elsewhere {
-            let more = less_than_seen(&location, catalog, seen, &gone, &needed, &told);
+            let more = less_than_seen(&location, catalog, seen, gone, &needed, &told);
             told.extend(more.iter().cloned());
             less.extend(more);
         }
         less
     };
-    let mut gaps = gaps_in(&found.catalog);
+    let mut gaps = gaps_in(&found.catalog, &going);
     let told: Vec<Finding> = findings.iter().chain(&gaps).cloned().collect();
     let less = less_than_seen(&location, &found.catalog, &seen, &gone, &needed, &told);
     let told: Vec<Finding> = told.into_iter().chain(less.iter().cloned()).collect();
-    let mut than_others = than_elsewhere(&found.catalog, &told);
+    let mut than_others = than_elsewhere(&found.catalog, &gone, &told);
     // Segments are stored side by side: one may be there before the one in front of it. And what other repositories had by
     // then may be on its way here, or have arrived.
     let waiting = Instant::now();
@@ -297,12 +298,16 @@ async fn verify_one(
         }
         let again = async {
             tokio::time::sleep(LOOK_AGAIN).await;
-            look::look(repository, request.started).await
+            let again = look::look(repository, request.started).await?.catalog;
+            // A removal may have begun meanwhile.
+            let going = look::going_backups(repository).await?;
+            Ok::<_, Error>((again, look::gone_backups(repository).await?, going))
         };
-        let Some(again) = unless_stopped(stopped, again).await else { break };
-        let again = again?.catalog;
-        gaps = still_missing(&gaps, gaps_in(&again), size);
-        than_others = than_elsewhere(&again, &told);
+        // Where it cannot be looked at again, what the first look has found counts.
+        let Some(Ok((again, gone_since, going))) = unless_stopped(stopped, again).await else { break };
+        gone = gone_since;
+        gaps = still_missing(&gaps, gaps_in(&again, &going), size);
+        than_others = than_elsewhere(&again, &gone, &told);
     }
     findings.extend(gaps.into_iter().chain(less).chain(than_others));
     if let Some((server, slot)) = request.server.as_ref().filter(|_| needed.to_the_end) {

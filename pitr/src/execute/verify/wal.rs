@@ -79,7 +79,10 @@ async fn lead_in(job: &Job, first: SegmentName) -> Result<Option<Reader>> {
     let size = job.size();
     let whole = job.catalog.in_parts.contains_key(&before).then_some(size.bytes());
     let Some(end) = whole else { return Ok(None) };
-    Ok(read_parts(job, Sink::new(before, size, None), end).await?.and_then(|sink| sink.finish().1))
+    match read_parts(job, Sink::new(before, size, None), end).await {
+        Ok(sink) => Ok(sink.and_then(|sink| sink.finish().1)),
+        Err(error) => job.repository.confirm_marker().await.map(|()| None).map_err(|_| error),
+    }
 }
 
 /// Reads the first bytes of a segment that is stored in parts; `None` where less is stored of it.
@@ -138,8 +141,15 @@ async fn check_open(
         };
         let Some(carried) = carried else { continue };
         let end = tail.end_lsn.0.saturating_sub(start.0).min(size.bytes());
-        let Some(sink) = read_parts(job, Sink::new(segment, size, Some(carried)), end).await? else {
-            continue;
+        let sink = match read_parts(job, Sink::new(segment, size, Some(carried)), end).await {
+            Ok(Some(sink)) => sink,
+            Ok(None) => continue,
+            Err(error) => {
+                job.repository.confirm_marker().await?;
+                let object = format!("parts of {segment}");
+                done.unread.push(Unread { object, why: error.to_string() });
+                continue;
+            }
         };
         if let Some(stop) = sink.join() {
             let what = format!("its WAL does not go on where that of the segment before ends: {stop}");

@@ -44,8 +44,12 @@ pub(super) fn page(
     Ok(ListPage { objects, next })
 }
 
-/// Notes that a path is left out; returns whether there was room for it.
+/// Notes that a path is left out; returns whether it may be, and there was room for it.
 pub(super) fn note_skipped(skipped: &Skipped, path: &str, error: &Error) -> bool {
+    // An outage is of all of it.
+    if !matches!(error, Error::Denied(_) | Error::LocalIo(_)) {
+        return false;
+    }
     let mut skipped = skipped.lock().unwrap_or_else(PoisonError::into_inner);
     let has_room = skipped.len() < SKIPPED_MAX || skipped.contains_key(path);
     if has_room {

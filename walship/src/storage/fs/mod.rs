@@ -217,19 +217,21 @@ impl Storage for FsStorage {
         self.run("listing temporaries".to_owned(), 0, |root| publish::temporaries(root)).await.map(Some)
     }
 
-    /// Its file's number, and when that came to be: neither can be given to a copy. Where the file system does not know that
-    /// time, when the file was last changed in any way.
+    /// When its file came to be, which no copy keeps. Where the file system does not know that, the file's number and when it
+    /// was last changed in any way.
     async fn identity(&self, key: &ObjectKey) -> Result<Option<String>> {
         let name = key.clone();
         self.run(format!("looking at {key}"), 0, move |root| {
             let Some((_, file, _)) = open_object(root, &KeyPath::new(&name)?)? else { return Ok(None) };
             let metadata =
                 file.metadata().map_err(|error| root.failed("cannot look at", name.as_str(), error))?;
-            let time = match metadata.created() {
+            Ok(Some(match metadata.created() {
                 Ok(born) => format!("born {}", DateTime::<Utc>::from(born).to_rfc3339()),
-                Err(_) => format!("changed {}.{:09}", metadata.ctime(), metadata.ctime_nsec()),
-            };
-            Ok(Some(format!("inode {}, {time}", metadata.ino())))
+                Err(_) => {
+                    let (file, changed) = (metadata.ino(), (metadata.ctime(), metadata.ctime_nsec()));
+                    format!("inode {file}, changed {}.{:09}", changed.0, changed.1)
+                }
+            }))
         })
         .await
     }
@@ -239,9 +241,7 @@ impl Storage for FsStorage {
     }
 
     fn skip(&self, path: &str, error: &Error) -> bool {
-        // An outage is of all of it.
-        let of_one = matches!(error, Error::Denied(_) | Error::LocalIo(_));
-        self.skipped.as_ref().is_some_and(|skipped| of_one && list::note_skipped(skipped, path, error))
+        self.skipped.as_ref().is_some_and(|skipped| list::note_skipped(skipped, path, error))
     }
 
     fn skipped(&self) -> BTreeMap<String, String> {
