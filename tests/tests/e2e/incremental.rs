@@ -25,7 +25,8 @@ fn ways() -> Vec<(u32, &'static [&'static str])> {
 }
 
 fn started(stage: &Stage, major: u32) -> PgServer {
-    let mut builder = PgServer::builder(major);
+    // Which files change between two backups is the test's to say.
+    let mut builder = PgServer::builder(major).setting("autovacuum", "off");
     if major >= 17 {
         builder = builder.setting("summarize_wal", "on");
     }
