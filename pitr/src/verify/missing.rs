@@ -61,14 +61,10 @@ pub fn gaps_found(
             continue;
         }
         told.push((first, last));
-        let named = |first: SegmentName, last: SegmentName| match first == last {
-            true => first.to_string(),
-            false => format!("{first} to {last}"),
-        };
         // What makes a backup consistent is missed although it was expired.
         let untold = match gap.expired {
             true => vec![(gap.from, gap.to)],
-            false => untold(&gap.ledger, gap.from, gap.to),
+            false => untold(gap.ledger.iter(), gap.from, gap.to),
         };
         if untold.is_empty() {
             findings.push(Finding::note(
@@ -98,9 +94,14 @@ pub fn gaps_found(
     findings
 }
 
+/// Names segments in a row.
+fn named(first: SegmentName, last: SegmentName) -> String {
+    if first == last { first.to_string() } else { format!("{first} to {last}") }
+}
+
 /// Returns the parts of a stretch of which no record of the ledger tells.
-fn untold(ledger: &[GapRecord], from: Lsn, to: Lsn) -> Vec<(Lsn, Lsn)> {
-    let mut told: Vec<(Lsn, Lsn)> = ledger.iter().map(|record| (record.start_lsn, record.end_lsn)).collect();
+fn untold<'a>(ledger: impl Iterator<Item = &'a GapRecord>, from: Lsn, to: Lsn) -> Vec<(Lsn, Lsn)> {
+    let mut told: Vec<(Lsn, Lsn)> = ledger.map(|record| (record.start_lsn, record.end_lsn)).collect();
     told.sort_unstable();
     subtract((from, to), &told)
 }
@@ -223,10 +224,10 @@ fn missing_runs(
     told: &[Finding],
 ) -> Vec<Finding> {
     let bytes = catalog.lineage.segment_size.bytes();
-    let ledger: Vec<_> = catalog.gaps.iter().filter(|gap| gap.timeline == timeline).cloned().collect();
+    let ledger = catalog.gaps.iter().filter(|gap| gap.timeline == timeline);
     let start = |number: u64| Lsn(number.saturating_mul(bytes));
-    let untold = untold(&ledger, start(from), start(until)).into_iter();
-    let runs = untold.map(|(from, until)| (from.0 / bytes, until.0.div_ceil(bytes)));
+    let untold = untold(ledger, start(from), start(until));
+    let runs = untold.into_iter().map(|(from, until)| (from.0 / bytes, until.0.div_ceil(bytes)));
     runs.filter_map(|run| missing_run(repository, catalog, timeline, run, told)).collect()
 }
 
@@ -245,7 +246,7 @@ fn missing_run(
     }
     let at_end = catalog.stored_until(timeline).is_none_or(|end| end <= first.start(size));
     let kind = if at_end { FindingKind::MissingEnd } else { FindingKind::Missing };
-    let object = if first == last { first.to_string() } else { format!("{first} to {last}") };
+    let object = named(first, last);
     let segments = until - from;
     let what = format!(
         "{} there, and {} gone: {segments} segment(s); no removal by retention is on record",

@@ -151,7 +151,7 @@ impl ProvenState {
             if document.repository == repository {
                 state.add_proven(document, now);
             }
-            // Wherever it was found: a copy may have it as well, and to forget it nobody has to read anything.
+            // Wherever it was found: it may be so here as well, and must not be forgotten before it is read.
             state.add_damage(document, now);
         }
         let damage = std::mem::take(&mut state.damage);

@@ -133,9 +133,7 @@ fn of_a_copy_in_the_place_of_the_original_nothing_is_proven() {
     // As a mount, or a restored backup of the repository, comes to lie there.
     let original = stage.path().join("original");
     fs::rename(stage.repository_dir(), &original).unwrap();
-    let mut copy = std::process::Command::new("cp");
-    let copied = copy.arg("-a").arg(&original).arg(stage.repository_dir()).status().unwrap();
-    assert!(copied.success());
+    copy_tree(&original, &stage.repository_dir());
     let (status, report) = verify(&stage, &["--budget", "1kB"]);
     assert_eq!((status, &report["outcome"]), (0, &Value::from("partly")), "{report:#}");
     assert!(never_proven(&report) > 0, "{report:#}");
@@ -149,8 +147,7 @@ fn of_a_copy_in_the_place_of_the_original_nothing_is_proven() {
     let kept = flip(&segment, 700);
     damaged(&stage, "a segment");
     fs::rename(stage.repository_dir(), &original).unwrap();
-    let mut copy = std::process::Command::new("cp");
-    assert!(copy.arg("-a").arg(&original).arg(stage.repository_dir()).status().unwrap().success());
+    copy_tree(&original, &stage.repository_dir());
     let (status, report) = verify(&stage, &["--budget", "1B"]);
     assert_eq!(status, 4, "{report:#}");
     assert!(

@@ -80,13 +80,10 @@ pub fn reach(
     // Parts of the segment in which one begins may lead into it, and no restore through it.
     let is_bare = |part: &Span| window.is_none_or(|window| window.until_lsn < part.to);
     let bare_gaps = on_way_of.filter(is_bare).count() as u64;
-    let oldest = oldest_backup(catalog, &history);
-    let holes = stored.windows(2).filter(|pair| oldest.is_some_and(|oldest| oldest < pair[1].from));
-    let holes = holes.filter(|pair| !is_in_ledger(catalog, &way, pair[0].to, pair[1].from));
-    let holes = holes.map(|pair| Hole {
-        from: pair[0].to,
-        behind_bytes: end.0.saturating_sub(pair[1].from.0),
-        is_bare: window_ends_before(pair[0].to),
+    let holes = missing(catalog, &history, &stored).into_iter().map(|hole| Hole {
+        from: hole.from,
+        behind_bytes: end.0.saturating_sub(hole.to.0),
+        is_bare: window_ends_before(hole.from),
     });
     Some(Reach {
         timeline,
@@ -104,7 +101,7 @@ pub fn left_holes(catalog: &Catalog, main: &TimelineHistory) -> Vec<(TimelineId,
     let others = catalog.timelines().into_iter().filter(|timeline| catalog.has_wal_of(*timeline));
     let of_one = |timeline: TimelineId| {
         let history = catalog.history(timeline)?;
-        let (way, stored) = (way(&history), spans(catalog, &history));
+        let stored = spans(catalog, &history);
         let end = stored.last()?.to;
         let begin = history.begin_lsn().unwrap_or(Lsn(0));
         // What is told of the main way is not told again.
@@ -112,24 +109,24 @@ pub fn left_holes(catalog: &Catalog, main: &TimelineHistory) -> Vec<(TimelineId,
             true => main.switch_lsn_of(timeline)?,
             false => Lsn(0),
         };
-        let oldest = oldest_backup(catalog, &history)?;
-        let is_left = |pair: &&[Span]| pair[1].from > begin && pair[0].to >= left && oldest < pair[1].from;
-        let holes = stored.windows(2).filter(is_left);
-        let holes = holes.filter(|pair| !is_in_ledger(catalog, &way, pair[0].to, pair[1].from));
-        let hole = |pair: &[Span]| Hole {
-            from: pair[0].to,
-            behind_bytes: end.0.saturating_sub(pair[1].from.0),
+        let is_left = |hole: &Span| hole.to > begin && hole.from >= left;
+        let holes = missing(catalog, &history, &stored).into_iter().filter(is_left).map(|hole| Hole {
+            from: hole.from,
+            behind_bytes: end.0.saturating_sub(hole.to.0),
             is_bare: false,
-        };
-        Some(holes.map(|pair| (timeline, hole(pair))).collect::<Vec<_>>())
+        });
+        Some(holes.map(|hole| (timeline, hole)).collect::<Vec<_>>())
     };
     others.filter_map(of_one).flatten().collect()
 }
 
-/// Returns where the first backup starts that lies on a way.
-fn oldest_backup(catalog: &Catalog, history: &TimelineHistory) -> Option<Lsn> {
+/// Returns what is missing between what is stored on a way, behind its first backup, and of which the ledger does not know.
+fn missing(catalog: &Catalog, history: &TimelineHistory, stored: &[Span]) -> Vec<Span> {
     let backups = catalog.backups.iter().filter(|backup| is_on_way(history, backup));
-    backups.map(|backup| backup.start_lsn).min()
+    let Some(oldest) = backups.map(|backup| backup.start_lsn).min() else { return Vec::new() };
+    let way = way(history);
+    let between = stored.windows(2).map(|pair| Span { from: pair[0].to, to: pair[1].from });
+    between.filter(|hole| oldest < hole.to && !is_in_ledger(catalog, &way, hole.from, hole.to)).collect()
 }
 
 fn is_on_way(history: &TimelineHistory, backup: &BackupRecord) -> bool {

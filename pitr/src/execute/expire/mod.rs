@@ -78,7 +78,7 @@ impl Prepared {
 }
 
 /// What was removed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Default)]
 pub struct Report {
     /// The id of its records in the repository's history.
     pub id: String,

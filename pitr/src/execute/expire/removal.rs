@@ -25,14 +25,7 @@ pub(super) struct Removal<'a> {
 impl Removal<'_> {
     pub(super) async fn run(mut self) -> Result<Report> {
         let by = RecordedBy::now();
-        let mut report = Report {
-            id: self.id.clone(),
-            backups: 0,
-            objects: 0,
-            bytes: 0,
-            kept_as_versions: 0,
-            notes: Vec::new(),
-        };
+        let mut report = Report { id: self.id.clone(), ..Report::default() };
         let record = begun(&self.prepared, self.request, &self.id, &by);
         self.remover.repository().put_expire_record(&record).await?;
         let mut removed = RemovedObjects::default();
@@ -46,16 +39,7 @@ impl Removal<'_> {
         .await;
         (report.objects, report.bytes) = (removed.objects, removed.bytes);
         report.kept_as_versions = removed.kept_as_versions;
-        let outcome = ExpireOutcome {
-            format: 1,
-            id: self.id.clone(),
-            finished: Utc::now(),
-            failure: done.as_ref().err().map(|error| one_line(&error.to_string())),
-            backups: report.backups,
-            objects: report.objects,
-            bytes: report.bytes,
-            kept_as_versions: report.kept_as_versions,
-        };
+        let outcome = ended(&report, done.as_ref().err());
         if let Err(error) = self.remover.repository().put_expire_outcome(&outcome).await {
             report.notes.push(format!("what was removed is not in the history of the repository: {error}"));
         }
@@ -316,20 +300,24 @@ pub async fn note_nothing_to_do(
     request: &Request,
     prepared: &Prepared,
 ) -> Result<()> {
-    let id = new_gap_id(Utc::now(), rand::random());
-    repository.put_expire_record(&begun(prepared, request, &id, &RecordedBy::now())).await?;
-    let (finished, failure) = (Utc::now(), None);
-    let outcome = ExpireOutcome {
+    let report = Report { id: new_gap_id(Utc::now(), rand::random()), ..Report::default() };
+    let record = begun(prepared, request, &report.id, &RecordedBy::now());
+    repository.put_expire_record(&record).await?;
+    repository.put_expire_outcome(&ended(&report, None)).await
+}
+
+/// Returns what is put on record of a removal that has ended.
+fn ended(report: &Report, failure: Option<&Error>) -> ExpireOutcome {
+    ExpireOutcome {
         format: 1,
-        id,
-        finished,
-        failure,
-        backups: 0,
-        objects: 0,
-        bytes: 0,
-        kept_as_versions: 0,
-    };
-    repository.put_expire_outcome(&outcome).await
+        id: report.id.clone(),
+        finished: Utc::now(),
+        failure: failure.map(|error| one_line(&error.to_string())),
+        backups: report.backups,
+        objects: report.objects,
+        bytes: report.bytes,
+        kept_as_versions: report.kept_as_versions,
+    }
 }
 
 fn changed(what: &str) -> Error {

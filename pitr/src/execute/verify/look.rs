@@ -272,21 +272,24 @@ async fn check_tails(repository: &LineageRepository, looked: &mut Looked) -> Res
     Ok(())
 }
 
-/// Returns the backups that retention is removing.
-pub(super) async fn going_backups(repository: &LineageRepository) -> Result<BTreeSet<String>> {
-    match repository.expiring().await {
-        // It is told of among the documents that cannot be read.
-        Err(Error::Corrupt(_)) => Ok(BTreeSet::new()),
-        going => going,
-    }
+/// What retention has to do with backups.
+pub(super) struct Removals {
+    /// Those that it is removing.
+    pub(super) going: BTreeSet<String>,
+    /// Those that it has removed, or is removing.
+    pub(super) gone: BTreeSet<String>,
 }
 
-/// Returns the backups that retention has removed, or is removing. The marks come first: what is told as removed is marked until
-/// then.
-pub(super) async fn gone_backups(repository: &LineageRepository) -> Result<BTreeSet<String>> {
-    let mut gone = going_backups(repository).await?;
-    gone.extend(repository.removed_backups(EXPIRES_MAX).await?);
-    Ok(gone)
+/// Returns what removals have to do with backups. The marks come first: what is told as removed is marked until then.
+pub(super) async fn removals(repository: &LineageRepository) -> Result<Removals> {
+    let going = match repository.expiring().await {
+        // It is told of among the documents that cannot be read.
+        Err(Error::Corrupt(_)) => BTreeSet::new(),
+        going => going?,
+    };
+    let mut gone = repository.removed_backups(EXPIRES_MAX).await?;
+    gone.extend(going.iter().cloned());
+    Ok(Removals { going, gone })
 }
 
 /// Returns from when on the last verification counts what it has read, when that was killed or interrupted.
@@ -361,7 +364,7 @@ pub(super) async fn settle(
     if worked.vanished.is_empty() && worked.vanished_backups.is_empty() && !is_asked {
         return Ok(Vec::new());
     }
-    let gone = gone_backups(repository).await?;
+    let Removals { gone, .. } = removals(repository).await?;
     let mut findings = Vec::new();
     let now = undisturbed(repository, || load_what_is_sound(repository)).await?;
     // A record that cannot be read is there.

@@ -8,7 +8,7 @@ mod object;
 mod run;
 mod wal;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ use crate::verify::{
     Finding, FindingKind, Needed, ProvenState, Report, RepositoryReport, SeenBefore, Takes, Unlisted, Unread,
     behind_server, gaps_found, history_flaws, less_than_seen, may_come, order, still_missing, told_again,
 };
-use look::Looked;
+use look::{Looked, Removals};
 use run::{Job, Notes, Worked, backups, work};
 
 pub use run::Progress;
@@ -253,8 +253,7 @@ async fn verify_one(
     let read_before = meter.bytes();
     let mut findings = found.take_findings(&needed);
     findings.extend(history_flaws(&location, &found.catalog));
-    let mut gone = look::gone_backups(repository).await?;
-    let going = look::going_backups(repository).await?;
+    let mut removals = look::removals(repository).await?;
     let (size, now) = (found.catalog.lineage.segment_size, found.seen_now());
     let mut state = ProvenState::of(size, &location, request.started, &found.proven);
     if let Some(seen) = request.remembered.get(&location) {
@@ -272,21 +271,21 @@ async fn verify_one(
     let seen = state.seen.without(&state.accepted);
     let elsewhere: Vec<_> = elsewhere.iter().map(|seen| seen.without(&state.accepted)).collect();
     let gaps_in =
-        |catalog: &Catalog, going: &BTreeSet<String>| gaps_found(&location, catalog, &needed, going);
-    let than_elsewhere = |catalog: &Catalog, gone: &BTreeSet<String>, told: &[Finding]| {
+        |catalog: &Catalog, removals: &Removals| gaps_found(&location, catalog, &needed, &removals.going);
+    let than_elsewhere = |catalog: &Catalog, removals: &Removals, told: &[Finding]| {
         let (mut less, mut told) = (Vec::new(), told.to_vec());
         for seen in &elsewhere {
-            let more = less_than_seen(&location, catalog, seen, gone, &needed, &told);
+            let more = less_than_seen(&location, catalog, seen, &removals.gone, &needed, &told);
             told.extend(more.iter().cloned());
             less.extend(more);
         }
         less
     };
-    let mut gaps = gaps_in(&found.catalog, &going);
+    let mut gaps = gaps_in(&found.catalog, &removals);
     let told: Vec<Finding> = findings.iter().chain(&gaps).cloned().collect();
-    let less = less_than_seen(&location, &found.catalog, &seen, &gone, &needed, &told);
+    let less = less_than_seen(&location, &found.catalog, &seen, &removals.gone, &needed, &told);
     let told: Vec<Finding> = told.into_iter().chain(less.iter().cloned()).collect();
-    let mut than_others = than_elsewhere(&found.catalog, &gone, &told);
+    let mut than_others = than_elsewhere(&found.catalog, &removals, &told);
     // Segments are stored side by side: one may be there before the one in front of it. And what other repositories had by
     // then may be on its way here, or have arrived.
     let waiting = Instant::now();
@@ -300,14 +299,13 @@ async fn verify_one(
             tokio::time::sleep(LOOK_AGAIN).await;
             let again = look::look(repository, request.started).await?.catalog;
             // A removal may have begun meanwhile.
-            let going = look::going_backups(repository).await?;
-            Ok::<_, Error>((again, look::gone_backups(repository).await?, going))
+            Ok::<_, Error>((again, look::removals(repository).await?))
         };
         // Where it cannot be looked at again, what the first look has found counts.
-        let Some(Ok((again, gone_since, going))) = unless_stopped(stopped, again).await else { break };
-        gone = gone_since;
-        gaps = still_missing(&gaps, gaps_in(&again, &going), size);
-        than_others = than_elsewhere(&again, &gone, &told);
+        let Some(Ok((again, since))) = unless_stopped(stopped, again).await else { break };
+        removals = since;
+        gaps = still_missing(&gaps, gaps_in(&again, &removals), size);
+        than_others = than_elsewhere(&again, &removals, &told);
     }
     findings.extend(gaps.into_iter().chain(less).chain(than_others));
     if let Some((server, slot)) = request.server.as_ref().filter(|_| needed.to_the_end) {
@@ -319,7 +317,7 @@ async fn verify_one(
     let going_on = look::goes_on_from(repository, found, request).await?;
     state.seen = state.seen.without(&state.accepted);
     state.seen.add_catalog(&found.catalog);
-    state.seen.backups.retain(|id| !gone.contains(id));
+    state.seen.backups.retain(|id| !removals.gone.contains(id));
     state.keep_only(&found.catalog, &found.stored, &found.unlisted);
     let round = going_on.filter(|_| request.budget.is_none());
     let pieces = order(&found.stored, &needed, &state, &found.objects, &found.doubled, round);
