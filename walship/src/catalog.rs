@@ -29,8 +29,8 @@ pub use restores::{Phase, RestoreRecord};
 pub use segments::StoredSegments;
 pub use tail::{StoredTail, TailFlaw};
 pub use verifications::{
-    KnownDamage, KnownFlaw, Proven, ProvenObjects, ProvenRun, ReadPlace, Seen, SeenRun, VerifiedBackup,
-    VerifyOutcome, VerifyRecord,
+    KnownDamage, KnownFlaw, Proven, ProvenObjects, ProvenRun, ReadPlace, Seen, SeenRun, StandingDamage,
+    VerifiedBackup, VerifyOutcome, VerifyRecord,
 };
 
 /// An incremental backup that cannot be restored: another is gone that it builds on.

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use walship::pg::{SegmentName, TimelineId};
 
 pub use histories::history_flaws;
-pub use known::{known_damage, told_again};
+pub use known::{known_damage, standing, told_again};
 pub use missing::{behind_server, gaps_found, less_than_seen, may_come, still_missing};
 pub use needed::Needed;
 pub use order::{SEGMENTS_PER_PIECE, Work, WorkKind, order};

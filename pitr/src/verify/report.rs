@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use walship::catalog::{RecordHead, Seen, VerifiedBackup, VerifyOutcome, VerifyRecord};
+use walship::catalog::{RecordHead, Seen, StandingDamage, VerifiedBackup, VerifyOutcome, VerifyRecord};
 
 use super::Finding;
 use super::affected::Affected;
@@ -63,6 +63,9 @@ pub struct RepositoryReport {
     pub findings_total: u64,
     /// What could not be read, for a reason that is no damage.
     pub unread: Vec<Unread>,
+    /// What is wrong with it at the end, also where that was not to be read; `None` where that cannot be noted.
+    #[serde(skip)]
+    pub standing: Option<StandingDamage>,
     /// What was seen in it, by now and before; `None` where it could not be looked at.
     #[serde(skip)]
     pub seen: Option<Seen>,
@@ -99,6 +102,7 @@ impl RepositoryReport {
             proven_since: self.proven_since,
             backups: self.backups.clone(),
             unreachable: report.affected.unreachable.len() as u64,
+            standing: self.standing,
         }
     }
 }

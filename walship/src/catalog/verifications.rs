@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
 use super::history::RecordHead;
@@ -42,11 +42,31 @@ pub struct VerifyRecord {
     pub backups: Vec<VerifiedBackup>,
     /// Stretches of WAL positions that can no longer be reached from any repository, all timelines together.
     pub unreachable: u64,
+    /// What was wrong with the repository at its end; `None` where that could not be noted, and by an older version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standing: Option<StandingDamage>,
+}
+
+/// What was wrong with a repository at the end of a verification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandingDamage {
+    /// How many places are known to be damaged, of all that is stored: also those that it was not to read.
+    pub places: u64,
+    /// When the first of them was found.
+    pub since: Option<DateTime<Utc>>,
+    /// How much else is wrong with what it was to read: something is missing, or does not go on where what is before it ends.
+    pub others: u64,
 }
 
 impl VerifyRecord {
     /// So many problems are told one by one.
     pub const PROBLEMS_MAX: usize = 21;
+
+    /// Returns when it ended.
+    pub fn ended(&self) -> DateTime<Utc> {
+        let took = i64::try_from(self.millis).ok().and_then(TimeDelta::try_milliseconds).unwrap_or_default();
+        self.head.started.checked_add_signed(took).unwrap_or(self.head.started)
+    }
 }
 
 /// How a verification ended.

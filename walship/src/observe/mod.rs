@@ -135,7 +135,7 @@ impl Watcher {
             let (cluster, url) = (cluster.clone(), watched.facts.url.clone());
             let look = async move {
                 let mut memory = memory.lock().await;
-                let seen = repository::look(&config, &cluster, identity.as_ref(), &mut memory).await;
+                let seen = repository::look(&config, &cluster, identity.as_ref(), now, &mut memory).await;
                 (now, seen, disk_of(&config).await)
             };
             let seen = watched.looking.run(patience, look);

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
+
 use crate::catalog::{Catalog, DrillRecord};
 use crate::error::{Error, Result};
 use crate::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
@@ -30,7 +32,7 @@ const ON_ITS_WAY_SEGMENTS: u64 = 32;
 /// How many drills are read, from the last back, for one that proved something.
 const DRILLS_MAX: usize = 20;
 
-/// How many verifications are read, from the last back, for damage that stands.
+/// How many verifications are read, from the last back, for what was missing and still is.
 const VERIFICATIONS_MAX: usize = 20;
 
 /// What is remembered of a repository from one look to the next.
@@ -42,11 +44,12 @@ pub(super) struct Memory {
     holes: BTreeSet<(TimelineId, Lsn)>,
 }
 
-/// Looks at a repository; returns what it holds, and how long the store took for one small read.
+/// Looks at a repository at `now`; returns what it holds, and how long the store took for one small read.
 pub(super) async fn look(
     config: &StorageConfig,
     cluster: &ClusterName,
     server: Option<&Identity>,
+    now: DateTime<Utc>,
     memory: &mut Memory,
 ) -> Result<(Contents, Duration)> {
     let cluster = ClusterRepository::open(storage::open(config)?, cluster).await?;
@@ -59,7 +62,7 @@ pub(super) async fn look(
     let latency = began.elapsed();
     let mut catalog = load_catalog(&lineage).await?;
     let summaries = load_tails(&lineage, &mut catalog).await?;
-    let contents = contents(&lineage, &catalog, summaries, server, memory).await?;
+    let contents = contents(&lineage, &catalog, summaries, server, now, memory).await?;
     Ok((contents, latency))
 }
 
@@ -68,6 +71,7 @@ async fn contents(
     catalog: &Catalog,
     in_parts: Vec<SegmentSummary>,
     server: Option<&Identity>,
+    now: DateTime<Utc>,
     memory: &mut Memory,
 ) -> Result<Contents> {
     let mut summaries = Summaries { lineage, in_parts, known: &mut memory.summaries, asked: BTreeSet::new() };
@@ -134,7 +138,7 @@ async fn contents(
         drill: drills.first().map(DrillFacts::of),
         proven: proven.map(|drill| drill.head.started),
         expire: expires.first().map(|(record, outcome)| ExpireFacts::of(record, outcome.as_ref())),
-        verification: VerificationFacts::of(&verifications),
+        verification: VerificationFacts::of(&verifications, &lineage.location(), now),
         verified: VerificationFacts::last_done(&verifications),
         all_read: VerificationFacts::all_read(&verifications),
     })
@@ -244,7 +248,7 @@ async fn newest_before(
 mod tests {
     use std::sync::Arc;
 
-    use chrono::{DateTime, TimeDelta};
+    use chrono::TimeDelta;
 
     use super::*;
     use crate::pg::SegmentSize;
@@ -267,7 +271,8 @@ mod tests {
             let record = DrillRecord { read_here, ..made_up_drill(now + TimeDelta::hours(hour), outcome) };
             lineage.put_drill_record(&record).await.unwrap();
             let catalog = load_catalog(&lineage).await.unwrap();
-            let seen = contents(&lineage, &catalog, Vec::new(), None, &mut Memory::default()).await.unwrap();
+            let seen =
+                contents(&lineage, &catalog, Vec::new(), None, now, &mut Memory::default()).await.unwrap();
             assert_eq!(seen.proven, Some(now + TimeDelta::hours(hour.min(2))));
             assert_eq!(seen.drill.unwrap().outcome, outcome, "that it failed is told of all");
             assert_eq!((seen.created, seen.timeline), (now, None));

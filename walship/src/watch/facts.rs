@@ -281,10 +281,12 @@ pub struct VerificationFacts {
     pub started: DateTime<Utc>,
     /// How long it took.
     pub took: Duration,
-    /// Whether everything that was read is as it should be.
+    /// Whether everything that was read is as it should be, and nothing is known to be damaged.
     pub is_good: bool,
     /// Whether something is damaged or missing.
     pub is_damaged: bool,
+    /// How many places are known to be damaged, whatever it was to read, and since when.
+    pub damage: Option<(u64, DateTime<Utc>)>,
     /// What it says in a word.
     pub outcome: String,
     /// How many bytes were read.
@@ -292,33 +294,53 @@ pub struct VerificationFacts {
 }
 
 impl VerificationFacts {
-    /// Returns which of the verifications, the newest first, counts: the last one, but damage that one found stands
-    /// until all of its scope, or of the whole lineage, has been proven in that repository since.
-    pub fn standing(records: &[VerifyRecord]) -> Option<&VerifyRecord> {
+    /// Returns which of the verifications, the newest first, counts for the repository that lies `here`: the last one, but
+    /// what one found missing stands until all of its scope, or of the whole lineage, has been proven since, there or here.
+    pub fn standing<'a>(records: &'a [VerifyRecord], here: &str) -> Option<&'a VerifyRecord> {
         let clears = |later: &VerifyRecord, damaged: &VerifyRecord| {
             matches!(later.outcome, VerifyOutcome::Sound | VerifyOutcome::Partly)
-                && later.repository == damaged.repository
+                && (later.repository == damaged.repository || later.repository == here)
                 && (later.whole || later.scope == damaged.scope)
                 && later.proven_since.is_some_and(|since| since > damaged.head.started)
         };
         let stands = records.iter().enumerate().find(|(at, record)| {
             record.outcome == VerifyOutcome::Damaged
+                // What is damaged is known place by place.
+                && record.standing.is_none_or(|standing| standing.others > 0)
                 && !records[..*at].iter().any(|later| clears(later, record))
         });
-        stands.map(|(_, record)| record).or(records.first())
+        let last = || records.iter().find(|record| record.repository == here).or(records.first());
+        stands.map(|(_, record)| record).or_else(last)
     }
 
-    /// Returns what is to be known of verifications, the newest first: of the one that counts.
-    pub fn of(records: &[VerifyRecord]) -> Option<Self> {
-        let record = Self::standing(records)?;
+    /// Returns how many places of the repository that lies `here` are known to be damaged, and since when: as the verification
+    /// of it says that ended last, or, where it has moved and none was made here, the last one elsewhere. Those by a clock
+    /// that is ahead of `now` are left out: they would be the last ones for long.
+    pub fn damage(records: &[VerifyRecord], here: &str, now: DateTime<Utc>) -> Option<(u64, DateTime<Utc>)> {
+        let (own, others): (Vec<_>, Vec<_>) = records
+            .iter()
+            .filter(|record| record.head.started <= now)
+            .filter_map(|record| Some((record, record.standing?)))
+            .partition(|(record, _)| record.repository == here);
+        let known = if own.is_empty() { others } else { own };
+        let (last, _) = known.iter().max_by_key(|(record, _)| record.ended())?;
+        // One that was at work at the same time need not know what another has found.
+        let beside = known.iter().filter(|(record, _)| record.ended() >= last.head.started);
+        let (_, worst) = beside.max_by_key(|(_, standing)| standing.places)?;
+        (worst.places > 0).then(|| (worst.places, worst.since.unwrap_or(last.head.started)))
+    }
+
+    /// Returns what is to be known of the verifications of the repository that lies `here`, the newest first.
+    pub fn of(records: &[VerifyRecord], here: &str, now: DateTime<Utc>) -> Option<Self> {
+        let record = Self::standing(records, here)?;
+        let damage = Self::damage(records, here, now);
+        let is_damaged = record.outcome == VerifyOutcome::Damaged || damage.is_some();
         Some(Self {
             started: record.head.started,
             took: Duration::from_millis(record.millis),
-            is_good: !matches!(
-                record.outcome,
-                VerifyOutcome::Damaged | VerifyOutcome::Unread | VerifyOutcome::Unknown
-            ),
-            is_damaged: record.outcome == VerifyOutcome::Damaged,
+            is_good: !is_damaged && !matches!(record.outcome, VerifyOutcome::Unread | VerifyOutcome::Unknown),
+            is_damaged,
+            damage,
             outcome: record.outcome.word().to_owned(),
             bytes: record.bytes,
         })

@@ -96,7 +96,7 @@ metrics! {
     DRILL_PROVEN: LINEAGE, gauge, "walship_drill_last_success_timestamp_seconds", "When the last drill began that showed that a restore works.";
     VERIFY_TIME: LINEAGE, gauge, "walship_verification_last_timestamp_seconds", "When the last verification began.";
     VERIFY_DURATION: LINEAGE, gauge, "walship_verification_last_duration_seconds", "How long it took.";
-    VERIFY_GOOD: LINEAGE, gauge, "walship_verification_last_good", "Whether all that it read was as it should be.";
+    VERIFY_GOOD: LINEAGE, gauge, "walship_verification_last_good", "Whether all that it read was as it should be, and nothing is known to be damaged.";
     VERIFY_BYTES: LINEAGE, gauge, "walship_verification_last_bytes", "How much it read.";
     VERIFY_ALL: LINEAGE, gauge, "walship_verification_all_read_timestamp_seconds", "Since when verifications have read everything that was stored then.";
     EXPIRE_TIME: LINEAGE, gauge, "walship_expire_last_timestamp_seconds", "When the last removal by retention began.";

@@ -350,11 +350,17 @@ impl Found {
 
     fn verifications(&mut self, url: &str, contents: &Contents, limits: &Limits) {
         if let Some(verification) = contents.verification.as_ref().filter(|one| !one.is_good) {
-            let text = format!(
-                "the last verification of {url}, {} ago, ended with {}",
-                length(self.age(verification.started)),
-                verification.outcome
-            );
+            let text = match verification.damage {
+                Some((places, since)) => format!(
+                    "{places} stored object(s) of {url} are damaged, as verifications found, the first {} ago",
+                    length(self.age(since))
+                ),
+                None => format!(
+                    "the last verification of {url}, {} ago, ended with {}",
+                    length(self.age(verification.started)),
+                    verification.outcome
+                ),
+            };
             let next = "`pitr history` shows what it found, and which moments cannot be reached.";
             let severity = if verification.is_damaged { Severity::Critical } else { Severity::Warning };
             self.add(Kind::VerificationFailed, url, severity, text, next);

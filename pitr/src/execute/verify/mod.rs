@@ -25,7 +25,8 @@ use crate::plan::RestorePlan;
 use crate::verify::affected::{Affected, Place, affected};
 use crate::verify::{
     Finding, FindingKind, Needed, ProvenState, Report, RepositoryReport, SeenBefore, Takes, Unlisted, Unread,
-    behind_server, gaps_found, history_flaws, less_than_seen, may_come, order, still_missing, told_again,
+    behind_server, gaps_found, history_flaws, less_than_seen, may_come, order, standing, still_missing,
+    told_again,
 };
 use look::{Looked, Removals};
 use run::{Job, Notes, Worked, backups, work};
@@ -235,6 +236,7 @@ fn unread_report(repository: String, error: &Error) -> RepositoryReport {
         backups: Vec::new(),
         findings: Vec::new(),
         findings_total: 0,
+        standing: None,
         seen: None,
     }
 }
@@ -379,8 +381,9 @@ async fn verify_one(
             found.end_before(*segment, &finding.what);
         }
     }
+    let standing = notes.failure.is_none().then(|| standing(&notes.state, &worked.findings, worked.damages));
     let report = report_of(location, &needed, found, &notes.state, worked, request.started, round);
-    Ok(RepositoryReport { bytes: found.bytes + meter.bytes() - read_before, ..report })
+    Ok(RepositoryReport { bytes: found.bytes + meter.bytes() - read_before, standing, ..report })
 }
 
 /// Returns what cannot be listed, and what may lie there.
@@ -436,6 +439,7 @@ fn report_of(
         findings: worked.findings,
         findings_total: worked.findings_total,
         unread: worked.unread,
+        standing: None,
         seen: Some(state.seen.recorded()),
     }
 }

@@ -1,5 +1,6 @@
 //! `walship serve`, `walship check --monitor` and the shipped alerts: what they say is what is the case.
 
+mod damage;
 mod metrics;
 mod monitor;
 mod notices;

@@ -357,6 +357,7 @@ fn verifications_and_retention_fail_or_are_overdue() {
                 took: Duration::from_secs(1),
                 is_good,
                 is_damaged: outcome == "damaged",
+                damage: None,
                 outcome: outcome.into(),
                 bytes: 1,
             });
@@ -482,7 +483,7 @@ fn what_is_not_in_the_configuration_is_watched_no_more() {
 
 #[test]
 fn damage_stands_until_what_was_damaged_is_sound() {
-    use crate::catalog::{RecordHead, VerifyOutcome, VerifyRecord};
+    use crate::catalog::{RecordHead, StandingDamage, VerifyOutcome, VerifyRecord};
     let record = |hours: i64, scope: &str, outcome| VerifyRecord {
         head: RecordHead {
             format: 1,
@@ -505,10 +506,11 @@ fn damage_stands_until_what_was_damaged_is_sound() {
         proven_since: None,
         backups: Vec::new(),
         unreachable: 0,
+        standing: None,
     };
     let damaged = |later: &[VerifyRecord]| {
         let all = [later, &[record(9, "a", VerifyOutcome::Damaged)]].concat();
-        VerificationFacts::of(&all).unwrap().is_damaged
+        VerificationFacts::of(&all, "", ago(0)).unwrap().is_damaged
     };
     assert!(damaged(&[]) && damaged(&[record(1, "b", VerifyOutcome::Sound)]));
     assert!(damaged(&[record(1, "all", VerifyOutcome::Interrupted)]));
@@ -523,6 +525,43 @@ fn damage_stands_until_what_was_damaged_is_sound() {
     assert!(damaged(&[proven("all", VerifyOutcome::Partly, 10)]));
     let elsewhere = VerifyRecord { repository: "another".into(), ..proven("all", VerifyOutcome::Sound, 1) };
     assert!(damaged(&[elsewhere]), "what one repository has sound may be damaged in another");
+    let moved = |later: VerifyRecord| {
+        let before = VerifyRecord { repository: "before".into(), ..record(9, "all", VerifyOutcome::Damaged) };
+        VerificationFacts::of(&[later, before], "", ago(0)).unwrap().is_damaged
+    };
+    assert!(moved(record(1, "all", VerifyOutcome::Partly)), "it was not all read where it is now");
+    assert!(!moved(proven("all", VerifyOutcome::Sound, 1)));
+
+    // Where records tell what is known of all places, that counts, whatever was to be read.
+    let knows = |hours: i64, millis: u64, places: u64, others: u64| VerifyRecord {
+        millis,
+        standing: Some(StandingDamage { places, since: (places > 0).then(|| ago(90 * HOUR)), others }),
+        ..record(hours, &format!("window {hours}"), VerifyOutcome::Sound)
+    };
+    let found = |hours, places, others| VerifyRecord {
+        outcome: VerifyOutcome::Damaged,
+        ..knows(hours, 1, places, others)
+    };
+    let facts = |records: &[VerifyRecord]| VerificationFacts::of(records, "", ago(0)).unwrap();
+    let known = facts(&[knows(1, 1, 3, 0)]);
+    assert_eq!((known.is_good, known.is_damaged, known.damage), (false, true, Some((3, ago(90 * HOUR)))));
+    let mended = facts(&[knows(1, 1, 0, 0), found(2, 3, 0)]);
+    assert_eq!(
+        (mended.is_good, mended.damage),
+        (true, None),
+        "the window that found it may have another name"
+    );
+    assert!(facts(&[knows(1, 1, 0, 0), found(2, 3, 1)]).is_damaged, "something is missing, too");
+    // A long one began earlier, and knew nothing of what another found meanwhile; or found it after that one had ended.
+    let long = 9 * 3_600_000;
+    assert!(facts(&[found(5, 3, 0), knows(9, long, 0, 0)]).is_damaged);
+    assert!(facts(&[knows(5, 1, 0, 0), VerifyRecord { millis: long, ..found(9, 3, 0) }]).is_damaged);
+    // Those of a clock that is ahead are no later ones, and those of a copy's original count where there are no own ones.
+    assert!(facts(&[knows(-900, 1, 0, 0), found(5, 3, 0)]).is_damaged);
+    let original = |record: VerifyRecord| VerifyRecord { repository: "original".into(), ..record };
+    assert!(facts(&[original(knows(1, 1, 0, 0)), knows(5, 1, 3, 0)]).is_damaged);
+    assert!(facts(&[original(knows(1, 1, 3, 0))]).is_damaged);
+    assert!(!facts(&[original(found(1, 3, 0)), knows(5, 1, 0, 0)]).is_damaged);
     assert_eq!(VerificationFacts::last_done(&[record(1, "a", VerifyOutcome::Unread)]), None);
     let all_read = |records: &[VerifyRecord]| VerificationFacts::all_read(records);
     let partly = proven("all", VerifyOutcome::Partly, 8);

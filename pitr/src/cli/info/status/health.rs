@@ -1,7 +1,7 @@
 //! What is to be thought of an archive: figures beside what they should be, and what somebody should look at.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use walship::catalog::{BackupRecord, VerifyRecord};
+use walship::catalog::{BackupRecord, VerifyOutcome, VerifyRecord};
 use walship::config::Objectives;
 use walship::watch::{Limits, VerificationFacts};
 
@@ -409,22 +409,18 @@ pub(super) fn verification_tone(outcome: &str) -> Tone {
 }
 
 /// As watching judges: damage stands until what was damaged is proven, in each repository for itself.
-fn verification(now: DateTime<Utc>, records: &[VerifyRecord], health: &mut Health) {
-    let mut repositories: Vec<&str> = records.iter().map(|record| &*record.repository).collect();
-    repositories.sort_unstable();
-    repositories.dedup();
-    let judged = repositories.into_iter().filter_map(|repository| {
-        let own: Vec<_> = records.iter().filter(|record| record.repository == repository).cloned().collect();
-        let facts = VerificationFacts::of(&own)?;
+fn verification(now: DateTime<Utc>, repositories: &[(String, Vec<VerifyRecord>)], health: &mut Health) {
+    let judged = repositories.iter().filter_map(|(here, records)| {
+        let facts = VerificationFacts::of(records, here, now)?;
         let tone = match (facts.is_damaged, facts.is_good, &*facts.outcome) {
             (true, ..) => Tone::Bad,
             (_, false, _) => Tone::Warn,
             (_, _, "sound") => Tone::Good,
             _ => Tone::Soft,
         };
-        Some((tone, VerificationFacts::standing(&own)?.clone()))
+        Some((tone, here, facts.damage, VerificationFacts::standing(records, here)?))
     });
-    let Some((tone, last)) = judged.max_by_key(|(tone, _)| *tone) else {
+    let Some((tone, here, damage, last)) = judged.max_by_key(|(tone, ..)| *tone) else {
         health.find(
             Tone::Soft,
             "no verification is on record: that what is stored is still what it was has not been looked at",
@@ -434,9 +430,17 @@ fn verification(now: DateTime<Utc>, records: &[VerifyRecord], health: &mut Healt
         return health.figure("Last verification", Tone::Soft, "none", details);
     };
     let (outcome, started) = (last.outcome.word(), last.head.started);
+    let ended_damaged = last.outcome == VerifyOutcome::Damaged;
     if matches!(tone, Tone::Bad | Tone::Warn) {
         let problem = last.problems.first().map_or_else(String::new, |problem| format!(": {problem}"));
-        let what = format!("the verification of {} ended as \"{outcome}\"{problem}", short_time(started));
+        let what = match damage.filter(|_| !ended_damaged) {
+            Some((places, since)) => format!(
+                "in {here} damage is known and was not found mended since: {}, the first of {}",
+                plural(places, "object"),
+                short_time(since)
+            ),
+            None => format!("the verification of {} ended as \"{outcome}\"{problem}", short_time(started)),
+        };
         health.find(
             tone,
             what,
@@ -447,6 +451,9 @@ fn verification(now: DateTime<Utc>, records: &[VerifyRecord], health: &mut Healt
     let mut details = vec![short_time(started), ago(now, started)];
     if outcome == "partly" {
         details.push("as far as its budget went".to_owned());
+    }
+    if damage.is_some() && !ended_damaged {
+        details.push("what others found damaged was not found sound since".to_owned());
     }
     health.figure("Last verification", tone, outcome, details);
 }

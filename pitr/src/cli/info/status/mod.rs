@@ -54,8 +54,8 @@ struct LineageStatus {
     lineage: Lineage,
     info: Info,
     history: Vec<Entry>,
-    /// The verifications in it, of all repositories, the newest first.
-    verifications: Vec<VerifyRecord>,
+    /// Its folder in each repository that can be read, with the verifications on record there, the newest first.
+    verifications: Vec<(String, Vec<VerifyRecord>)>,
     /// Whether there is more history of a kind than is read.
     more_history: bool,
     /// What is to be known of its repositories, and what could not be read.
@@ -116,16 +116,8 @@ async fn read(args: &InfoArgs, number: u32, all: &[Lineage], asked: DateTime<Utc
 async fn with_history(repository: &LineageRepository, info: Info) -> LineageStatus {
     let (mut history, mut more_history) = (Vec::new(), false);
     let mut unknown = Vec::new();
-    let mut verifications = Vec::new();
     for kind in Deed::value_variants().iter().filter(|kind| **kind != Deed::Backup) {
-        let entries = match kind {
-            Deed::Verify => repository.recent_verifications(ENTRIES_MAX + 1).await.map(|records| {
-                verifications.clone_from(&records);
-                records.into_iter().map(Entry::from).collect()
-            }),
-            kind => entries_of(repository, *kind, ENTRIES_MAX + 1).await,
-        };
-        match entries {
+        match entries_of(repository, *kind, ENTRIES_MAX + 1).await {
             Ok(mut entries) => {
                 more_history |= entries.len() > ENTRIES_MAX;
                 entries.truncate(ENTRIES_MAX);
@@ -133,6 +125,15 @@ async fn with_history(repository: &LineageRepository, info: Info) -> LineageStat
             }
             Err(error) => {
                 unknown.push(format!("the history of each {} cannot be read: {error}", kind.word()))
+            }
+        }
+    }
+    let mut verifications = Vec::new();
+    for one in repository.each() {
+        match one.recent_verifications(ENTRIES_MAX).await {
+            Ok(records) => verifications.push((one.location(), records)),
+            Err(error) => {
+                unknown.push(format!("the verifications of {} cannot be read: {error}", one.location()))
             }
         }
     }

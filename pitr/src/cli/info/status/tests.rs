@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use chrono::TimeZone as _;
 use walship::catalog::{BackupRecord, DamagedPages, Hold, OrphanedBackup, ParentBackup, StoredTail};
-use walship::catalog::{RecordHead, VerifyOutcome};
+use walship::catalog::{RecordHead, StandingDamage, VerifyOutcome};
 use walship::config::Objectives;
 use walship::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 
@@ -176,7 +176,14 @@ fn verification(minutes: i64, outcome: VerifyOutcome, bucket: &str) -> VerifyRec
         proven_since: (outcome == VerifyOutcome::Sound).then(|| time_at(minutes)),
         backups: vec![],
         unreachable: 0,
+        standing: None,
     }
+}
+
+/// What is on record in two repositories.
+fn in_each(records: [Vec<VerifyRecord>; 2]) -> Vec<(String, Vec<VerifyRecord>)> {
+    let [one, two] = records;
+    vec![("s3://one/prefix".to_owned(), one), ("s3://two/prefix".to_owned(), two)]
 }
 
 fn status(info: Info, history: Vec<Entry>) -> Status {
@@ -442,8 +449,9 @@ async fn what_is_wrong_is_said_first() {
     let mut good = hour().await;
     good.lineages[0].info.server = None;
     use VerifyOutcome::{Damaged, Partly, Sound, Unread};
-    let verified =
-        |outcome: VerifyOutcome| vec![verification(40, Sound, "one"), verification(40, outcome, "two")];
+    let verified = |outcome: VerifyOutcome| {
+        in_each([vec![verification(40, Sound, "one")], vec![verification(40, outcome, "two")]])
+    };
     for (outcome, tone) in [(Partly, Tone::Soft), (Unread, Tone::Warn), (Damaged, Tone::Bad)] {
         good.lineages[0].verifications = verified(outcome);
         let judged = judged(&good);
@@ -452,15 +460,29 @@ async fn what_is_wrong_is_said_first() {
         assert_eq!(judged.findings.is_empty(), tone == Tone::Soft, "{:?}", judged.findings);
     }
     // Damage stands until what was damaged is proven: neither by what was read elsewhere, nor by another part.
-    let elsewhere = |newer: VerifyRecord| vec![newer, verification(40, Damaged, "two")];
-    for (newer, tone) in [
-        (verification(5, Sound, "one"), Tone::Bad),
-        (verification(5, Partly, "two"), Tone::Bad),
-        (verification(5, Sound, "two"), Tone::Good),
+    let damaged = || verification(40, Damaged, "two");
+    for (one, two, tone) in [
+        (vec![verification(5, Sound, "one")], vec![damaged()], Tone::Bad),
+        (vec![], vec![verification(5, Partly, "two"), damaged()], Tone::Bad),
+        (vec![], vec![verification(5, Sound, "two"), damaged()], Tone::Good),
+        // It has moved since.
+        (vec![], vec![verification(5, Partly, "two"), verification(40, Damaged, "before")], Tone::Bad),
+        (vec![], vec![verification(5, Sound, "two"), verification(40, Damaged, "before")], Tone::Good),
     ] {
-        good.lineages[0].verifications = elsewhere(newer);
+        good.lineages[0].verifications = in_each([one, two]);
         assert_eq!(judged(&good).tone(), tone, "{:?}", judged(&good).findings);
     }
+    // What is known to be damaged is told whatever the last one was to read.
+    let standing = Some(StandingDamage { places: 3, since: Some(time_at(1)), others: 0 });
+    let knowing = VerifyRecord { standing, ..verification(5, Sound, "one") };
+    good.lineages[0].verifications = in_each([vec![knowing], vec![verification(5, Sound, "two")]]);
+    let found = judged(&good).findings;
+    assert!(
+        found.iter().any(|one| one.tone == Tone::Bad
+            && one.what.contains("s3://one/prefix damage is known")
+            && one.what.contains("3 objects")),
+        "{found:?}"
+    );
     good.lineages[0].verifications = verified(Sound);
     // As the configuration has it, not after a number of hours of its own.
     for (limit, tone) in [(3600, Tone::Good), (3000, Tone::Warn), (1600, Tone::Bad)] {
