@@ -139,7 +139,10 @@ const ROWS_FOLDED: usize = 200;
 /// The most characters of one cell.
 const CELL_CHARS_MAX: usize = 600;
 
-/// The same where its lines count.
+/// A longer word is broken where there is no room for it.
+const WORD_CHARS_MAX: usize = 40;
+
+/// The same as [`CELL_CHARS_MAX`] where lines count.
 const PRE_CHARS_MAX: usize = 4000;
 
 /// Writes a table, the first rows at once and more to unfold; of very long ones the rest is only counted. `where_else` says
@@ -166,14 +169,19 @@ pub fn table(
 }
 
 fn rows_of(page: &mut String, title: &str, columns: &[(&str, Column)], rows: &[Vec<Cell>]) {
-    let class = |column: Column| match column {
-        Column::Words => "",
-        Column::Number => " class=\"number\"",
-        Column::Code => " class=\"code\"",
+    let class = |column: Column, is_long: bool| match (column, is_long) {
+        (Column::Words, false) => "",
+        (Column::Words, true) => " class=\"long\"",
+        (Column::Number, _) => " class=\"number\"",
+        (Column::Code, false) => " class=\"code\"",
+        (Column::Code, true) => " class=\"code long\"",
     };
+    // Only such words are broken: a column that may break any gives its room to the others.
+    let is_long =
+        |cell: &Cell| cell.text.split_whitespace().any(|word| word.chars().count() > WORD_CHARS_MAX);
     let _ = write!(page, "<table>\n<caption class=\"unseen\">{}</caption>\n<thead><tr>", escaped(title));
     for (name, column) in columns {
-        let _ = write!(page, "<th scope=\"col\"{}>{}</th>", class(*column), escaped(name));
+        let _ = write!(page, "<th scope=\"col\"{}>{}</th>", class(*column, false), escaped(name));
     }
     page.push_str("</tr></thead>\n<tbody>\n");
     for row in rows {
@@ -186,7 +194,8 @@ fn rows_of(page: &mut String, title: &str, columns: &[(&str, Column)], rows: &[V
                 Tone::Plain => text,
                 tone => format!("<span class=\"{}\">{text}</span>", tone.class()),
             };
-            let _ = write!(page, "<td{} data-name=\"{}\">{text}</td>", class(*column), escaped(name));
+            let class = class(*column, is_long(cell));
+            let _ = write!(page, "<td{class} data-name=\"{}\">{text}</td>", escaped(name));
         }
         page.push_str("</tr>\n");
     }
