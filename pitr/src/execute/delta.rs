@@ -24,13 +24,14 @@ use super::restore::{blocking, taken_from};
 use super::unpack::{Destination, Place, create, damaged, is_tablespace_link, make_dir, place_of, reserve};
 
 /// The longest range that one request fetches.
-const RANGE_BYTES: u64 = 4 << 20;
+const RANGE_BYTES: u64 = 2 << 20;
 
 /// Two ranges with less than this between them are fetched as one: a request costs more than the bytes.
-const GAP_BYTES: u64 = 64 << 10;
+const GAP_BYTES: u64 = 96 << 10;
 
-/// How many ranges of one object are on their way at once.
-const RANGES_MAX: usize = 4;
+/// How many ranges of one object are on their way at once: most are of one frame, and what they wait for is the way to the
+/// store. Those of all objects together are bounded by [`RANGE_BYTES`].
+const RANGES_MAX: usize = 24;
 
 /// How many indexes are read at once before the restore begins.
 const INDEXES_MAX: usize = 4;
