@@ -265,6 +265,7 @@ fn folders(config: &Config) -> Result<Folders> {
             folders.repositories.push(path);
         }
     }
+    folders.has_state_dir = config.state_dir.is_some();
     folders.others.extend(config.state_dir.clone());
     // Both are made where they are not there: what is written to is the folder around them.
     let around = |path: &PathBuf| path.parent().map(Path::to_owned);

@@ -40,6 +40,8 @@ pub(super) struct Folders {
     pub(super) repositories: Vec<PathBuf>,
     /// Others that are written to.
     pub(super) others: Vec<PathBuf>,
+    /// Whether one of them is where state is kept.
+    pub(super) has_state_dir: bool,
 }
 
 /// What a service does besides.
@@ -270,6 +272,14 @@ WantedBy=timers.target
             let _ =
                 writeln!(text, "Environment={}", word(&format!("WALSHIP_CONFIG={}", path_text(config)?))?);
         }
+        if self.folders.as_ref().is_some_and(|folders| !folders.has_state_dir) {
+            let _ = writeln!(
+                text,
+                "# What verifications have seen is remembered here too: an older copy of a repository does not know it.\n\
+                 Environment=WALSHIP_STATE_DIR=/var/lib/{}",
+                self.name
+            );
+        }
         let _ = writeln!(
             text,
             "# Secrets (AWS_SECRET_ACCESS_KEY, PGPASSWORD ...), readable for root alone; read before it becomes {}.",
@@ -444,8 +454,11 @@ mod tests {
             unknown.contains("ProtectSystem=full\n") && !unknown.contains("RequiresMountsFor"),
             "{unknown}"
         );
-        let folders =
-            Folders { repositories: vec!["/srv/wal ship".into()], others: vec!["/var/spool/w".into()] };
+        let folders = Folders {
+            repositories: vec!["/srv/wal ship".into()],
+            others: vec!["/var/spool/w".into()],
+            has_state_dir: true,
+        };
         let known = Units { folders: Some(folders), own_status_file: true, ..units() };
         let receive = text(&known, "walship-receive.service");
         for line in [
@@ -460,7 +473,7 @@ mod tests {
         // Watching has to begin while a mount is missing, and writes to none.
         let serve = text(&known, "walship-serve.service");
         assert!(serve.contains("\nProtectSystem=strict\nReadWritePaths=-/var/spool/w\n"), "{serve}");
-        assert!(!serve.contains("/srv/wal ship"), "{serve}");
+        assert!(!serve.contains("/srv/wal ship") && !serve.contains("WALSHIP_STATE_DIR"), "{serve}");
         for (name, text) in known.texts().unwrap().iter().filter(|(name, _)| name.ends_with(".service")) {
             assert!(text.contains("\nLimitCORE=0\n"), "{name}: {text}");
         }
@@ -475,6 +488,8 @@ mod tests {
             assert!(drill.contains("\nReadWritePaths=-/srv/big\n"), "{drill}");
             assert!(!drill.contains("/var/lib/walship/drill"), "{drill}");
             assert!(!text(&units, "walship-backup.service").contains("/srv/big"));
+            let verify = text(&units, "walship-verify.service");
+            assert!(verify.contains("\nEnvironment=WALSHIP_STATE_DIR=/var/lib/walship\n"), "{verify}");
         }
     }
 }
