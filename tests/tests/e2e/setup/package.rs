@@ -1,11 +1,14 @@
 //! The Debian package: built by its one command, installed below a folder of its own, used, upgraded, removed, purged.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use walship_tests::bins;
+use walship_tests::postgres::{PgServer, primary_major};
 use walship_tests::process::{RunOptions, run, run_ok};
+use walship_tests::stage::Stage;
 
 use super::files;
 
@@ -20,6 +23,8 @@ impl Root {
             fs::create_dir_all(root.path().join("var/lib/dpkg").join(folder)).unwrap();
         }
         fs::write(root.path().join("var/lib/dpkg/status"), "").unwrap();
+        // PostgreSQL's user runs what is in it.
+        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
         Self(root)
     }
 
@@ -49,6 +54,33 @@ fn build(out: &Path, revision: &str) -> String {
     run_ok(command.args(["--revision", revision])).trim().to_owned()
 }
 
+/// The main job by nothing but what the package has put there.
+fn archives_and_restores(root: &Root) {
+    let stage = Stage::folder("main");
+    let program = |name: &str| root.at("usr/bin").join(name);
+    let server = stage
+        .archiving(PgServer::builder(primary_major()))
+        .setting("archive_command", format!("'{}' %p", program("archive-cmd").display()))
+        .start();
+    for words in ["init", "backup"] {
+        let mut command = stage.command(&program("walship"));
+        command.env("PGHOST", server.socket_dir()).env("PGPORT", server.port().to_string());
+        stage.ok(command.env("PGUSER", "postgres").env("PGDATABASE", "postgres").arg(words));
+    }
+    server.psql("CREATE TABLE t AS SELECT 7 AS n");
+    let before = server.psql("SELECT pg_current_wal_lsn()");
+    server.psql("DROP TABLE t");
+    server.archive_now();
+    let data = stage.path().join("restored");
+    let mut restore = stage.command(&program("pitr"));
+    stage.ok(restore.args(["restore", "--to-lsn", &before, "--exclusive", "-D"]).arg(&data));
+    let settings = fs::read_to_string(data.join("postgresql.auto.conf")).unwrap();
+    assert!(settings.contains(program("restore-cmd").to_str().unwrap()), "{settings}");
+    let restored = stage.recovering(&data).start();
+    restored.wait_for("SELECT pg_is_in_recovery()", "f");
+    assert_eq!(restored.psql("SELECT n FROM t"), "7");
+}
+
 #[test]
 fn the_package_installs_works_upgrades_and_goes() {
     // The programs in it are these.
@@ -74,6 +106,7 @@ fn the_package_installs_works_upgrades_and_goes() {
         let shown = run_ok(Command::new("man").env("LC_ALL", "C.UTF-8").arg("--local-file").arg(page));
         assert!(shown.contains(&format!("{program} - ")), "{shown}");
     }
+    archives_and_restores(&root);
     // dpkg's own view of what lies there: nothing is missing or changed.
     assert_eq!(root.dpkg(&["--verify", "walship"]), "");
 
