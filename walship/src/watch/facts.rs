@@ -295,13 +295,25 @@ pub struct VerificationFacts {
 
 impl VerificationFacts {
     /// Returns which of the verifications, the newest first, counts for the repository that lies `here`: the last one, but
-    /// what one found missing stands until all of its scope, or of the whole lineage, has been proven since, there or here.
+    /// what one found missing stands until it is there, or until all of its scope, or of the whole lineage, has been proven since,
+    /// there or here.
     pub fn standing<'a>(records: &'a [VerifyRecord], here: &str) -> Option<&'a VerifyRecord> {
-        let clears = |later: &VerifyRecord, damaged: &VerifyRecord| {
+        let is_there = |later: &VerifyRecord| {
+            let looked = matches!(
+                later.outcome,
+                VerifyOutcome::Sound | VerifyOutcome::Partly | VerifyOutcome::Damaged
+            );
+            looked && later.standing.is_some_and(|standing| standing.others == 0)
+        };
+        let is_sound = |later: &VerifyRecord, damaged: &VerifyRecord| {
             matches!(later.outcome, VerifyOutcome::Sound | VerifyOutcome::Partly)
-                && (later.repository == damaged.repository || later.repository == here)
-                && (later.whole || later.scope == damaged.scope)
                 && later.proven_since.is_some_and(|since| since > damaged.head.started)
+        };
+        // That something is missing the next one sees, before it reads anything.
+        let clears = |later: &VerifyRecord, damaged: &VerifyRecord| {
+            (later.repository == damaged.repository || later.repository == here)
+                && (later.whole || later.scope == damaged.scope)
+                && (is_sound(later, damaged) || (damaged.standing.is_some() && is_there(later)))
         };
         let stands = records.iter().enumerate().find(|(at, record)| {
             record.outcome == VerifyOutcome::Damaged

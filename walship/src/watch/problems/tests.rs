@@ -552,6 +552,13 @@ fn damage_stands_until_what_was_damaged_is_sound() {
         "the window that found it may have another name"
     );
     assert!(facts(&[knows(1, 1, 0, 0), found(2, 3, 1)]).is_damaged, "something is missing, too");
+    let of_all =
+        |outcome, others| VerifyRecord { outcome, ..VerifyRecord { whole: true, ..knows(1, 1, 0, others) } };
+    let missed = [of_all(VerifyOutcome::Partly, 0), found(2, 0, 1)];
+    assert!(!facts(&missed).is_damaged, "what was on its way is there");
+    assert!(facts(&[of_all(VerifyOutcome::Damaged, 1), found(2, 0, 1)]).is_damaged);
+    assert!(facts(&[of_all(VerifyOutcome::Interrupted, 0), found(2, 0, 1)]).is_damaged);
+    assert!(facts(&[of_all(VerifyOutcome::Partly, 0), record(2, "a", VerifyOutcome::Damaged)]).is_damaged);
     // A long one began earlier, and knew nothing of what another found meanwhile; or found it after that one had ended.
     let long = 9 * 3_600_000;
     assert!(facts(&[found(5, 3, 0), knows(9, long, 0, 0)]).is_damaged);
