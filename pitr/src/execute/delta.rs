@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
+use tokio::sync::Semaphore;
 use walship::catalog::BackupObject;
 use walship::codec::backup_index::{BLOCK_BYTES, BackupIndex, Frame, IndexedFile, block_digests};
 use walship::repository::{BackupBlocks, BlockPlace, FileBlocks};
@@ -114,7 +115,13 @@ async fn match_files(
     };
     let targets = Arc::new(targets);
     let ranges = ranges(backup, &targets, wanted).await?;
-    let fetched = ranges.into_iter().map(|range| fetch(backup, Arc::new(range), &targets, destination));
+    // A frame that is longer than a range may be takes the room of several.
+    let room = Semaphore::new(RANGES_MAX);
+    let fetched = ranges.into_iter().map(|range| async {
+        let ranges = range.stored_bytes.div_ceil(RANGE_BYTES).clamp(1, RANGES_MAX as u64) as u32;
+        let _room = room.acquire_many(ranges).await;
+        fetch(backup, Arc::new(range), &targets, destination).await
+    });
     let held: Vec<Held> =
         futures_util::stream::iter(fetched).buffer_unordered(RANGES_MAX).try_concat().await?;
     let destination = destination.clone();

@@ -1,7 +1,5 @@
 //! Damage that an earlier verification found, as it is remembered, and as it is told again.
 
-use std::collections::HashMap;
-
 use chrono::{DateTime, Utc};
 use walship::catalog::{KnownDamage, KnownFlaw, ReadPlace, StandingDamage};
 
@@ -43,23 +41,10 @@ pub fn told_again(repository: &str, damage: &KnownDamage) -> Vec<Finding> {
     damage.flaws.iter().map(finding).collect()
 }
 
-/// Returns what is wrong with a repository: the places that are known to be damaged, and how many of the `damages` that were
-/// found are not remembered with one of them.
-pub fn standing(state: &ProvenState, findings: &[Finding], damages: u64) -> StandingDamage {
-    let mut flaws: HashMap<&str, Vec<&str>> = HashMap::new();
-    for flaw in state.damage().values().flat_map(|damage| &damage.flaws) {
-        flaws.entry(&flaw.object).or_default().push(&flaw.what);
-    }
-    let is_remembered = |finding: &&Finding| {
-        let known = flaws.get(&*finding.object).into_iter().flatten();
-        finding.is_damage() && known.into_iter().any(|what| finding.what.starts_with(what))
-    };
-    let remembered = findings.iter().filter(is_remembered).count() as u64;
-    StandingDamage {
-        places: state.damage().len() as u64,
-        since: state.damage().values().map(|damage| damage.at).min(),
-        others: damages.saturating_sub(remembered),
-    }
+/// Returns what is wrong with a repository: the places that are known to be damaged, and so many others.
+pub fn standing(state: &ProvenState, others: u64) -> StandingDamage {
+    let since = state.damage().values().map(|damage| damage.at).min();
+    StandingDamage { places: state.damage().len() as u64, since, others }
 }
 
 #[cfg(test)]
@@ -85,24 +70,5 @@ mod tests {
             assert!(again[0].what.starts_with("flipped (found 2023-11-14"));
             assert_eq!(again[0], Finding { what: again[0].what.clone(), ..found });
         }
-    }
-
-    #[test]
-    fn what_no_place_remembers_is_counted() {
-        let time = |second: i64| DateTime::from_timestamp(1_700_000_000 + second, 0).unwrap();
-        let damage = |object: &str, what: &str| {
-            Finding::damage(FindingKind::Damaged, "here", object.to_owned(), what, Takes::Nothing)
-        };
-        let mut state = ProvenState::of(walship::pg::SegmentSize::DEFAULT, "here", time(9), []);
-        for (segment, second) in [("000000010000000000000003", 2), ("000000010000000000000004", 1)] {
-            let place = ReadPlace::Segment(segment.parse().unwrap());
-            state.doubt(known_damage(place, time(second), &[damage(segment, "flipped")]));
-        }
-        let missing = damage("000000010000000000000004", "it does not go on where 3 ends");
-        let again = state.damage().values().flat_map(|damage| told_again("here", damage));
-        let found: Vec<_> = again.chain([missing, damage("a backup", "it is missing")]).collect();
-        assert_eq!(found.len(), 4);
-        let standing = standing(&state, &found, 4);
-        assert_eq!(standing, StandingDamage { places: 2, since: Some(time(1)), others: 2 });
     }
 }

@@ -286,7 +286,9 @@ impl ProvenState {
             spans.carve(at, u64::MAX);
         }
         let complete: BTreeSet<&str> = catalog.backups.iter().map(|backup| &*backup.id).collect();
-        let is_kept = |id: &str| complete.contains(id) || unlisted.hides_backups();
+        // One that was seen and is not removed may have a record that cannot be read.
+        let is_kept =
+            |id: &str| complete.contains(id) || self.seen.backups.contains(id) || unlisted.hides_backups();
         self.backups.retain(|id, _| is_kept(id));
         self.documents.retain(|id, _| is_kept(id));
         self.damage.retain(|place, _| match place {

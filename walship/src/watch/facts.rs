@@ -295,48 +295,43 @@ pub struct VerificationFacts {
 
 impl VerificationFacts {
     /// Returns which of the verifications, the newest first, counts for the repository that lies `here`: the last one, but
-    /// what one found missing stands until it is there, or until all of its scope, or of the whole lineage, has been proven since,
-    /// there or here.
-    pub fn standing<'a>(records: &'a [VerifyRecord], here: &str) -> Option<&'a VerifyRecord> {
-        let is_there = |later: &VerifyRecord| {
-            let looked = matches!(
-                later.outcome,
-                VerifyOutcome::Sound | VerifyOutcome::Partly | VerifyOutcome::Damaged
-            );
-            looked && later.standing.is_some_and(|standing| standing.others == 0)
-        };
-        let is_sound = |later: &VerifyRecord, damaged: &VerifyRecord| {
+    /// what one found missing stands until all of its scope, or of the whole lineage, has been proven since, there or here.
+    /// Those by a clock that is ahead of `now` are left out where there are others: they would be the last ones for long.
+    pub fn standing<'a>(
+        records: &'a [VerifyRecord],
+        here: &str,
+        now: DateTime<Utc>,
+    ) -> Option<&'a VerifyRecord> {
+        let clears = |later: &VerifyRecord, missed: &VerifyRecord| {
             matches!(later.outcome, VerifyOutcome::Sound | VerifyOutcome::Partly)
-                && later.proven_since.is_some_and(|since| since > damaged.head.started)
+                && (later.repository == missed.repository || later.repository == here)
+                && (later.whole || later.scope == missed.scope)
+                && later.proven_since.is_some_and(|since| since >= missed.ended())
         };
-        // That something is missing the next one sees, before it reads anything.
-        let clears = |later: &VerifyRecord, damaged: &VerifyRecord| {
-            (later.repository == damaged.repository || later.repository == here)
-                && (later.whole || later.scope == damaged.scope)
-                && (is_sound(later, damaged) || (damaged.standing.is_some() && is_there(later)))
-        };
-        let stands = records.iter().enumerate().find(|(at, record)| {
-            record.outcome == VerifyOutcome::Damaged
-                // What is damaged is known place by place.
-                && record.standing.is_none_or(|standing| standing.others > 0)
-                && !records[..*at].iter().any(|later| clears(later, record))
+        let past: Vec<&VerifyRecord> = records.iter().filter(|record| record.head.started <= now).collect();
+        let stands = past.iter().enumerate().find(|(at, record)| {
+            Self::has_missed(record) && !past[..*at].iter().any(|later| clears(later, record))
         });
-        let last = || records.iter().find(|record| record.repository == here).or(records.first());
-        stands.map(|(_, record)| record).or_else(last)
+        let own = past.iter().find(|record| record.repository == here);
+        let last = own.or(past.first()).copied().or(records.first());
+        stands.map(|(_, record)| *record).or(last)
+    }
+
+    /// Whether it found something wrong that is no damage of one place: that is known place by place.
+    fn has_missed(record: &VerifyRecord) -> bool {
+        record.outcome == VerifyOutcome::Damaged && record.standing.is_none_or(|standing| standing.others > 0)
     }
 
     /// Returns how many places of the repository that lies `here` are known to be damaged, and since when: as the verification
-    /// of it says that ended last, or, where it has moved and none was made here, the last one elsewhere. Those by a clock
-    /// that is ahead of `now` are left out: they would be the last ones for long.
-    pub fn damage(records: &[VerifyRecord], here: &str, now: DateTime<Utc>) -> Option<(u64, DateTime<Utc>)> {
-        let (own, others): (Vec<_>, Vec<_>) = records
-            .iter()
-            .filter(|record| record.head.started <= now)
-            .filter_map(|record| Some((record, record.standing?)))
-            .partition(|(record, _)| record.repository == here);
-        let known = if own.is_empty() { others } else { own };
-        let (last, _) = known.iter().max_by_key(|(record, _)| record.ended())?;
-        // One that was at work at the same time need not know what another has found.
+    /// of it says that ended last, or, where none was made here, the last one elsewhere. Those by a clock that is ahead of
+    /// `now` do not count.
+    fn damage(records: &[VerifyRecord], here: &str, now: DateTime<Utc>) -> Option<(u64, DateTime<Utc>)> {
+        let past = records.iter().filter(|record| record.head.started <= now);
+        let known: Vec<_> = past.filter_map(|record| Some((record, record.standing?))).collect();
+        let own = known.iter().filter(|(record, _)| record.repository == here);
+        let last = own.max_by_key(|(record, _)| record.ended());
+        let (last, _) = last.or(known.iter().max_by_key(|(record, _)| record.ended()))?;
+        // It need not know what another has found that was at work at the same time, or later elsewhere.
         let beside = known.iter().filter(|(record, _)| record.ended() >= last.head.started);
         let (_, worst) = beside.max_by_key(|(_, standing)| standing.places)?;
         (worst.places > 0).then(|| (worst.places, worst.since.unwrap_or(last.head.started)))
@@ -344,9 +339,9 @@ impl VerificationFacts {
 
     /// Returns what is to be known of the verifications of the repository that lies `here`, the newest first.
     pub fn of(records: &[VerifyRecord], here: &str, now: DateTime<Utc>) -> Option<Self> {
-        let record = Self::standing(records, here)?;
+        let record = Self::standing(records, here, now)?;
         let damage = Self::damage(records, here, now);
-        let is_damaged = record.outcome == VerifyOutcome::Damaged || damage.is_some();
+        let is_damaged = Self::has_missed(record) || damage.is_some();
         Some(Self {
             started: record.head.started,
             took: Duration::from_millis(record.millis),

@@ -375,13 +375,15 @@ async fn verify_one(
     if request.accept_missing && !accepts {
         repository.note(format!("nothing was accepted as missing of {location}: not all of it can be read"));
     }
+    // What reading finds is remembered with its place.
+    let others = findings.iter().filter(|finding| finding.is_damage()).count() as u64;
     worked.add_findings(findings);
     for finding in &worked.findings {
         if let (FindingKind::Broken, Takes::Tail(segment)) = (finding.kind, &finding.takes) {
             found.end_before(*segment, &finding.what);
         }
     }
-    let standing = notes.failure.is_none().then(|| standing(&notes.state, &worked.findings, worked.damages));
+    let standing = notes.failure.is_none().then(|| standing(&notes.state, others));
     let report = report_of(location, &needed, found, &notes.state, worked, request.started, round);
     Ok(RepositoryReport { bytes: found.bytes + meter.bytes() - read_before, standing, ..report })
 }

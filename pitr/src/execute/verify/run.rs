@@ -454,6 +454,8 @@ impl<'a> Notes<'a> {
 
     /// Notes what is proven at the end, twice: what this run has found outlives a document that is damaged later.
     pub(super) async fn note_last(&mut self) {
+        // That it could not be noted meanwhile is of no concern once it can.
+        self.failure = None;
         self.note().await;
         if self.failure.is_none() {
             self.note().await;

@@ -242,8 +242,11 @@ async fn read_segment(
     if next.is_some() {
         check_open(job, name, &mut next, done).await?;
     }
+    let mut unread = None;
     for object in others {
-        check_other(job, name, object, done).await?;
+        if let Err(error) = check_other(job, name, object, done).await {
+            unread.get_or_insert(error);
+        }
     }
     for (location, what) in damages {
         done.findings.push(if sound.is_some() {
@@ -254,11 +257,13 @@ async fn read_segment(
             Finding::damage(FindingKind::Damaged, &job.location, location, what, takes)
         });
     }
-    // What vanished was not read: whatever is there now is new.
-    if sound.is_some() || done.vanished.last() != Some(&name) {
+    // What vanished was not read: whatever is there now is new. And where not all was read, only damage is known.
+    let is_damaged = done.findings.iter().skip(first).any(Finding::is_damage);
+    let was_read = sound.is_some() || done.vanished.last() != Some(&name);
+    if was_read && (unread.is_none() || is_damaged) {
         done.read(ReadPlace::Segment(name), first);
     }
-    Ok(next)
+    unread.map_or(Ok(next), Err)
 }
 
 /// Reads an object once more where it was damaged: it may have been on its way alone.

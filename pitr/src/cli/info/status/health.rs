@@ -418,7 +418,7 @@ fn verification(now: DateTime<Utc>, repositories: &[(String, Vec<VerifyRecord>)]
             (_, _, "sound") => Tone::Good,
             _ => Tone::Soft,
         };
-        Some((tone, here, facts.damage, VerificationFacts::standing(records, here)?))
+        Some((tone, here, facts.damage, VerificationFacts::standing(records, here, now)?))
     });
     let Some((tone, here, damage, last)) = judged.max_by_key(|(tone, ..)| *tone) else {
         health.find(
