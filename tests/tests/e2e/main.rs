@@ -28,6 +28,7 @@ mod log;
 mod log_under_load;
 mod main_job;
 mod outside_settings;
+mod owners;
 mod pitr;
 mod prepared_fork;
 mod receive;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat};
-use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, geteuid, unlinkat};
 
 use super::TMP;
 use crate::error::{Error, Result};
@@ -69,6 +69,19 @@ impl Root {
         })
     }
 
+    /// Gives what root has made to the owner and the group of the repository's folder: they could not read it otherwise.
+    pub(super) fn give(&self, made: impl AsFd, below: &str) -> Result<()> {
+        if !geteuid().is_root() {
+            return Ok(());
+        }
+        give_from_root(self.descriptor()?, made).map_err(|errno| self.not_given(below, errno))
+    }
+
+    fn not_given(&self, below: &str, errno: Errno) -> Error {
+        self.failed("cannot give to the owner of the repository's folder", below, errno)
+            .with_next("Run it as the user that the repository's folder belongs to.")
+    }
+
     fn not_there(&self) -> Error {
         Error::unavailable(format!(
             "the repository folder {} is not there; is it mounted?",
@@ -101,6 +114,13 @@ impl Root {
                 | Errno::EAGAIN,
             ) => Error::unavailable(text).with_source(error),
             Some(Errno::ELOOP) => self.link(below),
+            Some(Errno::EACCES) => {
+                let root = self.path.display();
+                Error::from_io(format_args!("{what} {}", path.display()), error).with_next(format!(
+                    "Run it as the user that the repository's folder belongs to. Where only something in it belongs to \
+                     another, as root: chown -R --reference={root} {root}"
+                ))
+            }
             _ => Error::from_io(format_args!("{what} {}", path.display()), error),
         }
     }
@@ -113,6 +133,17 @@ impl Root {
 
 fn has_tmp(root: &OwnedFd) -> bool {
     fstatat(root, TMP, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok_and(|stat| is(&stat, SFlag::S_IFDIR))
+}
+
+/// Gives what belongs to root to the owner and the group of the repository's folder.
+///
+/// Where root's files are another's from the start (a network mount that trusts no root), there is nothing to give.
+fn give_from_root(root: impl AsFd, made: impl AsFd) -> nix::Result<()> {
+    let (root, own) = (fstat(root)?, fstat(&made)?);
+    if own.st_uid != 0 || (own.st_uid, own.st_gid) == (root.st_uid, root.st_gid) {
+        return Ok(());
+    }
+    fchown(made, Some(Uid::from_raw(root.st_uid)), Some(Gid::from_raw(root.st_gid)))
 }
 
 /// Whether it is a thing of this kind.
@@ -145,6 +176,7 @@ impl Folders {
         let mut folders = Self::root(root)?;
         for name in names {
             if folders.enter(name)? {
+                folders.give_last()?;
                 continue;
             }
             match mkdirat(folders.last(), *name, Mode::from_bits_truncate(FOLDER_MODE)) {
@@ -154,8 +186,19 @@ impl Folders {
             if !folders.enter(name)? {
                 return Err(folders.failed("cannot open", name, Errno::ENOENT));
             }
+            folders.give_last()?;
         }
         Ok(folders)
+    }
+
+    /// As [`Root::give`], for the innermost folder: also for one that was there, because whoever made it may have been
+    /// killed before it was given.
+    fn give_last(&self) -> Result<()> {
+        match (geteuid().is_root(), self.opened.first()) {
+            (true, Some(root)) => give_from_root(root, self.last())
+                .map_err(|errno| self.root.not_given(&self.names.join("/"), errno)),
+            _ => Ok(()),
+        }
     }
 
     /// Syncs every folder, the innermost first: afterwards the names in them survive a crash,
@@ -268,6 +311,8 @@ pub(super) fn create_root(path: &Path) -> Result<()> {
     })?;
     let tmp = path.join(TMP);
     make(&tmp)?;
+    let root = Root::at(path);
+    root.give(root.tmp()?, TMP)?;
     sync(&tmp)?;
     sync(path)?;
     path.parent().map_or(Ok(()), sync)

@@ -4,7 +4,8 @@
 //! `<root>/tmp`, then linked to its key (or renamed without replacing, where there are no hard
 //! links). No symbolic link below the root is followed. Nothing but [`FsStorage::create_root`]
 //! makes the root and its `tmp`; without `tmp` nothing is written, because a folder that lacks it
-//! is most likely the empty mount point of a repository that is not mounted.
+//! is most likely the empty mount point of a repository that is not mounted. What root writes is given to the owner and
+//! the group of the root folder, so that one command that was run as root locks nobody out.
 
 mod folder;
 mod list;

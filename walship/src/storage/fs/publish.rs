@@ -43,7 +43,9 @@ impl Temporary {
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let file = openat(&folder, name.as_str(), flags, Mode::from_bits_truncate(0o640))
             .map_err(|errno| root.failed("cannot make a file in", TMP, errno))?;
-        Ok(Self { root: Arc::clone(root), folder, name, file: File::from(file), bytes: 0 })
+        let temporary = Self { root: Arc::clone(root), folder, name, file: File::from(file), bytes: 0 };
+        root.give(&temporary.file, &format!("{TMP}/{}", temporary.name))?;
+        Ok(temporary)
     }
 
     pub(super) fn bytes(&self) -> u64 {
