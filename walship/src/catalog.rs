@@ -209,7 +209,10 @@ pub struct DamagedPage {
     pub stored: u16,
     /// The checksum that it should say.
     pub computed: u16,
-    /// The relation as `database.schema.name`, where that is known.
+    /// The database, where the page is one's and its name is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub database: Option<String>,
+    /// The relation as `database.schema.name`, or `schema.name` where all databases share it, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relation: Option<String>,
 }

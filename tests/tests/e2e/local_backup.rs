@@ -261,6 +261,52 @@ fn damaged_pages_are_named_and_the_backup_is_kept() {
 }
 
 #[test]
+fn damaged_catalogs_are_named_with_their_database() {
+    for major in majors() {
+        let stage = Stage::folder("main");
+        let mut server = started(&stage, major);
+        server.psql("CREATE TABLE t (a int, b int); CREATE STATISTICS s ON a, b FROM t");
+        server.psql("COMMENT ON DATABASE postgres IS 'x'");
+        server.psql("CREATE DATABASE other");
+        server.psql("CHECKPOINT");
+        let path_in = |database: &str, relation: &str| {
+            server.psql(&format!(
+                "SELECT 'base/' || oid || '/{relation}' FROM pg_database WHERE datname = '{database}'"
+            ))
+        };
+        let damaged = [
+            (
+                server.psql("SELECT pg_relation_filepath('pg_statistic_ext')"),
+                "of postgres.pg_catalog.pg_statistic_ext",
+            ),
+            (
+                server.psql("SELECT pg_relation_filepath('pg_shdescription')"),
+                "of pg_catalog.pg_shdescription",
+            ),
+            (path_in("other", "2609"), "of other.pg_catalog.pg_description"),
+            // Nobody is let into that one.
+            (path_in("template0", "2609"), "of a relation in database template0"),
+        ];
+        server.stop(StopMode::Fast);
+        for (path, _) in &damaged {
+            let file = server.data_dir().join(path);
+            let mut bytes = fs::read(&file).unwrap();
+            bytes[5000] ^= 1;
+            fs::write(&file, bytes).unwrap();
+        }
+        server.start();
+        for source in ["local", "stream"] {
+            let output = stage.run(&mut stage.walship_on(&server, &["backup", "--source", source]));
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert_eq!(output.status.code(), Some(4), "{major}, {source}: {text}");
+            for (path, whose) in &damaged {
+                assert!(text.contains(&format!("block 0 {whose}, {path} (")), "{major}, {source}: {text}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_standby_is_read_and_its_promotion_ends_the_backup() {
     for major in majors() {
         let stage = Stage::folder("main");

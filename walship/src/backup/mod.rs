@@ -41,7 +41,6 @@ use chrono::{DateTime, Utc};
 use crate::catalog::{BackupRecord, PreparedTransaction, SavedNames};
 use crate::error::{Error, Result};
 use crate::pg::backup_manifest::BackupManifest;
-use crate::pg::page::RelationFile;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::replication::base_backup::{AnnouncedTablespace, BackupStart};
 use crate::replication::{
@@ -490,11 +489,9 @@ async fn save_names(
             )));
         }
     }
+    names::name_pages(server, &read, &mut received.damaged.pages).await;
     names::add_sizes(&mut read.names, &received.manifest);
     let names = read.names;
-    for page in &mut received.damaged.pages {
-        page.relation = RelationFile::of(&page.path).and_then(|file| names::name_of(&names, file));
-    }
     let packed = tokio::task::spawn_blocking(move || LineageRepository::pack_backup_names(&names)).await;
     let Some(packed) =
         packed.map_err(|error| Error::unavailable(format!("packing was cut off: {error}")))??

@@ -4,11 +4,12 @@
 //! names a backup is as good as any; what is missing is said.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 
-use crate::catalog::{DatabaseNames, Names, RelationName};
+use crate::catalog::{DamagedPage, DatabaseNames, Names, RelationName};
 use crate::error::{Error, Result};
 use crate::pg::backup_manifest::BackupManifest;
 use crate::pg::page::RelationFile;
@@ -31,18 +32,25 @@ const POSITION: &str = "
         (extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
 
 const DATABASES: &str = "
-    SELECT oid, datname, dattablespace, datallowconn AND datconnlimit <> -2
+    SELECT oid, datname, datallowconn AND datconnlimit <> -2
     FROM pg_database ORDER BY oid";
 
-/// Relations with storage of their own, and for indexes and TOAST tables whose they are. Takes no locks.
+/// Relations with storage of their own, and for indexes and TOAST tables whose they are; which ones comes behind it. Takes
+/// no locks.
 const RELATIONS: &str = "
-    SELECT c.oid, c.reltablespace, pg_relation_filenode(c.oid), n.nspname, c.relname, c.relkind,
-        coalesce(i.indrelid, t.oid)
+    SELECT c.oid, coalesce(nullif(c.reltablespace, 0), d.dattablespace), pg_relation_filenode(c.oid), n.nspname,
+        c.relname, c.relkind, coalesce(i.indrelid, t.oid)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        JOIN pg_database d ON d.datname = current_database()
         LEFT JOIN pg_index i ON i.indexrelid = c.oid
         LEFT JOIN pg_class t ON c.relkind = 't' AND t.reltoastrelid = c.oid
-    WHERE c.oid >= 16384 AND c.relpersistence <> 't' AND pg_relation_filenode(c.oid) IS NOT NULL
-    ORDER BY c.oid";
+    WHERE c.relpersistence <> 't' AND pg_relation_filenode(c.oid) IS NOT NULL AND ";
+
+/// Of [`RELATIONS`] those that users made.
+const OF_USERS: &str = "c.oid >= 16384";
+
+/// Of [`RELATIONS`] the system's catalogs, those that all databases share among them.
+const OF_THE_SYSTEM: &str = "c.oid < 16384";
 
 /// Names as a server told them.
 #[derive(Debug, Clone)]
@@ -57,12 +65,41 @@ pub struct NamesRead {
     pub system_identifier: u64,
 }
 
-/// Returns whose file this is, as `database.schema.name`; `None` for a relation that has no saved name.
-pub(super) fn name_of(names: &Names, file: RelationFile) -> Option<String> {
-    let storage = storage_of(file)?;
-    let database = names.databases.iter().find(|database| database.oid == storage.database)?;
-    let relation = database.relations.iter().find(|one| one.storage(database.oid) == storage)?;
-    Some(format!("{}.{}.{}", database.name, relation.schema, relation.name))
+/// Says of damaged pages whose they are, by the names that were read; those of the system's catalogs, which are not among
+/// them, are asked for.
+///
+/// What the server does not tell stays open.
+pub(super) async fn name_pages(server: &ConnectOptions, read: &NamesRead, pages: &mut [DamagedPage]) {
+    let deadline = Instant::now() + PATIENCE;
+    let mut catalogs: HashMap<Oid, Vec<RelationName>> = HashMap::new();
+    for page in pages {
+        let Some(storage) = RelationFile::of(&page.path).map(storage_of) else { continue };
+        let database = read.names.databases.iter().find(|database| database.oid == storage.database);
+        page.database = database.map(|database| database.name.clone());
+        let find = |relations: &[RelationName]| {
+            let relation = relations.iter().find(|one| one.storage(storage.database) == storage)?;
+            let name = format!("{}.{}", relation.schema, relation.name);
+            // What all databases share is in none of them.
+            Some(database.map_or(name.clone(), |database| format!("{}.{name}", database.name)))
+        };
+        page.relation = database.and_then(|database| find(&database.relations));
+        if page.relation.is_some() {
+            continue;
+        }
+        let from = database.map_or(&server.dbname, |database| &database.name);
+        if let Entry::Vacant(unasked) = catalogs.entry(storage.database) {
+            let asked = match Instant::now() < deadline {
+                true => relations(server, from, OF_THE_SYSTEM, RELATIONS_MAX, read.system_identifier).await,
+                false => Err(Error::unavailable("there are too many databases")),
+            };
+            let (found, _) = asked.unwrap_or_else(|error| {
+                tracing::debug!(%error, "the catalogs of database {from:?} have no names");
+                Default::default()
+            });
+            unasked.insert(found);
+        }
+        page.relation = catalogs.get(&storage.database).and_then(|relations| find(relations));
+    }
 }
 
 /// Returns the names of a server's databases, and of the relations in each that lets us in.
@@ -82,15 +119,14 @@ pub async fn read_names(server: &ConnectOptions) -> Result<NamesRead> {
     let mut names = Names { format: 1, databases: Vec::new() };
     let mut room = RELATIONS_MAX;
     for row in 0..databases.rows.len() {
-        let (oid, tablespace): (Oid, Oid) = (field(&databases, row, 0)?, field(&databases, row, 2)?);
-        let name: String = field(&databases, row, 1)?;
+        let (oid, name): (Oid, String) = (field(&databases, row, 0)?, field(&databases, row, 1)?);
         let mut database = DatabaseNames { oid, name, unread: None, relations: Vec::new() };
-        if databases.get(row, 3) != Some("t") {
+        if databases.get(row, 2) != Some("t") {
             database.unread = Some("it allows no connections".to_owned());
         } else if row >= DATABASES_MAX || Instant::now() >= deadline || room == 0 {
             database.unread = Some("there are too many databases or relations".to_owned());
         } else {
-            match relations(server, &database.name, tablespace, room, system_identifier).await {
+            match relations(server, &database.name, OF_USERS, room, system_identifier).await {
                 Ok((relations, more)) => {
                     room -= relations.len();
                     database.relations = relations;
@@ -104,11 +140,11 @@ pub async fn read_names(server: &ConnectOptions) -> Result<NamesRead> {
     Ok(NamesRead { names, lsn, time, system_identifier })
 }
 
-/// Returns a database's relations, and whether there are more.
+/// Returns a database's relations of a kind, and whether there are more.
 async fn relations(
     server: &ConnectOptions,
     database: &str,
-    tablespace: Oid,
+    which: &str,
     room: usize,
     system_identifier: u64,
 ) -> Result<(Vec<RelationName>, bool)> {
@@ -123,14 +159,13 @@ async fn relations(
     session
         .query("SET statement_timeout = '60s'; SET lock_timeout = '5s'; SET search_path = pg_catalog")
         .await?;
-    let rows = session.query(&format!("{RELATIONS} LIMIT {}", room + 1)).await?;
+    let rows = session.query(&format!("{RELATIONS} {which} ORDER BY c.oid LIMIT {}", room + 1)).await?;
     session.close().await;
     let mut relations = Vec::with_capacity(rows.rows.len().min(room));
     for row in 0..rows.rows.len().min(room) {
-        let own: Oid = field(&rows, row, 1)?;
         relations.push(RelationName {
             oid: field(&rows, row, 0)?,
-            tablespace: if own == 0 { tablespace } else { own },
+            tablespace: field(&rows, row, 1)?,
             filenode: field(&rows, row, 2)?,
             schema: field(&rows, row, 3)?,
             name: field(&rows, row, 4)?,
@@ -158,7 +193,7 @@ fn not_understood() -> Error {
 pub(super) fn add_sizes(names: &mut Names, manifest: &BackupManifest) {
     let mut bytes: HashMap<RelFileLocator, u64> = HashMap::new();
     for file in &manifest.files {
-        if let Some(storage) = RelationFile::of(&file.path).and_then(storage_of) {
+        if let Some(storage) = RelationFile::of(&file.path).map(storage_of) {
             let sum = bytes.entry(storage).or_default();
             *sum = sum.saturating_add(file.bytes);
         }
@@ -170,10 +205,10 @@ pub(super) fn add_sizes(names: &mut Names, manifest: &BackupManifest) {
     }
 }
 
-/// Returns whose file it is; `None` for what all databases share: that has no names here.
-fn storage_of(file: RelationFile) -> Option<RelFileLocator> {
+/// Returns whose file it is: of database 0 where all databases share it.
+fn storage_of(file: RelationFile) -> RelFileLocator {
     let RelationFile { tablespace, database, filenode, .. } = file;
-    (database != 0).then_some(RelFileLocator { tablespace, database, relation: filenode })
+    RelFileLocator { tablespace, database, relation: filenode }
 }
 
 #[cfg(test)]
@@ -195,10 +230,10 @@ mod tests {
             ("base/5/t3_16384", None),
             ("base/5", None),
             ("base/5/16384/1", None),
-            ("global/1262", None),
+            ("global/1262", storage(1664, 0, 1262)),
             ("pg_xact/0000", None),
         ] {
-            assert_eq!(RelationFile::of(path.as_ref()).and_then(storage_of), expected, "{path}");
+            assert_eq!(RelationFile::of(path.as_ref()).map(storage_of), expected, "{path}");
         }
     }
 }

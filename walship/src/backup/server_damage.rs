@@ -35,7 +35,7 @@ fn page(text: &str) -> Option<DamagedPage> {
     let mut sum = || u16::from_str_radix(sums.next()?, 16).ok();
     let (computed, stored) = (sum()?, sum()?);
     let block = file.segment.wrapping_mul(FILE_BLOCKS).wrapping_add(block);
-    Some(DamagedPage { path: path.into(), block, stored, computed, relation: None })
+    Some(DamagedPage { path: path.into(), block, stored, computed, database: None, relation: None })
 }
 
 fn words(text: &str) -> impl Iterator<Item = &str> {

@@ -276,7 +276,11 @@ fn text(record: &BackupRecord) -> String {
 fn damage_text(damaged: &DamagedPages) -> String {
     let mut text = format!("damage: {} pages do not match their checksums\n", damaged.total);
     for page in damaged.pages.iter().take(PAGES_SHOWN) {
-        let relation = page.relation.as_deref().map(|name| format!(" of {name}")).unwrap_or_default();
+        let relation = match (&page.relation, &page.database) {
+            (Some(name), _) => format!(" of {name}"),
+            (None, Some(database)) => format!(" of a relation in database {database}"),
+            (None, None) => String::new(),
+        };
         text += &format!(
             "  block {}{relation}, {} (checksum {:04X}, should be {:04X})\n",
             page.block,
@@ -285,9 +289,11 @@ fn damage_text(damaged: &DamagedPages) -> String {
             page.computed
         );
     }
-    let more = damaged.total.saturating_sub(PAGES_SHOWN as u64);
-    if more > 0 {
+    let more = damaged.total.saturating_sub(damaged.pages.len().min(PAGES_SHOWN) as u64);
+    if damaged.pages.len() > PAGES_SHOWN {
         text += &format!("  and {more} more: --json lists up to {}\n", DamagedPages::PAGES_MAX);
+    } else if more > 0 {
+        text += &format!("  and {more} more that the server only counts: it names five of each file\n");
     }
     text + "safe:  the backup is complete, the damaged pages are in it as they are; older backups are untouched\n\
             next:  Look into the server's disk and memory; restore an older backup to a scratch folder and compare: \

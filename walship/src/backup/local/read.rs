@@ -163,7 +163,7 @@ impl<'a> Pages<'a> {
             let pause = if damaged.len() < PATIENT_PAGES { PAUSE } else { Duration::ZERO };
             if let Some((stored, computed)) = judge_again(file, page, place, block, self.start, pause) {
                 let path = self.listed.to_owned();
-                damaged.push(DamagedPage { path, block, stored, computed, relation: None });
+                damaged.push(DamagedPage { path, block, stored, computed, database: None, relation: None });
             }
         }
     }
