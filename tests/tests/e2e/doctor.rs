@@ -58,6 +58,7 @@ fn check_says_what_is_wrong_and_how_to_mend_it() {
         "holds cluster \"main\"",
         "was tried",
         "unfinished",
+        "holds no incomplete backups",
     ] {
         assert_eq!(finding(&findings, words).0, "good", "{words}");
     }

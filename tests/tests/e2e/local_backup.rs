@@ -348,7 +348,7 @@ fn a_standby_is_read_and_its_promotion_ends_the_backup() {
         let mut command = stage.walship_on(&standby, LOCAL);
         command.args(["--max-rate", "4M"]).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = process::spawn(command).unwrap();
-        standby.wait_for("SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE '%pg_control_checkpoint%' AND pid <> pg_backend_pid()", "t");
+        standby.wait_for("SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE '%pg_is_in_recovery%' AND pid <> pg_backend_pid()", "t");
         std::thread::sleep(Duration::from_millis(500));
         standby.promote();
         let ended = child.wait_with_output().unwrap();
@@ -407,7 +407,7 @@ fn what_cannot_be_read_is_said_before_anything_is_begun() {
         command.args(["--max-rate", "4M"]).stdout(Stdio::piped()).stderr(Stdio::piped());
         process::spawn(command).unwrap()
     };
-    let begun = "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE '%pg_control_checkpoint%' AND pid <> pg_backend_pid()";
+    let begun = "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE '%pg_is_in_recovery%' AND pid <> pg_backend_pid()";
     let child = slow(&server);
     server.wait_for(begun, "t");
     std::thread::sleep(Duration::from_millis(500));

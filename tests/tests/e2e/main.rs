@@ -5,6 +5,7 @@
 
 mod agent;
 mod backup;
+mod backup_ends;
 mod catalog_oracle;
 mod delta;
 mod doctor;

@@ -684,7 +684,7 @@ async fn receive(
             Ok(BackupPart::Manifest) => intake.end_archive(),
             Ok(BackupPart::ManifestData(bytes)) => intake.manifest_data(&bytes),
             Ok(BackupPart::End { lsn, timeline, damage }) => break (lsn, timeline, damage),
-            Err(error) => Err(error),
+            Err(error) => Err(ended(error)),
         };
         if let Err(error) = taken {
             intake.abandon().await;
@@ -697,6 +697,23 @@ async fn receive(
         received.damaged = server_damage::damaged_pages(&damage);
     }
     Ok((received, lsn, timeline))
+}
+
+/// Returns the error of a backup under way whose server, or the session with it, is gone.
+fn ended(error: Error) -> Error {
+    let what = match (ServerError::of(&error), &error) {
+        (Some(_), _) => "the server ended the backup",
+        (None, Error::Unavailable(_)) => "the session with the server, which the backup needs, was lost",
+        _ => return error,
+    };
+    taken_away(error.context(what))
+}
+
+fn taken_away(error: Error) -> Error {
+    error.with_safe("no backup was recorded; older backups are untouched").with_next(
+        "The server's log says why: a restart, a promotion, an administrator, a file that it cannot read. Take the \
+         backup again when that is over; with --source local what was stored is taken over.",
+    )
 }
 
 /// Compares the three places that say where the backup starts and ends, and whose it is.

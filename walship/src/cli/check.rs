@@ -227,6 +227,7 @@ async fn check_repository(
     };
     check_conflict(&lineage, server.and_then(|server| server.failing), findings).await?;
     check_leftovers(&lineage, findings).await?;
+    check_recordless(&lineage, findings).await?;
     let catalog = load_catalog(&lineage).await?;
     check_parts(&lineage, &catalog, findings).await?;
     check_gaps(&lineage, &catalog, findings);
@@ -410,8 +411,33 @@ async fn check_leftovers(lineage: &LineageRepository, findings: &mut Findings) -
         findings.add(Weight::Advice, what, Some(next));
     }
     if leftovers.is_empty() {
-        findings.good(format!("{} holds no damaged and no incomplete objects", lineage.location()));
+        findings.good(format!("{} holds no damaged and no incomplete segments", lineage.location()));
     }
+    Ok(())
+}
+
+/// Backups without a record: under way, or ended early.
+async fn check_recordless(lineage: &LineageRepository, findings: &mut Findings) -> Result<()> {
+    let begun = lineage.unfinished_backups().await?;
+    let location = lineage.location();
+    let Some(oldest) = begun.iter().map(|backup| backup.started).min() else {
+        findings.good(format!("{location} holds no incomplete backups"));
+        return Ok(());
+    };
+    let shown: Vec<_> = begun.iter().take(UNFINISHED_SHOWN_MAX).map(|backup| &*backup.id).collect();
+    let more = if begun.len() > shown.len() { ", ..." } else { "" };
+    let what = format!(
+        "{location} holds incomplete backups, never restored from: {}: {}{more}",
+        begun.len(),
+        shown.join(", ")
+    );
+    if Utc::now().signed_duration_since(oldest) < UNDER_WAY {
+        findings.good(format!("{what}; a backup that runs is one of them until it ends"));
+        return Ok(());
+    }
+    let next = "`walship backup --source local` takes over what is still right of them, and `pitr expire` removes them \
+                when nothing was stored for them for a week.";
+    findings.lasting(Weight::Advice, what, Some(next.to_owned()));
     Ok(())
 }
 

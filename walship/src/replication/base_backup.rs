@@ -387,10 +387,13 @@ impl<'a> BaseBackup<'a> {
         }
     }
 
-    fn failed(&mut self, error: ServerError) -> Error {
+    fn failed(&mut self, mut error: ServerError) -> Error {
         let warnings = self.warnings(20);
-        let error = error.into_error(&format!("the base backup from {}", self.connection.host()));
-        if warnings.is_empty() { error } else { error.context(warnings.join("; ")) }
+        if !warnings.is_empty() {
+            let warned = format!("it had warned before: {}", warnings.join("; "));
+            error.detail = Some(error.detail.map_or(warned.clone(), |detail| format!("{detail}; {warned}")));
+        }
+        error.into_error(&format!("the base backup from {}", self.connection.host()))
     }
 
     /// Returns the first warnings of the session.

@@ -29,6 +29,9 @@ pub const SUPPORTED_MAJORS: std::ops::RangeInclusive<u32> = 14..=18;
 /// The most bytes of rows that one query may return.
 const MAX_ROWS_BYTES: usize = 64 << 20;
 
+/// How long to wait for what a server that has closed the connection may have said before.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// The most notices that are kept of one session.
 const MAX_NOTICES: usize = 1000;
 
@@ -207,7 +210,9 @@ impl Connection {
     }
 
     async fn query_unbounded(&mut self, sql: &str) -> Result<Rows> {
-        self.send_query(sql).await?;
+        if let Err(error) = self.send_query(sql).await {
+            return Err(self.last_words(sql).await.unwrap_or(error));
+        }
         let mut rows = Rows::default();
         let mut bytes = 0;
         let mut failure = None;
@@ -242,6 +247,19 @@ impl Connection {
                     return Err(Error::invalid(format!("{:?} is no plain query", shorten(sql))));
                 }
                 _ => {}
+            }
+        }
+    }
+
+    /// Returns why the server has ended the session, where it said so before it closed the connection.
+    async fn last_words(&mut self, sql: &str) -> Option<Error> {
+        loop {
+            match self.next_message(LAST_WORDS).await {
+                Ok(BackendMessage::Error(error)) => {
+                    return Some(error.into_error(&format!("{:?} on {}", shorten(sql), self.host)));
+                }
+                Ok(_) => {}
+                Err(error) => return ServerError::of(&error).is_some().then_some(error),
             }
         }
     }
@@ -306,16 +324,26 @@ impl Connection {
         let missing = message::missing(&self.buffer);
         self.buffers.make_room(&mut self.buffer, missing);
         match timeout(patience, self.stream.read_buf(&mut self.buffer)).await {
-            Ok(Ok(0)) => {
-                Err(Error::unavailable(format!("{} closed the connection without a word", self.host))
-                    .with_next("See the server's log; try again when it is up."))
-            }
+            Ok(Ok(0)) => Err(self.announced_end().unwrap_or_else(|| {
+                Error::unavailable(format!("{} closed the connection without a word", self.host))
+                    .with_next("See the server's log; try again when it is up.")
+            })),
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(broken(&self.host, &error)),
+            Ok(Err(error)) => Err(self.announced_end().unwrap_or_else(|| broken(&self.host, &error))),
             Err(_) => {
                 Err(Error::unavailable(format!("{} has been silent for {} s", self.host, patience.as_secs())))
             }
         }
+    }
+}
+
+impl Connection {
+    /// Returns why the session has ended, where a warning said so: at an immediate shutdown, and after a crash.
+    ///
+    /// Source: `src/backend/tcop/postgres.c`, quickdie.
+    fn announced_end(&mut self) -> Option<Error> {
+        let warning = self.notices.pop_if(|last| last.code.starts_with("57P"))?;
+        Some(warning.into_error(&format!("the session with {}", self.host)))
     }
 }
 

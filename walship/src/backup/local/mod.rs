@@ -2,8 +2,8 @@
 //! `pg_backup_start` and `pg_backup_stop`: for a program that runs beside the server.
 //!
 //! It stores what `BASE_BACKUP` would send, in the same form, with a manifest of its own making. `global/pg_control` is
-//! read last, because on a standby it says up to where recovery must go. If the session breaks, the server ends the backup, and nothing is
-//! recorded.
+//! read last, because on a standby it says up to where recovery must go. If the session breaks, the server ends the backup: that
+//! is noticed while files are read, and nothing is recorded.
 
 mod changes;
 mod read;
@@ -201,18 +201,22 @@ pub(super) async fn take(
     });
     let _stop = StopAtDrop(Arc::clone(&shared));
     let long_links = walked.tablespaces.iter().any(|(_, place)| place.as_os_str().len() > NAME_BYTES_MAX);
-    let mut share = Share::default();
-    if let Some(leftovers) = leftovers {
-        let kept = keep(&shared, leftovers, &files, options.workers, total_bytes, progress).await?;
-        let seen: HashSet<&Path> = kept.files.iter().map(|file| &*file.listed).collect();
-        files.retain(|entry| !seen.contains(&*entry.listed()));
-        share.add(kept);
-    }
-    *shared.queue.lock().unwrap_or_else(PoisonError::into_inner) = files.into();
-    share.add(put_folders(&settings, places, long_links).await?);
-    for read in read_all(&shared, options.workers, total_bytes, progress, work).await? {
-        share.add(read);
-    }
+    let reading = async {
+        let mut share = Share::default();
+        if let Some(leftovers) = leftovers {
+            let kept = keep(&shared, leftovers, &files, options.workers, total_bytes, progress).await?;
+            let seen: HashSet<&Path> = kept.files.iter().map(|file| &*file.listed).collect();
+            files.retain(|entry| !seen.contains(&*entry.listed()));
+            share.add(kept);
+        }
+        *shared.queue.lock().unwrap_or_else(PoisonError::into_inner) = files.into();
+        share.add(put_folders(&settings, places, long_links).await?);
+        for read in read_all(&shared, options.workers, total_bytes, progress, work).await? {
+            share.add(read);
+        }
+        Ok(share)
+    };
+    let mut share = server.during(reading, || shared.stopped.store(true, Ordering::Relaxed)).await?;
     if let (count, Some(why)) = &share.stored_anew {
         progress(BackupEvent::Warning(format!(
             "{count} files are stored whole, because a backup below cannot be read: {why}"
@@ -702,19 +706,21 @@ fn tablespaces(found: &[(Oid, PathBuf)], files: &[ReadFile]) -> Vec<Tablespace> 
 /// Keeps several threads below a number of bytes a second.
 struct Pace {
     bytes_per_second: u64,
-    started: Instant,
-    taken: AtomicU64,
+    /// When all that was taken by now is due.
+    due: Mutex<Instant>,
 }
+
+/// What was not used for longer than this, by a store or a machine that stood still, is not made up for.
+const PACE_MEMORY: Duration = Duration::from_secs(1);
 
 impl Pace {
     fn new(bytes_per_second: u64) -> Self {
-        Self { bytes_per_second: bytes_per_second.max(1), started: Instant::now(), taken: AtomicU64::new(0) }
+        Self { bytes_per_second: bytes_per_second.max(1), due: Mutex::new(Instant::now()) }
     }
 
     /// Takes note of bytes, and sleeps until they were due, or the backup is given up.
     fn keep(&self, bytes: u64, stopped: &AtomicBool) {
-        let taken = self.taken.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let due = self.started + Duration::from_secs_f64(taken as f64 / self.bytes_per_second as f64);
+        let due = self.due(bytes, Instant::now());
         while !stopped.load(Ordering::Relaxed) {
             let left = due.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -722,6 +728,14 @@ impl Pace {
             }
             sleep(left.min(TICK));
         }
+    }
+
+    /// Returns when bytes that are taken now are due.
+    fn due(&self, bytes: u64, now: Instant) -> Instant {
+        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = now.checked_sub(PACE_MEMORY).map_or(*due, |memory| memory.max(*due));
+        *due = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
+        *due
     }
 }
 
@@ -777,5 +791,18 @@ mod tests {
         assert!(started.elapsed() >= Duration::from_millis(90));
         stopped.store(true, Ordering::Relaxed);
         pace.keep(1 << 40, &stopped);
+    }
+
+    #[test]
+    fn a_pace_makes_up_for_a_second_and_no_more() {
+        let pace = Pace::new(1_000_000);
+        let begun = *pace.due.lock().unwrap();
+        let at = |millis| begun + Duration::from_millis(millis);
+        assert_eq!(pace.due(500_000, at(0)), at(500));
+        // Late by less than a second: made up for, so that the rate is reached.
+        assert_eq!(pace.due(500_000, at(1_400)), at(1_000));
+        // After a minute's stall it goes on as before, a second ahead.
+        assert_eq!(pace.due(500_000, at(61_000)), at(60_500));
+        assert_eq!(pace.due(1_000_000, at(61_000)), at(61_500));
     }
 }

@@ -2,14 +2,19 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
 
 use crate::error::{Error, Result};
 use crate::pg::control::ControlData;
 use crate::pg::{Lsn, TimelineId};
 use crate::replication::base_backup::BackupStart;
-use crate::replication::{Checkpoint, ConnectOptions, Connection, SessionKind};
+use crate::replication::{Checkpoint, ConnectOptions, Connection, ServerError, SessionKind};
 use crate::storage::blocking;
+
+use super::super::{ended, taken_away};
 
 /// So many seconds after the time in `postmaster.pid` a server may say that it started: libraries are loaded and names
 /// resolved in between.
@@ -22,9 +27,17 @@ const START_BEFORE_MAX: i64 = 5;
 const ENDLESS: [&str; 4] =
     ["statement_timeout", "lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"];
 
+/// How often the session is looked at while files are read.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// So long what was being stored may take to end when the server has ended the backup.
+const GRACE: Duration = Duration::from_secs(5);
+
 /// A server in backup mode.
 pub(in crate::backup) struct LocalServer {
     session: Connection,
+    /// Whether it was a standby when the backup began.
+    in_recovery: bool,
     pub(super) data_directory: PathBuf,
     pub(super) control: ControlData,
     pub(super) major: u32,
@@ -105,7 +118,8 @@ impl LocalServer {
             _ => None,
         };
         let version_folder = format!("PG_{major}_{}", control.catalog_version);
-        Ok(Self { session, data_directory, control, major, version_folder, emptied })
+        let in_recovery = session.is_standby();
+        Ok(Self { session, in_recovery, data_directory, control, major, version_folder, emptied })
     }
 
     /// Begins the backup: the server makes a checkpoint and writes whole pages from then on.
@@ -135,10 +149,61 @@ impl LocalServer {
         let lsn = rows.get(0, 0).unwrap_or_default().parse()?;
         // The redo position lies on the timeline that is current now: a standby's from its control file, which the
         // checkpoint that was just awaited has written.
-        let rows = self.session.query("SELECT timeline_id FROM pg_control_checkpoint()").await?;
+        let rows = self
+            .session
+            .query("SELECT timeline_id, pg_is_in_recovery() FROM pg_control_checkpoint()")
+            .await?;
+        self.in_recovery = rows.get(0, 1) == Some("t");
         let timeline = rows.get(0, 0).and_then(|text| text.parse().ok()).and_then(TimelineId::new);
         let timeline = timeline.ok_or_else(|| Error::mismatch("the server names no timeline"))?;
         Ok(BackupStart { lsn, timeline, tablespaces: Vec::new() })
+    }
+
+    /// Carries out `work`, which `stop` ends early, and looks again and again whether the server is still in backup mode:
+    /// what it has ended by a restart or a promotion is given up then, not after hours of reading.
+    ///
+    /// # Errors
+    /// Those of `work`; [`Error::Unavailable`] when the server has ended the backup.
+    pub(super) async fn during<T>(
+        &mut self,
+        work: impl Future<Output = Result<T>>,
+        stop: impl FnOnce(),
+    ) -> Result<T> {
+        let mut work = pin!(work);
+        let ended = loop {
+            tokio::select! {
+                done = &mut work => return done,
+                () = sleep(LOOK) => {}
+            }
+            let mut looking = pin!(self.look());
+            // The answer is awaited in any case: the next command would take it for its own.
+            let (looked, done) = tokio::select! {
+                looked = &mut looking => (looked, None),
+                done = &mut work => (looking.await, Some(done)),
+            };
+            match (looked, done) {
+                (Ok(()), None) => {}
+                (Ok(()), Some(done)) => return done,
+                (Err(error), Some(_)) => return Err(error),
+                (Err(error), None) => break error,
+            }
+        };
+        stop();
+        let _ = timeout(GRACE, work).await;
+        Err(ended)
+    }
+
+    /// # Errors
+    /// [`Error::Unavailable`] when the session is gone, or the standby was promoted.
+    async fn look(&mut self) -> Result<()> {
+        let rows = self.session.query("SELECT pg_is_in_recovery()").await.map_err(ended)?;
+        if self.in_recovery && rows.get(0, 0) == Some("f") {
+            return Err(taken_away(Error::unavailable(format!(
+                "the server ended the backup: the standby on {} was promoted",
+                self.session.host()
+            ))));
+        }
+        Ok(())
     }
 
     /// Ends the backup.
@@ -150,11 +215,16 @@ impl LocalServer {
             14 => "pg_stop_backup(false, false)",
             _ => "pg_backup_stop(false)",
         };
-        let rows = self
-            .session
-            .query(&format!("SELECT lsn, labelfile FROM {function}"))
-            .await
-            .map_err(|error| error.with_safe("no backup was recorded; older backups are untouched"))?;
+        let rows =
+            self.session.query(&format!("SELECT lsn, labelfile FROM {function}")).await.map_err(|error| {
+                match ServerError::of(&error) {
+                    // What the role may not do has advice of its own.
+                    Some(said) if said.code == "42501" => {
+                        error.with_safe("no backup was recorded; older backups are untouched")
+                    }
+                    _ => ended(error),
+                }
+            })?;
         let text = |column| rows.get(0, column).unwrap_or_default().to_owned();
         Ok(Stopped { lsn: text(0).parse()?, label: text(1) })
     }
