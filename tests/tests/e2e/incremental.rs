@@ -36,8 +36,14 @@ fn started(stage: &Stage, major: u32) -> PgServer {
 }
 
 fn taken(stage: &Stage, server: &PgServer, words: &[&str]) -> BackupRecord {
-    let mut command = stage.walship_on(server, &["backup", "--json"]);
-    serde_json::from_str(&stage.ok(command.args(words))).unwrap()
+    let output = stage.run(stage.walship_on(server, &["backup", "--json"]).args(words));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let record: BackupRecord = serde_json::from_slice(&output.stdout).unwrap();
+    // Which pages were looked at is said.
+    let sent = record.parent.is_some() && !words.contains(&"local");
+    assert_eq!(said.contains("and no other page"), sent, "{said}");
+    record
 }
 
 fn folder_of(stage: &Stage, id: &str) -> PathBuf {

@@ -385,6 +385,11 @@ impl Taking<'_> {
                 let cut_off = cut_off.map_err(|error| {
                     NotTaken::NotIncremental(error.context("asking the server's WAL summaries"))
                 })?;
+                progress(BackupEvent::Note(
+                    "the server reads what its WAL summaries say has changed, and no other page: damage in those is \
+                     found by a full backup, or with --source local"
+                        .into(),
+                ));
                 Some(Base::new(parent.clone(), cut_off, manifest)?)
             }
         };

@@ -41,7 +41,8 @@ the user that PostgreSQL runs as. Every page is checked against its checksum, as
 
 --incremental stores the blocks that differ from the backup before, each compared by its digest, so all files are read
 with --source local, for every version of PostgreSQL. Without it the server sends what its WAL summaries say has changed:
-from PostgreSQL 17 on, with summarize_wal = on, if its role may connect to a database as well. A restore needs the whole chain, and puts it together by itself.
+from PostgreSQL 17 on, with summarize_wal = on, if its role may connect to a database as well; it reads no other page, so
+damage in those is found by full backups, or with --source local. A restore needs the whole chain, and puts it together by itself.
 
 --nice keeps a backup in the background of a live load: it gets the processor when nobody else wants it, and its reads
 wait behind others' where the disk's scheduler heeds priorities (bfq; with none and mq-deadline they do not). It knows this
