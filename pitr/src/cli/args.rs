@@ -334,6 +334,7 @@ impl LogArgs {
             kinds,
             timeline,
             limit: self.limit as usize,
+            whole: false,
         };
         Ok((query, zone))
     }

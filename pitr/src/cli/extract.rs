@@ -13,21 +13,22 @@ use walship::repository::{LineageRepository, record_head};
 use walship::{Error, Result};
 
 use super::args::{ExtractArgs, FormWord};
+use super::before::Unproven;
 use super::output::{self, Style};
-use super::plan::{open_and_plan, refused};
+use super::plan::{open_and_plan_to_prove, refused};
 use super::scratch::{self, Broken, Told};
 use super::{DONE, FAILED};
 use crate::drill::Verdict;
 use crate::execute::Progress;
 use crate::execute::drill::{Clock, millis, prove_outcome};
 use crate::execute::extract::{
-    FileForm, Found, Live, Selection, Table, Wanted, count, dump_to_file, find, load_into, shape,
-    target_names,
+    FileForm, Found, Live, Removed, Selection, Table, Wanted, count, dump_to_file, find, load_into, shape,
+    target_names, was_dropped,
 };
 use crate::execute::scratch::{Private, Purpose, Scratch, Stage, Up, bring_up, check, quoted};
 use crate::execute::start::{Replay, find_tool};
 use crate::log::parse_table;
-use crate::plan::RestorePlan;
+use crate::plan::{Refusal, RestorePlan};
 use crate::words::duration;
 
 /// The longest name that PostgreSQL does not cut.
@@ -62,6 +63,8 @@ struct Delivered {
     restore_millis: u64,
     recovery_millis: u64,
     notes: Vec<String>,
+    /// Why what recovery ended before is not what was asked for.
+    refusal: Option<Box<Refusal>>,
 }
 
 pub(super) async fn run(args: &ExtractArgs) -> Result<u8> {
@@ -73,13 +76,13 @@ pub(super) async fn run(args: &ExtractArgs) -> Result<u8> {
     let folder = scratch::folder(&args.scratch, &args.source.overrides)?;
     let preparing = async {
         let into = into(args, started).await?;
-        Ok::<_, Error>((into, open_and_plan(&args.source, &args.target).await?))
+        Ok::<_, Error>((into, open_and_plan_to_prove(&args.source, &args.target).await?))
     };
     let (into, planned) = tokio::select! {
         prepared = preparing => prepared?,
         signal = told.stop() => return Err(scratch::interrupted(signal).error),
     };
-    let (source, plan) = match planned {
+    let (source, plan, unproven) = match planned {
         Ok(planned) => planned,
         Err(refusal) => return refused(&refusal, args.source.json),
     };
@@ -93,7 +96,7 @@ pub(super) async fn run(args: &ExtractArgs) -> Result<u8> {
         );
     }
     let mut delivered = Delivered::default();
-    let work = Work { args, plan: &plan, selection: &selection, into: &into };
+    let work = Work { args, plan: &plan, unproven: unproven.as_ref(), selection: &selection, into: &into };
     let (ended, kept) = carry_out(&work, &source.repository, &folder, &mut told, &mut delivered).await;
     delivered.notes.extend(source.repository.notes());
     record(&work, &source.repository, (started, clock.millis()), &delivered, ended.as_ref().err()).await;
@@ -101,6 +104,9 @@ pub(super) async fn run(args: &ExtractArgs) -> Result<u8> {
     if let Err(Broken { interrupted, error }) = ended {
         delivered.notes.iter().for_each(|note| eprintln!("note:  {}", output::clean(note)));
         kept.iter().for_each(|kept| eprintln!("note:  kept in {}", output::clean(kept)));
+        if let Some(refusal) = delivered.refusal.filter(|_| !interrupted) {
+            return refused(&refusal, args.source.json);
+        }
         if !interrupted {
             return Err(error);
         }
@@ -199,6 +205,7 @@ async fn into(args: &ExtractArgs, now: DateTime<Utc>) -> Result<Into> {
 struct Work<'a> {
     args: &'a ExtractArgs,
     plan: &'a RestorePlan,
+    unproven: Option<&'a Unproven>,
     selection: &'a Selection,
     into: &'a Into,
 }
@@ -276,11 +283,32 @@ async fn deliver(
             .with_safe("nothing was delivered")
             .with_next("Run `pitr drill` with the same target: it shows what is wrong."));
     }
+    if let Some(unproven) = work.unproven {
+        prove_drop(unproven, &up, delivered).await?;
+    }
     let before = work.args.target.before()?;
     let named = before.as_ref().and_then(|(before, _)| before.database());
     let mut found = find(&up, work.selection, work.args.dbname.as_deref().or(named)).await?;
     delivered.database = Some(found.database.clone());
     take(work, scratch, tools, &up, &mut found, delivered).await
+}
+
+/// Proves that what recovery ended just before is the drop that was asked for.
+async fn prove_drop(unproven: &Unproven, up: &Up, delivered: &mut Delivered) -> Result<()> {
+    let Unproven { before, record, refusal } = unproven;
+    let Some((words, filter)) = before.table() else { return Ok(()) };
+    let wanted = Wanted { words: words.to_owned(), filter: filter.clone() };
+    match was_dropped(up, &wanted, before.database(), record).await? {
+        Removed::This(how) => {
+            delivered.notes.push(format!("{words}: {how}"));
+            Ok(())
+        }
+        Removed::Other(why) => {
+            let reason = format!("{}; recovered to just before the last of them: {why}", refusal.reason);
+            delivered.refusal = Some(Box::new(Refusal { reason: reason.clone(), ..(**refusal).clone() }));
+            Err(Error::missing(reason))
+        }
+    }
 }
 
 /// Counts, and delivers, what was found.

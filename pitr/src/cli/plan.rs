@@ -4,13 +4,13 @@ use walship::Result;
 use walship::config::Overrides;
 
 use super::args::{PlanArgs, SourceArgs, TargetArgs};
-use super::before::Asked;
+use super::before::{Asked, Unproven};
 use super::output::{self, Style, Way};
 use super::source::{Source, say_notes};
 use super::{DONE, NO_PLAN, forecast};
 use crate::execute::{Planned, Proof, make_plan};
 use crate::plan::{PlanOptions, Refusal, RestorePlan};
-use crate::target::shell_word;
+use crate::target::{RecoveryTarget, shell_word};
 
 pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
     let asked = Asked::of(&args.target)?;
@@ -46,12 +46,34 @@ pub(super) async fn open_and_plan(
 ) -> Result<Result<(Source, Box<RestorePlan>), Box<Refusal>>> {
     let asked = Asked::of(target)?;
     let source = Source::open(source).await?;
-    let options = PlanOptions { backup: target.backup.clone() };
-    let target = match asked.target(&source).await? {
-        Ok(target) => target,
+    match asked.target(&source).await? {
+        Ok(found) => plan_whole(source, target, &found).await,
+        Err(refusal) => Ok(Err(refusal)),
+    }
+}
+
+/// As [`open_and_plan`]; also where a drop without a name may be the one, which has to be proven where recovery ended.
+#[allow(clippy::type_complexity, reason = "what was asked for, or why not, as above")]
+pub(super) async fn open_and_plan_to_prove(
+    source: &SourceArgs,
+    target: &TargetArgs,
+) -> Result<Result<(Source, Box<RestorePlan>, Option<Unproven>), Box<Refusal>>> {
+    let asked = Asked::of(target)?;
+    let source = Source::open(source).await?;
+    let (found, unproven) = match asked.target_to_prove(&source).await? {
+        Ok(found) => found,
         Err(refusal) => return Ok(Err(refusal)),
     };
-    let planned = make_plan(&source.repository, &source.catalog, &target, &options, Proof::Whole).await?;
+    Ok(plan_whole(source, target, &found).await?.map(|(source, plan)| (source, plan, unproven)))
+}
+
+async fn plan_whole(
+    source: Source,
+    args: &TargetArgs,
+    target: &RecoveryTarget,
+) -> Result<Result<(Source, Box<RestorePlan>), Box<Refusal>>> {
+    let options = PlanOptions { backup: args.backup.clone() };
+    let planned = make_plan(&source.repository, &source.catalog, target, &options, Proof::Whole).await?;
     Ok(match planned {
         Planned::Plan(plan) => Ok((source, plan)),
         Planned::Refused(refusal) => Err(refusal),

@@ -15,6 +15,16 @@ const CANDIDATES_MAX: usize = 8;
 /// More events than this are not looked through.
 const EVENTS_MAX: usize = 100_000;
 
+/// Which event is meant.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Choice<'l> {
+    /// This one: it is known by name.
+    Known(&'l Entry),
+    /// This one or none: its names are not known, and no other may be meant. Whether it is, a server tells that was
+    /// recovered to just before it; where it is not, the refusal stands.
+    Unproven(&'l Entry, Box<Refusal>),
+}
+
 /// An event that a restore is to stop just before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Before {
@@ -71,6 +81,16 @@ impl Before {
         }
     }
 
+    /// Returns how it was written, and the table that is meant.
+    pub fn table(&self) -> Option<(&str, &TableFilter)> {
+        Some((&self.words, self.table.as_ref()?))
+    }
+
+    /// Returns what must be asked of the log to know all that the record of such an event names.
+    pub fn whole_query(&self, timeline: TimelineChoice, entry: &Entry) -> Query {
+        Query { xid: entry.xid, whole: true, ..self.query(timeline) }
+    }
+
     /// Returns what must be asked of the log.
     pub fn query(&self, timeline: TimelineChoice) -> Query {
         Query {
@@ -85,15 +105,16 @@ impl Before {
             kinds: vec![self.kind],
             timeline,
             limit: EVENTS_MAX,
+            whole: false,
         }
     }
 
     /// Returns the last such event of the log that answers [`Before::query`].
     ///
     /// # Errors
-    /// A refusal that names the events that may be meant, when the words do not tell which, when something
-    /// without a name was removed behind the last, or when there is none.
-    pub fn choose<'l>(&self, log: &'l Log) -> Result<&'l Entry, Box<Refusal>> {
+    /// A refusal that names the events that may be meant, when the words do not tell which, when several that
+    /// have no name may be it or were behind the last, or when there is none.
+    pub fn choose<'l>(&self, log: &'l Log) -> Result<Choice<'l>, Box<Refusal>> {
         let entries: Vec<&Entry> = log
             .lines
             .iter()
@@ -117,7 +138,7 @@ impl Before {
                 0 => "no such event is in the archived WAL, or its names are not known",
                 _ => "no event is known to be that, but some without a name may be",
             };
-            return Err(self.refuse(reason, &unnamed, matching.is_empty() && unnamed.is_empty()));
+            return self.only(&unnamed, self.refuse(reason, &unnamed, unnamed.is_empty()));
         };
         let objects: BTreeSet<(Oid, Option<String>)> =
             matching.iter().flat_map(|entry| self.objects(entry)).collect();
@@ -134,12 +155,20 @@ impl Before {
             .copied()
             .collect();
         if later.is_empty() {
-            return Ok(last);
+            return Ok(Choice::Known(last));
         }
-        let candidates: Vec<&Entry> = std::iter::once(last).chain(later).collect();
+        let candidates: Vec<&Entry> = std::iter::once(last).chain(later.iter().copied()).collect();
         let reason =
             "what was removed behind it has no name that is known: it may be that as well, made anew";
-        Err(self.refuse(reason, &candidates, false))
+        self.only(&later, self.refuse(reason, &candidates, false))
+    }
+
+    /// Returns the drop that alone may be meant, among those without a name.
+    fn only<'l>(&self, unnamed: &[&'l Entry], refusal: Box<Refusal>) -> Result<Choice<'l>, Box<Refusal>> {
+        match unnamed {
+            [one] if self.kind == Kind::Drop && self.table.is_some() => Ok(Choice::Unproven(one, refusal)),
+            _ => Err(refusal),
+        }
     }
 
     /// Returns whether an event is known to be one that is meant.

@@ -7,7 +7,7 @@ use walship::pg::{Lsn, Oid, TimelineId, Xid};
 use walship::wal::event::{EventKind, RelFileLocator, WalEvent};
 
 use super::names::NamesAt;
-use super::{DatabaseName, Entry, Kind, NameSource, RELATIONS_MAX, Relation, Removed};
+use super::{DatabaseName, Entry, Kind, NameSource, RELATIONS_MAX, Relation, RemovalRecord, Removed};
 use crate::target::{RecoveryTarget, StopSide, TargetKind, TimelineChoice};
 
 /// How databases that are being dropped got there, as far as the WAL was read.
@@ -123,6 +123,17 @@ pub(super) fn relations_of(event: &WalEvent) -> &[RelFileLocator] {
         EventKind::Commit { dropped_relations, .. } => dropped_relations,
         EventKind::StorageTruncate { relation, .. } => std::slice::from_ref(relation),
         _ => &[],
+    }
+}
+
+/// Returns all that a commit took away.
+pub(super) fn record_of(event: &WalEvent) -> Option<RemovalRecord> {
+    match &event.kind {
+        EventKind::Commit { dropped_relations, dropped_objects, .. } => Some(RemovalRecord {
+            storage: dropped_relations.clone(),
+            dropped: dropped_objects.as_ref().map(|dropped| dropped.relations.clone()),
+        }),
+        _ => None,
     }
 }
 
@@ -416,6 +427,7 @@ pub(super) fn entry_of(event: &WalEvent, around: &Surroundings<'_>) -> (Entry, V
         just_before_lsn,
         just_before: target.options(),
         afterwards: began.filter(|(_, began)| began.invalid).map(|(oid, _)| revive(oid)),
+        record: None,
     };
     (entry, relations)
 }

@@ -18,7 +18,7 @@ use walship::wal::event::{EventKind, RelFileLocator, WalEvent};
 use crate::plan::Gap;
 use crate::target::{TargetError, TimelineChoice};
 
-pub use before::Before;
+pub use before::{Before, Choice};
 pub use names::{DatabaseName, NameSource, Relation, Removed};
 pub(crate) use names::{Dictionary, Documents};
 pub(crate) use read::{Need, Reading};
@@ -84,6 +84,8 @@ pub struct Query {
     pub timeline: TimelineChoice,
     /// How many lines at most.
     pub limit: usize,
+    /// Whether entries tell all that a commit's record names ([`Entry::record`]).
+    pub whole: bool,
 }
 
 /// What is looked for by its oid, or by a name that it had.
@@ -380,4 +382,16 @@ pub struct Entry {
     pub just_before: String,
     /// SQL that a server restored to there needs, to undo what came before the record and was not rolled back.
     pub afterwards: Option<String>,
+    /// All that a commit's record names, where [`Query::whole`] asks for it.
+    #[serde(skip)]
+    pub record: Option<RemovalRecord>,
+}
+
+/// What the record of a commit says it took away.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RemovalRecord {
+    /// The storage of relations: dropped, or replaced.
+    pub storage: Vec<RelFileLocator>,
+    /// The oids of what was dropped; `None` where the record does not say (PostgreSQL 14).
+    pub dropped: Option<Vec<Oid>>,
 }

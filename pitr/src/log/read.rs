@@ -8,7 +8,7 @@ use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId, Xid};
 use walship::wal::event::{EventKind, WalEvent};
 use walship::wal::rollup::{Class, Facts};
 
-use super::describe::{Drops, Surroundings, deletes_of, entry_of, names_databases, time_of};
+use super::describe::{Drops, Surroundings, deletes_of, entry_of, names_databases, record_of, time_of};
 use super::heavy::Heavy;
 use super::names::{Documents, NamesAt};
 use super::{Entry, Kind, Line, Log, PreparedEnd, Query, RELATIONS_MAX};
@@ -298,6 +298,9 @@ impl Reading {
                     sorted.sort_by_key(|relation| !table.matches(relation));
                     sorted.truncate(RELATIONS_MAX);
                     entry.relations = sorted;
+                }
+                if query.whole {
+                    entry.record = record_of(event);
                 }
                 if let Some(xid) = query.xid.filter(|xid| entry.xid != Some(*xid)) {
                     entry.what.push_str(&format!("; {xid} is a subtransaction of it"));

@@ -102,6 +102,7 @@ fn query(kinds: &[Kind]) -> Query {
         kinds: kinds.to_vec(),
         timeline: TimelineChoice::Latest,
         limit: 10_000,
+        whole: false,
     }
 }
 
@@ -248,7 +249,11 @@ fn before_an_event_is_the_last_that_is_known_to_be_meant_or_none() {
     let choose = |words: &str| {
         let before = Before::parse(words).unwrap();
         let log = read_with(&world, &before.query(TimelineChoice::Latest), 0, &documents);
-        before.choose(&log).map(|entry| entry.just_before_lsn)
+        match before.choose(&log) {
+            Ok(Choice::Known(entry)) => Ok(entry.just_before_lsn),
+            Ok(Choice::Unproven(entry, _)) => panic!("{entry:?}"),
+            Err(refusal) => Err(refusal),
+        }
     };
     for (words, at) in [
         ("drop:public.orders", 2),
@@ -283,6 +288,52 @@ fn before_an_event_is_the_last_that_is_known_to_be_meant_or_none() {
     {
         assert!(Before::parse(words).is_err(), "{words}");
     }
+}
+
+#[test]
+fn a_drop_without_a_name_may_be_meant_where_no_other_may() {
+    let storage: Vec<Oid> = (50_000..50_030).collect();
+    let choose = |more: Vec<Option<(Xid, EventKind)>>, words: &str| {
+        let mut events = vec![
+            commit(999, 1),
+            removal(1000, &[20_001, 20_002], &[100, 101], 2),
+            removal(1001, &[60_000], &[], 3),
+            removal(1002, &storage, &[500, 501], 4),
+        ];
+        events.extend(more);
+        let mut world = history(events);
+        let starts: Vec<Lsn> = world.records[&tli(1)].iter().map(|record| record.lsn).collect();
+        let documents = name(&mut world, starts[0]);
+        let before = Before::parse(words).unwrap();
+        let log = read_with(&world, &before.query(TimelineChoice::Latest), 0, &documents);
+        match before.choose(&log) {
+            Ok(Choice::Known(entry)) => Ok((entry.just_before_lsn == starts[1], None)),
+            Ok(Choice::Unproven(entry, refusal)) => {
+                assert_eq!((entry.just_before_lsn, entry.relations.len()), (starts[3], RELATIONS_MAX));
+                assert_eq!(entry.record, None);
+                let query = before.whole_query(TimelineChoice::Latest, entry);
+                let again = read_with(&world, &query, 0, &documents);
+                let Line::Event(whole) = again.lines.last().unwrap() else { panic!("{again:?}") };
+                let record = whole.record.clone().unwrap();
+                assert!(record.storage.iter().map(|one| one.relation).eq(storage.iter().copied()));
+                assert_eq!((whole.lsn, record.dropped), (entry.lsn, Some(vec![500, 501])));
+                Ok((false, Some(refusal.kind)))
+            }
+            Err(refusal) => Err((refusal.kind, refusal.hints.len())),
+        }
+    };
+    // A table of that name in the backup was dropped, and the one behind it may be another of that name; or its name is new.
+    for words in ["drop:public.orders", "drop:public.fresh", "drop:shop/fresh", "drop:4711"] {
+        assert_eq!(choose(vec![], words), Ok((false, Some(RefusalKind::AmbiguousEvent))), "{words}");
+    }
+    // What was only emptied is no drop; a second drop without a name may be the one as well.
+    let emptied = vec![removal(1003, &[70_000], &[], 5)];
+    assert_eq!(choose(emptied, "drop:fresh"), Ok((false, Some(RefusalKind::AmbiguousEvent))));
+    let second = || vec![removal(1003, &[70_000], &[700], 5)];
+    assert_eq!(choose(second(), "drop:fresh"), Err((RefusalKind::AmbiguousEvent, 2)));
+    assert_eq!(choose(second(), "drop:public.orders"), Err((RefusalKind::AmbiguousEvent, 3)));
+    // A truncation is told by no such proof.
+    assert_eq!(choose(vec![], "truncate:fresh").unwrap_err().0, RefusalKind::AmbiguousEvent);
 }
 
 /// Reads a log, answering every request, from an index with so many segments in each block; says how many

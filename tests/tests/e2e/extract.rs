@@ -216,6 +216,105 @@ fn a_dropped_table_comes_back_as_it_was() {
     }
 }
 
+/// The archive knows no name of it: what was restored tells whether the drop was the one that is meant.
+#[test]
+fn a_table_made_after_the_last_backup_comes_back_by_one_command() {
+    for major in majors() {
+        let production = Production::make(major);
+        production.psql(
+            "shop",
+            "create table fresh (id serial primary key, note text); insert into fresh (note) select 'n' || g from generate_series(1, 10) g",
+        );
+        let fresh = production.rows("shop", "fresh");
+        production.psql("shop", "drop table fresh; insert into customers values (1000, 'since then')");
+        production.server.archive_now();
+        let before = production.dump("shop");
+        let into = production.conninfo("shop");
+        let words = ["--table", "public.fresh", "--before", "drop:public.fresh", "--into", &into];
+        let output = production.stage.run(&mut production.extract(&words));
+        let said = String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{said}");
+        for words in [
+            "it has no name in the archive",
+            "10 rows -> ",
+            "in database shop, and its storage (1663/",
+            "is what the drop removed",
+        ] {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+        let schemas = production.schemas("shop");
+        let schema = schemas.split(' ').find(|name| name.starts_with("pitr_extract_2")).unwrap();
+        assert_eq!(production.rows("shop", &format!("{schema}.fresh")), fresh);
+        assert_eq!(production.dump("shop"), before);
+
+        // Partitions have the storage that their table has not; what was dropped elsewhere is not asked for.
+        production.psql(
+            "attic",
+            "create table parts (id int, of int) partition by list (of); create table parts_1 partition of parts for values in (1); \
+             create table parts_2 partition of parts for values in (2); create table kept (id int); insert into kept values (7); \
+             insert into parts select g, 1 + g % 2 from generate_series(1, 9) g",
+        );
+        let parts = production.rows("attic", "parts");
+        production.psql("attic", "drop table parts");
+        production.server.archive_now();
+        // Each arrives in a schema of its own: to drop one were a drop without a name as well.
+        let extract = |table: &str, before: &str| {
+            let schema = format!("back_{table}");
+            let words = ["--table", table, "--before", before, "--into", &into, "--into-schema", &schema];
+            production.extract(&words)
+        };
+        production.stage.ok(&mut extract("parts", "drop:attic/public.parts"));
+        assert_eq!(production.rows("shop", "back_parts.parts"), parts);
+
+        // The only drop that may be meant was another's: nothing is delivered, and it is said which there is.
+        let schemas = production.schemas("shop");
+        let refused = |before: &str, why: &str| {
+            let said = production.stage.fails(&mut extract("kept", before), 3);
+            assert!(said.contains("may be") && said.contains(why) && said.contains("--to-lsn "), "{said}");
+            assert_eq!(production.schemas("shop"), schemas);
+            assert!(!production.scratch().exists());
+            said
+        };
+        refused("drop:attic/public.never", "there is no such table in database attic");
+        refused("drop:attic/public.kept", "other storage than what it removed");
+        // Two may be it: which one, nobody guesses.
+        production.psql("shop", "create table fresh (id int); drop table fresh");
+        production.server.archive_now();
+        let said = production.stage.fails(&mut extract("fresh", "drop:shop/public.fresh"), 3);
+        assert!(said.contains("some without a name may be") && !said.contains("recovered to"), "{said}");
+        assert_eq!(said.matches(" --exclusive   (").count(), 2, "{said}");
+        // In a database that is new as well it was emptied, by the transaction that dropped another.
+        production.server.psql("create database shelf");
+        production.psql(
+            "shelf",
+            "create table kept (id int); insert into kept values (1); create table gone (id int)",
+        );
+        production.psql("shelf", "begin; truncate kept; drop table gone; commit");
+        production.server.archive_now();
+        let oid = production.psql("shelf", "select oid from pg_database where datname = 'shelf'");
+        if major >= 15 {
+            refused(&format!("drop:{oid}/public.kept"), "got new storage by it, and was not dropped");
+        }
+        production.stage.ok(&mut extract("gone", &format!("drop:{oid}/public.gone")));
+
+        // A plan and a restore are refused where an extract looks for itself.
+        let said = production
+            .stage
+            .fails(&mut production.stage.pitr(&["plan", "--before", "drop:attic/public.parts"]), 3);
+        assert!(said.contains("some without a name may be"), "{said}");
+        // A name that the backup knows, made anew since: the last of them is the one.
+        production.psql(
+            "attic",
+            "drop table customers; create table customers (id int); insert into customers values (5)",
+        );
+        let again = production.rows("attic", "customers");
+        production.psql("attic", "drop table customers");
+        production.server.archive_now();
+        production.stage.ok(&mut extract("customers", "drop:attic/public.customers"));
+        assert_eq!(production.rows("shop", "back_customers.customers"), again);
+    }
+}
+
 #[test]
 fn names_partitions_and_whole_schemas_come_back() {
     let production = Production::make(primary_major());

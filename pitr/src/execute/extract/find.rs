@@ -10,7 +10,7 @@ use crate::execute::scratch::{Up, literal, quoted};
 use crate::log::{OidOrName, TableFilter};
 
 /// How long a look into the catalogs may take.
-const LOOK: Duration = Duration::from_secs(300);
+pub(super) const LOOK: Duration = Duration::from_secs(300);
 
 /// More tables are not taken one by one: their names would not fit on a command line.
 const TABLES_MAX: usize = 10_000;
@@ -152,7 +152,11 @@ async fn look(
 }
 
 /// Returns the oid of the table that is meant; `None` where none is.
-async fn table(connection: &mut Connection, database: &str, wanted: &Wanted) -> Result<Option<String>> {
+pub(super) async fn table(
+    connection: &mut Connection,
+    database: &str,
+    wanted: &Wanted,
+) -> Result<Option<String>> {
     let named = match (&wanted.filter.table, &wanted.filter.schema) {
         (OidOrName::Oid(oid), _) => format!("c.oid = {oid}"),
         (OidOrName::Name(name), Some(schema)) => {

@@ -2,6 +2,7 @@
 
 mod deliver;
 mod find;
+mod proof;
 mod shape;
 
 use serde::Serialize;
@@ -9,6 +10,7 @@ use walship::pg::Oid;
 
 pub use deliver::{FileForm, Live, dump_to_file, load_into};
 pub use find::{Found, Selection, Wanted, count, find};
+pub use proof::{Removed, was_dropped};
 pub use shape::{Shaped, shape, target_names};
 
 /// A table that is extracted.
