@@ -201,6 +201,19 @@ impl Stage {
         error
     }
 
+    /// Returns the holds that were not released: their ids and reasons.
+    ///
+    /// # Panics
+    /// When `pitr info` fails.
+    pub fn holds(&self) -> Vec<(String, String)> {
+        let info = self.ok(&mut self.pitr(&["info", "--json"]));
+        let info: serde_json::Value = serde_json::from_str(&info).expect("it is JSON");
+        let text =
+            |hold: &serde_json::Value, field: &str| hold[field].as_str().unwrap_or_default().to_owned();
+        let holds = info["holds"].as_array().expect("it lists holds");
+        holds.iter().map(|hold| (text(hold, "id"), text(hold, "reason"))).collect()
+    }
+
     /// Runs `walship init` for `server`.
     ///
     /// # Panics

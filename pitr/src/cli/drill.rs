@@ -14,6 +14,7 @@ use walship::{Error, Result};
 
 use super::args::DrillArgs;
 use super::before::Asked;
+use super::hold::held_while;
 use super::output;
 use super::plan::refused;
 use super::scratch::{self, Broken, Told};
@@ -22,7 +23,7 @@ use super::{DAMAGED, DONE, FAILED, status_of};
 use crate::drill::{Compared, DrillReport, Objective, Outcome, Span, Trouble, html, is_held, moment, text};
 use crate::execute::drill::{Clock, Counted, ProofOptions, millis, prove, read_checks};
 use crate::execute::info::{WindowInfo, read_info};
-use crate::execute::scratch::{Purpose, Scratch, Stage, bring_up, check};
+use crate::execute::scratch::{Private, Purpose, Scratch, Stage, bring_up, check};
 use crate::execute::start::Replay;
 use crate::execute::{Planned, Progress, Proof, make_plan};
 use crate::log::{OidOrName, parse_table};
@@ -306,17 +307,31 @@ async fn carry_out(
     report: &mut DrillReport,
     told: &mut Told,
 ) -> Result<(), Broken> {
-    let (private, _held) =
+    let private =
         scratch::private(&args.scratch, &args.source.overrides, repository, plan, Purpose::Drill).await?;
+    let work = carry_out_held(args, &private, folder, proofs, clock, report, told);
+    held_while(repository, plan, "pitr drill", work).await?
+}
+
+async fn carry_out_held(
+    args: &DrillArgs,
+    private: &Private<'_>,
+    folder: &std::path::Path,
+    proofs: &ProofOptions,
+    clock: Clock,
+    report: &mut DrillReport,
+    told: &mut Told,
+) -> Result<(), Broken> {
+    let plan = private.plan;
     let (scratch, left) = Scratch::take(folder, "drill").await?;
     report.notes.extend(left);
     let work = async {
-        check(&scratch, &private)?;
+        check(&scratch, private)?;
         let (progress, replay) = (Arc::new(Progress::default()), Arc::new(Replay::default()));
         let (stage, watched) = watch::channel(Stage::Restoring);
         let from = clock.millis();
         let up = tokio::select! {
-            up = bring_up(&scratch, &private, progress.clone(), replay.clone(), &stage) => up?,
+            up = bring_up(&scratch, private, progress.clone(), replay.clone(), &stage) => up?,
             () = scratch::show(&progress, &replay, plan, watched) => {
                 return Err(Error::local_io("the progress display ended before the drill"));
             }
@@ -329,14 +344,14 @@ async fn carry_out(
         report.objectives.rto =
             Objective::compare(report.objectives.rto.objective_seconds, Some(from + restored + recovered));
         report.ended_lsn = up.started.replayed_lsn;
-        prove(&scratch, &private, &up, proofs, clock, report).await
+        prove(&scratch, private, &up, proofs, clock, report).await
     };
     let ended = tokio::select! {
         ended = work => ended.map_err(Broken::from),
         signal = told.stop() => Err(scratch::interrupted(signal)),
     };
     let from = clock.millis();
-    let (ended, done) = scratch::clean_up(scratch, &private, args.scratch.keep, ended).await;
+    let (ended, done) = scratch::clean_up(scratch, private, args.scratch.keep, ended).await;
     clock.note(report, "clean_up", from, None);
     report.kept = done.kept;
     report.notes.extend(done.notes);

@@ -14,6 +14,7 @@ use walship::{Error, Result};
 
 use super::args::{ExtractArgs, FormWord};
 use super::before::Unproven;
+use super::hold::held_while;
 use super::output::{self, Style};
 use super::plan::{open_and_plan_to_prove, refused};
 use super::scratch::{self, Broken, Told};
@@ -219,24 +220,41 @@ async fn carry_out(
     delivered: &mut Delivered,
 ) -> (Result<(), Broken>, Option<String>) {
     let args = work.args;
+    let overrides = &args.source.overrides;
+    let private = scratch::private(&args.scratch, overrides, repository, work.plan, Purpose::Extract);
+    let private = match private.await {
+        Ok(private) => private,
+        Err(error) => return (Err(error.into()), None),
+    };
+    let held = carry_out_held(work, &private, folder, told, delivered);
+    match held_while(repository, work.plan, "pitr extract", held).await {
+        Ok(ended) => ended,
+        Err(error) => (Err(error.into()), None),
+    }
+}
+
+async fn carry_out_held(
+    work: &Work<'_>,
+    private: &Private<'_>,
+    folder: &Path,
+    told: &mut Told,
+    delivered: &mut Delivered,
+) -> (Result<(), Broken>, Option<String>) {
     let prepared = async {
-        let overrides = &args.source.overrides;
-        let (private, held) =
-            scratch::private(&args.scratch, overrides, repository, work.plan, Purpose::Extract).await?;
         let tools = tools(work).await?;
         let (scratch, left) = Scratch::take(folder, "extract").await?;
-        Ok::<_, Error>((private, held, tools, scratch, left))
+        Ok::<_, Error>((tools, scratch, left))
     };
-    let (private, _held, tools, scratch, left) = match prepared.await {
+    let (tools, scratch, left) = match prepared.await {
         Ok(prepared) => prepared,
         Err(error) => return (Err(error.into()), None),
     };
     delivered.notes.extend(left);
     let ended = tokio::select! {
-        ended = deliver(work, &scratch, &private, &tools, delivered) => ended.map_err(Broken::from),
+        ended = deliver(work, &scratch, private, &tools, delivered) => ended.map_err(Broken::from),
         signal = told.stop() => Err(scratch::interrupted(signal)),
     };
-    let (ended, done) = scratch::clean_up(scratch, &private, args.scratch.keep, ended).await;
+    let (ended, done) = scratch::clean_up(scratch, private, work.args.scratch.keep, ended).await;
     delivered.notes.extend(done.notes);
     (ended, done.kept)
 }

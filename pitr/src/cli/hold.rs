@@ -1,5 +1,6 @@
 //! `pitr hold` and `pitr release`; and the hold that a restore has on what it reads.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -26,31 +27,80 @@ const RECOVERY_HOLDS: TimeDelta = TimeDelta::days(7);
 /// How often a restore that is under way holds again what it reads.
 const HOLD_AGAIN_EVERY: Duration = Duration::from_secs(6 * 3600);
 
+/// How long a command that has ended tries to release what it held: it is over within a day by itself.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(20);
+
 /// Holds again and again what a restore reads, until it is dropped.
 #[derive(Debug)]
-#[must_use = "what is held is held for a day only"]
+#[must_use = "what is not released is held for a day"]
 pub(super) struct RestoreHold {
     repositories: Vec<LineageRepository>,
     hold: Hold,
+    /// The ids of all holds that were made, or are being made.
+    made: Arc<Mutex<Vec<String>>>,
     renewal: JoinHandle<()>,
 }
 
 impl RestoreHold {
     fn keep(repositories: Vec<LineageRepository>, hold: Hold, every: Duration) -> Self {
-        let (everywhere, again) = (repositories.clone(), hold.clone());
+        let made = Arc::new(Mutex::new(vec![hold.id.clone()]));
+        let (everywhere, again, ids) = (repositories.clone(), hold.clone(), Arc::clone(&made));
         let renewal = tokio::spawn(async move {
             loop {
                 tokio::time::sleep(every).await;
-                put_everywhere(&everywhere, &renewed(&again, RESTORE_HOLDS)).await;
+                let again = renewed(&again, RESTORE_HOLDS);
+                // Noted first: a request that is broken off may have been carried out.
+                ids.lock().unwrap_or_else(PoisonError::into_inner).push(again.id.clone());
+                put_everywhere(&everywhere, &again).await;
             }
         });
-        Self { repositories, hold, renewal }
+        Self { repositories, hold, made, renewal }
+    }
+
+    /// Ends it: what was held is not needed any more.
+    pub(super) async fn release(self) {
+        self.release_in(self.repositories.clone()).await;
     }
 
     /// Holds it all for a recovery that goes on where nobody watches it.
     pub(super) async fn leave_to_recovery(self) {
-        put_everywhere(&self.repositories, &renewed(&self.hold, RECOVERY_HOLDS)).await;
+        let held = put_everywhere(&self.repositories, &renewed(&self.hold, RECOVERY_HOLDS)).await;
+        self.release_in(held).await;
     }
+
+    async fn release_in(&self, repositories: Vec<LineageRepository>) {
+        self.renewal.abort();
+        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let release = async {
+            for one in &repositories {
+                for id in &made {
+                    if let Err(error) = one.release_hold(&released_now(id, Utc::now())).await {
+                        tracing::debug!(%error, "what was restored is not released before its time");
+                        break;
+                    }
+                }
+            }
+        };
+        if tokio::time::timeout(RELEASE_PATIENCE, release).await.is_err() {
+            tracing::debug!("what was restored is not released before its time: the store does not answer");
+        }
+    }
+}
+
+/// Does some work while what it reads is held; however it ends, all is released then. `by` is the command.
+///
+/// # Errors
+/// As [`hold_for_restore`]: nothing was done then.
+pub(super) async fn held_while<T>(
+    repository: &LineageRepository,
+    plan: &RestorePlan,
+    by: &str,
+    work: impl Future<Output = T>,
+) -> Result<T> {
+    let held = hold_for_restore(repository, plan, by).await?;
+    let done = work.await;
+    held.release().await;
+    Ok(done)
 }
 
 impl Drop for RestoreHold {
@@ -66,13 +116,16 @@ fn renewed(hold: &Hold, length: TimeDelta) -> Hold {
     Hold { id, until: Some(now + length), created: now, ..hold.clone() }
 }
 
-/// Writes a hold wherever this user may: who may only read restores as well.
-async fn put_everywhere(repositories: &[LineageRepository], hold: &Hold) {
+/// Writes a hold wherever this user may: who may only read restores as well. Returns where it is.
+async fn put_everywhere(repositories: &[LineageRepository], hold: &Hold) -> Vec<LineageRepository> {
+    let mut held = Vec::new();
     for one in repositories {
-        if let Err(error) = one.put_hold(hold).await {
-            tracing::debug!(%error, "what is restored is not held");
+        match one.put_hold(hold).await {
+            Ok(()) => held.push(one.clone()),
+            Err(error) => tracing::debug!(%error, "what is restored is not held"),
         }
     }
+    held
 }
 
 pub(super) async fn hold(args: &HoldArgs) -> Result<u8> {
@@ -172,20 +225,21 @@ pub(super) async fn release(args: &ReleaseArgs) -> Result<u8> {
     everywhere(&repository, "the hold is released")
 }
 
-/// Holds what a restore reads, where this user may write, so that retention does not remove it meanwhile; as long as what is
-/// returned lives, and for eighteen hours from then on at least.
+/// Holds what a restore by a command reads, where this user may write, so that retention does not remove it meanwhile: until that
+/// is released, or, where it never is, for eighteen hours at least.
 ///
 /// # Errors
 /// [`Error::Conflict`] when it is being removed already, or WAL that it needs was since the plan was made.
 pub(super) async fn hold_for_restore(
     repository: &LineageRepository,
     plan: &RestorePlan,
+    by: &str,
 ) -> Result<RestoreHold> {
     let now = Utc::now();
     let through_lsn = (plan.stop.kind != StopKind::EndOfWal).then_some(plan.stop.through_lsn);
     let wal = HeldWal { timeline: plan.timeline, start_lsn: Some(plan.backup.start_lsn), through_lsn };
     let reason = format!(
-        "a restore to {}",
+        "{by} {}",
         plan.target_options.chars().filter(|c| !c.is_control()).take(200).collect::<String>()
     );
     let hold = Hold {
@@ -218,7 +272,10 @@ pub(super) async fn hold_for_restore(
         }
     }
     let Some(error) = gone else { return Ok(held) };
-    if sound.is_empty() || !is_still_there(sound, plan).await? {
+    let there = if sound.is_empty() { Ok(false) } else { is_still_there(sound, plan).await };
+    if !matches!(there, Ok(true)) {
+        held.release().await;
+        there?;
         return Err(error
             .with_safe("nothing was restored, and the repository is as retention keeps it")
             .with_next(
@@ -289,8 +346,6 @@ fn new_hold(backup: &str, reason: String, until: Option<DateTime<Utc>>, now: Dat
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use walship::pg::{Lsn, SegmentSize, TimelineId};
     use walship::repository::Repository;
     use walship::storage::memory::MemoryStorage;
@@ -298,7 +353,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_restore_holds_again_while_it_runs_and_no_longer() {
+    async fn a_restore_holds_again_while_it_runs_and_releases_it_then() {
         let now = Utc::now();
         let repository = Repository::create(Arc::new(MemoryStorage::new()), now).await.unwrap();
         let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
@@ -307,24 +362,33 @@ mod tests {
         let backup = "20260101T010203Z-0123456789abcdef";
         let hold = Hold {
             wal: Some(wal),
-            ..new_hold(backup, "a restore to --latest".into(), Some(now + RESTORE_HOLDS), now)
+            ..new_hold(backup, "pitr restore --latest".into(), Some(now + RESTORE_HOLDS), now)
         };
-        lineage.put_hold(&hold).await.unwrap();
-        let held = RestoreHold::keep(vec![lineage.clone()], hold.clone(), Duration::from_millis(5));
-        while lineage.holds().await.unwrap().len() < 4 {
-            tokio::task::yield_now().await;
+        let others = Hold { reason: "audit".into(), ..new_hold(backup, "audit".into(), None, now) };
+        lineage.put_hold(&others).await.unwrap();
+        let length = |hold: &Hold| hold.until.map(|until| until - hold.created);
+        for recovers in [true, false] {
+            let hold = Hold { id: new_gap_id(now, rand::random()), ..hold.clone() };
+            lineage.put_hold(&hold).await.unwrap();
+            let held = RestoreHold::keep(vec![lineage.clone()], hold.clone(), Duration::from_millis(5));
+            while lineage.holds().await.unwrap().len() < 5 {
+                tokio::task::yield_now().await;
+            }
+            let mut holds = lineage.holds().await.unwrap();
+            holds.retain(|one| one.id != others.id);
+            for again in &holds {
+                assert_eq!((&*again.backup, again.wal, &again.reason), (backup, hold.wal, &hold.reason));
+            }
+            assert!(holds.iter().any(|again| again.created > hold.created));
+            match recovers {
+                true => held.leave_to_recovery().await,
+                false => held.release().await,
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let mut left: Vec<_> = lineage.holds().await.unwrap().iter().map(length).collect();
+            left.sort();
+            // What is held for the recovery stays, and what others hold.
+            assert_eq!(left, [None, Some(RECOVERY_HOLDS)]);
         }
-        held.leave_to_recovery().await;
-        tokio::task::yield_now().await;
-        let holds = lineage.holds().await.unwrap();
-        let length = |hold: &Hold| hold.until.unwrap() - hold.created;
-        for again in &holds {
-            assert_eq!((&*again.backup, again.wal, &again.reason), (backup, hold.wal, &hold.reason));
-            assert!([RESTORE_HOLDS, RECOVERY_HOLDS].contains(&length(again)), "{again:?}");
-        }
-        assert!(holds.iter().any(|again| again.created > hold.created));
-        assert_eq!(holds.iter().filter(|again| length(again) == RECOVERY_HOLDS).count(), 1);
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!(lineage.holds().await.unwrap().len(), holds.len(), "it has ended");
     }
 }

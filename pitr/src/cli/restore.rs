@@ -83,13 +83,19 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         {
             confirm(&what, &plan.cluster)?;
         }
-        held = Some(hold_for_restore(&source.repository, &plan).await?);
+        held = Some(hold_for_restore(&source.repository, &plan, "pitr restore").await?);
         let progress = Arc::new(Progress::default());
         let shown = progress.clone();
-        tokio::select! {
-            report = restore(&source.repository, &plan, &options, progress) => report?,
-            () = show(&shown, plan.backup.data_bytes) => unreachable_end()?,
+        let restored = tokio::select! {
+            restored = restore(&source.repository, &plan, &options, progress) => restored,
+            () = show(&shown, plan.backup.data_bytes) => unreachable_end(),
+        };
+        if restored.is_err()
+            && let Some(held) = held.take()
+        {
+            held.release().await;
         }
+        restored?
     };
     let restored_in = begun.elapsed();
     report.notes.extend(source.repository.notes().into_iter().filter(|note| !before.contains(note)));
@@ -108,8 +114,11 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Some(starting) if args.dry_run => Some(Ok(would_start(&report, starting))),
         Some(starting) => Some(start::carry_out(&plan, &report, starting, restored_in).await),
     };
-    if let Some(held) = held.filter(|_| !has_ended(ended.as_ref())) {
-        held.leave_to_recovery().await;
+    if let Some(held) = held {
+        match has_ended(ended.as_ref()) {
+            true => held.release().await,
+            false => held.leave_to_recovery().await,
+        }
     }
     if !args.dry_run {
         let started = ended.as_ref().and_then(|ended| ended.as_ref().ok());

@@ -11,7 +11,6 @@ use walship::repository::LineageRepository;
 use walship::{Error, Result};
 
 use super::args::ScratchArgs;
-use super::hold::{RestoreHold, hold_for_restore};
 use super::restore::tail_arguments;
 use super::source::{restore_cmd, restore_cmd_arguments};
 use super::{restore, start};
@@ -98,17 +97,17 @@ pub(super) fn folder(args: &ScratchArgs, overrides: &Overrides) -> Result<PathBu
     Ok(absolute)
 }
 
-/// Returns what it takes to bring the scratch server up, and what holds that in the repository.
+/// Returns what it takes to bring the scratch server up.
 ///
 /// # Errors
-/// [`Error::Missing`] without a fitting pg_ctl or restore-cmd; [`Error::Conflict`] when retention is removing what is needed.
+/// [`Error::Missing`] without a fitting pg_ctl or restore-cmd.
 pub(super) async fn private<'a>(
     args: &ScratchArgs,
     overrides: &Overrides,
     repository: &'a LineageRepository,
     plan: &'a RestorePlan,
     purpose: Purpose,
-) -> Result<(Private<'a>, RestoreHold)> {
+) -> Result<Private<'a>> {
     let program = restore_cmd(args.restore_cmd.as_deref())?;
     let mut arguments = restore_cmd_arguments(overrides, repository)?;
     arguments.extend(tail_arguments(plan));
@@ -118,8 +117,7 @@ pub(super) async fn private<'a>(
             "Install PostgreSQL {major} on this machine, or name the folder of its programs with --pg-bin."
         ))
     })?;
-    let held = hold_for_restore(repository, plan).await?;
-    let private = Private {
+    Ok(Private {
         repository,
         plan,
         purpose,
@@ -127,8 +125,7 @@ pub(super) async fn private<'a>(
         pg_ctl,
         settings: settings(args)?,
         patience: Duration::from_secs(args.start_timeout),
-    };
-    Ok((private, held))
+    })
 }
 
 /// Returns how to start, by hand, what was kept; and how to get rid of it.

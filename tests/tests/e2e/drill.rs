@@ -93,8 +93,9 @@ impl Origin {
         path.to_str().unwrap().to_owned()
     }
 
-    /// Nothing is left of any drill: no folder, no process.
+    /// Nothing is left of any drill: no folder, no process, no hold.
     fn assert_nothing_left(&self) {
+        assert_eq!(self.stage.holds(), []);
         assert!(!self.scratch().exists(), "{:?}", fs::read_dir(self.scratch()).unwrap().collect::<Vec<_>>());
         assert_eq!(processes_of(&self.scratch()), Vec::<u32>::new());
     }
@@ -415,6 +416,15 @@ fn what_cannot_be_is_said_before_anything_is_written() {
     let said = stage.fails(&mut drill(&small.path().join("scratch"), &[]), 1);
     assert!(said.contains("bytes at") && said.contains("are free"), "{said}");
     assert_eq!(fs::read_dir(small.path()).unwrap().count(), 0);
+    // Room for the bytes, but not for the files: seen half way.
+    let crowded = Tmpfs::mount(&stage.path().join("crowded"), "size=2g,nr_inodes=300,mode=0777");
+    let said = stage.fails(&mut drill(&crowded.path().join("scratch"), &[]), 1);
+    assert!(said.contains("No space left on device") && said.contains("was cleaned up"), "{said}");
+    assert_eq!(fs::read_dir(crowded.path()).unwrap().count(), 0);
+    assert_eq!(stage.holds(), []);
+    let records = walk(&stage.repository_dir().join("main/0001/history/drills"));
+    let is_told = |record: &PathBuf| fs::read_to_string(record).unwrap().contains("No space left on device");
+    assert!(records.iter().any(is_told), "it is on record");
     // No server of that version.
     let other = PgBinaries::find(newer_major());
     let other = other.server_bin().to_str().unwrap();

@@ -207,6 +207,7 @@ fn a_dropped_table_comes_back_as_it_was() {
         assert!(said.contains("is there already") && said.contains("nothing was started"), "{said}");
         assert!(!production.scratch().exists());
 
+        assert_eq!(production.stage.holds(), [], "none outlives what made it, whatever came of that");
         let history = production.stage.ok(&mut production.stage.pitr(&["history", "--only", "extract"]));
         for words in
             ["extract  delivered", "extract  failed", "what: table public.orders of database shop, into "]
@@ -296,6 +297,7 @@ fn a_table_made_after_the_last_backup_comes_back_by_one_command() {
             refused(&format!("drop:{oid}/public.kept"), "got new storage by it, and was not dropped");
         }
         production.stage.ok(&mut extract("gone", &format!("drop:{oid}/public.gone")));
+        assert_eq!(production.stage.holds(), []);
 
         // A plan and a restore are refused where an extract looks for itself.
         let said = production

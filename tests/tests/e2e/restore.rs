@@ -235,6 +235,11 @@ fn a_full_disk_ends_a_restore_clearly() {
     }
     assert!(walk(&dir).len() > 10, "it had begun");
     cannot_be_started(&dir);
+    assert_eq!(stage.holds(), [], "what it held is released");
+    // What was restored is held for its recovery, once.
+    stage.ok(stage.pitr(&["restore", "--latest", "-D"]).arg(stage.path().join("restored")));
+    let reasons: Vec<String> = stage.holds().into_iter().map(|(_, reason)| reason).collect();
+    assert_eq!(reasons, ["pitr restore --latest --timeline 1"]);
 }
 
 #[test]

@@ -111,6 +111,13 @@ fn what_a_killed_drill_left_is_removed_by_the_next() {
     let mut hanging = Hanging::start(&origin);
     hanging.kill();
     assert!(process::is_alive(hanging.server), "a server outlives the program that started it");
+    let release = || {
+        let holds = origin.stage.holds();
+        let reasons: Vec<&str> = holds.iter().map(|(_, reason)| &**reason).collect();
+        assert_eq!(reasons, ["pitr drill --latest --timeline 1"], "nobody was there to release it");
+        origin.stage.ok(&mut origin.stage.pitr(&["release", &holds[0].0]));
+    };
+    release();
     let report = origin.report(&["--latest"], 0);
     assert!(!process::is_alive(hanging.server));
     let notes = report["notes"].to_string();
@@ -123,6 +130,7 @@ fn what_a_killed_drill_left_is_removed_by_the_next() {
     assert!(said.contains("another drill or extract is at work"), "{said}");
     assert!(process::is_alive(hanging.server));
     drop(hanging);
+    release();
     // An extract cleans up as well, and leaves nothing either.
     let file = origin.stage.path().join("t.sql");
     let mut extract = origin.stage.pitr_as_user(&["extract", "--table", "t", "--latest", "--output"]);
