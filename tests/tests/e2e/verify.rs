@@ -643,6 +643,26 @@ fn a_budget_gets_round_to_everything_and_a_killed_run_is_gone_on_with() {
 }
 
 #[test]
+fn a_rate_is_kept_however_many_read_at_once() {
+    let stage = Stage::folder("main");
+    drop(short_archive(&stage));
+    let timed = |words: &[&str]| {
+        let begun = std::time::Instant::now();
+        let report = sound(&stage, &[&["--anew"], words].concat());
+        (begun.elapsed(), report["repositories"][0]["bytes"].as_u64().unwrap())
+    };
+    let (fast, total) = timed(&[]);
+    let rate = total / 5;
+    for workers in ["1", "8"] {
+        let (took, bytes) = timed(&["--max-rate", &rate.to_string(), "--workers", workers]);
+        assert!(bytes >= total, "{bytes} {total}");
+        let least = bytes as f64 / rate as f64;
+        assert!(took.as_secs_f64() >= least, "{workers}: {bytes} bytes at {rate} a second took {took:?}");
+        assert!(took > fast, "{took:?} {fast:?}");
+    }
+}
+
+#[test]
 fn on_s3_an_outage_is_no_damage() {
     let s3 = S3Server::start();
     let stage = Stage::s3("main", &s3.endpoint());
