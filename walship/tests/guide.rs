@@ -7,6 +7,10 @@ use std::path::{Path, PathBuf};
 /// A beginning that is shorter says nothing.
 const CHARS_MIN: usize = 8;
 
+/// Sentences that are printed by themselves, in files whose errors say what stands elsewhere in them.
+const NOT_ADVICE: [&str; 2] =
+    ["Nothing was written. A file that can be read", "It is given up, and archive-cmd lets it go"];
+
 fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
@@ -20,6 +24,52 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
             found.push(path);
         }
     }
+}
+
+/// What of a program matters here.
+#[derive(Debug, PartialEq, Eq)]
+enum Token {
+    /// A text, as the compiler reads it.
+    Text(String),
+    /// An opening bracket, and the path before it: of a function, a method or a macro.
+    Open(String),
+    Close,
+}
+
+/// Reads a program; comments, characters and all that is no text is left out.
+fn tokens(code: &str) -> Vec<Token> {
+    let mut tokens = Vec::new();
+    let mut path = String::new();
+    let mut rest = code;
+    while let Some(c) = rest.chars().next() {
+        let after = &rest[c.len_utf8()..];
+        if rest.starts_with("//") {
+            rest = rest.split_once('\n').map_or("", |(_, after)| after);
+            continue;
+        }
+        rest = after;
+        match c {
+            '"' => {
+                let (text, after) = literal(rest);
+                tokens.push(Token::Text(text));
+                rest = after;
+            }
+            // A character, not a lifetime.
+            '\'' if after.starts_with('\\') || after.chars().nth(1) == Some('\'') => {
+                let escaped = after.strip_prefix('\\').unwrap_or(after);
+                let first = escaped.chars().next().map_or(0, char::len_utf8);
+                rest = escaped[first..].split_once('\'').map_or("", |(_, after)| after);
+            }
+            '(' | '[' | '{' => tokens.push(Token::Open(std::mem::take(&mut path))),
+            ')' | ']' | '}' => tokens.push(Token::Close),
+            _ => {}
+        }
+        match c.is_alphanumeric() || "_:!.".contains(c) {
+            true => path.push(c),
+            false => path.clear(),
+        }
+    }
+    tokens
 }
 
 /// Reads the literal that begins behind an opening quote, as the compiler does; returns it and what follows.
@@ -45,36 +95,95 @@ fn literal(code: &str) -> (String, &str) {
     }
 }
 
-/// The first literal in each call of `with_next`: where the line begins. Calls that pass on a text of elsewhere have
-/// none.
-fn next_lines(code: &str, found: &mut BTreeSet<String>) {
-    for call in code.split(".with_next(").skip(1) {
-        let mut depth = 1;
-        let mut rest = call;
-        while depth > 0 {
-            let Some(c) = rest.chars().next() else { break };
-            if let Some(after) =
-                rest.strip_prefix("'\"'").or(rest.strip_prefix("'('")).or(rest.strip_prefix("')'"))
-            {
+/// A text as it may be printed: "..." stands for what is filled in. `None` for one that has no beginning of its own.
+fn shown(text: &str) -> Option<String> {
+    let mut shown = String::new();
+    let mut rest = text.split('\n').next().unwrap_or_default();
+    while let Some((before, after)) = rest.split_once('{') {
+        shown.push_str(before);
+        match after.strip_prefix('{') {
+            Some(after) => {
+                shown.push('{');
                 rest = after;
-                continue;
             }
-            rest = &rest[c.len_utf8()..];
-            match c {
-                '(' => depth += 1,
-                ')' => depth -= 1,
-                '"' => {
-                    let (text, _) = literal(rest);
-                    // Up to what is filled in.
-                    let text = text.split(['{', '\n']).next().unwrap_or_default().trim().to_owned();
-                    if text.len() >= CHARS_MIN {
-                        found.insert(text);
-                    }
-                    break;
-                }
-                _ => {}
+            None => {
+                shown.push_str("...");
+                rest = after.split_once('}').map_or("", |(_, after)| after);
             }
         }
+    }
+    shown.push_str(&rest.replace("}}", "}"));
+    let shown = shown.trim().to_owned();
+    (shown.len() >= CHARS_MIN && !shown.starts_with("...")).then_some(shown)
+}
+
+/// The texts of a call's argument that may be printed: not those that are filled into others, or given to functions. The
+/// tokens begin behind the opening bracket.
+fn texts(tokens: &[Token]) -> Vec<&str> {
+    let mut found = Vec::new();
+    // Of each bracket that is open: how many texts in it count.
+    let mut open = vec![usize::MAX];
+    for token in tokens {
+        match token {
+            Token::Open(path) => {
+                let wraps = path.is_empty() || path == "Some" || path.ends_with("from");
+                let outer = open.last().copied().unwrap_or(0);
+                open.push(match path.ends_with("format!") || path.ends_with("concat!") {
+                    true => outer.min(1),
+                    false if wraps => outer,
+                    false => 0,
+                });
+            }
+            Token::Close => {
+                open.pop();
+            }
+            Token::Text(text) => {
+                if let Some(left) = open.last_mut().filter(|left| **left > 0) {
+                    *left -= 1;
+                    found.push(text.as_str());
+                }
+            }
+        }
+        if open.is_empty() {
+            break;
+        }
+    }
+    found
+}
+
+/// A text that advises, by the way the project writes: one whole sentence.
+fn is_sentence(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_uppercase() || c == '`')
+        && text.contains(' ')
+        && text.ends_with('.')
+        && !text.contains('\n')
+}
+
+/// What the errors of a file say to do. Where a file gives its errors a text that comes out of a variable, a constant or a
+/// function, each sentence in it is taken for one.
+fn next_lines(code: &str, found: &mut BTreeSet<String>) {
+    let tokens = tokens(code);
+    let mut passes_on = false;
+    for (at, token) in tokens.iter().enumerate() {
+        let Token::Open(path) = token else { continue };
+        let argument = &tokens[at + 1..];
+        if path.ends_with(".with_next") {
+            let texts = texts(argument);
+            // Of another error, or of a report: said where that is made.
+            let of_another = matches!(argument.first(), Some(Token::Open(path)) if path.ends_with(".next"));
+            passes_on |= texts.is_empty() && !of_another;
+            found.extend(texts.into_iter().filter_map(shown));
+        }
+        passes_on |= path.ends_with("TargetError::new");
+    }
+    if passes_on {
+        let sentences = tokens.iter().filter_map(|token| match token {
+            Token::Text(text) if is_sentence(text) && !NOT_ADVICE.iter().any(|not| text.starts_with(not)) => {
+                shown(text)
+            }
+            _ => None,
+        });
+        found.extend(sentences);
     }
 }
 
@@ -134,7 +243,7 @@ fn every_next_line_leads_to_its_paragraph() {
         guide.lines().filter_map(|line| line.strip_prefix("## ")).map(anchor).collect();
     let rows = rows(&guide);
     let lines = all_next_lines();
-    assert!(lines.len() > 200, "the sources are read: {}", lines.len());
+    assert!(lines.len() > 300, "the sources are read: {}", lines.len());
     let leads = |line: &str, beginning: &str| line.trim_matches(['`', ' ']).starts_with(beginning);
     let mut complaints = Vec::new();
     for line in &lines {
@@ -157,6 +266,34 @@ fn every_next_line_leads_to_its_paragraph() {
         "docs/operators-guide.md, \"By `next:` line\":\n{}",
         complaints.join("\n")
     );
+}
+
+#[test]
+fn what_passes_through_helpers_and_variables_is_seen() {
+    let lines = |code: &str| {
+        let mut found = BTreeSet::new();
+        next_lines(code, &mut found);
+        found.into_iter().collect::<Vec<_>>()
+    };
+    let direct = r#"// It's "no.text" (here.
+        e.with_next("Look at it.").with_next(format!("Run `x {id:?}` in {}: {{it}}.", join(", "), "Not this."))
+            .with_next(match c { '"' | '\'' => "Either this is so.", _ if f("Not that.") => "Or that is so." });"#;
+    assert_eq!(
+        lines(direct),
+        ["Either this is so.", "Look at it.", "Or that is so.", "Run `x ...` in ...: {it}."]
+    );
+    let apart = ["Give it a name.", "Read ... aloud."];
+    for code in [
+        r#"const NEXT: &str = "Give it a name."; fn f<'a>() { e("a fact", "Read {} aloud.").with_next(NEXT) }"#,
+        r#"let refused = |what: &str, next: &str| e(what).with_next(next); refused("a fact", "Give it a name.");
+           refused("no Fact either.", "Read {x} aloud.")"#,
+        r#"let (error, next) = (e("a fact"), Some("Give it a name.")); error.with_next(other("Read {} aloud."))"#,
+        r#"TargetError::new("a fact", "Give it a name.").or(TargetError::new(text, "Read {why} aloud."))"#,
+    ] {
+        assert_eq!(lines(code), apart, "{code}");
+    }
+    // Where every text is given at once, other sentences are none; nor where one is another error's.
+    assert_eq!(lines(r#"e.with_next(other.next().to_owned()); say("Nothing is on record.")"#), [""; 0]);
 }
 
 #[test]
