@@ -9,6 +9,8 @@ mod backups;
 mod clock;
 mod policy;
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;
 mod wal;
 

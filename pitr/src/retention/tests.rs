@@ -1,20 +1,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, TimeDelta, TimeZone as _, Utc};
-use proptest::prelude::*;
 use walship::catalog::{GapCause, GapKind, GapRecord, HeldWal, Hold};
 use walship::config::RetentionSettings;
 use walship::pg::{Lsn, SegmentName, TimelineId};
 
 use super::*;
 use crate::plan::tests::{SIZE, World, at, commit, tli};
-use crate::plan::{Outcome, PlanOptions, WindowEnd, chains_of, gaps_of, windows};
+use crate::plan::{Outcome, PlanOptions, WindowEnd, gaps_of, windows};
 use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, Zone};
 
-const HOUR: i64 = 3_600_000_000;
-const DAY: i64 = 24 * HOUR;
+pub(super) const HOUR: i64 = 3_600_000_000;
+pub(super) const DAY: i64 = 24 * HOUR;
 
-fn policy(settings: RetentionSettings) -> Policy {
+pub(super) fn policy(settings: RetentionSettings) -> Policy {
     Policy::of(&settings).unwrap()
 }
 
@@ -55,7 +54,7 @@ fn world(days: i64, backups: &[i64]) -> World {
 }
 
 /// Takes a backup of three records that is complete at `micros`.
-fn add_backup(world: &mut World, timeline: TimelineId, micros: i64, id: &str) {
+pub(super) fn add_backup(world: &mut World, timeline: TimelineId, micros: i64, id: &str) {
     let start = world.end(timeline);
     let checkpoint = crate::plan::tests::checkpoint(start, micros - 60_000_000);
     world.push(timeline, 200, checkpoint);
@@ -66,7 +65,7 @@ fn add_backup(world: &mut World, timeline: TimelineId, micros: i64, id: &str) {
     (record.started, record.finished) = (at(micros - 60_000_000), at(micros));
 }
 
-fn seen(world: &World) -> Seen {
+pub(super) fn seen(world: &World) -> Seen {
     let last = |records: &Vec<crate::plan::tests::WalRecord>| {
         records.iter().rev().find_map(|record| record.event.as_ref()?.kind.stop_time())
     };
@@ -81,29 +80,29 @@ fn seen(world: &World) -> Seen {
     Seen { last_times: last_times.collect(), left_times, ..Seen::default() }
 }
 
-fn begun(id: &str, start: Option<BegunAt>, last_written: Option<i64>) -> Begun {
+pub(super) fn begun(id: &str, start: Option<BegunAt>, last_written: Option<i64>) -> Begun {
     Begun { id: id.into(), start, last_written: last_written.map(at), complete: false, was_finishing: false }
 }
 
-fn planned(world: &World, seen: &Seen, policy: &Policy, now: DateTime<Utc>) -> RetentionPlan {
+pub(super) fn planned(world: &World, seen: &Seen, policy: &Policy, now: DateTime<Utc>) -> RetentionPlan {
     retain(&world.catalog, seen, policy, now, CLOCK_MARGIN)
 }
 
-fn kept(plan: &RetentionPlan) -> Vec<&str> {
+pub(super) fn kept(plan: &RetentionPlan) -> Vec<&str> {
     plan.backups_kept.iter().map(|backup| &*backup.id).collect()
 }
 
-fn carried_out(world: &World, plan: &RetentionPlan) -> World {
+pub(super) fn carried_out(world: &World, plan: &RetentionPlan) -> World {
     let mut world = world.clone();
     world.catalog = after(&world.catalog, plan, &records(plan));
     world
 }
 
-fn time(micros: i64) -> RecoveryTarget {
+pub(super) fn time(micros: i64) -> RecoveryTarget {
     RecoveryTarget::new(TargetKind::Time { time: at(micros), zone: Zone::Utc })
 }
 
-fn reaches(world: &World, target: &RecoveryTarget, backup: Option<&str>) -> Option<Lsn> {
+pub(super) fn reaches(world: &World, target: &RecoveryTarget, backup: Option<&str>) -> Option<Lsn> {
     match world.outcome(target, &PlanOptions { backup: backup.map(str::to_owned) }) {
         Outcome::Plan(plan) => Some(plan.stop.final_lsn),
         _ => None,
@@ -159,6 +158,54 @@ fn backups_are_kept_by_number_age_and_rotation() {
         [59, 58, 57, 56, 30],
         "rules add up"
     );
+}
+
+#[test]
+fn the_newest_of_an_hour_and_of_a_year_stays() {
+    let keep = |ends: &[(&str, i64)], settings: RetentionSettings| {
+        let mut world = World::new();
+        for (id, micros) in ends {
+            add_backup(&mut world, tli(1), *micros, id);
+            world.push(tli(1), 64, commit(1000, *micros + 1000));
+        }
+        world.push(tli(1), 2 * SIZE.bytes(), None);
+        world.archive(tli(1));
+        let now = at(ends.last().unwrap().1 + HOUR / 2);
+        let plan = planned(&world, &seen(&world), &policy(settings), now);
+        kept(&plan).into_iter().map(str::to_owned).collect::<Vec<_>>().join(" ")
+    };
+    let hourly = |count: u32| RetentionSettings { keep_hourly: Some(count), ..RetentionSettings::default() };
+    let yearly = |count: u32| RetentionSettings { keep_yearly: Some(count), ..RetentionSettings::default() };
+    // Time begins at noon, 2026-03-01: 12:10, 12:59:59.999999, 13:00, 13:40, nothing from 14:00 to 15:59, 16:20.
+    let minute = HOUR / 60;
+    let day = [
+        ("12:10", 10 * minute),
+        ("12:59", HOUR - 1),
+        ("13:00", HOUR),
+        ("13:40", 100 * minute),
+        ("16:20", 260 * minute),
+    ];
+    assert_eq!(keep(&day, hourly(1)), "16:20");
+    assert_eq!(keep(&day, hourly(2)), "16:20 13:40", "hours without a backup do not count");
+    assert_eq!(keep(&day, hourly(3)), "16:20 13:40 12:59");
+    assert_eq!(keep(&day, hourly(100)), "16:20 13:40 12:59");
+    // The same hour of another day is another hour, and so it is of another year.
+    let days = [("first", 10 * minute), ("second", DAY + 10 * minute), ("third", 365 * DAY + 10 * minute)];
+    assert_eq!(keep(&days, hourly(5)), "third second first");
+    assert_eq!(keep(&days, yearly(5)), "third second");
+    // 2026 ends 305 days and 12 hours later; nothing was taken in 2028.
+    let end = 305 * DAY + 12 * HOUR;
+    let years = [
+        ("2026-03", 0),
+        ("2026-12", end - 1),
+        ("2027-01", end),
+        ("2027-12", end + 365 * DAY - HOUR),
+        ("2029-06", end + 3 * 366 * DAY - 200 * DAY),
+    ];
+    assert_eq!(keep(&years, yearly(1)), "2029-06");
+    assert_eq!(keep(&years, yearly(2)), "2029-06 2027-12");
+    assert_eq!(keep(&years, yearly(3)), "2029-06 2027-12 2026-12");
+    assert_eq!(keep(&years, yearly(0x7fff_ffff)), "2029-06 2027-12 2026-12");
 }
 
 #[test]
@@ -524,7 +571,7 @@ fn the_end_of_a_timeline_that_nobody_left_stays_however_old() {
     assert!(kept(&plan).contains(&"b15"), "{plan:#?}");
 }
 
-fn hold_on(backup: &str, wal: Option<HeldWal>) -> Hold {
+pub(super) fn hold_on(backup: &str, wal: Option<HeldWal>) -> Hold {
     Hold {
         format: 1,
         id: "20260301T000000Z-0000000000000000".into(),
@@ -730,169 +777,6 @@ fn of_backups_that_did_not_complete_only_those_stay_that_one_under_way_may_have_
     let mut later = recordless;
     later.push(Begun { last_written: Some(at(180 * DAY)), ..remains("w99".into(), 199) });
     assert_eq!(with(later, "a", None), [13, 15, 17, 19, 21, 23, 25, 27, 99]);
-}
-
-/// A history to be made up.
-#[derive(Debug, Clone)]
-struct Script {
-    /// What happens each quarter of a day: kind, and how much WAL.
-    steps: Vec<(u8, u32)>,
-    /// Segments that are lost, counted from the first.
-    lost: Vec<u8>,
-}
-
-fn scripts() -> impl Strategy<Value = Script> {
-    let steps = proptest::collection::vec((0u8..20, 1000u32..1_500_000), 20..90);
-    (steps, proptest::collection::vec(any::<u8>(), 0..2)).prop_map(|(steps, lost)| Script { steps, lost })
-}
-
-fn settings() -> impl Strategy<Value = RetentionSettings> {
-    let small = || proptest::option::of(0u32..4);
-    let window = proptest::option::weighted(0.8, 1u32..20);
-    (window, small(), proptest::option::of(1u32..40), small(), small(), small()).prop_map(
-        |(window, keep_last, keep_for, keep_daily, keep_weekly, keep_monthly)| RetentionSettings {
-            window: window.map(|days| format!("{days} days").parse().unwrap()),
-            keep_last,
-            keep_for: keep_for.map(|days| format!("{} days", days.max(window.unwrap_or(0))).parse().unwrap()),
-            keep_daily,
-            keep_weekly,
-            keep_monthly,
-            ..RetentionSettings::default()
-        },
-    )
-}
-
-/// Builds the history; returns it and when it ends.
-fn build(script: &Script) -> (World, i64) {
-    let mut world = World::new();
-    let (mut timeline, mut newest, mut micros) = (tli(1), 1, DAY);
-    for (number, (kind, bytes)) in script.steps.iter().enumerate() {
-        micros += DAY / 4;
-        match kind {
-            0..=4 => add_backup(&mut world, timeline, micros, &format!("b{number:02}")),
-            5 => {
-                newest += 1;
-                world.fork(timeline, tli(newest));
-                timeline = tli(newest);
-            }
-            // Somebody goes on with an older timeline.
-            6 if newest > 1 => timeline = tli(1 + u32::from(*bytes as u16) % newest),
-            _ => {}
-        }
-        world.push(timeline, 64, commit(100 + number as u32, micros + HOUR));
-        world.push(timeline, u64::from(*bytes), None);
-        world.push(timeline, 64, commit(1100 + number as u32, micros + 2 * HOUR));
-    }
-    for timeline in world.records.keys().copied().collect::<Vec<_>>() {
-        world.push(timeline, SIZE.bytes() + 100, None);
-        world.archive(timeline);
-    }
-    let names: Vec<SegmentName> = world.catalog.segments.names().collect();
-    for lost in &script.lost {
-        world.catalog.segments.remove(&names[usize::from(*lost) % names.len()]);
-    }
-    (world, micros)
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
-
-    /// Whatever led to a plan before leads to the same one after: every kept backup, every moment of the window.
-    #[test]
-    fn what_is_kept_can_be_restored(script in scripts(), settings in settings(), later in 0i64..3) {
-        let (world, end) = build(&script);
-        let Ok(policy) = Policy::of(&settings) else { return Ok(()) };
-        let now = at(end + 3 * HOUR + later * DAY);
-        let plan = planned(&world, &seen(&world), &policy, now);
-        let after = carried_out(&world, &plan);
-        let removed: BTreeSet<&str> = plan.backups_removed.iter().map(|backup| &*backup.id).collect();
-        let kept: BTreeSet<&str> = kept(&plan).into_iter().collect();
-        prop_assert!(removed.is_disjoint(&kept));
-        prop_assert_eq!(removed.len() + kept.len(), world.catalog.backups.len());
-
-        // Every kept backup is consistent on its own way, and the newest of all is one of them.
-        let usable = |world: &World, id: &str| {
-            let backup = world.catalog.backups.iter().find(|backup| backup.id == id).unwrap();
-            let on = TimelineChoice::Number(backup.stop_timeline);
-            let immediate = RecoveryTarget { timeline: on, ..RecoveryTarget::new(TargetKind::Immediate) };
-            reaches(world, &immediate, Some(id))
-        };
-        for id in &kept {
-            prop_assert_eq!(usable(&world, id), usable(&after, id), "{}", id);
-        }
-        // Every moment of the window that could be reached on a timeline in use can still be.
-        let from = policy.window_from(now);
-        for timeline in world.catalog.timelines() {
-            let last = seen(&world).last_times.get(&timeline).copied();
-            let on = TimelineChoice::Number(timeline);
-            for half in 0..=(end / (DAY / 2)) {
-                let micros = half * (DAY / 2) + 1000;
-                if from.is_none_or(|from| at(micros) < from) || last.is_none_or(|last| last < from.unwrap_or(last)) {
-                    continue;
-                }
-                let target = RecoveryTarget { timeline: on, ..time(micros) };
-                let before = reaches(&world, &target, None);
-                prop_assert!(
-                    before.is_none() || reaches(&after, &target, None) == before,
-                    "{} on {}: {:?}, then {:?}; {:#?}", at(micros), timeline, before, reaches(&after, &target, None), plan
-                );
-            }
-        }
-        // So can the end of every timeline that nobody left, however old.
-        for timeline in world.catalog.timelines() {
-            let left = world.catalog.histories.values().any(|other| other.switch_lsn_of(timeline).is_some());
-            let on = TimelineChoice::Number(timeline);
-            let target = RecoveryTarget { timeline: on, ..RecoveryTarget::new(TargetKind::Latest) };
-            let before = reaches(&world, &target, None);
-            prop_assert!(left || before.is_none() || reaches(&after, &target, None) == before, "{}", timeline);
-        }
-        // The end of what is in use stays in reach.
-        let latest = RecoveryTarget::new(TargetKind::Latest);
-        let before = reaches(&world, &latest, None);
-        prop_assert!(before.is_none() || reaches(&after, &latest, None) == before);
-
-        // What was expired is told apart from what is lost.
-        for timeline in after.catalog.timelines() {
-            let history = after.catalog.history(timeline).unwrap();
-            for chain in chains_of(&after.catalog, &history) {
-                if let crate::plan::ChainEnding::Gap(gap) = chain.ending
-                    && script.lost.is_empty()
-                {
-                    prop_assert!(gap.expired, "{}", gap);
-                }
-            }
-        }
-        // Carried out once, there is nothing more to do.
-        let again = planned(&after, &seen(&world), &policy, now);
-        prop_assert!(again.is_empty(), "{:#?}", again);
-    }
-
-    /// Killed at any place, what is left plans as well: marks come first, then backups, then WAL from the oldest on.
-    #[test]
-    fn broken_off_anywhere_it_leaves_whole_chains(script in scripts(), settings in settings(), cut in 0usize..40) {
-        let (world, end) = build(&script);
-        let Ok(policy) = Policy::of(&settings) else { return Ok(()) };
-        let now = at(end + 3 * HOUR);
-        let plan = planned(&world, &seen(&world), &policy, now);
-        // Of the backups some are gone, of the WAL nothing or, once it is in the ledger, all that counts.
-        let mut partly = plan.clone();
-        let backups = partly.backups_removed.len();
-        partly.backups_removed.truncate(cut);
-        if cut <= backups {
-            partly.wal_removed.clear();
-        } else {
-            partly.wal_removed.truncate(cut - backups);
-        }
-        let left = carried_out(&world, &partly);
-        for backup in &plan.backups_kept {
-            let immediate = RecoveryTarget::new(TargetKind::Immediate);
-            prop_assert_eq!(reaches(&world, &immediate, Some(&backup.id)), reaches(&left, &immediate, Some(&backup.id)));
-        }
-        let resumed = planned(&left, &seen(&world), &policy, now);
-        let (once, twice) = (carried_out(&world, &plan), carried_out(&left, &resumed));
-        prop_assert_eq!(once.catalog.backups, twice.catalog.backups);
-        prop_assert_eq!(once.catalog.segments.names().collect::<Vec<_>>(), twice.catalog.segments.names().collect::<Vec<_>>());
-    }
 }
 
 #[test]
