@@ -416,15 +416,6 @@ fn what_cannot_be_is_said_before_anything_is_written() {
     let said = stage.fails(&mut drill(&small.path().join("scratch"), &[]), 1);
     assert!(said.contains("bytes at") && said.contains("are free"), "{said}");
     assert_eq!(fs::read_dir(small.path()).unwrap().count(), 0);
-    // Room for the bytes, but not for the files: seen half way.
-    let crowded = Tmpfs::mount(&stage.path().join("crowded"), "size=2g,nr_inodes=300,mode=0777");
-    let said = stage.fails(&mut drill(&crowded.path().join("scratch"), &[]), 1);
-    assert!(said.contains("No space left on device") && said.contains("was cleaned up"), "{said}");
-    assert_eq!(fs::read_dir(crowded.path()).unwrap().count(), 0);
-    assert_eq!(stage.holds(), []);
-    let records = walk(&stage.repository_dir().join("main/0001/history/drills"));
-    let is_told = |record: &PathBuf| fs::read_to_string(record).unwrap().contains("No space left on device");
-    assert!(records.iter().any(is_told), "it is on record");
     // No server of that version.
     let other = PgBinaries::find(newer_major());
     let other = other.server_bin().to_str().unwrap();
@@ -464,6 +455,41 @@ fn what_cannot_be_is_said_before_anything_is_written() {
     let history = empty.repository_dir().join("main/0001/history/drills");
     let record = fs::read_to_string(walk(&history).pop_first().unwrap()).unwrap();
     assert!(record.contains("\"no_plan\""), "{record}");
+}
+
+#[test]
+fn a_disk_that_fills_half_way_is_told_and_nothing_is_left() {
+    let origin = Origin::make(primary_major());
+    let stage = &origin.stage;
+    let drill = |scratch: &Path, words: &[&str]| {
+        let mut drill = stage.pitr_as_user(&["drill", "--latest", "--scratch"]);
+        drill
+            .arg(scratch.join("scratch"))
+            .arg("--pg-bin")
+            .arg(origin.server.binaries().server_bin())
+            .args(words);
+        stage.fails(&mut drill, 1)
+    };
+    // While files are restored: there is room for the bytes, but not for the files.
+    let crowded = Tmpfs::mount(&stage.path().join("crowded"), "size=2g,nr_inodes=300,mode=0777");
+    let said = drill(crowded.path(), &[]);
+    assert!(said.contains("No space left on device") && said.contains("was cleaned up"), "{said}");
+    assert_eq!(fs::read_dir(crowded.path()).unwrap().count(), 0);
+    // While it recovers: somebody else takes the room.
+    let taken = Tmpfs::mount(&stage.path().join("taken"), "size=200m,mode=0777");
+    let filler = taken.path().join("filler");
+    let fill = format!("dd if=/dev/zero of='{}' bs=64k 2>/dev/null", filler.display());
+    let said = drill(taken.path(), &["--restore-cmd", &origin.restore_cmd(&origin.segments[1], &fill)]);
+    assert!(said.contains("No space left on device") && said.contains("was cleaned up"), "{said}");
+    let left: Vec<_> = fs::read_dir(taken.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(left, [filler]);
+    assert_eq!((processes_of(taken.path()), stage.holds()), (vec![], vec![]));
+    let records = walk(&stage.repository_dir().join("main/0001/history/drills"));
+    let is_told = |record: &PathBuf| {
+        let record = fs::read_to_string(record).unwrap();
+        record.contains("No space left on device") && record.contains("\"failed\"")
+    };
+    assert_eq!(records.iter().filter(|record| is_told(record)).count(), 2, "both are on record");
 }
 
 /// A way on which replay would write outside the scratch folder is not gone.
