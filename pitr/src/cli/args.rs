@@ -403,12 +403,13 @@ pub(super) struct RestoreArgs {
     /// the server must be stopped, or gone
     #[arg(long, value_name = "DIR")]
     pub(super) surviving_wal: Option<PathBuf>,
-    /// Push the WAL that --surviving-wal finds, or that the data directory holds which --delta or --set-aside with --latest
-    /// goes over, into every repository, then restore up to its end
+    /// Push the WAL that --surviving-wal finds, or that --latest finds where it goes (in the data directory there, and in what
+    /// earlier restores set aside in it or beside it), into every repository, then restore up to its end
     #[arg(long)]
     pub(super) push_surviving: bool,
-    /// Restore with --latest over a data directory although its pg_wal holds transactions that are not archived
-    #[arg(long, conflicts_with = "push_surviving")]
+    /// Restore with --latest although the data directory there, or what earlier restores set aside, holds transactions that
+    /// are not archived. With --surviving-wal nothing but that is looked at then
+    #[arg(long)]
     pub(super) leave_surviving: bool,
     /// Put a tablespace elsewhere, by its path or oid; may be repeated
     #[arg(long, value_name = "OLD=NEW")]

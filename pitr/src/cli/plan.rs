@@ -7,6 +7,7 @@ use super::args::{PlanArgs, SourceArgs, TargetArgs};
 use super::before::{Asked, Unproven};
 use super::output::{self, Style, Way};
 use super::source::{Source, say_notes};
+use super::surviving::only_archived;
 use super::{DONE, NO_PLAN, forecast};
 use crate::execute::{Planned, Proof, make_plan};
 use crate::plan::{PlanOptions, Refusal, RestorePlan};
@@ -24,6 +25,7 @@ pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
         Planned::Plan(mut plan) => {
             forecast::add(&source.repository, &mut plan).await;
             plan.warnings.extend(source.repository.notes());
+            plan.reasons.extend(args.target.is_latest().then(only_archived));
             if args.source.json {
                 output::print_json(&output::plan_json(&plan))?;
             } else {

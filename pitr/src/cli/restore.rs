@@ -20,9 +20,8 @@ use super::hold::hold_for_restore;
 use super::output::{self, Style, Way};
 use super::plan::{open_and_plan, refused};
 use super::source::{credentials_note, restore_cmd, restore_cmd_arguments};
-use super::surviving::{self, Then};
-use super::{DONE, forecast, role, start, status_of};
-use crate::execute::restore::{Existing, check};
+use super::{DONE, forecast, role, start, status_of, surviving};
+use crate::execute::restore::{Existing, another_backup, check};
 use crate::execute::start::{StartOptions, Started, State, would_start};
 use crate::execute::{Progress, RestoreOptions, RestoreReport, restore};
 use crate::plan::RestorePlan;
@@ -44,17 +43,14 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         Ok(planned) => planned,
         Err(refusal) => return refused(&refusal, args.source.json),
     };
-    let surviving = match surviving::look(args, &source, &plan).await? {
-        Then::GoOn { note } => note,
-        Then::PlanAgain { note } => {
-            (source, plan) = match open_and_plan(&args.source, &args.target).await? {
-                Ok(planned) => planned,
-                Err(refusal) => return refused(&refusal, args.source.json),
-            };
-            Some(note)
-        }
-    };
-    plan.warnings.extend(surviving);
+    let mut pushed = Vec::new();
+    while let Some(more) = surviving::look(args, &source, &mut plan, &pushed).await? {
+        pushed.push(more);
+        (source, plan) = match open_and_plan(&args.source, &args.target).await? {
+            Ok(planned) => planned,
+            Err(refusal) => return refused(&refusal, args.source.json),
+        };
+    }
     let mut options = options(args, &program, &source.repository, restore_as, recovery)?;
     let planned = tail_arguments(&plan);
     if !planned.is_empty() {
@@ -74,7 +70,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     let mut held = None;
     let mut report = if args.dry_run {
         let report = check(&plan, &options)?;
-        source.repository.check_backup_objects(&plan.backup).await?;
+        source.repository.check_backup_objects(&plan.backup).await.map_err(another_backup)?;
         report
     } else {
         if !args.yes

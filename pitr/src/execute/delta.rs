@@ -21,7 +21,7 @@ use walship::codec::backup_index::{BLOCK_BYTES, BackupIndex, Frame, IndexedFile,
 use walship::repository::{BackupBlocks, BlockPlace, FileBlocks};
 use walship::{Error, Result};
 
-use super::restore::{blocking, taken_from};
+use super::restore::{Failed, blocking, taken_from};
 use super::unpack::{Destination, Place, create, damaged, is_tablespace_link, make_dir, place_of, reserve};
 
 /// The longest range that one request fetches.
@@ -148,10 +148,12 @@ async fn fetch(
     for one in backup.repository().each() {
         let fetched = async {
             let stored =
-                one.read_backup_object_range(id, &object.name, range.stored_at, range.stored_bytes).await?;
+                one.read_backup_object_range(id, &object.name, range.stored_at, range.stored_bytes).await;
+            let stored = stored.map_err(Failed::Stored)?;
             destination.progress.fetched_bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
             let (range, targets, destination) = (range.clone(), targets.clone(), destination.clone());
-            blocking(move || put_blocks(&range, &stored, &targets, &destination)).await
+            let put = blocking(move || put_blocks(&range, &stored, &targets, &destination));
+            put.await.map_err(Failed::of_writing)
         };
         match fetched.await {
             Ok(held) => {
@@ -161,8 +163,8 @@ async fn fetch(
                 return Ok(held);
             }
             // What is wrong with the files here no other repository mends.
-            Err(error @ Error::LocalIo(_)) => return Err(error),
-            Err(error) => {
+            Err(Failed::Here(error)) => return Err(error),
+            Err(Failed::Stored(error)) => {
                 one.failed(&error);
                 failure.get_or_insert((one.location(), error));
             }

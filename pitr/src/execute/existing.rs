@@ -21,7 +21,7 @@ use super::unpack::{CONTROL_FILE, Destination};
 
 /// The folders of a data directory in which everything is PostgreSQL's. Not `pg_wal`, and no other whose name begins so:
 /// it may be the operator's.
-const OWN_FOLDERS: &[&str] = &[
+pub(super) const OWN_FOLDERS: &[&str] = &[
     "base",
     "global",
     "pg_commit_ts",
@@ -57,7 +57,10 @@ const STATE_FILES: &[&str] = &[
 const OWN_FILES: &str = "pgsql_tmp_walship_";
 
 /// What a folder in `pg_wal` is called that holds the WAL from before a restore.
-const OLD_WAL: &str = "walship-before-";
+pub(super) const OLD_WAL: &str = "walship-before-";
+
+/// What stands behind the name of a folder that was set aside, before the time.
+const SET_ASIDE: &str = ".before-";
 
 /// What a restore has done to what was there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -185,7 +188,7 @@ pub(super) fn name_aside(folder: &Path, now: DateTime<Utc>) -> Result<(PathBuf, 
         return Err(cannot("the folder above it cannot be written to"));
     }
     let mut aside = name.to_owned();
-    aside.push(format!(".{}", before(now)));
+    aside.push(before(now));
     Ok((folder.to_owned(), parent.join(aside)))
 }
 
@@ -271,6 +274,7 @@ pub(super) fn is_linked(data_dir: &Path, oid: Oid, path: &Path) -> bool {
 
 /// Makes a marked data directory ready for the backup's files: WAL is set aside, files that the backup does not have and
 /// that PostgreSQL would read are removed, and links lead to where the tablespaces go. What is not PostgreSQL's stays.
+/// `cleared` says what was done, also after an error.
 ///
 /// # Errors
 /// [`Error::LocalIo`].
@@ -279,9 +283,9 @@ pub(super) fn clear(
     tablespaces: &BTreeMap<Oid, PathBuf>,
     destination: &Destination,
     now: DateTime<Utc>,
-) -> Result<Cleared> {
-    let old_wal = set_wal_aside(&data_dir.join("pg_wal"), now)?;
-    let mut cleared = Cleared { old_wal, ..Cleared::default() };
+    cleared: &mut Cleared,
+) -> Result<()> {
+    set_wal_aside(&data_dir.join("pg_wal"), now, &mut cleared.old_wal)?;
     for (name, path) in entries(data_dir)? {
         let is_folder = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir());
         if name.starts_with(OWN_FILES) {
@@ -292,7 +296,7 @@ pub(super) fn clear(
         } else if is_folder && OWN_FOLDERS.contains(&&*name) {
             cleared.folder(Path::new(&name), &path, destination)?;
         } else if is_folder && destination.lists_below(Path::new(&name)) {
-            let aside = path.with_file_name(format!("{name}.{}", before(now)));
+            let aside = path.with_file_name(format!("{name}{}", before(now)));
             fs::rename(&path, &aside)
                 .map_err(|error| Error::from_io(format!("setting {} aside", path.display()), error))?;
             cleared.set_aside.push(aside);
@@ -308,13 +312,12 @@ pub(super) fn clear(
             }
         }
     }
-    link_tablespaces(data_dir, tablespaces)?;
-    Ok(cleared)
+    link_tablespaces(data_dir, tablespaces)
 }
 
 /// What the names of what is set aside end with.
 fn before(now: DateTime<Utc>) -> String {
-    now.format("before-%Y%m%dT%H%M%SZ").to_string()
+    format!("{SET_ASIDE}{}", now.format("%Y%m%dT%H%M%SZ"))
 }
 
 impl Cleared {
@@ -346,23 +349,75 @@ impl Cleared {
     }
 }
 
-/// Moves what is in `pg_wal` into a folder of its own there. It may be the only copy of the last transactions.
-fn set_wal_aside(pg_wal: &Path, now: DateTime<Utc>) -> Result<Option<PathBuf>> {
+/// Returns the folders of a data directory, and of those that were set aside beside it, that may hold WAL from before
+/// restores: each `pg_wal`, and what was set aside in it. Beside them what could not be looked into.
+pub(crate) fn wal_folders(data_dir: &Path) -> (Vec<PathBuf>, Vec<Error>) {
+    let data_dir = std::path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
+    let (mut found, mut unreadable) = (Vec::new(), Vec::new());
+    let mut data_dirs = vec![data_dir.clone()];
+    if let (Some(name), Some(parent)) = (data_dir.file_name(), data_dir.parent()) {
+        match folders(parent, &format!("{}{SET_ASIDE}", name.to_string_lossy())) {
+            Ok(beside) => data_dirs.extend(beside),
+            Err(error) => unreadable.push(error),
+        }
+    }
+    for pg_wal in data_dirs.iter().map(|dir| dir.join("pg_wal")) {
+        match fs::metadata(&pg_wal) {
+            Ok(meta) if meta.is_dir() => match old_wal(&pg_wal) {
+                Ok(old) => found.extend(std::iter::once(pg_wal).chain(old)),
+                Err(error) => unreadable.push(error),
+            },
+            Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                unreadable.push(Error::from_io(format!("looking at {}", pg_wal.display()), error));
+            }
+            _ => {}
+        }
+    }
+    (found, unreadable)
+}
+
+/// Returns the folders in a `pg_wal` that hold WAL from before restores.
+///
+/// # Errors
+/// [`Error::LocalIo`] and [`Error::Denied`] for a folder that cannot be read.
+pub(crate) fn old_wal(pg_wal: &Path) -> Result<Vec<PathBuf>> {
+    folders(pg_wal, OLD_WAL)
+}
+
+/// Returns the folders in one whose names begin so, those with the latest names first.
+fn folders(parent: &Path, prefix: &str) -> Result<Vec<PathBuf>> {
+    let mut found = entries(parent)?;
+    found.retain(|(name, path)| name.starts_with(prefix) && path.is_dir());
+    found.sort_unstable_by(|a, b| b.cmp(a));
+    Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
+/// Moves what is in `pg_wal` into a folder of its own there, and says where. It may be the only copy of the last
+/// transactions.
+fn set_wal_aside(pg_wal: &Path, now: DateTime<Utc>, old_wal: &mut Option<PathBuf>) -> Result<()> {
     let found: Vec<_> = match fs::symlink_metadata(pg_wal) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         _ => entries(pg_wal)?.into_iter().filter(|(name, _)| !name.starts_with(OLD_WAL)).collect(),
     };
     let has_files = found.iter().any(|(_, path)| path.is_file());
     if !has_files {
-        return Ok(None);
+        return Ok(());
     }
     let aside = pg_wal.join(format!("{OLD_WAL}{}", now.format("%Y%m%dT%H%M%S%.6fZ")));
     make_private(&aside)?;
-    for (name, path) in found {
-        fs::rename(&path, aside.join(&name))
-            .map_err(|error| Error::from_io(format!("setting {} aside", path.display()), error))?;
+    *old_wal = Some(aside.clone());
+    // In both places first: broken off at any moment, one of them has all of it. What cannot be linked is renamed below.
+    let link =
+        |(name, path): &(String, PathBuf)| path.is_file() && fs::hard_link(path, aside.join(name)).is_ok();
+    let linked: Vec<bool> = found.iter().map(link).collect();
+    File::open(&aside)
+        .and_then(|aside| aside.sync_all())
+        .map_err(|error| Error::from_io(format!("syncing {}", aside.display()), error))?;
+    for ((name, path), is_linked) in found.into_iter().zip(linked) {
+        let moved = if is_linked { fs::remove_file(&path) } else { fs::rename(&path, aside.join(&name)) };
+        moved.map_err(|error| Error::from_io(format!("setting {} aside", path.display()), error))?;
     }
-    Ok(Some(aside))
+    Ok(())
 }
 
 fn link_tablespaces(data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Result<()> {
@@ -393,7 +448,7 @@ fn link_tablespaces(data_dir: &Path, tablespaces: &BTreeMap<Oid, PathBuf>) -> Re
 }
 
 /// Returns what is in a folder, by name; nothing where there is no such folder. Sockets are left out.
-fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+pub(super) fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let failed = |error| Error::from_io(format!("reading {}", folder.display()), error);
     let listing = match fs::read_dir(folder) {
         Ok(listing) => listing,
@@ -445,6 +500,10 @@ mod tests {
 
     #[test]
     fn wal_is_set_aside_once_and_never_removed() {
+        let set_wal_aside = |wal: &Path, now| {
+            let mut old_wal = None;
+            set_wal_aside(wal, now, &mut old_wal).map(|()| old_wal)
+        };
         let home = tempfile::tempdir().unwrap();
         let wal = home.path().join("pg_wal");
         assert_eq!(set_wal_aside(&wal, DateTime::UNIX_EPOCH).unwrap(), None);
@@ -456,6 +515,24 @@ mod tests {
         assert_eq!(fs::read(aside.join("000000010000000000000001")).unwrap(), b"precious");
         assert!(aside.join("archive_status/000000010000000000000001.ready").exists());
         assert_eq!(set_wal_aside(&wal, Utc::now()).unwrap(), None, "what was set aside stays where it is");
+        // It is found again, also when the whole directory was set aside since, and what is newer comes first.
+        fs::write(wal.join("000000010000000000000002"), b"later").unwrap();
+        let later = set_wal_aside(&wal, Utc::now()).unwrap().unwrap();
+        assert_eq!(wal_folders(home.path()).0, [wal, later.clone(), aside.clone()]);
+        let data = home.path().join("data");
+        fs::create_dir(&data).unwrap();
+        fs::rename(home.path().join("pg_wal"), data.join("pg_wal")).unwrap();
+        set_aside(&[name_aside(&data, DateTime::UNIX_EPOCH).unwrap()]).unwrap();
+        fs::create_dir(home.path().join("data.before")).unwrap();
+        let (found, unreadable) = wal_folders(&data);
+        assert!(unreadable.is_empty(), "{unreadable:?}");
+        let names = |path: &PathBuf| path.strip_prefix(home.path()).unwrap().to_str().unwrap().to_owned();
+        let moved = "data.before-19700101T000000Z/pg_wal";
+        let inside = |folder: &Path| format!("{moved}/{}", folder.file_name().unwrap().to_str().unwrap());
+        assert_eq!(
+            found.iter().map(names).collect::<Vec<_>>(),
+            [moved.to_owned(), inside(&later), inside(&aside)]
+        );
     }
 
     #[test]

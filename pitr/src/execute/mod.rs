@@ -22,7 +22,9 @@ pub mod start;
 pub mod surviving;
 mod unpack;
 pub mod verify;
+mod writable;
 
+pub(crate) use existing::{old_wal, wal_folders};
 pub use load::{Planned, make_plan};
 pub use prove::Proof;
 pub use read_log::{Logged, read_log};

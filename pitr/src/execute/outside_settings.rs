@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use walship::{Error, Result};
 
-use super::restore::{RestoreOptions, check_empty, make_private};
+use super::restore::{RestoreOptions, check_empty, make_private, sync_file_system};
 use super::unpack::create;
 use crate::plan::RestorePlan;
 
@@ -42,7 +42,7 @@ pub(super) fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<Opti
 /// Writes the files below `folder`, each under the path it had.
 ///
 /// # Durability
-/// After `Ok` the contents survive a crash.
+/// After `Ok` the files survive a crash.
 pub(super) fn write(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
     make_private(folder)?;
     for (path, content) in files {
@@ -51,10 +51,10 @@ pub(super) fn write(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
         if let Some(parent) = place.parent() {
             DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
         }
-        let mut file = create(&place, 0o600)?;
-        file.write_all(content).and_then(|()| file.sync_all()).map_err(failed)?;
+        create(&place, 0o600)?.write_all(content).map_err(failed)?;
     }
-    Ok(())
+    // Files and the folders that lead to them; it need not be the data directory's file system.
+    sync_file_system(folder)
 }
 
 /// Returns an absolute path without its root; one that would leave the folder is refused.

@@ -9,7 +9,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -30,6 +30,7 @@ use super::outside_settings;
 use super::parent_segments;
 use super::shared::check_unshared;
 use super::unpack::{Arriving, CONTROL_FILE, Destination, create, unpack};
+use super::writable;
 use crate::plan::RestorePlan;
 use crate::recovery_settings::{
     Recovery, RestoreAs, SIGNAL_FILES, SettingsOptions, Standby, auto_conf, overruled,
@@ -151,7 +152,7 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
     let system_identifier = plan.system_identifier.parse().unwrap_or_default();
     let (mut delta, mut set_aside) = (None, Vec::new());
     match options.existing {
-        Existing::Refuse => check_empty(&data_dir)?,
+        Existing::Refuse => check_empty(&data_dir).map_err(|error| or_over(error, &data_dir))?,
         Existing::Match => {
             check_indexes(plan)?;
             delta = existing::check(&data_dir, system_identifier)?.then(Delta::default);
@@ -166,13 +167,20 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
         match (existing::is_linked(&data_dir, *oid, path), options.existing) {
             (true, Existing::Match) => {}
             (true, Existing::SetAside { at }) => set_aside.push(existing::name_aside(path, at)?),
-            _ => check_empty(path)?,
+            _ => check_empty(path).map_err(|error| of_tablespace(error, *oid))?,
         }
+    }
+    let aside = |path: &Path| set_aside.iter().any(|(from, _)| from == path);
+    for path in std::iter::once(&data_dir).chain(tablespaces.values()).chain(&options.settings_dir) {
+        writable::check_place(path, aside(path))?;
     }
     if delta.is_some() || !set_aside.is_empty() {
         check_unshared(&data_dir, &tablespaces)?;
     }
     let mut notes = replayed_tablespaces(plan, options)?;
+    notes.extend(earlier_wal(&data_dir).map(|kept| {
+        format!("WAL from before earlier restores is in {kept}: remove it when nothing of it is missed")
+    }));
     // How much of it is there already is not known yet.
     if delta.is_none() {
         check_space(plan, &data_dir, &tablespaces)?;
@@ -199,6 +207,35 @@ pub fn check(plan: &RestorePlan, options: &RestoreOptions) -> Result<RestoreRepo
         notes,
         start_command,
     })
+}
+
+/// Leads on from a data directory that is in the way.
+fn or_over(error: Error, data_dir: &Path) -> Error {
+    match error {
+        Error::Invalid(_) if data_dir.join(CONTROL_FILE).exists() => error.with_next(
+            "Give the data directory that is there another name with --set-aside, go over it with --delta, or restore into a \
+             folder that is empty or does not exist yet.",
+        ),
+        error => error,
+    }
+}
+
+/// Leads on from a tablespace's folder that cannot be taken.
+fn of_tablespace(error: Error, oid: Oid) -> Error {
+    match error {
+        Error::Invalid(_) => error.context(format!("the folder of tablespace {oid}")).with_next(format!(
+            "Give the tablespace another folder with --tablespace-mapping {oid}=DIR, or empty that one: look first whose it is.",
+        )),
+        error => error,
+    }
+}
+
+/// Returns the folders, in words, that keep WAL from before restores; `None` where there are none.
+fn earlier_wal(data_dir: &Path) -> Option<String> {
+    let own = data_dir.join("pg_wal");
+    let (kept, _) = existing::wal_folders(data_dir);
+    let kept = kept.iter().filter(|folder| **folder != own).map(|folder| folder.display().to_string());
+    Some(kept.collect::<Vec<_>>().join(", ")).filter(|kept| !kept.is_empty())
 }
 
 /// What matches is told by the indexes of the backup's objects.
@@ -274,20 +311,50 @@ pub async fn restore(
     options: &RestoreOptions,
     progress: Arc<Progress>,
 ) -> Result<RestoreReport> {
-    let restored = carry_out(repository, plan, options, progress).await;
-    restored.map_err(|error| match error {
-        Error::LocalIo(_) | Error::Unavailable(_) | Error::Missing(_) | Error::Denied(_)
-            if options.data_dir.join(INCOMPLETE_MARKER).exists() =>
-        {
-            let next = format!("{} Then run it again with --delta: it goes on where it was.", error.next());
-            error
-                .with_safe(
-                    "the repository is unchanged; the folder is marked as incomplete and PostgreSQL does not start from it",
-                )
-                .with_next(next)
+    let mut report = check(plan, options)?;
+    match carry_out(repository, plan, options, progress, &mut report).await {
+        Ok(()) => Ok(report),
+        Err(error) => Err(what_is_left(error, &report)),
+    }
+}
+
+/// Says of a failed restore what became of what was there, and how to go on.
+fn what_is_left(error: Error, report: &RestoreReport) -> Error {
+    let (mut safe, mut next) = (error.safe().to_owned(), error.next().to_owned());
+    if report.data_dir.join(INCOMPLETE_MARKER).exists() {
+        match error {
+            Error::LocalIo(_) | Error::Unavailable(_) | Error::Denied(_) => {
+                safe = "the repository is unchanged; the folder is marked as incomplete and PostgreSQL does not start from it"
+                    .to_owned();
+                next.push_str(" Then run it again with --delta: it goes on where it was.");
+            }
+            Error::Missing(_) | Error::Corrupt(_) => next.push_str(" With --delta it goes over this folder."),
+            _ => {}
         }
+    }
+    let moved = report.set_aside.iter().filter(|(_, to)| to.is_dir());
+    let moved: Vec<String> =
+        moved.map(|(from, to)| format!("{} is {} now", from.display(), to.display())).collect();
+    if !moved.is_empty() {
+        safe.push_str(&format!("; what was there is whole under other names: {}", moved.join(", ")));
+    }
+    if let Some(kept) = earlier_wal(&report.data_dir) {
+        safe.push_str(&format!("; WAL from before is in {kept}"));
+    }
+    for folder in report.delta.iter().flat_map(|delta| &delta.set_aside) {
+        safe.push_str(&format!("; what else was there is in {}", folder.display()));
+    }
+    error.with_safe(safe).with_next(next)
+}
+
+/// Leads on from a backup that is missing something, or damaged: another one may be whole.
+pub(crate) fn another_backup(error: Error) -> Error {
+    match error {
+        Error::Missing(_) | Error::Corrupt(_) => error.with_next(
+            "Restore from another backup: `pitr restore ... --backup ID`, `pitr info` lists them.",
+        ),
         error => error,
-    })
+    }
 }
 
 async fn carry_out(
@@ -295,13 +362,14 @@ async fn carry_out(
     plan: &RestorePlan,
     options: &RestoreOptions,
     progress: Arc<Progress>,
-) -> Result<RestoreReport> {
-    let mut report = check(plan, options)?;
+    report: &mut RestoreReport,
+) -> Result<()> {
     for backup in plan.backups() {
-        repository.check_backup_objects(backup).await?;
+        repository.check_backup_objects(backup).await.map_err(another_backup)?;
     }
-    let stored = repository.get_backup_manifest(&plan.backup).await?;
-    let (manifest_bytes, manifest) = blocking(move || read_manifest(&stored)).await?;
+    let stored = repository.get_backup_manifest(&plan.backup).await.map_err(another_backup)?;
+    let (manifest_bytes, manifest) =
+        blocking(move || read_manifest(&stored)).await.map_err(another_backup)?;
     if manifest.system_identifier.is_some_and(|id| id != repository.lineage().system_identifier) {
         return Err(Error::mismatch("the backup's manifest belongs to another cluster"));
     }
@@ -343,16 +411,23 @@ async fn carry_out(
             prepare(&data_dir, &report.tablespaces)?;
         }
         Some(delta) => {
-            delta::check_indexes(&blocks, &destination).await?;
+            delta::check_indexes(&blocks, &destination).await.map_err(another_backup)?;
             make_private(&data_dir)?;
             lock = existing::lock(&data_dir)?;
             // Since it was looked at, somebody may have started it.
             existing::check(&data_dir, repository.lineage().system_identifier)?;
             let (data_dir, tablespaces, destination) =
                 (data_dir.clone(), report.tablespaces.clone(), destination.clone());
-            let cleared = blocking(move || go_over(&data_dir, &tablespaces, &destination)).await?;
+            let (cleared, gone_over) = blocking(move || {
+                writable::check_existing(&data_dir, &tablespaces, &destination)?;
+                let mut cleared = existing::Cleared::default();
+                let gone_over = go_over(&data_dir, &tablespaces, &destination, &mut cleared);
+                Ok((cleared, gone_over))
+            })
+            .await?;
             (delta.removed_files, delta.old_wal) = (cleared.removed, cleared.old_wal);
             delta.set_aside = cleared.set_aside;
+            gone_over?;
         }
     }
     // What is stored in several backups is brought together block by block, wherever it goes.
@@ -364,7 +439,8 @@ async fn carry_out(
         let (destination, progress) = (destination.clone(), progress.clone());
         fetch_object(&blocks, number as u32, way, destination, progress)
     });
-    futures_util::stream::iter(objects).buffer_unordered(OBJECTS_MAX).try_collect::<()>().await?;
+    let fetched = futures_util::stream::iter(objects).buffer_unordered(OBJECTS_MAX).try_collect::<()>().await;
+    fetched.map_err(another_backup)?;
     if let Some(delta) = &mut report.delta {
         delta.kept_bytes = progress.kept_bytes.load(Ordering::Relaxed);
         delta.fetched_bytes = progress.fetched_bytes.load(Ordering::Relaxed);
@@ -413,7 +489,7 @@ async fn carry_out(
     parent_segments::put(repository, &parents, &data_dir).await?;
     blocking(move || complete(&data_dir, &folders, &files)).await?;
     drop(lock);
-    Ok(report)
+    Ok(())
 }
 
 /// How many threads are at work for restores.
@@ -501,13 +577,33 @@ async fn fetch_object(
                 }
                 return Ok(());
             }
-            Err(error) => {
+            // What is wrong with the files here no other repository mends.
+            Err(Failed::Here(error)) => return Err(error),
+            Err(Failed::Stored(error)) => {
                 one.failed(&error);
                 failure.get_or_insert((one.location(), error));
             }
         }
     }
     Err(failure.map_or_else(|| Error::invalid("no repository is configured"), |(_, error)| error))
+}
+
+/// Where something went wrong with what a repository has.
+pub(super) enum Failed {
+    /// With the files that are written.
+    Here(Error),
+    /// In the repository, or with what came of it.
+    Stored(Error),
+}
+
+impl Failed {
+    /// Returns it of an error of what unpacks and writes.
+    pub(super) fn of_writing(error: Error) -> Self {
+        match error {
+            Error::Corrupt(_) => Self::Stored(error),
+            error => Self::Here(error),
+        }
+    }
 }
 
 /// Notes that an object, or a part of one, was not taken from where it was looked for first.
@@ -533,7 +629,7 @@ async fn fetch_object_from(
     object: &BackupObject,
     destination: Arc<Destination>,
     progress: Arc<Progress>,
-) -> Result<()> {
+) -> Result<(), Failed> {
     let (sender, chunks) = mpsc::channel(RANGES_WAITING);
     let arriving = Arriving {
         chunks,
@@ -541,6 +637,7 @@ async fn fetch_object_from(
         hasher: blake3::Hasher::new(),
         failed: Arc::new(Mutex::new(None)),
     };
+    let broke_off = arriving.failed.clone();
     let owned = object.clone();
     let unpacking = blocking(move || unpack(&destination, &owned, arriving));
     let fetching = async {
@@ -569,8 +666,12 @@ async fn fetch_object_from(
         }
         drop(sender);
     };
-    let (result, ()) = tokio::join!(unpacking, fetching);
-    result
+    let (unpacked, ()) = tokio::join!(unpacking, fetching);
+    // When the download broke off, that is the cause, whatever the unpacking made of it.
+    match broke_off.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some(error) => Err(Failed::Stored(error)),
+        None => unpacked.map_err(Failed::of_writing),
+    }
 }
 
 pub(super) fn check_empty(path: &Path) -> Result<()> {
@@ -700,7 +801,7 @@ fn check_space(plan: &RestorePlan, data_dir: &Path, tablespaces: &BTreeMap<Oid, 
     Ok(())
 }
 
-fn nearest_existing(path: &Path) -> PathBuf {
+pub(super) fn nearest_existing(path: &Path) -> PathBuf {
     path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/")).to_owned()
 }
 
@@ -721,7 +822,8 @@ fn go_over(
     data_dir: &Path,
     tablespaces: &BTreeMap<Oid, PathBuf>,
     destination: &Destination,
-) -> Result<existing::Cleared> {
+    cleared: &mut existing::Cleared,
+) -> Result<()> {
     let failed = |error| Error::from_io("taking the data directory over", error);
     let sync = |folder: &Path| File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed);
     if !data_dir.join(INCOMPLETE_MARKER).exists() {
@@ -739,7 +841,7 @@ fn go_over(
     }
     existing::check_stopped(data_dir)?;
     check_unshared(data_dir, tablespaces)?;
-    existing::clear(data_dir, tablespaces, destination, Utc::now())
+    existing::clear(data_dir, tablespaces, destination, Utc::now(), cleared)
 }
 
 /// Makes the folders and links, and marks the data directory as incomplete.
@@ -842,7 +944,7 @@ fn write(path: &Path, content: &[u8]) -> Result<()> {
 }
 
 /// Makes everything on the folder's file system durable, once for all files.
-fn sync_file_system(folder: &Path) -> Result<()> {
+pub(super) fn sync_file_system(folder: &Path) -> Result<()> {
     let failed = |error| Error::from_io(format!("syncing {}", folder.display()), error);
     let file = File::open(folder).map_err(failed)?;
     nix::unistd::syncfs(&file).map_err(|error| failed(error.into()))
@@ -851,6 +953,14 @@ fn sync_file_system(folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_written_here_is_no_fault_of_a_repository() {
+        for error in [Error::local_io("full"), Error::denied("not yours"), Error::invalid("a folder")] {
+            assert!(matches!(Failed::of_writing(error), Failed::Here(_)));
+        }
+        assert!(matches!(Failed::of_writing(Error::corrupt("a flipped bit")), Failed::Stored(_)));
+    }
 
     #[test]
     fn only_the_folder_itself_is_private() {

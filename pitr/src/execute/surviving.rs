@@ -60,6 +60,42 @@ impl Surviving {
         let all: Vec<String> = whole.into_iter().chain(open).collect();
         format!("{} in {}", all.join(" and "), self.folder.display())
     }
+
+    /// Returns the folder that holds it.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Returns its segments with how many bytes of each are WAL.
+    fn pieces(&self, size: SegmentSize) -> impl Iterator<Item = (SegmentName, u64)> {
+        let whole = self.whole.iter().map(move |name| (*name, size.bytes()));
+        whole.chain(self.open.map(|(name, to)| (name, to.bytes_since(name.start(size)))))
+    }
+}
+
+/// Fails when two folders hold different WAL under one name: only one of them can be pushed, and which is not ours to say.
+///
+/// # Errors
+/// [`Error::Conflict`]; [`Error::LocalIo`] for files that cannot be read.
+pub async fn check_agree(one: &Surviving, other: &Surviving, size: SegmentSize) -> Result<()> {
+    for (name, length) in one.pieces(size) {
+        let same_name = other.pieces(size).find(|(same, _)| *same == name);
+        let Some(length) = same_name.map(|(_, bytes)| bytes.min(length)) else { continue };
+        let (here, there) = (&one.folder, &other.folder);
+        if beginning(here, name, length).await? != beginning(there, name, length).await? {
+            return Err(Error::conflict(format!(
+                "{name} in {} and in {} are different WAL, and the archive has neither",
+                here.display(),
+                there.display()
+            ))
+            .with_safe("nothing was pushed")
+            .with_next(
+                "Look at both with pg_waldump, and name the right one: --surviving-wal DIR --push-surviving --leave-surviving. \
+                 Or restore without either: --leave-surviving alone.",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Returns what of the plan's timeline a `pg_wal` (or the data directory around it) holds that the repository lacks.
@@ -94,8 +130,11 @@ pub async fn survey(folder: &Path, repository: &LineageRepository, plan: &Restor
         wanted: first,
         ended: None,
     };
+    let known = plan.timelines_left_out.clone();
     blocking(move || {
-        for name in segments(&search.found.folder, timeline)?.into_iter().filter(|name| *name >= first) {
+        for name in
+            segments(&search.found.folder, timeline, &known)?.into_iter().filter(|name| *name >= first)
+        {
             search.take(name)?;
         }
         Ok(search.found)
@@ -392,15 +431,15 @@ fn wal_folder(given: &Path, identifier: u64) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Returns the segments of a timeline in a folder, in order.
-fn segments(folder: &Path, timeline: TimelineId) -> Result<Vec<SegmentName>> {
+/// Returns the segments of a timeline in a folder, in order; `known` are other timelines of the repository.
+fn segments(folder: &Path, timeline: TimelineId, known: &[TimelineId]) -> Result<Vec<SegmentName>> {
     let failed = |error| Error::from_io(format!("reading {}", folder.display()), error);
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(failed)?.take(FILES_MAX) {
         let name = entry.map_err(failed)?.file_name();
         match name.to_str().and_then(|name| name.parse::<WalFileName>().ok()) {
             Some(WalFileName::Segment(name)) if name.timeline == timeline => names.push(name),
-            Some(WalFileName::History(newer)) if newer > timeline => {
+            Some(WalFileName::History(newer)) if newer > timeline && !known.contains(&newer) => {
                 return Err(Error::invalid(format!(
                     "{} holds timeline {newer}, which is not in the repository",
                     folder.display()

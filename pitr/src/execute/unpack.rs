@@ -22,7 +22,7 @@ use walship::pg::backup_label::{tablespace_map_line, without_incremental_lines};
 use walship::pg::backup_manifest::{BackupManifest, ManifestFile, check_path};
 use walship::{Error, Result};
 
-use super::restore::Progress;
+use super::restore::{Progress, another_backup};
 
 /// The file without which PostgreSQL does not start; kept in memory and written last.
 pub(super) const CONTROL_FILE: &str = "global/pg_control";
@@ -266,13 +266,8 @@ impl Read for Arriving {
 
 /// Writes what an object holds. Blocking; for a thread of its own.
 pub(super) fn unpack(destination: &Destination, object: &BackupObject, arriving: Arriving) -> Result<()> {
-    let failed = arriving.failed.clone();
-    let result = unpack_stream(destination, object, arriving);
-    // When the download broke off, that is the cause, whatever the unpacking made of it.
-    match failed.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        Some(error) => Err(error),
-        None => result.map_err(|error| error.context(format!("backup object {}", object.name))),
-    }
+    unpack_stream(destination, object, arriving)
+        .map_err(|error| error.context(format!("backup object {}", object.name)))
 }
 
 /// Returns where a member belongs, relative to the data directory or the tablespace; `None`: it is that folder itself.
@@ -508,9 +503,9 @@ pub(super) fn reserve(file: &File, path: &Path, bytes: u64) -> Result<()> {
 }
 
 pub(super) fn damaged(what: impl Into<String>) -> Error {
-    Error::corrupt(what)
-        .with_safe("the repository is unchanged; the restored folder is incomplete and PostgreSQL refuses it")
-        .with_next("Restore from another backup: `pitr restore ... --backup ID`, `pitr info` lists them.")
+    another_backup(Error::corrupt(what).with_safe(
+        "the repository is unchanged; the restored folder is incomplete and PostgreSQL refuses it",
+    ))
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! for what it is not.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -259,6 +260,242 @@ fn the_last_transactions_of_a_lost_server_come_along() {
     let restored = stage.recovering(&dir).start();
     restored.wait_for("SELECT pg_is_in_recovery()", "f");
     assert_eq!(restored.psql("SELECT count(*) FROM t WHERE g < 0"), "2");
+}
+
+/// A data object of the only backup.
+fn data_object(stage: &Stage) -> PathBuf {
+    let mut folders = vec![stage.repository_dir()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false if path.extension().is_some_and(|is| is == "tar") => return path,
+                false => {}
+            }
+        }
+    }
+    panic!("there is no data object");
+}
+
+/// Damages a data object, and returns its path and what it was.
+fn damage(stage: &Stage) -> (PathBuf, Vec<u8>) {
+    let object = data_object(stage);
+    let sound = fs::read(&object).unwrap();
+    let mut damaged = sound.clone();
+    // Almost all of it: the index at its end is sound.
+    damaged.iter_mut().take(sound.len() / 5 * 4).step_by(1000).for_each(|byte| *byte ^= 1);
+    fs::remove_file(&object).unwrap();
+    fs::write(&object, damaged).unwrap();
+    (object, sound)
+}
+
+/// Returns the segments in a folder.
+fn segments(folder: &Path) -> Vec<String> {
+    let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut found: Vec<String> = names.filter(|name| name.len() == 24).collect();
+    found.sort_unstable();
+    found
+}
+
+#[test]
+fn wal_that_earlier_restores_set_aside_is_found_and_pushed() {
+    for major in majors() {
+        let stage = Stage::folder("main");
+        let mut server = production(&stage, major);
+        stage.backup(&server);
+        server.archive_now();
+        server.psql("ALTER SYSTEM SET archive_command = 'false'; SELECT pg_reload_conf()");
+        server.wait_for("SHOW archive_command", "false");
+        server.psql("INSERT INTO t VALUES (-7)");
+        server.switch_wal();
+        server.psql("INSERT INTO t VALUES (-8)");
+        let open = server.psql("SELECT pg_walfile_name(pg_current_wal_lsn())");
+        server.kill9();
+        let dir = server.data_dir().to_owned();
+        let restore = |words: &[&str]| {
+            let mut command = stage.pitr(&["restore", "--yes", "-D", dir.to_str().unwrap()]);
+            command.args(words);
+            command
+        };
+        let offered = |words: &[&str], place: &str| {
+            let said = stage.fails(&mut restore(words), 1);
+            for expected in ["the archive lacks WAL", place, "--push-surviving", "--leave-surviving"] {
+                assert!(said.contains(expected), "{expected}: {said}");
+            }
+        };
+        // A restore to another target sets the WAL aside, and fails: it says where.
+        let (object, sound) = damage(&stage);
+        fs::remove_dir_all(dir.join("base")).unwrap();
+        let said = stage.fails(&mut restore(&["--immediate", "--delta"]), 4);
+        let aside = dir.join("pg_wal/walship-before-");
+        assert!(said.contains(aside.to_str().unwrap()) && said.contains("--backup ID"), "{said}");
+        assert!(said.contains("With --delta it goes over this folder"), "{said}");
+        fs::write(&object, sound).unwrap();
+        offered(&["--latest", "--delta"], aside.to_str().unwrap());
+        offered(&["--latest", "--set-aside"], aside.to_str().unwrap());
+
+        // One that succeeds loses sight of it no more than that.
+        let report = over(&stage, &dir, &["--immediate"]);
+        assert!(report["notes"].to_string().contains(aside.to_str().unwrap()), "{report}");
+        offered(&["--latest", "--delta"], aside.to_str().unwrap());
+
+        // With the whole directory set aside, it lies beside the new one.
+        stage.ok(&mut restore(&["--latest", "--set-aside", "--leave-surviving"]));
+        let beside = format!("{}.before-", dir.display());
+        offered(&["--latest", "--delta"], &beside);
+        offered(&["--latest", "--set-aside"], &beside);
+        fs::remove_dir_all(&dir).unwrap();
+        offered(&["--latest"], &beside);
+
+        // The move of the WAL was broken off in between.
+        let parent = dir.parent().unwrap();
+        let old = fs::read_dir(parent).unwrap().map(|entry| entry.unwrap().path());
+        let old = old.filter(|path| path.to_str().unwrap().starts_with(&beside)).collect::<Vec<_>>();
+        let [old] = &old[..] else { panic!("{old:?}") };
+        let aside = fs::read_dir(old.join("pg_wal")).unwrap().map(|entry| entry.unwrap().path());
+        let aside = aside.filter(|path| path.is_dir() && !segments(path).is_empty()).collect::<Vec<_>>();
+        let [aside] = &aside[..] else { panic!("{aside:?}") };
+        for name in segments(aside).into_iter().filter(|name| *name >= open) {
+            fs::hard_link(aside.join(&name), old.join("pg_wal").join(&name)).unwrap();
+        }
+        offered(&["--latest"], &beside);
+        stage.ok(&mut restore(&["--latest", "--push-surviving"]));
+        let restored = stage.recovering(&dir).start();
+        restored.wait_for("SELECT pg_is_in_recovery()", "f");
+        assert_eq!(restored.psql("SELECT string_agg(g::text, ' ' ORDER BY g) FROM t WHERE g < 0"), "-8 -7");
+        drop(restored);
+        fs::remove_dir_all(old).unwrap();
+    }
+}
+
+#[test]
+fn a_copy_that_went_on_hides_no_wal_from_before() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    stage.backup(&server);
+    server.archive_now();
+    server.psql("ALTER SYSTEM SET archive_command = 'false'; SELECT pg_reload_conf()");
+    server.wait_for("SHOW archive_command", "false");
+    server.psql("INSERT INTO t VALUES (-7)");
+    server.kill9();
+    let dir = server.data_dir().to_owned();
+    let restore = |words: &[&str]| {
+        let mut command = stage.pitr(&["restore", "--delta", "--yes", "-D", dir.to_str().unwrap()]);
+        command.args(words);
+        command
+    };
+    // A look at the data as they were once, on a timeline that is in no archive.
+    stage.ok(&mut restore(&["--immediate"]));
+    let mut copy = stage.recovering(&dir).start();
+    copy.wait_for("SELECT pg_is_in_recovery()", "f");
+    copy.psql("INSERT INTO t VALUES (-9)");
+    copy.stop(StopMode::Fast);
+    let aside = dir.join("pg_wal/walship-before-");
+    let offered = stage.fails(&mut restore(&["--latest"]), 1);
+    for words in [aside.to_str().unwrap(), "holds timeline 2", "--push-surviving"] {
+        assert!(offered.contains(words), "{words}: {offered}");
+    }
+    // What is known is pushed; what is not is decided by the operator.
+    let pushed = stage.fails(&mut restore(&["--latest", "--push-surviving"]), 2);
+    for words in
+        ["holds timeline 2", "pushed into every repository", aside.to_str().unwrap(), "--leave-surviving"]
+    {
+        assert!(pushed.contains(words), "{words}: {pushed}");
+    }
+    stage.fails(&mut restore(&["--latest", "--push-surviving", "--leave-surviving"]), 2);
+    stage.ok(&mut restore(&["--latest", "--leave-surviving"]));
+    let restored = stage.recovering(&dir).start();
+    restored.wait_for("SELECT pg_is_in_recovery()", "f");
+    assert_eq!(restored.psql("SELECT string_agg(g::text, ' ') FROM t WHERE g < 0"), "-7");
+}
+
+#[test]
+fn a_restore_that_fails_says_where_the_old_data_is() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    let space = TempDir::new().unwrap();
+    let inside = space.path().join("inside");
+    fs::create_dir(&inside).unwrap();
+    server.psql(&format!("CREATE TABLESPACE fast LOCATION '{}'", inside.display()));
+    server.psql("CREATE TABLE there TABLESPACE fast AS SELECT g FROM generate_series(1, 1000) g");
+    stage.backup(&server);
+    server.archive_now();
+    server.stop(StopMode::Fast);
+    let dir = server.data_dir().to_owned();
+    let (object, sound) = damage(&stage);
+    let said = stage.fails(
+        &mut stage.pitr(&["restore", "--latest", "--set-aside", "--yes", "-D", dir.to_str().unwrap()]),
+        4,
+    );
+    let mut old = None;
+    for folder in [&dir, &inside] {
+        let parent = fs::read_dir(folder.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+        let prefix = format!("{}.before-", folder.display());
+        let aside = parent.filter(|path| path.to_str().unwrap().starts_with(&prefix)).collect::<Vec<_>>();
+        let [aside] = &aside[..] else { panic!("{aside:?}") };
+        assert!(said.contains(&format!("{} is {} now", folder.display(), aside.display())), "{said}");
+        old.get_or_insert(aside.clone());
+    }
+    // It is whole there, and the restore goes on beside it.
+    fs::write(&object, sound).unwrap();
+    over(&stage, &dir, &["--latest"]);
+    is_whole(&server, &dir);
+    let old = old.unwrap();
+    let old_server = PgServer::from_data_dir(&old).setting("archive_mode", "off").start();
+    assert_eq!(old_server.psql("SELECT count(*) FROM there"), "1000");
+    drop(old_server);
+    fs::remove_dir_all(&old).unwrap();
+}
+
+#[test]
+fn what_belongs_to_others_is_found_before_anything_is_changed() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    stage.backup(&server);
+    let file = server.psql("SELECT pg_relation_filepath('t')");
+    server.archive_now();
+    server.stop(StopMode::Fast);
+    let dir = server.data_dir().to_owned();
+    let restore = |dir: &Path| {
+        let mut command = stage.pitr_as_user(&["restore", "--immediate", "--delta", "--yes", "-D"]);
+        command.arg(dir);
+        command
+    };
+    let wal = segments(&dir.join("pg_wal"));
+    let pg_xact = dir.join("pg_xact");
+    for (path, mode) in [(dir.join(&file), 0o400), (pg_xact, 0o500), (dir.join("PG_VERSION"), 0o000)] {
+        let before = fs::metadata(&path).unwrap().permissions();
+        let owner = nix::unistd::geteuid();
+        match owner.is_root() {
+            // As a restore by root would have left it.
+            true => std::os::unix::fs::chown(&path, Some(4711), None).unwrap(),
+            false => fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap(),
+        }
+        let said = stage.fails(&mut restore(&dir), 1);
+        let expected = format!("cannot change {}", path.display());
+        for words in [&*expected, "nothing was written", "chown -R"] {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+        assert!(dir.join("global/pg_control").exists() && !dir.join(MARKER).exists(), "{said}");
+        assert_eq!(segments(&dir.join("pg_wal")), wal);
+        std::os::unix::fs::chown(&path, Some(owner.as_raw()), None).unwrap();
+        fs::set_permissions(&path, before).unwrap();
+    }
+    // A folder above that nobody may write to.
+    let closed = stage.path().join("closed");
+    fs::create_dir(&closed).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o555)).unwrap();
+    let said = stage.fails(&mut restore(&closed.join("data")), 1);
+    assert!(said.contains("cannot be made") && said.contains("nothing was written"), "{said}");
+    // One that cannot be listed: whether WAL was set aside there is not known, and that is said.
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o300)).unwrap();
+    let mut dry = stage.pitr_as_user(&["restore", "--latest", "--dry-run", "-D"]);
+    let said = stage.ok(dry.arg(closed.join("data")));
+    assert!(said.contains("whether there is more WAL than the archive has is not known"), "{said}");
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+    stage.ok(&mut restore(&dir));
+    is_whole(&server, &dir);
 }
 
 #[test]

@@ -121,6 +121,16 @@ fn one_repository_makes_up_for_what_another_lacks() {
     assert_eq!(plan["plan"]["chain"], sound["plan"]["chain"]);
     let said = scene.restores("damaged");
     assert!(said.contains("000001.tar") && said.contains("was taken from s3://"), "{said}");
+    // A fault of the folder's own is no fault of the files here, also over what is there.
+    let object = find(&damaged, "000001.tar").unwrap();
+    fs::remove_file(&object).unwrap();
+    fs::create_dir(&object).unwrap();
+    let over = scene.stage.path().join("damaged");
+    fs::remove_file(over.join("base/1/1259")).unwrap();
+    let mut restore =
+        scene.stage.pitr(&["restore", "--latest", "--delta", "--yes", "--leave-surviving", "-D"]);
+    let said = scene.stage.ok(restore.arg(&over));
+    assert!(said.contains("000001.tar") && said.contains("was taken from s3://"), "{said}");
     // Alone it is no use.
     scene.configure(&[&scene.folder("repository")]);
     scene.stage.fails(&mut scene.stage.pitr(&["plan", "--latest"]), 3);

@@ -205,6 +205,58 @@ fn tablespaces_are_moved_and_those_of_replay_are_asked_about() {
     assert_eq!(restored.psql("select id from l"), "7");
 }
 
+#[test]
+fn what_is_in_the_way_is_named_with_the_way_on() {
+    let space = tempfile::tempdir().unwrap();
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, &[]);
+    server.psql(&format!("create tablespace fast location '{}'", space.path().display()));
+    server.psql("create table f (id int) tablespace fast");
+    let oid = server.psql("select oid from pg_tablespace where spcname = 'fast'");
+    stage.backup(&server);
+    server.archive_now();
+    server.stop(StopMode::Fast);
+    let refused = |dir: &Path, expected: &[&str]| {
+        let said = stage.fails(stage.pitr(&["restore", "--latest", "-D"]).arg(dir), 2);
+        for words in expected.iter().chain(&["is not empty", "nothing was written"]) {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+    };
+    refused(server.data_dir(), &["--set-aside", "--delta"]);
+    let new = stage.path().join("new");
+    let place = space.path().to_str().unwrap();
+    refused(&new, &[place, &format!("tablespace {oid}"), &format!("--tablespace-mapping {oid}=DIR")]);
+    assert!(!new.exists());
+}
+
+#[test]
+fn another_backup_is_named_where_one_lacks_something() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, &[]);
+    stage.backup(&server);
+    server.archive_now();
+    server.stop(StopMode::Fast);
+    let dir = stage.path().join("restored");
+    let attempt = |status: i32| {
+        let said = stage.fails(stage.pitr(&["restore", "--latest", "-D"]).arg(&dir), status);
+        assert!(said.contains("--backup ID"), "{said}");
+        assert!(!dir.exists(), "{said}");
+    };
+    let manifest = find(&stage.repository_dir(), "manifest.json.zst");
+    let data =
+        walk(&stage.repository_dir()).into_iter().find(|path| path.extension().is_some_and(|is| is == "tar"));
+    flip(&manifest, 100);
+    attempt(4);
+    flip(&manifest, 100);
+    for path in [manifest, data.unwrap()] {
+        let away = stage.path().join("away");
+        fs::rename(&path, &away).unwrap();
+        attempt(1);
+        fs::rename(&away, &path).unwrap();
+    }
+    stage.ok(stage.pitr(&["restore", "--latest", "-D"]).arg(&dir));
+}
+
 fn chown_like(path: &Path, model: &Path) {
     use std::os::unix::fs::MetadataExt as _;
     let meta = fs::metadata(model).unwrap();

@@ -87,7 +87,12 @@ fn what_survives_is_offered_and_pushed_to_its_last_record() {
         assert!(would.contains("would be pushed"), "{would}");
         assert_eq!(stored(&stage), before, "nothing is pushed yet");
         assert!(!path("new").exists());
-        // Without it the archive ends where it ends.
+        // Without it the archive ends where it ends, and that is said.
+        for words in [&["plan", "--latest"][..], &["restore", "--latest", "--dry-run", "-D", "/nowhere/new"]]
+        {
+            let said = stage.ok(&mut stage.pitr(words));
+            assert!(said.contains("unless `pitr restore --surviving-wal DIR` names it"), "{said}");
+        }
         assert_eq!(rows(&stage, &path("without"), &[]), "1,2");
 
         // A bit of a record that begins in the segment before is wrong.
@@ -167,6 +172,36 @@ fn the_wal_of_another_history_is_not_pushed() {
     assert!(mismatch.contains("system identifier"), "{mismatch}");
     assert_eq!(stored(&stage), before);
     assert!(!stage.path().join("new").exists());
+}
+
+#[test]
+fn two_ways_on_from_one_archive_are_not_chosen_between() {
+    let stage = Stage::folder("main");
+    let mut server = production(&stage, primary_major());
+    fill(&server);
+    server.kill9();
+    let dir = stage.path().join("data");
+    let copy = |day: &str| stage.path().join(format!("data.before-202601{day}T000000Z"));
+    for (day, row) in [("01", 11), ("02", 12)] {
+        copy_tree(server.data_dir(), &copy(day));
+        let mut copy = PgServer::from_data_dir(&copy(day)).setting("archive_command", "false").start();
+        copy.psql(&format!("insert into t values ({row})"));
+        copy.kill9();
+    }
+    let before = stored(&stage);
+    let mut push = stage.pitr(&["restore", "--latest", "--push-surviving", "-D"]);
+    let said = stage.fails(push.arg(&dir), 4);
+    for expected in
+        ["are different WAL", "before-20260101", "before-20260102", "nothing was pushed", "--leave-surviving"]
+    {
+        assert!(said.contains(expected), "{expected}: {said}");
+    }
+    assert_eq!(stored(&stage), before);
+    assert!(!dir.exists());
+    // Named, it is chosen.
+    let chosen = copy("01");
+    let words = ["--surviving-wal", chosen.to_str().unwrap(), "--push-surviving", "--leave-surviving"];
+    assert_eq!(rows(&stage, &dir, &words), "1,2,11");
 }
 
 /// Two repositories: a folder, and S3 or a second folder.
