@@ -129,12 +129,13 @@ impl LineageRepository {
         self.put_record(VERIFICATIONS, &record.head.id, record).await
     }
 
-    /// Returns the records of the last `max` restores, the newest first; from the first repository that has any.
+    /// Returns the records of the last `max` restores, the newest first, of all repositories together: what was done while one
+    /// of them could not be written is on record in the others.
     ///
     /// # Errors
     /// What listing and reading fail with.
     pub async fn recent_restores(&self, max: usize) -> Result<Vec<RestoreRecord>> {
-        self.recent(RESTORES, max).await
+        self.recent(RESTORES, max, |record: &RestoreRecord| &record.head).await
     }
 
     /// Returns the records of the last `max` drills, as [`recent_restores`](Self::recent_restores).
@@ -142,7 +143,7 @@ impl LineageRepository {
     /// # Errors
     /// As there.
     pub async fn recent_drills(&self, max: usize) -> Result<Vec<DrillRecord>> {
-        self.recent(DRILLS, max).await
+        self.recent(DRILLS, max, |record: &DrillRecord| &record.head).await
     }
 
     /// Returns the records of the last `max` extracts, as [`recent_restores`](Self::recent_restores).
@@ -150,7 +151,7 @@ impl LineageRepository {
     /// # Errors
     /// As there.
     pub async fn recent_extracts(&self, max: usize) -> Result<Vec<ExtractRecord>> {
-        self.recent(EXTRACTS, max).await
+        self.recent(EXTRACTS, max, |record: &ExtractRecord| &record.head).await
     }
 
     /// Returns the records of the last `max` verifications, the newest first, of all repositories: each has its own.
@@ -162,8 +163,7 @@ impl LineageRepository {
         for one in self.each() {
             records.extend(one.recent_here(VERIFICATIONS, max).await?);
         }
-        records.sort_by(|a, b| (b.head.started, &b.head.id).cmp(&(a.head.started, &a.head.id)));
-        records.truncate(max);
+        keep_newest(&mut records, max, |record| &record.head);
         Ok(records)
     }
 
@@ -173,7 +173,7 @@ impl LineageRepository {
     /// # Errors
     /// As there.
     pub async fn recent_backup_runs(&self, max: usize) -> Result<Vec<BackupRun>> {
-        self.recent(BACKUPS, max).await
+        self.recent(BACKUPS, max, |record: &BackupRun| &record.head).await
     }
 
     /// Returns the records of the last `max` changes, as [`recent_restores`](Self::recent_restores).
@@ -181,7 +181,7 @@ impl LineageRepository {
     /// # Errors
     /// As there.
     pub async fn recent_changes(&self, max: usize) -> Result<Vec<ChangeRecord>> {
-        self.recent(CHANGES, max).await
+        self.recent(CHANGES, max, |record: &ChangeRecord| &record.head).await
     }
 
     /// Returns the records of the last `max` removals, each with how it ended, as
@@ -272,14 +272,34 @@ impl LineageRepository {
         document::put_same(&*self.storage, &self.layout.history_record(deeds, id)?, record).await
     }
 
-    async fn recent<T: DeserializeOwned>(&self, deeds: &str, max: usize) -> Result<Vec<T>> {
-        for one in self.each() {
-            let read = one.recent_here(deeds, max).await?;
-            if !read.is_empty() {
-                return Ok(read);
+    /// Returns the last `max` records of a kind of which each repository is to have a copy. Where the copies differ, that of
+    /// the first repository counts. One that cannot be read does not hide what the others tell; that is noted.
+    async fn recent<T: DeserializeOwned>(
+        &self,
+        deeds: &str,
+        max: usize,
+        head: fn(&T) -> &RecordHead,
+    ) -> Result<Vec<T>> {
+        let (mut records, mut known, mut unread) = (Vec::new(), BTreeSet::new(), Vec::new());
+        let each = self.each();
+        for one in &each {
+            match one.recent_here::<T>(deeds, max).await {
+                Ok(read) => {
+                    records.extend(read.into_iter().filter(|record| known.insert(head(record).id.clone())))
+                }
+                Err(error) => unread.push((one.location(), error)),
             }
         }
-        Ok(Vec::new())
+        if unread.len() == each.len()
+            && let Some((_, error)) = unread.pop()
+        {
+            return Err(error);
+        }
+        for (place, error) in unread {
+            self.note(format!("the history of {place} cannot be read: {error}"));
+        }
+        keep_newest(&mut records, max, head);
+        Ok(records)
     }
 
     /// Returns the last `max` documents of a kind in this repository, the newest first, without those that are damaged: nothing
@@ -299,6 +319,15 @@ impl LineageRepository {
         let read: Vec<_> = futures_util::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
         Ok(read.into_iter().flatten().collect())
     }
+}
+
+/// Leaves the last `max` records, the newest first.
+fn keep_newest<T>(records: &mut Vec<T>, max: usize, head: fn(&T) -> &RecordHead) {
+    records.sort_by(|one, other| {
+        let (one, other) = (head(one), head(other));
+        (other.started, &other.id).cmp(&(one.started, &one.id))
+    });
+    records.truncate(max);
 }
 
 #[cfg(feature = "test-util")]
@@ -324,6 +353,26 @@ mod tests {
     fn record(second: i64) -> DrillRecord {
         let started = Utc.timestamp_opt(1_700_000_000 + second, 0).unwrap();
         made_up_drill(started, "proven")
+    }
+
+    #[tokio::test]
+    async fn what_only_one_of_several_repositories_has_on_record_is_told() {
+        let (first, second) = (lineage().await, lineage().await);
+        for second_of_day in [1, 3] {
+            first.put_drill_record(&record(second_of_day)).await.unwrap();
+        }
+        for second_of_day in [2, 3, 4] {
+            let elsewhere = DrillRecord { read_here: Some(false), ..record(second_of_day) };
+            second.put_drill_record(&elsewhere).await.unwrap();
+        }
+        let both = first.with_others(vec![second]);
+        let told = async |max| {
+            let drills = both.recent_drills(max).await.unwrap();
+            let seconds = drills.iter().map(|drill| drill.head.started.timestamp() - 1_700_000_000);
+            (seconds.collect::<Vec<_>>(), drills.iter().filter(|drill| drill.read_here.is_none()).count())
+        };
+        assert_eq!(told(9).await, (vec![4, 3, 2, 1], 2));
+        assert_eq!(told(2).await, (vec![4, 3], 1));
     }
 
     #[tokio::test]
