@@ -22,12 +22,14 @@ mod receive;
 mod retention;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -314,6 +316,40 @@ impl Config {
             watch: file.watch.with_environment(&environment)?,
             notify: file.notify.with_environment(&environment)?,
         })
+    }
+
+    /// Returns what is configured by file and environment alone, without the flags of one command; where that is no whole
+    /// configuration, with them.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn standing(flags: &Overrides) -> Result<Self> {
+        let file_only = Overrides { config: flags.config.clone(), ..Overrides::default() };
+        Self::load(&file_only).or_else(|_| Self::load(flags))
+    }
+
+    /// Returns what is kept, promised and used as a repository, by the names of the keys: what a change of it is noted by. No
+    /// secrets.
+    pub fn promises(&self) -> BTreeMap<String, String> {
+        let urls: Vec<&str> = self.repositories.iter().map(|repository| &*repository.url).collect();
+        let seconds = |time: Option<Duration>| time.map(|time| format!("{} s", time.as_secs()));
+        let kept = &self.retention;
+        let span = |span: Option<Span>| span.map(|span| span.to_string());
+        let count = |count: Option<u32>| count.map(|count| count.to_string());
+        let all = [
+            ("repositories", Some(urls.join(", "))),
+            ("rto", seconds(self.objectives.recovery_time)),
+            ("rpo", seconds(self.objectives.recovery_point)),
+            ("retention.window", span(kept.window)),
+            ("retention.keep_last", count(kept.keep_last)),
+            ("retention.keep_for", span(kept.keep_for)),
+            ("retention.keep_hourly", count(kept.keep_hourly)),
+            ("retention.keep_daily", count(kept.keep_daily)),
+            ("retention.keep_weekly", count(kept.keep_weekly)),
+            ("retention.keep_monthly", count(kept.keep_monthly)),
+            ("retention.keep_yearly", count(kept.keep_yearly)),
+        ];
+        all.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
     }
 }
 

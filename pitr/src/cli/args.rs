@@ -15,6 +15,7 @@ use crate::log::{Before, Kind, Query, oid_or_name, parse_table};
 use crate::recovery_settings::{RestoreAs, TargetAction};
 use crate::target::{
     RecoveryTarget, TargetError, TargetWords, TimelineChoice, Zone, parse_time, parse_timeline, parse_xid,
+    shell_word,
 };
 
 pub(super) use drill::{Deed, DrillArgs, HistoryArgs, ScratchArgs};
@@ -85,6 +86,7 @@ const HOLD_EXAMPLES: &str = "Examples:
 
 const RELEASE_EXAMPLES: &str = "Examples:
   pitr release 20260301T020000Z-0123456789abcdef
+  pitr release 20260301T020000Z-0123456789abcdef --reason 'the audit is over'
 ";
 
 /// Recover PostgreSQL to a chosen commit from a walship repository
@@ -247,6 +249,9 @@ pub(super) struct ReleaseArgs {
     /// The id of a hold, or of a backup all of whose holds are released
     #[arg(value_name = "HOLD|BACKUP")]
     pub(super) id: String,
+    /// Why, for the repository's history
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: Option<String>,
     #[command(flatten)]
     pub(super) source: SourceArgs,
 }
@@ -525,6 +530,28 @@ impl TargetArgs {
         let options =
             [&self.to_time, &self.to_lsn, &self.to_xid, &self.before_xid, &self.before, &self.to_name];
         self.latest || self.immediate || self.exclusive || options.iter().any(|option| option.is_some())
+    }
+
+    /// Returns the options as they were typed.
+    pub(super) fn shown(&self) -> String {
+        let values = [
+            ("--to-time", &self.to_time),
+            ("--to-lsn", &self.to_lsn),
+            ("--to-xid", &self.to_xid),
+            ("--before-xid", &self.before_xid),
+            ("--before", &self.before),
+            ("--to-name", &self.to_name),
+        ];
+        let flags =
+            [("--latest", self.latest), ("--immediate", self.immediate), ("--exclusive", self.exclusive)];
+        let details = [("--timeline", &self.timeline), ("--backup", &self.backup)];
+        let with_value = |(option, value): (&str, &Option<String>)| {
+            value.as_ref().map(|value| format!("{option} {}", shell_word(value)))
+        };
+        let mut words: Vec<String> = values.into_iter().filter_map(with_value).collect();
+        words.extend(flags.iter().filter(|(_, given)| *given).map(|(option, _)| (*option).to_owned()));
+        words.extend(details.into_iter().filter_map(with_value));
+        words.join(" ")
     }
 
     /// Returns whether everything that is archived is asked for.

@@ -7,12 +7,14 @@ use walship::{Error, Result};
 /// No answer is longer.
 const ANSWER_BYTES_MAX: u64 = 4096;
 
-/// Shows what is going to happen and has `word` typed, on a terminal only.
+/// Shows what is going to happen and has `word` typed, on a terminal only. Signals are heard meanwhile.
 ///
 /// # Errors
 /// [`Error::Invalid`] for any other answer, and where nobody can be asked.
-pub(super) fn confirm(what: &str, word: &str) -> Result<()> {
-    ask(what, word, "changing a data directory that is there", "--dry-run only looks")
+pub(super) async fn confirm(what: String, word: String) -> Result<()> {
+    let asking = move || ask(&what, &word, "changing a data directory that is there", "--dry-run only looks");
+    let answered = tokio::task::spawn_blocking(asking).await;
+    answered.unwrap_or_else(|error| Err(Error::local_io(format!("asking was broken off: {error}"))))
 }
 
 /// The same for the removal of what is stored.

@@ -7,17 +7,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use chrono::Utc;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use walship::Result;
 use walship::config::Config;
 use walship::repository::{LineageRepository, RemovedObjects};
+use walship::{Error, Result};
 
 use super::args::ExpireArgs;
+use super::change;
 use super::confirm::confirm_removal;
 use super::output::{self, Style};
 use super::source::{open_for_removal, say_notes};
+use super::tried::RECORDING_MAX;
 use super::{DONE, status_of};
 use crate::execute::expire::{
-    Prepared, Report, Request, carry_out, note_nothing_to_do, prepare, take_back_old_marks,
+    Prepared, Report, Request, carry_out, note_nothing_to_do, note_refused, prepare, prepare_to_remove,
+    record_refused, take_back_old_marks,
 };
 use crate::retention::{KeptBackup, Policy, RetentionPlan};
 
@@ -33,8 +36,17 @@ struct Place {
 
 pub(super) async fn run(args: &ExpireArgs) -> Result<u8> {
     let config = Config::load(&args.source.overrides)?;
+    let policy = match args.policy.over(&config.retention).and_then(|settings| Policy::of(&settings)) {
+        Ok(policy) => policy,
+        Err(error) => {
+            if args.confirm {
+                record_without_policy(args, config, &error).await;
+            }
+            return Err(error);
+        }
+    };
     let request = Request {
-        policy: Policy::of(&args.policy.over(&config.retention)?)?,
+        policy,
         now: Utc::now(),
         accept_idle: args.accept_idle,
         give_up: args.give_up.iter().cloned().collect(),
@@ -42,6 +54,32 @@ pub(super) async fn run(args: &ExpireArgs) -> Result<u8> {
     };
     let repository = open_for_removal(&args.source, config).await?;
     say_notes(&repository);
+    let said = repository.notes();
+    if args.confirm {
+        change::configuration(&repository, &args.source.overrides, args.reason.as_deref()).await;
+    }
+    let done = expire(args, &request, &repository).await;
+    let new = repository.notes().into_iter().filter(|note| !said.contains(note));
+    new.for_each(|note| eprintln!("note:  {}", output::clean(&note)));
+    done
+}
+
+/// Puts on record that there is no policy that makes sense.
+async fn record_without_policy(args: &ExpireArgs, config: Config, error: &Error) {
+    let recording = async {
+        for one in open_for_removal(&args.source, config).await?.each() {
+            record_refused(&one, "", args.reason.as_deref(), error).await?;
+        }
+        Ok(())
+    };
+    let late = || Err(Error::unavailable("writing it took too long"));
+    if let Err(error) = tokio::time::timeout(RECORDING_MAX, recording).await.unwrap_or_else(|_| late()) {
+        let error = output::clean(&error.to_string());
+        eprintln!("note:  that nothing was removed is not in the history of every repository: {error}");
+    }
+}
+
+async fn expire(args: &ExpireArgs, request: &Request, repository: &LineageRepository) -> Result<u8> {
     let unread = repository.unreadable();
     // Each by itself: what is restored from one must not depend on another.
     let mut places = Vec::new();
@@ -51,7 +89,10 @@ pub(super) async fn run(args: &ExpireArgs) -> Result<u8> {
         {
             tracing::debug!(%error, "marks of earlier removals stay");
         }
-        let prepared = prepare(&one, &request).await;
+        let prepared = match args.confirm {
+            true => prepare_to_remove(&one, request).await,
+            false => prepare(&one, request).await,
+        };
         places.push(Place { repository: one, prepared, report: None });
     }
     let style = Style::of_stdout();
@@ -61,16 +102,21 @@ pub(super) async fn run(args: &ExpireArgs) -> Result<u8> {
         }
     }
     if args.confirm {
-        ask(args, &places)?;
+        if let Err(error) = ask(args, &places) {
+            for place in places.iter().filter(|place| place.prepared.is_ok()) {
+                note_refused(&place.repository, request, &error).await;
+            }
+            return Err(error);
+        }
         for place in &mut places {
             let Ok(prepared) = &place.prepared else { continue };
             if prepared.is_done() {
-                if let Err(error) = note_nothing_to_do(&place.repository, &request, prepared).await {
+                if let Err(error) = note_nothing_to_do(&place.repository, request, prepared).await {
                     place.report = Some(Err(error.with_safe("there was nothing to remove")));
                 }
                 continue;
             }
-            let report = remove(&place.repository, &request, prepared).await;
+            let report = remove(&place.repository, request, prepared).await;
             if !args.source.json {
                 output::print(&outcome(&place.repository, &report, style))?;
             }

@@ -12,13 +12,14 @@ use walship::catalog::ExtractRecord;
 use walship::repository::{LineageRepository, record_head};
 use walship::{Error, Result};
 
+use super::DONE;
 use super::args::{ExtractArgs, FormWord};
 use super::before::Unproven;
 use super::hold::held_while;
 use super::output::{self, Style};
 use super::plan::{open_and_plan_to_prove, refused};
 use super::scratch::{self, Broken, Told};
-use super::{DONE, FAILED};
+use super::tried::{Ended, Tried};
 use crate::drill::Verdict;
 use crate::execute::Progress;
 use crate::execute::drill::{Clock, millis, prove_outcome};
@@ -66,27 +67,46 @@ struct Delivered {
     notes: Vec<String>,
     /// Why what recovery ended before is not what was asked for.
     refusal: Option<Box<Refusal>>,
+    /// Where it went, or was to go.
+    into: Option<String>,
 }
 
 pub(super) async fn run(args: &ExtractArgs) -> Result<u8> {
-    let (started, clock) = (Utc::now(), Clock::start());
+    let (mut tried, mut delivered) = (Tried::new(&args.target), Delivered::default());
+    let ended = extract(args, &mut tried, &mut delivered).await;
+    let interrupted = matches!(ended, Err(Broken { interrupted: true, .. }));
+    let result = ended.map_err(|broken| broken.error);
+    record(args, &tried, delivered, tried.ended("delivered", &result, interrupted)).await;
+    result
+}
+
+/// Does what was asked for; what is known of it goes into `tried` and `delivered` as it is done.
+async fn extract(args: &ExtractArgs, tried: &mut Tried, delivered: &mut Delivered) -> Result<u8, Broken> {
+    let clock = Clock::start();
     let mut told = Told::listen()?;
     scratch::refuse_root("extract")?;
     scratch::settings(&args.scratch)?;
     let selection = selection(args)?;
     let folder = scratch::folder(&args.scratch, &args.source.overrides)?;
+    let started = tried.started;
     let preparing = async {
         let into = into(args, started).await?;
-        Ok::<_, Error>((into, open_and_plan_to_prove(&args.source, &args.target).await?))
+        delivered.into = Some(into.shown());
+        let planned = open_and_plan_to_prove(&args.source, &args.target, &mut tried.repository).await?;
+        Ok::<_, Error>((into, planned))
     };
     let (into, planned) = tokio::select! {
         prepared = preparing => prepared?,
-        signal = told.stop() => return Err(scratch::interrupted(signal).error),
+        signal = told.stop() => return Err(scratch::interrupted(signal)),
     };
     let (source, plan, unproven) = match planned {
         Ok(planned) => planned,
-        Err(refusal) => return refused(&refusal, args.source.json),
+        Err(refusal) => {
+            tried.refused(&refusal);
+            return Ok(refused(&refusal, args.source.json)?);
+        }
     };
+    tried.planned(&plan);
     if !args.source.json {
         eprintln!(
             "extract: {} as at {}, from backup {} ({})",
@@ -96,27 +116,20 @@ pub(super) async fn run(args: &ExtractArgs) -> Result<u8> {
             output::bytes(plan.backup.data_bytes)
         );
     }
-    let mut delivered = Delivered::default();
     let work = Work { args, plan: &plan, unproven: unproven.as_ref(), selection: &selection, into: &into };
-    let (ended, kept) = carry_out(&work, &source.repository, &folder, &mut told, &mut delivered).await;
+    let (ended, kept) = carry_out(&work, &source.repository, &folder, &mut told, (tried, delivered)).await;
     delivered.notes.extend(source.repository.notes());
-    record(&work, &source.repository, (started, clock.millis()), &delivered, ended.as_ref().err()).await;
-    let database = delivered.database.as_deref().unwrap_or_default();
-    if let Err(Broken { interrupted, error }) = ended {
+    if let Err(broken) = ended {
         delivered.notes.iter().for_each(|note| eprintln!("note:  {}", output::clean(note)));
         kept.iter().for_each(|kept| eprintln!("note:  kept in {}", output::clean(kept)));
-        if let Some(refusal) = delivered.refusal.filter(|_| !interrupted) {
-            return refused(&refusal, args.source.json);
+        if let Some(refusal) = delivered.refusal.take().filter(|_| !broken.interrupted) {
+            tried.refused(&refusal);
+            return Ok(refused(&refusal, args.source.json)?);
         }
-        if !interrupted {
-            return Err(error);
-        }
-        if args.source.json {
-            output::print_json(&output::error_json(&error))?;
-        }
-        eprintln!("{}", output::clean(&error.report()));
-        return Ok(FAILED);
+        return Err(broken);
     }
+    tried.is_done = true;
+    let database = delivered.database.as_deref().unwrap_or_default();
     if args.source.json {
         let file = match &into {
             Into::File { path, form } => {
@@ -148,10 +161,19 @@ pub(super) async fn run(args: &ExtractArgs) -> Result<u8> {
             "notes": delivered.notes,
         }))?;
     } else {
-        let text = text(&work, &delivered, clock.millis(), kept.as_deref(), Style::of_stdout());
+        let text = text(&work, delivered, clock.millis(), kept.as_deref(), Style::of_stdout());
         output::print(&text)?;
     }
     Ok(DONE)
+}
+
+/// Returns in words what is to be had.
+fn asked(args: &ExtractArgs) -> String {
+    match (&args.schema, args.database) {
+        (Some(schema), _) => Selection::Schema(schema.clone()).shown(),
+        (None, true) => Selection::Database.shown(),
+        (None, false) => format!("table {}", args.table.join(", ")),
+    }
 }
 
 fn selection(args: &ExtractArgs) -> Result<Selection> {
@@ -217,7 +239,7 @@ async fn carry_out(
     repository: &LineageRepository,
     folder: &Path,
     told: &mut Told,
-    delivered: &mut Delivered,
+    (tried, delivered): (&mut Tried, &mut Delivered),
 ) -> (Result<(), Broken>, Option<String>) {
     let args = work.args;
     let overrides = &args.source.overrides;
@@ -226,7 +248,7 @@ async fn carry_out(
         Ok(private) => private,
         Err(error) => return (Err(error.into()), None),
     };
-    let held = carry_out_held(work, &private, folder, told, delivered);
+    let held = carry_out_held(work, &private, folder, told, (tried, delivered));
     match held_while(repository, work.plan, "pitr extract", held).await {
         Ok(ended) => ended,
         Err(error) => (Err(error.into()), None),
@@ -238,7 +260,7 @@ async fn carry_out_held(
     private: &Private<'_>,
     folder: &Path,
     told: &mut Told,
-    delivered: &mut Delivered,
+    (tried, delivered): (&mut Tried, &mut Delivered),
 ) -> (Result<(), Broken>, Option<String>) {
     let prepared = async {
         let tools = tools(work).await?;
@@ -249,6 +271,7 @@ async fn carry_out_held(
         Ok(prepared) => prepared,
         Err(error) => return (Err(error.into()), None),
     };
+    tried.has_begun = true;
     delivered.notes.extend(left);
     let ended = tokio::select! {
         ended = deliver(work, &scratch, private, &tools, delivered) => ended.map_err(Broken::from),
@@ -378,39 +401,20 @@ async fn take(
 }
 
 /// Puts the extract into every repository's history; where that cannot be, a line on standard error says so.
-async fn record(
-    work: &Work<'_>,
-    repository: &LineageRepository,
-    (started, millis): (DateTime<Utc>, u64),
-    delivered: &Delivered,
-    broken: Option<&Broken>,
-) {
-    let outcome = match broken {
-        None => "delivered",
-        Some(Broken { interrupted: true, .. }) => "interrupted",
-        Some(_) => "failed",
-    };
+async fn record(args: &ExtractArgs, tried: &Tried, delivered: Delivered, ended: Ended) {
     let record = ExtractRecord {
-        head: record_head(started, work.args.scratch.reason.as_deref(), rand::random()),
-        millis,
-        outcome: outcome.to_owned(),
-        problem: broken.map(|broken| broken.error.to_string()),
-        target: work.plan.target_options.clone(),
-        backup: work.plan.backup.id.clone(),
+        head: record_head(tried.started, args.scratch.reason.as_deref(), rand::random()),
+        millis: millis(tried.took()),
+        outcome: ended.outcome.to_owned(),
+        problem: ended.problem,
+        target: tried.target.clone(),
+        backup: tried.backup.clone(),
         restored_bytes: delivered.restored_bytes,
-        database: delivered.database.clone(),
-        what: work.selection.shown(),
-        into: Some(work.into.shown()),
+        database: delivered.database,
+        what: asked(args),
+        into: delivered.into,
     };
-    for one in repository.each() {
-        if let Err(error) = one.put_extract_record(&record).await {
-            eprintln!(
-                "note:  the extract is not in the history of {}: {}",
-                one.location(),
-                output::clean(&error.to_string())
-            );
-        }
-    }
+    tried.record("extract", &args.source, async |one| one.put_extract_record(&record).await).await;
 }
 
 fn text(work: &Work<'_>, delivered: &Delivered, took: u64, kept: Option<&str>, style: Style) -> String {

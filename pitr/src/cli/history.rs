@@ -202,11 +202,16 @@ impl From<ChangeRecord> for Entry {
 impl From<RestoreRecord> for Entry {
     fn from(record: RestoreRecord) -> Self {
         let replayed = record.replay.map(|replay| record.restore.millis.saturating_add(replay.millis));
-        let outcome = if replayed.is_some() { "recovered" } else { "restored" };
+        let outcome = match (record.succeeded(), replayed) {
+            (false, _) => record.outcome,
+            (true, Some(_)) => "recovered".to_owned(),
+            (true, None) => "restored".to_owned(),
+        };
         Self {
             millis: Some(replayed.unwrap_or(record.restore.millis)),
-            target: Some(record.target),
-            backup: Some(record.backup),
+            problems: record.problem.into_iter().collect(),
+            target: Some(record.target).filter(|target| !target.is_empty()),
+            backup: record.backup,
             bytes: record.restore.bytes,
             recovery_millis: replayed,
             ..Self::of(Deed::Restore, record.head, outcome)
@@ -235,9 +240,9 @@ impl From<ExtractRecord> for Entry {
         Self {
             millis: Some(record.millis),
             problems: record.problem.into_iter().collect(),
-            target: Some(record.target),
+            target: Some(record.target).filter(|target| !target.is_empty()),
             what: Some(format!("{}{database}{into}", record.what)),
-            backup: Some(record.backup),
+            backup: record.backup,
             bytes: record.restored_bytes,
             ..Self::of(Deed::Extract, record.head, record.outcome)
         }
@@ -247,10 +252,22 @@ impl From<ExtractRecord> for Entry {
 impl From<(ExpireRecord, Option<ExpireOutcome>)> for Entry {
     fn from((record, end): (ExpireRecord, Option<ExpireOutcome>)) -> Self {
         let took = end.as_ref().map(|end| (end.finished - record.started).num_milliseconds());
-        let what = match &end {
-            Some(end) => format!("{} backups, {} objects ({})", end.backups, end.objects, record.policy),
-            None => format!("{} backups were to go ({})", record.backups_total, record.policy),
+        let nothing_to_remove = record.backups_total == 0 && record.wal.is_empty();
+        let outcome = match &end {
+            Some(end) if end.refused => "refused",
+            Some(end) if end.failure.is_some() => "failed",
+            Some(_) if nothing_to_remove => "nothing_to_remove",
+            Some(_) => "removed",
+            None => "not_ended",
         };
+        let what = match &end {
+            Some(end) if end.refused => "nothing was removed".to_owned(),
+            Some(end) => format!("{} backups, {} objects", end.backups, end.objects),
+            None => format!("{} backups were to go", record.backups_total),
+        };
+        // Where it was refused for that, there is no policy.
+        let policy = Some(record.policy).filter(|policy| !policy.is_empty());
+        let what = what + &policy.map_or_else(String::new, |policy| format!(" ({policy})"));
         Self {
             kind: Deed::Expire,
             id: record.id,
@@ -259,12 +276,7 @@ impl From<(ExpireRecord, Option<ExpireOutcome>)> for Entry {
             host: Some(record.host),
             user: Some(record.user),
             reason: record.reason,
-            outcome: match &end {
-                Some(ExpireOutcome { failure: None, .. }) => "removed",
-                Some(_) => "failed",
-                None => "not_ended",
-            }
-            .to_owned(),
+            outcome: outcome.to_owned(),
             problems: end.iter().filter_map(|end| end.failure.clone()).collect(),
             target: None,
             what: Some(what),
@@ -363,7 +375,9 @@ mod tests {
         };
         let restore = RestoreRecord {
             head: head(1, "db2", None),
-            backup: "20261231T010000Z-0123456789abcdef".into(),
+            outcome: "failed".into(),
+            problem: Some("an object of the backup is damaged".into()),
+            backup: Some("20261231T010000Z-0123456789abcdef".into()),
             target: "--to-xid 731".into(),
             restore: walship::catalog::Phase { bytes: 1 << 30, millis: 9000 },
             kept_bytes: 0,
@@ -382,6 +396,7 @@ mod tests {
             head: head(4, "db1", Some("audit")),
             change: "held".into(),
             what: "backup 20261231T010000Z-0123456789abcdef, until it is released".into(),
+            settings: BTreeMap::new(),
         };
         let text = text(&[change.into(), failed.into(), drill.into(), restore.into()], true, Style::Plain);
         insta::assert_snapshot!(text);

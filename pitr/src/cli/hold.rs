@@ -212,7 +212,7 @@ pub(super) async fn release(args: &ReleaseArgs) -> Result<u8> {
     }
     for hold in &released {
         let what = format!("backup {}, held because: {}", hold.backup, hold.reason);
-        change::record(&repository, "released", what, None).await;
+        change::record(&repository, "released", what, args.reason.as_deref()).await;
     }
     if args.source.json {
         output::print_json(&json!({ "released": released }))?;

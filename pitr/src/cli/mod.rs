@@ -25,6 +25,7 @@ mod scratch;
 mod source;
 mod start;
 mod surviving;
+mod tried;
 mod verify;
 
 use std::process::ExitCode;

@@ -2,11 +2,12 @@
 
 use walship::Result;
 use walship::config::Overrides;
+use walship::repository::LineageRepository;
 
 use super::args::{PlanArgs, SourceArgs, TargetArgs};
 use super::before::{Asked, Unproven};
 use super::output::{self, Style, Way};
-use super::source::{Source, say_notes};
+use super::source::{Source, open_lineages, say_notes};
 use super::surviving::only_archived;
 use super::{DONE, NO_PLAN, forecast};
 use crate::execute::{Planned, Proof, make_plan};
@@ -42,12 +43,14 @@ pub(super) async fn run(args: &PlanArgs) -> Result<u8> {
 }
 
 /// Opens the repository and makes a plan whose whole chain is looked for, to be carried out at once; or says why there is none.
+/// The repository goes into `opened` as soon as it is open.
 pub(super) async fn open_and_plan(
     source: &SourceArgs,
     target: &TargetArgs,
+    opened: &mut Option<LineageRepository>,
 ) -> Result<Result<(Source, Box<RestorePlan>), Box<Refusal>>> {
     let asked = Asked::of(target)?;
-    let source = Source::open(source).await?;
+    let source = opened_in(opened, source).await?;
     match asked.target(&source).await? {
         Ok(found) => plan_whole(source, target, &found).await,
         Err(refusal) => Ok(Err(refusal)),
@@ -59,14 +62,19 @@ pub(super) async fn open_and_plan(
 pub(super) async fn open_and_plan_to_prove(
     source: &SourceArgs,
     target: &TargetArgs,
+    opened: &mut Option<LineageRepository>,
 ) -> Result<Result<(Source, Box<RestorePlan>, Option<Unproven>), Box<Refusal>>> {
     let asked = Asked::of(target)?;
-    let source = Source::open(source).await?;
+    let source = opened_in(opened, source).await?;
     let (found, unproven) = match asked.target_to_prove(&source).await? {
         Ok(found) => found,
         Err(refusal) => return Ok(Err(refusal)),
     };
     Ok(plan_whole(source, target, &found).await?.map(|(source, plan)| (source, plan, unproven)))
+}
+
+async fn opened_in(opened: &mut Option<LineageRepository>, source: &SourceArgs) -> Result<Source> {
+    Source::of(opened.insert(open_lineages(source).await?.0).clone()).await
 }
 
 async fn plan_whole(

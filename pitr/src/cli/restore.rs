@@ -16,17 +16,20 @@ use walship::{Error, Result};
 
 use super::args::RestoreArgs;
 use super::confirm::confirm;
+use super::forecast::Measured;
 use super::hold::hold_for_restore;
 use super::output::{self, Style, Way};
 use super::plan::{open_and_plan, refused};
+use super::scratch::Told;
 use super::source::{credentials_note, restore_cmd, restore_cmd_arguments};
+use super::tried::Tried;
 use super::{DONE, forecast, role, start, status_of, surviving};
-use crate::execute::restore::{Existing, another_backup, check};
+use crate::execute::restore::{Existing, INCOMPLETE_MARKER, another_backup, check};
 use crate::execute::start::{StartOptions, Started, State, would_start};
 use crate::execute::{Progress, RestoreOptions, RestoreReport, restore};
-use crate::plan::RestorePlan;
+use crate::plan::{Refusal, RestorePlan};
 use crate::recovery_settings::{Recovery, RestoreAs, SettingsOptions, TargetAction, restore_command};
-use crate::target::TargetKind;
+use crate::target::{TargetKind, shell_word};
 
 /// How often progress is shown on a terminal.
 pub(super) const REDRAW: Duration = Duration::from_millis(200);
@@ -35,21 +38,57 @@ pub(super) const REDRAW: Duration = Duration::from_millis(200);
 pub(super) const LINE_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
+    let mut told = Told::listen()?;
+    let (mut tried, mut measured) = (Tried::new(&args.target), None);
+    let (result, interrupted) = tokio::select! {
+        result = carry_out(args, &mut tried, &mut measured) => (result, false),
+        signal = told.stop() => (Err(interrupted(args, signal, measured.is_some())), true),
+    };
+    if !args.dry_run {
+        let ended = tried.ended("restored", &result, interrupted);
+        forecast::record(args, &tried, measured, ended).await;
+    }
+    result
+}
+
+/// Returns what a restore ended with that was told to stop, and whether all files were in place by then.
+fn interrupted(args: &RestoreArgs, signal: &str, is_restored: bool) -> Error {
+    let error = Error::unavailable(format!("interrupted by {signal}"));
+    if is_restored {
+        return error
+            .with_safe("the restored folder is whole, and the repository unchanged; a server that was started goes on")
+            .with_next(format!("Look at the server: pg_ctl -D {} status.", shell_word(&args.data_dir.to_string_lossy())));
+    }
+    if !args.data_dir.join(INCOMPLETE_MARKER).exists() {
+        return error.with_safe("no file of a data directory was written").with_next("Run it again.");
+    }
+    error
+        .with_safe("the repository is unchanged; the folder is marked as incomplete and PostgreSQL does not start from it")
+        .with_next("Run it again with --delta: it goes on where it was.")
+}
+
+/// Does what was asked for; what is known of it goes into `tried` as it is done, and into `measured` once all files are in
+/// place.
+async fn carry_out(args: &RestoreArgs, tried: &mut Tried, measured: &mut Option<Measured>) -> Result<u8> {
     let (restore_as, recovery) = role::of(args)?;
     start::refuse_root(&args.starting)?;
     surviving::check_words(args)?;
     let program = restore_cmd(args.restore_cmd.as_deref())?;
-    let (mut source, mut plan) = match open_and_plan(&args.source, &args.target).await? {
+    let planned = open_and_plan(&args.source, &args.target, &mut tried.repository).await?;
+    let (mut source, mut plan) = match planned {
         Ok(planned) => planned,
-        Err(refusal) => return refused(&refusal, args.source.json),
+        Err(refusal) => return not_planned(args, tried, &refusal),
     };
+    tried.planned(&plan);
     let mut pushed = Vec::new();
     while let Some(more) = surviving::look(args, &source, &mut plan, &pushed).await? {
         pushed.push(more);
-        (source, plan) = match open_and_plan(&args.source, &args.target).await? {
+        let planned = open_and_plan(&args.source, &args.target, &mut tried.repository).await?;
+        (source, plan) = match planned {
             Ok(planned) => planned,
-            Err(refusal) => return refused(&refusal, args.source.json),
+            Err(refusal) => return not_planned(args, tried, &refusal),
         };
+        tried.planned(&plan);
     }
     let mut options = options(args, &program, &source.repository, restore_as, recovery)?;
     let planned = tail_arguments(&plan);
@@ -66,20 +105,20 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
     if !args.source.json {
         output::print(&output::plan_text(&plan, Way::of(&options.settings.recovery), None, style))?;
     }
-    let (begun_at, begun) = (Utc::now(), Instant::now());
     let mut held = None;
     let mut report = if args.dry_run {
         let report = check(&plan, &options)?;
         source.repository.check_backup_objects(&plan.backup).await.map_err(another_backup)?;
         report
     } else {
+        let would = check(&plan, &options)?;
         if !args.yes
-            && options.existing != Existing::Refuse
-            && let Some(what) = changes(&check(&plan, &options)?)
+            && let Some(what) = changes(&would)
         {
-            confirm(&what, &plan.cluster)?;
+            confirm(what, plan.cluster.clone()).await?;
         }
         held = Some(hold_for_restore(&source.repository, &plan, "pitr restore").await?);
+        tried.begin();
         let progress = Arc::new(Progress::default());
         let shown = progress.clone();
         let restored = tokio::select! {
@@ -93,7 +132,8 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         }
         restored?
     };
-    let restored_in = begun.elapsed();
+    let restored_in = tried.took();
+    *measured = Some(Measured::of(&report, restored_in, None));
     report.notes.extend(source.repository.notes().into_iter().filter(|note| !before.contains(note)));
     for url in source.repository.unreadable() {
         report.notes.push(format!(
@@ -116,12 +156,23 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
             false => held.leave_to_recovery().await,
         }
     }
-    if !args.dry_run {
-        let started = ended.as_ref().and_then(|ended| ended.as_ref().ok());
-        let reason = args.reason.as_deref();
-        forecast::record(&source.repository, &plan, &report, (begun_at, restored_in), started, reason).await;
-    }
-    finish(&restored, ended, args.source.json, style)
+    let (started, failed) = match ended {
+        None => (None, None),
+        Some(Ok(started)) => {
+            let unplanned = start::unplanned(&plan, &report, &started);
+            (Some(started), unplanned)
+        }
+        Some(Err(error)) => (None, Some(error)),
+    };
+    *measured = Some(Measured::of(&report, restored_in, started.as_ref()));
+    (tried.is_done, tried.problem) = (true, failed.as_ref().map(ToString::to_string));
+    finish(&restored, started.as_ref(), failed, args.source.json, style)
+}
+
+/// Reports that no plan leads to the target, and returns the exit status.
+fn not_planned(args: &RestoreArgs, tried: &mut Tried, refusal: &Refusal) -> Result<u8> {
+    tried.refused(refusal);
+    refused(refusal, args.source.json)
 }
 
 /// Returns whether a recovery that was watched has come to its end.
@@ -139,22 +190,20 @@ struct Restored<'a> {
 }
 
 /// Reports how it ended, and returns the exit status.
-fn finish(restored: &Restored<'_>, ended: Option<Result<Started>>, json: bool, style: Style) -> Result<u8> {
+fn finish(
+    restored: &Restored<'_>,
+    started: Option<&Started>,
+    failed: Option<Error>,
+    json: bool,
+    style: Style,
+) -> Result<u8> {
     let Restored { plan, report, dry_run, .. } = *restored;
-    let (started, failed) = match ended {
-        None => (None, None),
-        Some(Ok(started)) => {
-            let unplanned = start::unplanned(plan, report, &started);
-            (Some(started), unplanned)
-        }
-        Some(Err(error)) => (None, Some(error)),
-    };
     if json {
-        let mut value = start::outcome(dry_run, started.as_ref(), failed.as_ref());
+        let mut value = start::outcome(dry_run, started, failed.as_ref());
         value["report"] = json!(report);
         value["plan"] = json!(plan);
         output::print_json(&value)?;
-    } else if let Some(started) = &started {
+    } else if let Some(started) = started {
         output::print(&start::text(plan, started, style))?;
     }
     let Some(error) = failed else { return Ok(DONE) };

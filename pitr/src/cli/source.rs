@@ -39,7 +39,11 @@ pub(super) struct Source {
 impl Source {
     /// Opens the lineage in every configured repository that can be read.
     pub(super) async fn open(args: &SourceArgs) -> Result<Self> {
-        let (repository, _) = open_lineages(args).await?;
+        Self::of(open_lineages(args).await?.0).await
+    }
+
+    /// Reads what a lineage holds.
+    pub(super) async fn of(repository: LineageRepository) -> Result<Self> {
         let catalog = load_catalog(&repository).await?;
         Ok(Self { repository, catalog })
     }

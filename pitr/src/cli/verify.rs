@@ -77,7 +77,7 @@ pub(super) async fn run(args: &VerifyArgs) -> Result<u8> {
     }
     let (stopped, progress) = (Arc::new(AtomicBool::new(false)), Progress::default());
     let verifying = verify(&repository, &request, Arc::clone(&stopped), &progress);
-    let report = {
+    let mut report = {
         let mut verifying = std::pin::pin!(verifying);
         let bar = bar();
         let mut ticks = tokio::time::interval(DRAWN_EVERY);
@@ -98,10 +98,14 @@ pub(super) async fn run(args: &VerifyArgs) -> Result<u8> {
         }
         report?
     };
+    let found = report.outcome;
+    if let Some(why) = &unasked {
+        report.note_unasked(why);
+    }
     remembered::write(&config, &repository, &report);
     record(&repository, &request, &report, args.reason.as_deref()).await;
     say_notes(&repository);
-    finish(args, &report, unasked)
+    finish(args, &report, found, unasked)
 }
 
 fn interrupted(signal: &str) -> Error {
@@ -119,7 +123,7 @@ type Scoped = (LineageRepository, Scope);
 /// Returns the lineage and what of it is to be proven; or why no plan leads to the target.
 async fn scope(args: &VerifyArgs, config: &Config) -> Result<Result<Scoped, Box<Refusal>>> {
     if args.target.is_given() {
-        return Ok(match open_and_plan(&args.source, &args.target).await? {
+        return Ok(match open_and_plan(&args.source, &args.target, &mut None).await? {
             Ok((source, plan)) => Ok((source.repository, Scope::Plan(plan))),
             Err(refusal) => Err(refusal),
         });
@@ -213,8 +217,8 @@ async fn record(repository: &LineageRepository, request: &Request, report: &Repo
     }
 }
 
-/// Prints what was found and returns the exit status.
-fn finish(args: &VerifyArgs, report: &Report, unasked: Option<String>) -> Result<u8> {
+/// Prints what was found and returns the exit status. `found` is what the repositories came to by themselves.
+fn finish(args: &VerifyArgs, report: &Report, found: VerifyOutcome, unasked: Option<String>) -> Result<u8> {
     if args.source.json {
         let mut value = serde_json::to_value(report)
             .map_err(|error| Error::invalid(format!("what was found cannot be shown as JSON: {error}")))?;
@@ -224,7 +228,7 @@ fn finish(args: &VerifyArgs, report: &Report, unasked: Option<String>) -> Result
         let style = Style::of_stdout();
         output::print(&text::text(report, &|words| style.bold(words)))?;
     }
-    let status = match report.outcome {
+    let status = match found {
         VerifyOutcome::Damaged => {
             let damages: usize = report.repositories.iter().map(|found| found.damages()).sum();
             let error = Error::corrupt(format!("{damages} thing(s) are damaged or missing"))
@@ -238,7 +242,7 @@ fn finish(args: &VerifyArgs, report: &Report, unasked: Option<String>) -> Result
             DAMAGED
         }
         VerifyOutcome::Unread | VerifyOutcome::Interrupted | VerifyOutcome::Unknown => {
-            let error = match report.outcome {
+            let error = match found {
                 VerifyOutcome::Interrupted => Error::unavailable("the verification was interrupted"),
                 _ => Error::unavailable("not everything could be read"),
             };

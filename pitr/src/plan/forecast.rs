@@ -34,11 +34,12 @@ impl Forecast {
 ///
 /// The rate is the median of the restores most alike in size: what a restore costs whatever its size (the start of
 /// a server, the round trips) is in it as it is in those. Restores that found files in place say nothing of one that
-/// does not.
+/// does not, and those that did not succeed nothing of one that will.
 pub fn forecast(plan: &RestorePlan, records: &[RestoreRecord]) -> Option<Forecast> {
-    let whole = records.iter().filter(|record| record.kept_bytes == 0).map(|record| record.restore);
+    let whole = records.iter().filter(|record| tells(record)).map(|record| record.restore);
     let (restore_rate, restores) = rate(plan.backup.data_bytes, whole)?;
-    let replay = rate(plan.wal_replay_bytes, records.iter().filter_map(|record| record.replay));
+    let done = records.iter().filter(|record| record.succeeded());
+    let replay = rate(plan.wal_replay_bytes, done.filter_map(|record| record.replay));
     let millis = |bytes: u64, rate: f64| (bytes as f64 / rate * 1000.0) as u64;
     Some(Forecast {
         restore_ms: millis(plan.backup.data_bytes, restore_rate),
@@ -47,6 +48,16 @@ pub fn forecast(plan: &RestorePlan, records: &[RestoreRecord]) -> Option<Forecas
         replay_bytes_per_second: replay.map(|(rate, _)| rate as u64),
         restores,
     })
+}
+
+/// Returns whether these records are as many as count.
+pub fn are_enough(records: &[RestoreRecord]) -> bool {
+    records.iter().filter(|record| tells(record)).count() >= ALIKE_MAX
+}
+
+/// Returns whether a record tells how long it takes to get a whole backup's files into place.
+fn tells(record: &RestoreRecord) -> bool {
+    record.succeeded() && record.kept_bytes == 0
 }
 
 /// Returns bytes a second of the phases most alike in size, and how many those are.

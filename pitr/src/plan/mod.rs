@@ -37,7 +37,7 @@ use walship::wal::summary::SegmentSummary;
 pub use chain::{Chain, ChainEnding, ChainStep, ParentSegment, build_chain, gaps_of};
 pub(crate) use chain::{begin_of, chains_of, merge};
 pub(crate) use extras::WAL_LEVEL_MINIMAL;
-pub use forecast::{Forecast, forecast};
+pub use forecast::{Forecast, are_enough, forecast};
 pub use gap::{Gap, KnownBy};
 pub(crate) use gap::{is_on_path, wal_is_on_path};
 pub use half_done::{HalfDone, Removed};

@@ -34,6 +34,23 @@ pub struct Report {
     pub notes: Vec<String>,
 }
 
+impl Report {
+    /// Notes that the server was to be asked and could not be: whether the end of what is stored is missing is not known, however
+    /// sound it is.
+    pub fn note_unasked(&mut self, why: &str) {
+        let unread = |outcome: &mut VerifyOutcome| {
+            if matches!(outcome, VerifyOutcome::Sound | VerifyOutcome::Partly) {
+                *outcome = VerifyOutcome::Unread;
+            }
+        };
+        for found in &mut self.repositories {
+            found.unread.push(Unread { object: "the server's position".to_owned(), why: why.to_owned() });
+            unread(&mut found.outcome);
+        }
+        unread(&mut self.outcome);
+    }
+}
+
 /// What was found in one repository.
 #[derive(Debug, Serialize)]
 pub struct RepositoryReport {

@@ -20,7 +20,7 @@ use walship_tests::stage::Stage;
 use walship_tests::weed::WeedServer;
 use walship_tests::{process, wait};
 
-use crate::exact::history::with_clock;
+use crate::exact::history::{faketime, with_clock};
 use crate::json_docs::compare;
 use crate::start::Place;
 use crate::verify::{damage_of, parsed};
@@ -618,10 +618,12 @@ fn two_removals_at_once_are_one() {
     let scene = Scene::s3(&server);
     let count = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&count);
-    // The first removal has the lock, and has to wait when it says what it is about to do.
+    // The first removal has the lock, and has to wait when it says what it is about to do; the other says why it does nothing.
+    let of_first = std::sync::OnceLock::new();
     server.set_faults(move |seen| {
         let says = seen.method == "PUT" && seen.path.contains("/history/expires/");
-        says.then(|| counted.fetch_add(1, Ordering::SeqCst)).map(|_| Fault::S3(503, "SlowDown"))
+        let waits = says && *of_first.get_or_init(|| seen.path.clone()) == seen.path;
+        waits.then(|| counted.fetch_add(1, Ordering::SeqCst)).map(|_| Fault::S3(503, "SlowDown"))
     });
     let mut first = started(&scene.stage, &["expire", "--confirm", "--yes"]);
     wait::until("the first removal waits", || count.load(Ordering::SeqCst) > 0);
@@ -633,9 +635,57 @@ fn two_removals_at_once_are_one() {
     // That it was run is on record, though there was nothing to do.
     let history = scene.stage.ok(&mut scene.stage.pitr(&["history", "--json", "--only", "expire"]));
     let history: Value = serde_json::from_str(&history).unwrap();
-    let whats = history["entries"].as_array().unwrap().iter().map(|entry| entry["what"].as_str().unwrap());
-    let none: Vec<bool> = whats.map(|what| what.starts_with("0 backups, 0 objects")).collect();
-    assert_eq!(none, [true, false], "{history:#}");
+    let outcomes =
+        history["entries"].as_array().unwrap().iter().map(|entry| entry["outcome"].as_str().unwrap());
+    let outcomes: Vec<_> = outcomes.collect();
+    assert_eq!(outcomes, ["nothing_to_remove", "refused", "removed"], "{history:#}");
+}
+
+/// Whatever the clock of the machine says that is wrong: the record is of when it was, and whoever watches hears of it at once.
+#[test]
+fn a_removal_that_is_refused_is_on_record_and_told_of() {
+    let scene = Scene::folder(primary_major());
+    let stage = &scene.stage;
+    let entries = || -> Vec<Value> {
+        let history = stage.ok(&mut stage.pitr(&["history", "--json", "--only", "expire"]));
+        serde_json::from_str::<Value>(&history).unwrap()["entries"].as_array().unwrap().clone()
+    };
+    let told = || {
+        let output = stage.run(&mut stage.walship(&["check", "--monitor", "--offline"]));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let sound = scene.store.kept_keys();
+    scene.expire(&[]);
+    assert_eq!(entries(), [] as [Value; 0], "without --confirm it only looks");
+    for (round, clock) in ["-365d", "+365d"].iter().enumerate() {
+        let mut expire = stage.pitr(&["expire", "--confirm", "--yes", "--reason", "nightly"]);
+        expire.env("LD_PRELOAD", faketime()).env("FAKETIME", clock).env("NO_FAKE_STAT", "1");
+        expire.env("FAKETIME_DONT_FAKE_MONOTONIC", "1").env("DONT_FAKE_MONOTONIC", "1");
+        let said = stage.fails(&mut expire, 2);
+        assert!(said.contains("this machine says that it is"), "{said}");
+        let entries = entries();
+        assert_eq!(entries.len(), round + 1, "{entries:#?}");
+        assert_eq!((&entries[0]["outcome"], &entries[0]["reason"]), (&"refused".into(), &"nightly".into()));
+        assert!(entries[0]["problems"][0].as_str().unwrap().contains("this machine says"), "{entries:#?}");
+        let at: chrono::DateTime<chrono::Utc> = entries[0]["started"].as_str().unwrap().parse().unwrap();
+        assert!((chrono::Utc::now() - at).abs() < chrono::TimeDelta::minutes(10), "{at}");
+        assert!(told().contains("was refused: "), "{}", told());
+    }
+    // A policy that makes no sense, and one that nobody confirms.
+    stage.fails(&mut stage.pitr(&["expire", "--confirm", "--yes", "--keep-for", "3 days"]), 2);
+    stage.fails(stage.pitr(&["expire", "--confirm"]).stdin(Stdio::null()), 2);
+    let problems: Vec<String> =
+        entries().iter().map(|entry| entry["problems"][0].as_str().unwrap().to_owned()).collect();
+    assert!(problems[0].contains("has to be confirmed"), "{problems:?}");
+    assert!(problems[1].contains("contradicts itself"), "{problems:?}");
+    assert_eq!(scene.store.kept_keys(), sound);
+    // Once one does its work it is over.
+    scene.expire(&["--confirm", "--yes"]);
+    assert_eq!(entries()[0]["outcome"], "removed");
+    assert!(!told().contains("removal by retention"), "{}", told());
+    scene.expire(&["--confirm", "--yes"]);
+    assert_eq!(entries()[0]["outcome"], "nothing_to_remove");
+    assert!(!told().contains("removal by retention"), "{}", told());
 }
 
 #[test]
@@ -688,7 +738,14 @@ fn what_is_asked_wrongly_is_refused_with_nothing_lost() {
             .contains("is over")
     );
     assert!(fails(&["release", &scene.backups[0]], 1).contains("no hold"));
-    assert_eq!(scene.store.keys(), before);
+    // All that comes is on record.
+    let but_records = |mut keys: BTreeSet<String>| {
+        keys.retain(|key| !key.contains("/history/"));
+        keys
+    };
+    let before = but_records(before);
+    let now = || but_records(scene.store.keys());
+    assert_eq!(now(), before);
 
     // A hold that cannot be read may be on any backup; a record that cannot be read, of any.
     let holds = scene.stage.repository_dir().join("main/0001/holds");
@@ -703,7 +760,7 @@ fn what_is_asked_wrongly_is_refused_with_nothing_lost() {
     std::fs::write(&record, "{").unwrap();
     assert!(fails(&confirm, 4).contains("nothing was removed"));
     std::fs::write(&record, sound).unwrap();
-    assert_eq!(scene.store.keys(), before);
+    assert_eq!(now(), before);
 
     // A window longer than the archive.
     let shown = scene.expire(&["--window", "500 days", "--confirm", "--yes"]);

@@ -462,6 +462,23 @@ fn what_cannot_arrive_leaves_nothing_behind() {
     // A server that is not there is known before anything is restored.
     let said = fails(&["--table", "orders", "--to-name", "here", "--into", "host=/nowhere"], 1);
     assert!(said.contains("connecting to the server of --into"), "{said}");
+    // Each is on record, also what was refused before anything was restored; and what was only looked up is not.
+    let said = fails(&["--table", "orders", "--to-name", "nowhere", "--into", &into], 3);
+    assert!(said.contains("nowhere"), "{said}");
+    let printed =
+        production.stage.ok(&mut production.stage.pitr(&["history", "--json", "--only", "extract"]));
+    assert!(!printed.contains("hunter2"), "{printed}");
+    let printed: Value = serde_json::from_str(&printed).unwrap();
+    let entries = printed["entries"].as_array().unwrap();
+    let outcomes: Vec<_> = entries.iter().rev().map(|entry| entry["outcome"].as_str().unwrap()).collect();
+    assert_eq!(
+        outcomes,
+        ["failed", "failed", "failed", "failed", "refused", "refused", "refused"],
+        "{printed:#}"
+    );
+    assert!(entries.iter().all(|entry| entry["problems"].as_array().unwrap().len() == 1), "{printed:#}");
+    assert_eq!(entries[0]["target"], "--to-name nowhere");
+    assert_eq!((&entries[0]["backup"], &entries[1]["backup"]), (&Value::Null, &Value::Null));
     // Who may make no schema is told so, and who may gets in by the variable.
     let by_carol = |database: &str| {
         let server = format!("host=127.0.0.1 port={} user=carol dbname={database}", production.server.port());

@@ -150,8 +150,8 @@ fn the_page_about_json_says_what_is_printed() {
     assert_eq!(
         kinds,
         [
-            "extract", "extract", "drill", "drill", "restore", "restore", "restore", "change", "backup",
-            "change"
+            "extract", "extract", "drill", "drill", "restore", "restore", "restore", "restore", "change",
+            "change", "backup", "change"
         ]
     );
     compare("pitr history", &[history], &[]);

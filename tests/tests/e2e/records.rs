@@ -1,13 +1,20 @@
 //! Everything that is done leaves a record: who, where, when, why, and what came of it.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::process::Stdio;
+use std::time::Duration;
 
+use chrono::{DateTime, Utc};
+use nix::pty::{OpenptyResult, openpty};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use walship_tests::postgres::{PgServer, primary_major};
+use walship_tests::s3_inprocess::{Fault, S3Server};
 use walship_tests::stage::Stage;
 use walship_tests::{process, wait};
+
+use crate::start::Place;
 
 /// The history of these kinds, the newest first.
 fn history(stage: &Stage, only: &str) -> Vec<Value> {
@@ -94,20 +101,188 @@ fn changes_are_on_record() {
     stage.backup(&server);
     let id = history(&stage, "backup")[0]["backup"].as_str().unwrap().to_owned();
     stage.ok(&mut stage.pitr(&["hold", &id, "--reason", "audit"]));
-    stage.ok(&mut stage.pitr(&["release", &id]));
+    stage.ok(&mut stage.pitr(&["release", &id, "--reason", "the audit is over"]));
     let next = "0000000100000000000000FF";
     stage.ok(&mut stage.walship(&["wal", "give-up", next, "--reason", "bad block", "--yes"]));
     let entries = history(&stage, "change");
     assert_eq!(
         texts(&entries, "outcome"),
-        ["wal_given_up", "released", "held", "settings_changed", "lineage_registered"],
+        ["wal_given_up", "released", "held", "configuration_noted", "settings_changed", "lineage_registered"],
         "{entries:#?}"
     );
-    assert_eq!(texts(&entries, "reason"), ["bad block", "-", "audit", "-", "-"]);
+    assert_eq!(texts(&entries, "reason"), ["bad block", "the audit is over", "audit", "-", "-", "-"]);
     let what = texts(&entries, "what");
     assert!(what[0].contains(next) && what[1].contains(&id) && what[2].contains(&id), "{what:?}");
-    assert!(what[3].contains("archive_command = "), "{what:?}");
-    assert!(what[4].contains(&server.system_identifier().to_string()), "{what:?}");
+    assert!(what[4].contains("archive_command = "), "{what:?}");
+    assert!(what[5].contains(&server.system_identifier().to_string()), "{what:?}");
+}
+
+/// What is kept and promised stands in a file that anybody may change who may write it.
+#[test]
+fn a_change_of_the_configuration_is_on_record() {
+    let stage = Stage::folder("main");
+    let server = cluster(&stage);
+    let plain = fs::read_to_string(stage.config()).unwrap();
+    let configure = |above: &str, below: &str| {
+        fs::write(stage.config(), format!("{above}{plain}{below}")).unwrap();
+    };
+    configure("rpo = \"5m\"\n", "[retention]\nwindow = \"14 days\"\n");
+    stage.backup(&server);
+    stage.backup(&server);
+    // Flags of one command, and what only reads, change nothing.
+    stage.ok(&mut stage.pitr(&["expire", "--keep-last", "7"]));
+    stage.ok(&mut stage.pitr(&["expire", "--keep-last", "7", "--confirm", "--yes"]));
+    configure("", "[retention]\nwindow = \"7 days\"\nkeep_last = 2\n");
+    stage.ok(&mut stage.pitr(&["expire"]));
+    stage.run(&mut stage.walship(&["check", "--monitor", "--offline"]));
+    assert_eq!(history(&stage, "change").len(), 2);
+    stage.ok(&mut stage.pitr(&["expire", "--confirm", "--yes", "--reason", "less room"]));
+    let entries = history(&stage, "change");
+    assert_eq!(
+        texts(&entries, "outcome"),
+        ["configuration_changed", "configuration_noted", "lineage_registered"],
+        "{entries:#?}"
+    );
+    let what = texts(&entries, "what");
+    assert_eq!(
+        what[0],
+        "retention.keep_last = 2; retention.window = 7 days (was 14 days); rpo is no longer set (was 300 s)"
+    );
+    assert!(what[1].starts_with(&format!("repositories = {}; ", stage.url())), "{what:?}");
+    assert!(what[1].contains("retention.window = 14 days; rpo = 300 s"), "{what:?}");
+    assert_eq!(texts(&entries, "reason"), ["less room", "-", "-"]);
+}
+
+/// Also where it is refused before anything is read; only dry runs, and what was not asked for in earnest, leave none.
+#[test]
+fn restores_are_on_record_however_they_end() {
+    let s3 = S3Server::start();
+    let stage = Stage::s3("main", &s3.endpoint());
+    let server = cluster(&stage);
+    let backup = stage.backup(&server);
+    server.archive_now();
+    let dir = |name: &str| stage.path().join(name);
+    let restore = |name: &str, words: &[&str]| {
+        let mut command = stage.pitr(&["restore", "--reason", name, "-D"]);
+        command.arg(dir(name)).args(words);
+        command
+    };
+    stage.ok(&mut restore("looked", &["--latest", "--dry-run"]));
+    stage.fails(&mut restore("looked", &["--to-name", "nowhere", "--dry-run"]), 3);
+    stage.ok(&mut stage.pitr(&["plan", "--latest"]));
+    assert_eq!(history(&stage, "restore"), [] as [Value; 0]);
+
+    // Words that make no sense, a target that leads nowhere, a folder that is in use.
+    stage.fails(&mut restore("words", &["--to-name", "x", "--surviving-wal", "/nowhere"]), 2);
+    stage.fails(&mut restore("no plan", &["--to-name", "nowhere"]), 3);
+    fs::create_dir(dir("in use")).unwrap();
+    fs::write(dir("in use").join("file"), "mine").unwrap();
+    stage.fails(&mut restore("in use", &["--latest"]), 2);
+    // An object of the backup that turns out to be damaged half-way.
+    let is_data = |path: &str| path.contains("/backups/") && path.ends_with(".tar");
+    s3.set_faults(move |seen| (seen.method == "GET" && is_data(&seen.path)).then_some(Fault::Flipped(5000)));
+    stage.fails(&mut restore("damaged", &["--latest"]), 4);
+    // One that is told to stop while it waits for the store.
+    s3.set_faults(move |seen| {
+        (seen.method == "GET" && is_data(&seen.path)).then_some(Fault::Late(Duration::from_secs(60)))
+    });
+    let mut slow = restore("told to stop", &["--latest"]);
+    let said = dir("said");
+    slow.stdout(Stdio::null()).stderr(fs::File::create(&said).unwrap());
+    let mut slow = process::spawn(slow).unwrap();
+    wait::until("it has begun", || dir("told to stop").join("walship-restore-incomplete").exists());
+    process::signal(slow.id(), Signal::SIGTERM);
+    let status = process::wait_within(&mut slow, wait::PATIENCE).expect("it ends when it is told to");
+    assert_eq!(status.code(), Some(1));
+    let said = fs::read_to_string(&said).unwrap();
+    assert!(said.contains("interrupted by SIGTERM") && said.contains("--delta"), "{said}");
+    s3.heal();
+    // Nothing is forecast by what did not succeed.
+    let plan: Value =
+        serde_json::from_str(&stage.ok(&mut stage.pitr(&["plan", "--latest", "--json"]))).unwrap();
+    assert_eq!(plan["plan"]["forecast"], Value::Null);
+    // A server that does not come up on what was restored, and a restore that succeeds.
+    let place = Place::new(&stage, "started", server.major());
+    let words = ["--latest", "--reason", "no server", "--set", "no_such_setting=1"];
+    stage.fails(&mut place.restore(&stage, &words), 1);
+    stage.ok(&mut restore("restored", &["--latest"]));
+
+    let entries = history(&stage, "restore");
+    let reasons = ["restored", "no server", "told to stop", "damaged", "in use", "no plan", "words"];
+    assert_eq!(texts(&entries, "reason"), reasons, "{entries:#?}");
+    assert_eq!(
+        texts(&entries, "outcome"),
+        ["restored", "failed", "interrupted", "failed", "refused", "refused", "refused"],
+        "{entries:#?}"
+    );
+    let problems: Vec<&str> =
+        entries.iter().map(|entry| entry["problems"][0].as_str().unwrap_or_default()).collect();
+    let told = ["", "no_such_setting", "SIGTERM", "", "is not empty", "nowhere", "--surviving-wal"];
+    for (problem, told) in problems.iter().zip(told) {
+        assert!(problem.contains(told) && !problem.contains('\n'), "{problem:?} {told:?}");
+        assert_eq!(problem.is_empty(), told.is_empty() && problem == &problems[0], "{problems:?}");
+    }
+    for entry in &entries {
+        assert!(
+            entry["host"].is_string() && entry["user"].is_string() && entry["millis"].is_u64(),
+            "{entry}"
+        );
+    }
+    assert_eq!(entries[6]["target"], "--to-name x");
+    assert_eq!((&entries[5]["target"], &entries[5]["backup"]), (&"--to-name nowhere".into(), &Value::Null));
+    assert!(backup.contains(entries[3]["backup"].as_str().unwrap()), "{}", entries[3]);
+    let plan: Value =
+        serde_json::from_str(&stage.ok(&mut stage.pitr(&["plan", "--latest", "--json"]))).unwrap();
+    assert_eq!(plan["plan"]["forecast"]["restores"], 1, "only the one that succeeded");
+    let text = stage.ok(&mut stage.pitr(&["history", "--only", "restore"]));
+    assert!(
+        text.contains("refused") && text.contains("problem: ") && text.contains("is not empty"),
+        "{text}"
+    );
+
+    // A record that cannot be written is said, and changes no status.
+    s3.set_faults(|seen| {
+        let is_record = seen.method == "PUT" && seen.path.contains("/history/restores/");
+        is_record.then_some(Fault::S3(403, "AccessDenied"))
+    });
+    let said = stage.fails(&mut restore("in use", &["--latest"]), 2);
+    assert!(
+        said.contains("note:  the restore is not in the history of ") && said.contains("is not empty"),
+        "{said}"
+    );
+    s3.heal();
+    assert_eq!(history(&stage, "restore").len(), entries.len());
+}
+
+/// How long an operator thinks is no part of how long a restore takes.
+#[test]
+fn a_restore_begins_when_it_is_confirmed() {
+    let stage = Stage::folder("main");
+    let server = cluster(&stage);
+    stage.backup(&server);
+    server.archive_now();
+    let dir = stage.path().join("restored");
+    stage.ok(stage.pitr(&["restore", "--latest", "-D"]).arg(&dir));
+    let OpenptyResult { master, slave } = openpty(None, None).unwrap();
+    let mut over = stage.pitr(&["restore", "--latest", "--delta", "-D"]);
+    over.arg(&dir).stdin(slave.try_clone().unwrap()).stdout(Stdio::null()).stderr(slave);
+    let mut over = process::spawn(over).unwrap();
+    let mut master = fs::File::from(master);
+    let (mut shown, mut buffer) = (String::new(), [0; 4096]);
+    while !shown.contains("Type main to go on") {
+        let length = master.read(&mut buffer).unwrap();
+        shown.push_str(&String::from_utf8_lossy(&buffer[..length]));
+    }
+    let answered = Utc::now();
+    master.write_all(b"main\n").unwrap();
+    // What is said is read, lest it wait for that.
+    std::thread::spawn(move || while master.read(&mut buffer).is_ok_and(|length| length > 0) {});
+    let status = process::wait_within(&mut over, wait::PATIENCE).expect("it ends");
+    assert!(status.success());
+    let entries = history(&stage, "restore");
+    assert_eq!(texts(&entries, "outcome"), ["restored", "restored"]);
+    let begun: DateTime<Utc> = entries[0]["started"].as_str().unwrap().parse().unwrap();
+    assert!(begun >= answered, "{begun} {answered}");
 }
 
 /// That the history cannot be written is said, and takes nothing away from what was done.

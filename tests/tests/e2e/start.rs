@@ -276,6 +276,29 @@ fn replay_is_watched_on_a_terminal() {
     assert_eq!(place.psql("select max(id) from t"), "5");
 }
 
+/// The server goes on by itself; that nobody has seen where it ended is on record.
+#[test]
+fn what_is_told_to_stop_while_it_watches_leaves_the_server_alone() {
+    let origin = Origin::make(primary_major());
+    let place = origin.place("left");
+    let slow = origin.broken(&origin.rows[2].segment, "sleep 600");
+    let mut restore = place.restore(&origin.stage, &["--latest", "--restore-cmd", &slow]);
+    let said = origin.stage.path().join("said");
+    restore.stdout(Stdio::null()).stderr(fs::File::create(&said).unwrap());
+    let mut restore = process::spawn(restore).unwrap();
+    wait::until("the server has started", || place.is_running());
+    process::signal(restore.id(), Signal::SIGTERM);
+    let status = process::wait_within(&mut restore, wait::PATIENCE).expect("it ends when it is told to");
+    assert_eq!(status.code(), Some(1));
+    let said = fs::read_to_string(&said).unwrap();
+    assert!(said.contains("interrupted by SIGTERM") && said.contains("pg_ctl -D "), "{said}");
+    assert!(place.is_running());
+    let history = origin.stage.ok(&mut origin.stage.pitr(&["history", "--json", "--only", "restore"]));
+    let history: Value = serde_json::from_str(&history).unwrap();
+    assert_eq!(history["entries"][0]["outcome"], "interrupted", "{history:#}");
+    assert!(history["entries"][0]["bytes"].as_u64().unwrap() > 0, "the files are in place: {history:#}");
+}
+
 #[test]
 fn a_server_that_is_restored_over_is_started() {
     for major in majors() {

@@ -484,9 +484,17 @@ fn an_older_copy_does_not_verify_clean() {
     let conninfo = other.socket_conninfo();
     assert!(stage.fails(stage.pitr(&["verify", "--server"]).arg(&conninfo), 1).contains("another cluster"));
     other.stop(StopMode::Fast);
-    assert!(
-        stage.fails(stage.pitr(&["verify", "--server"]).arg(&conninfo), 1).contains("could not be asked")
-    );
+    let said = stage.fails(stage.pitr(&["verify", "--server"]).arg(&conninfo), 1);
+    assert!(said.contains("the server could not be asked"), "{said}");
+    assert!(!said.contains("not everything could be read"), "{said}");
+    // That its end may be missing is also said where the record of it is read.
+    let history: Value =
+        serde_json::from_str(&stage.ok(&mut stage.pitr(&["history", "--json", "--only", "verify"]))).unwrap();
+    let last = &history["entries"][0];
+    assert_eq!(last["outcome"], "unread", "{last}");
+    assert!(last["problems"][0].as_str().unwrap().contains("the server's position"), "{last}");
+    let page = stage.ok(&mut stage.pitr(&["info", "--html", "-"]));
+    assert!(page.contains("<dt>Last verification</dt><dd class=\"value warn\">unread</dd>"), "{page}");
 }
 
 #[test]

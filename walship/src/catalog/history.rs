@@ -1,6 +1,8 @@
 //! What was done with an archive, as the repository's history tells it: backups that were taken or tried, drills,
 //! extracts, changes.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
@@ -45,16 +47,21 @@ pub struct BackupRun {
     pub stored_bytes: u64,
 }
 
-/// A change of what is kept, promised or accepted (`history/changes/<id>.json`).
+/// A change of what is kept, promised or accepted (`history/changes/<id>.json`, of the configuration
+/// `history/configurations/<id>.json`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChangeRecord {
     /// Who did it, where, when and why.
     #[serde(flatten)]
     pub head: RecordHead,
-    /// `lineage_registered`, `settings_changed`, `wal_given_up`, `overtaken_accepted`, `held` or `released`.
+    /// `lineage_registered`, `settings_changed`, `wal_given_up`, `overtaken_accepted`, `held`, `released`;
+    /// `configuration_noted` or `configuration_changed`.
     pub change: String,
     /// What exactly, for people.
     pub what: String,
+    /// Of a configuration: what is kept, promised and used as a repository by it. No secrets.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub settings: BTreeMap<String, String>,
 }
 
 /// A drill (`history/drills/<id>.json`): what is to be known of it without its report.
@@ -97,15 +104,16 @@ pub struct ExtractRecord {
     pub head: RecordHead,
     /// How long it took, the clean-up too, in milliseconds.
     pub millis: u64,
-    /// `delivered`, `failed` or `interrupted`.
+    /// `delivered`; `failed`, where the scratch server was to be set up, or `refused`, before that; `interrupted`.
     pub outcome: String,
     /// Why it failed, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
     /// The target, as options of `pitr restore`.
     pub target: String,
-    /// The backup.
-    pub backup: String,
+    /// The backup; `None` without a plan.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup: Option<String>,
     /// The bytes of the backup's files.
     pub restored_bytes: u64,
     /// The database, where it was found.

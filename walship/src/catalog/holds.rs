@@ -138,6 +138,9 @@ pub struct ExpireOutcome {
     pub finished: DateTime<Utc>,
     /// What went wrong; `None` when all was removed.
     pub failure: Option<String>,
+    /// Whether it was refused: nothing was begun, and nothing removed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub refused: bool,
     /// How many backups were removed.
     pub backups: u64,
     /// How many objects, of WAL and of backups.

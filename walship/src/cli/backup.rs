@@ -220,6 +220,7 @@ pub(super) async fn run(args: &Args, overrides: &Overrides) -> Result<u8> {
         None => record::Ended::Interrupted,
     };
     record::backup(&lineages, begun, (id.get().cloned(), reason), ended).await;
+    record::configuration(&lineages, overrides).await;
     let record = taken.unwrap_or_else(|| {
         Err(Error::unavailable("the backup was interrupted by a signal")
             .with_safe("nothing of it counts as a backup; other backups are untouched")

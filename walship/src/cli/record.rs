@@ -1,12 +1,14 @@
 //! What was done goes into every repository's history. It is written after the deed: that it cannot be written is said,
 //! and undoes nothing.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use walship::catalog::{BackupRecord, BackupRun, ChangeRecord};
+use walship::config::{Config, Overrides};
 use walship::error::{Error, Result};
-use walship::repository::{ClusterRepository, LineageRepository, record_head};
+use walship::repository::{ClusterRepository, LineageRepository, note_configuration, record_head};
 
 /// How long writing records may take: somebody may be waiting for the end.
 const RECORDING_MAX: Duration = Duration::from_secs(30);
@@ -19,9 +21,22 @@ pub(super) async fn change(
     reason: Option<&str>,
 ) {
     let head = record_head(Utc::now(), reason, rand::random());
-    let record = ChangeRecord { head, change: change.to_owned(), what: what.into() };
+    let settings = BTreeMap::new();
+    let record = ChangeRecord { head, change: change.to_owned(), what: what.into(), settings };
     let puts = lineages.iter().map(|lineage| lineage.put_change_record(&record));
     say_unrecorded(lineages, within_bounds(futures_util::future::join_all(puts)).await);
+}
+
+/// Records what is configured, where that is another than before.
+pub(super) async fn configuration(lineages: &[LineageRepository], overrides: &Overrides) {
+    let noting = async {
+        note_configuration(lineages, &Config::standing(overrides)?, None, rand::random()).await.map(drop)
+    };
+    match within_bounds(noting).await {
+        Some(Ok(())) => {}
+        Some(Err(error)) => super::say(&format!("note: what is configured is not in the history: {error}")),
+        None => super::say("note: what is configured is not in the history: writing it took too long"),
+    }
 }
 
 /// How a backup ended.

@@ -32,6 +32,9 @@ const ON_ITS_WAY_SEGMENTS: u64 = 32;
 /// How many drills are read, from the last back, for one that proved something.
 const DRILLS_MAX: usize = 20;
 
+/// So many of the last removals are looked at where the last one did not do what it was to do.
+const EXPIRES_MAX: usize = 20;
+
 /// How many verifications are read, from the last back, for what was missing and still is.
 const VERIFICATIONS_MAX: usize = 20;
 
@@ -115,7 +118,10 @@ async fn contents(
     let proves =
         |drill: &&DrillRecord| drill.read_here != Some(false) && DrillFacts::has_proven(&drill.outcome);
     let proven = drills.iter().find(proves);
-    let expires = lineage.recent_expires(1).await?;
+    let mut expires = lineage.recent_expires(1).await?;
+    if expires.iter().any(|(_, end)| end.as_ref().is_none_or(|end| end.failure.is_some())) {
+        expires = lineage.recent_expires(EXPIRES_MAX).await?;
+    }
     let verifications = lineage.recent_verifications(VERIFICATIONS_MAX).await?;
     Ok(Contents {
         lineage: catalog.lineage.number,
@@ -137,7 +143,7 @@ async fn contents(
         wal_bytes,
         drill: drills.first().map(DrillFacts::of),
         proven: proven.map(|drill| drill.head.started),
-        expire: expires.first().map(|(record, outcome)| ExpireFacts::of(record, outcome.as_ref())),
+        expire: ExpireFacts::of(&expires),
         verification: VerificationFacts::of(&verifications, &lineage.location(), now),
         verified: VerificationFacts::last_done(&verifications),
         all_read: VerificationFacts::all_read(&verifications),

@@ -35,6 +35,7 @@ const DRILLS: &str = "drills";
 const EXTRACTS: &str = "extracts";
 const BACKUPS: &str = "backups";
 const CHANGES: &str = "changes";
+const CONFIGURATIONS: &str = "configurations";
 const EXPIRES: &str = "expires";
 const VERIFICATIONS: &str = "verifications";
 
@@ -121,6 +122,14 @@ impl LineageRepository {
         self.put_record(CHANGES, &record.head.id, record).await
     }
 
+    /// Records what is configured, as [`put_restore_record`](Self::put_restore_record).
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) async fn put_configuration_record(&self, record: &ChangeRecord) -> Result<()> {
+        self.put_record(CONFIGURATIONS, &record.head.id, record).await
+    }
+
     /// Records a verification of this repository, as [`put_restore_record`](Self::put_restore_record).
     ///
     /// # Errors
@@ -176,12 +185,23 @@ impl LineageRepository {
         self.recent(BACKUPS, max, |record: &BackupRun| &record.head).await
     }
 
-    /// Returns the records of the last `max` changes, as [`recent_restores`](Self::recent_restores).
+    /// Returns the records of the last `max` changes, those of the configuration among them, as [`recent_restores`](Self::recent_restores).
     ///
     /// # Errors
     /// As there.
     pub async fn recent_changes(&self, max: usize) -> Result<Vec<ChangeRecord>> {
-        self.recent(CHANGES, max, |record: &ChangeRecord| &record.head).await
+        let mut records = self.recent(CHANGES, max, |record: &ChangeRecord| &record.head).await?;
+        records.extend(self.recent_configurations(max).await?);
+        keep_newest(&mut records, max, |record| &record.head);
+        Ok(records)
+    }
+
+    /// Returns the records of the last `max` configurations, as [`recent_restores`](Self::recent_restores).
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) async fn recent_configurations(&self, max: usize) -> Result<Vec<ChangeRecord>> {
+        self.recent(CONFIGURATIONS, max, |record: &ChangeRecord| &record.head).await
     }
 
     /// Returns the records of the last `max` removals, each with how it ended, as

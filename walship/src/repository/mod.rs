@@ -22,6 +22,7 @@
 
 mod backup_blocks;
 mod backups;
+mod configured;
 mod document;
 mod fresh;
 mod gaps;
@@ -56,6 +57,7 @@ use crate::storage::{PutOutcome, Storage, list_all};
 
 pub use backup_blocks::{BackupBlocks, BackupObjects, BlockPlace, FileBlocks, ObjectFiles};
 pub use backups::{RecordedBy, new_backup_id};
+pub use configured::note_configuration;
 pub use document::BackupStarted;
 pub use gaps::{CAUSE_BYTES_MAX, ListedGap, new_gap_id};
 pub use history::{DrillReportForm, record_head};

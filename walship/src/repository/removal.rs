@@ -180,6 +180,19 @@ impl LineageRepository {
         document::put_same(&*self.storage, &self.layout.expire_removed(&removed.id)?, removed).await
     }
 
+    /// Returns what time it is by the store's clock, where it has one, found out with an object of its own.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn store_now(&self, run: &str) -> Result<Option<DateTime<Utc>>> {
+        let removal = self.removal()?;
+        let key = self.layout.removal_canary(run)?;
+        self.storage.put_if_absent(&key, b"canary\n".to_vec().into()).await?;
+        let written = removal.last_written(key.as_str()).await?;
+        removal.remove(std::slice::from_ref(&key)).await?;
+        Ok(written)
+    }
+
     /// Tries with an object of its own whether anything can be removed; returns what time it is by the store's clock, where it has
     /// one.
     async fn try_out(&self, run: &str, now: DateTime<Utc>) -> Result<Option<DateTime<Utc>>> {

@@ -261,16 +261,28 @@ pub struct ExpireFacts {
     pub finished: Option<DateTime<Utc>>,
     /// What went wrong.
     pub failure: Option<String>,
+    /// Whether it was refused: nothing was begun.
+    pub refused: bool,
+    /// When the last one ended that did what it was to do.
+    pub done: Option<DateTime<Utc>>,
 }
 
 impl ExpireFacts {
-    /// Returns what is to be known of a removal.
-    pub fn of(record: &ExpireRecord, outcome: Option<&ExpireOutcome>) -> Self {
-        Self {
+    /// Returns what is to be known of removals: of the one that ended last. One that was refused because another was at work
+    /// does not hide that other's end.
+    pub fn of(removals: &[(ExpireRecord, Option<ExpireOutcome>)]) -> Option<Self> {
+        let finished = |end: &Option<ExpireOutcome>| end.as_ref().map(|end| end.finished);
+        let last = removals.iter().max_by_key(|(record, end)| finished(end).unwrap_or(record.started));
+        let (record, end) = last?;
+        let is_good = |end: &&ExpireOutcome| end.failure.is_none();
+        let good = removals.iter().filter_map(|(_, end)| end.as_ref()).filter(is_good);
+        Some(Self {
             started: record.started,
-            finished: outcome.map(|outcome| outcome.finished),
-            failure: outcome.and_then(|outcome| outcome.failure.clone()),
-        }
+            finished: finished(end),
+            failure: end.as_ref().and_then(|end| end.failure.clone()),
+            refused: end.as_ref().is_some_and(|end| end.refused),
+            done: good.map(|end| end.finished).max(),
+        })
     }
 }
 

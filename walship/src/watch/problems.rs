@@ -396,8 +396,9 @@ impl Found {
 
     fn retention(&mut self, url: &str, contents: &Contents, limits: &Limits) {
         let last = contents.expire.as_ref();
-        if let Some(failure) = last.and_then(|expire| expire.failure.as_ref()) {
-            let text = format!("the last removal by retention in {url} failed: {failure}");
+        if let Some((expire, failure)) = last.and_then(|expire| Some((expire, expire.failure.as_ref()?))) {
+            let ended = if expire.refused { "was refused" } else { "failed" };
+            let text = format!("the last removal by retention in {url} {ended}: {failure}");
             let next = "Run `pitr expire` again: it says what is left to do.";
             self.add(Kind::RetentionFailed, url, Severity::Warning, text, next);
         }
@@ -408,7 +409,7 @@ impl Found {
             let next = "Run `pitr expire` again: it goes on where that one was cut off.";
             self.add(Kind::RetentionFailed, url, Severity::Warning, text, next);
         }
-        let done = last.filter(|expire| expire.failure.is_none()).and_then(|expire| expire.finished);
+        let done = last.and_then(|expire| expire.done);
         let since = done.or(contents.oldest_backup());
         if let Some((since, limit)) = since.zip(limits.watch.retention_overdue.0)
             && limits.retention

@@ -12,7 +12,9 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use walship::catalog::{BackupRecord, Catalog, GapCause, GapKind, GapRecord};
 use walship::pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
-use walship::repository::{CAUSE_BYTES_MAX, LineageRepository, Mark, RecordedBy, RemovedObjects, new_gap_id};
+use walship::repository::{
+    CAUSE_BYTES_MAX, LineageRepository, Mark, RecordedBy, RemovedObjects, Remover, new_gap_id,
+};
 use walship::wal::summary::SegmentSummary;
 use walship::{Error, Result};
 
@@ -24,7 +26,7 @@ use crate::retention::{
 use crate::target::{RecoveryTarget, TargetKind, TimelineChoice, Zone};
 use look::read;
 use removal::Removal;
-pub use removal::note_nothing_to_do;
+pub use removal::{note_nothing_to_do, note_refused, record_refused};
 
 /// The margin where the clocks of the server and of the machine that takes backups seem to differ.
 const WIDE_MARGIN: TimeDelta = TimeDelta::days(1);
@@ -308,6 +310,18 @@ fn one_line(text: &str) -> String {
     line
 }
 
+/// Returns what would be removed, to be removed then: where that is refused, this goes on record.
+///
+/// # Errors
+/// As [`prepare`].
+pub async fn prepare_to_remove(repository: &LineageRepository, request: &Request) -> Result<Prepared> {
+    let prepared = prepare(repository, request).await;
+    if let Err(error) = &prepared {
+        note_refused(repository, request, error).await;
+    }
+    prepared
+}
+
 /// Removes what was shown, from the same repository, after another look at it under the lock.
 ///
 /// # Errors
@@ -320,23 +334,44 @@ pub async fn carry_out(
     progress: &(dyn Fn(RemovedObjects) + Send + Sync),
 ) -> Result<Report> {
     let id = new_gap_id(Utc::now(), rand::random());
-    let mut remover = repository.begin_removal(&id, Utc::now()).await?;
-    let done = async {
-        let mut prepared = remover.holding(prepare(repository, request)).await?;
-        if Removal::count_again(&remover, &prepared).await? {
-            // What counts again may stand in the place of what was to stay.
-            prepared = remover.holding(prepare(repository, request)).await?;
+    let mut remover = match repository.begin_removal(&id, Utc::now()).await {
+        Ok(remover) => remover,
+        Err(error) => {
+            note_refused(repository, request, &error).await;
+            return Err(error);
         }
-        if let Some(more) = more_than(&prepared.plan, shown) {
-            return Err(Error::unavailable(format!("something changed meanwhile: {more} would go as well"))
-                .with_safe("nothing was removed")
-                .with_next("Run `pitr expire` again, and look at what it shows."));
+    };
+    let done = match look_again(&mut remover, repository, request, shown).await {
+        Ok(prepared) => Removal { remover: &mut remover, prepared, request, id, progress }.run().await,
+        Err(error) => {
+            note_refused(repository, request, &error).await;
+            Err(error)
         }
-        Removal { remover: &mut remover, prepared, request, id: id.clone(), progress }.run().await
-    }
-    .await;
+    };
     remover.end().await;
     done
+}
+
+/// Returns what is to be removed now that nobody else removes.
+async fn look_again(
+    remover: &mut Remover,
+    repository: &LineageRepository,
+    request: &Request,
+    shown: &RetentionPlan,
+) -> Result<Prepared> {
+    let mut prepared = remover.holding(prepare(repository, request)).await?;
+    if Removal::count_again(remover, &prepared).await? {
+        // What counts again may stand in the place of what was to stay.
+        prepared = remover.holding(prepare(repository, request)).await?;
+    }
+    match more_than(&prepared.plan, shown) {
+        None => Ok(prepared),
+        Some(more) => {
+            Err(Error::unavailable(format!("something changed meanwhile: {more} would go as well"))
+                .with_safe("nothing was removed")
+                .with_next("Run `pitr expire` again, and look at what it shows."))
+        }
+    }
 }
 
 /// Takes back what removals have marked that were killed long ago, of backups that are whole: while nothing can go, these could not be

@@ -306,6 +306,55 @@ pub async fn note_nothing_to_do(
     repository.put_expire_outcome(&ended(&report, None)).await
 }
 
+/// Puts on record that a removal was refused, with what it was refused for: who watches hears of it at once. `policy` is in
+/// words, and empty where there is none that makes sense.
+///
+/// # Errors
+/// What the store says.
+pub async fn record_refused(
+    repository: &LineageRepository,
+    policy: &str,
+    reason: Option<&str>,
+    why: &Error,
+) -> Result<()> {
+    let RecordedBy { host, user } = RecordedBy::now();
+    let mut started = Utc::now();
+    // Where it is this machine's clock that is wrong, the record would be taken for an old one, or for the newest for years.
+    if let Error::Invalid(_) = why
+        && let Ok(Some(now)) = repository.store_now(&new_gap_id(started, rand::random())).await
+    {
+        started = now;
+    }
+    let id = new_gap_id(started, rand::random());
+    let record = ExpireRecord {
+        format: 1,
+        id: id.clone(),
+        started,
+        host,
+        user,
+        reason: reason.map(str::to_owned),
+        policy: policy.to_owned(),
+        window_from: None,
+        backups: Vec::new(),
+        backups_total: 0,
+        wal: Vec::new(),
+        tells_removed: true,
+    };
+    repository.put_expire_record(&record).await?;
+    let report = Report { id, ..Report::default() };
+    let outcome = ExpireOutcome { refused: true, finished: started, ..ended(&report, Some(why)) };
+    repository.put_expire_outcome(&outcome).await
+}
+
+/// As [`record_refused`]; that it cannot be written takes nothing away, and is noted.
+pub async fn note_refused(repository: &LineageRepository, request: &Request, why: &Error) {
+    let policy = request.policy.to_string();
+    if let Err(error) = record_refused(repository, &policy, request.reason.as_deref(), why).await {
+        let place = repository.location();
+        repository.note(format!("that nothing was removed is not in the history of {place}: {error}"));
+    }
+}
+
 /// Returns what is put on record of a removal that has ended.
 fn ended(report: &Report, failure: Option<&Error>) -> ExpireOutcome {
     ExpireOutcome {
@@ -313,6 +362,7 @@ fn ended(report: &Report, failure: Option<&Error>) -> ExpireOutcome {
         id: report.id.clone(),
         finished: Utc::now(),
         failure: failure.map(|error| one_line(&error.to_string())),
+        refused: false,
         backups: report.backups,
         objects: report.objects,
         bytes: report.bytes,

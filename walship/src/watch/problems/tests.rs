@@ -273,7 +273,7 @@ fn what_lies_in_the_future_is_told() {
     assert_eq!(after(later), clock);
     assert_eq!(after(|facts| contents(facts).proven = Some(at(HOUR))), clock);
     assert_eq!(after(|facts| contents(facts).verified = Some(at(HOUR))), clock);
-    let expire = ExpireFacts { started: at(HOUR), finished: None, failure: None };
+    let expire = ExpireFacts { started: at(HOUR), finished: None, failure: None, refused: false, done: None };
     assert_eq!(after(|facts| contents(facts).expire = Some(expire)), clock);
 }
 
@@ -391,6 +391,8 @@ fn verifications_and_retention_fail_or_are_overdue() {
                 started: ago(age),
                 finished: finished.then(|| ago(age)),
                 failure: failure.map(str::to_owned),
+                refused: false,
+                done: (finished && failure.is_none()).then(|| ago(age)),
             });
         })
     };

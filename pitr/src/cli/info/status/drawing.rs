@@ -253,7 +253,9 @@ fn deeds(history: &[Entry], (from, to): (DateTime<Utc>, DateTime<Utc>)) -> Vec<(
                     Tone::Warn => ("missed", 1),
                     _ => ("proven", 0),
                 },
-                _ if ["failed", "not_ended", "interrupted"].contains(&&*entry.outcome) => ("failed", 2),
+                _ if ["failed", "refused", "not_ended", "interrupted"].contains(&&*entry.outcome) => {
+                    ("failed", 2)
+                }
                 _ => ("done", 0),
             };
             let said =

@@ -463,9 +463,14 @@ fn retention(info: &Info, history: &[Entry], health: &mut Health) {
     let holds = format!("{} in force", plural(holds, "hold"));
     match of_kind(history, Deed::Expire).next() {
         Some(last) => {
-            let tone = if last.outcome == "removed" { Tone::Plain } else { Tone::Warn };
+            let tone = match &*last.outcome {
+                "removed" | "nothing_to_remove" => Tone::Plain,
+                _ => Tone::Warn,
+            };
             if tone == Tone::Warn {
-                let what = format!("the last removal, {}, ended as \"{}\"", last.id, said(&last.outcome));
+                let why = last.problems.first().map_or_else(String::new, |why| format!(": {why}"));
+                let what =
+                    format!("the last removal, {}, ended as \"{}\"{why}", last.id, said(&last.outcome));
                 health.find(tone, what, "`pitr expire` shows what is left to do.");
             }
             let details = vec![format!("{}: {}", said(&last.outcome), short_time(last.started)), holds];
