@@ -103,7 +103,10 @@ async fn expire(args: &ExpireArgs, request: &Request, repository: &LineageReposi
     }
     if args.confirm {
         if let Err(error) = ask(args, &places) {
-            for place in places.iter().filter(|place| place.prepared.is_ok()) {
+            // Who says no on a terminal has only looked.
+            let asked =
+                places.iter().filter(|place| place.prepared.is_ok() && !std::io::stdin().is_terminal());
+            for place in asked {
                 note_refused(&place.repository, request, &error).await;
             }
             return Err(error);

@@ -44,7 +44,7 @@ pub(super) async fn run(args: &RestoreArgs) -> Result<u8> {
         result = carry_out(args, &mut tried, &mut measured) => (result, false),
         signal = told.stop() => (Err(interrupted(args, signal, measured.is_some())), true),
     };
-    if !args.dry_run {
+    if !args.dry_run && !tried.is_withdrawn {
         let ended = tried.ended("restored", &result, interrupted);
         forecast::record(args, &tried, measured, ended).await;
     }
@@ -115,7 +115,10 @@ async fn carry_out(args: &RestoreArgs, tried: &mut Tried, measured: &mut Option<
         if !args.yes
             && let Some(what) = changes(&would)
         {
-            confirm(what, plan.cluster.clone()).await?;
+            let confirmed = confirm(what, plan.cluster.clone()).await;
+            // Who says no on a terminal has only looked.
+            tried.is_withdrawn = confirmed.is_err() && std::io::stdin().is_terminal();
+            confirmed?;
         }
         held = Some(hold_for_restore(&source.repository, &plan, "pitr restore").await?);
         tried.begin();

@@ -32,6 +32,8 @@ pub(super) struct Tried {
     pub(super) problem: Option<String>,
     /// Whether all is done: what goes wrong then, with the output perhaps, takes nothing away from it.
     pub(super) is_done: bool,
+    /// Whether it was not wanted after all.
+    pub(super) is_withdrawn: bool,
     /// Whether it came to where something is written.
     pub(super) has_begun: bool,
     clock: Instant,
@@ -53,6 +55,7 @@ impl Tried {
             started: Utc::now(),
             problem: None,
             is_done: false,
+            is_withdrawn: false,
             has_begun: false,
             clock: Instant::now(),
         }

@@ -27,19 +27,19 @@ fn a_restore_of_another_size_takes_about_as_long_as_was_said() {
     };
     let grow = |server: &PgServer, scale: &str| {
         server.pgbench(&["-i", "-s", scale, "-q", "postgres"]);
-        stage.backup(&server);
+        stage.backup(server);
         server.psql(
             "UPDATE pgbench_accounts SET abalance = 1; CHECKPOINT; UPDATE pgbench_accounts SET abalance = 2",
         );
         server.archive_now();
     };
-    grow(&server, "4");
+    grow(&server, "3");
     assert_eq!(plan(&stage)["forecast"], Value::Null);
     let small = plan(&stage)["backup"]["data_bytes"].as_u64().unwrap();
     for round in 0..2 {
         attempt(&format!("small-{round}"));
     }
-    grow(&server, "16");
+    grow(&server, "10");
     server.stop(StopMode::Fast);
     let large = plan(&stage)["backup"]["data_bytes"].as_u64().unwrap();
     assert!(large > 2 * small, "{large} {small}");

@@ -3,6 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use chrono::{TimeDelta, Utc};
+
 use super::LineageRepository;
 use super::history::record_head;
 use crate::catalog::ChangeRecord;
@@ -11,6 +13,9 @@ use crate::error::{Error, Result};
 
 /// So many of the last records are looked at for the last one of this machine.
 const RECORDS_MAX: usize = 20;
+
+/// How far the clocks of machines may differ.
+const AHEAD_MAX: TimeDelta = TimeDelta::hours(1);
 
 /// Puts on record, in each of these repositories of one lineage, what is configured on this machine, where the last such record
 /// says otherwise: its own last one, so that machines that are configured differently are not told apart every night; the
@@ -25,8 +30,10 @@ pub async fn note_configuration(
     random: u64,
 ) -> Result<Option<ChangeRecord>> {
     let Some((first, others)) = lineages.split_first() else { return Ok(None) };
-    let head = record_head(chrono::Utc::now(), reason, random);
-    let known = first.clone().with_others(others.to_vec()).recent_configurations(RECORDS_MAX).await?;
+    let head = record_head(Utc::now(), reason, random);
+    let mut known = first.clone().with_others(others.to_vec()).recent_configurations(RECORDS_MAX).await?;
+    // One of a clock that was ahead would be the last one until that time has come.
+    known.retain(|record| record.head.started <= head.started + AHEAD_MAX);
     let own = known.iter().find(|record| record.head.host == head.host);
     let before = own.or(known.first());
     let settings = config.promises();
@@ -94,17 +101,18 @@ mod tests {
         };
         let (window, secret) =
             (("WALSHIP_RETENTION_WINDOW", "14 days"), ("WALSHIP_S3_SECRET_ACCESS_KEY", "hush"));
-        let first = noted(config(&["s3://b/x"], &[window, secret, ("WALSHIP_RPO", "5m")])).await.unwrap();
+        let first =
+            noted(config(&["s3://walship/x"], &[window, secret, ("WALSHIP_RPO", "5m")])).await.unwrap();
         assert_eq!(first.0, "configuration_noted");
-        assert_eq!(first.1, "repositories = s3://b/x; retention.window = 14 days; rpo = 300 s");
-        assert_eq!(noted(config(&["s3://b/x"], &[window, ("WALSHIP_RPO", "300s")])).await, None);
+        assert_eq!(first.1, "repositories = s3://walship/x; retention.window = 14 days; rpo = 300 s");
+        assert_eq!(noted(config(&["s3://walship/x"], &[window, ("WALSHIP_RPO", "300s")])).await, None);
         let second =
-            noted(config(&["s3://b/x", "file:///y"], &[("WALSHIP_RETENTION_WINDOW", "7 days")])).await;
+            noted(config(&["s3://walship/x", "file:///y"], &[("WALSHIP_RETENTION_WINDOW", "7 days")])).await;
         let (change, what) = second.unwrap();
         assert_eq!(change, "configuration_changed");
         assert_eq!(
             what,
-            "repositories = s3://b/x, file:///y (was s3://b/x); retention.window = 7 days (was 14 days); rpo is no longer \
+            "repositories = s3://walship/x, file:///y (was s3://walship/x); retention.window = 7 days (was 14 days); rpo is no longer \
              set (was 300 s)"
         );
     }
@@ -115,15 +123,18 @@ mod tests {
         let repository = Repository::create(Arc::new(MemoryStorage::default()), now).await.unwrap();
         let cluster = repository.create_cluster(&"main".parse().unwrap(), now).await.unwrap();
         let lineage = [cluster.register_lineage(42, SegmentSize::DEFAULT, 15, now).await.unwrap()];
-        let ours = config(&["s3://b/x"], &[]);
+        let ours = config(&["s3://walship/x"], &[]);
         assert!(note_configuration(&lineage, &ours, None, 1).await.unwrap().is_some());
-        let theirs = config(&["s3://b/x"], &[("WALSHIP_RPO", "5m")]).promises();
-        let mut head = record_head(chrono::Utc::now() + chrono::TimeDelta::seconds(5), None, 2);
-        head.host = "elsewhere".to_owned();
-        let (change, what) = ("configuration_changed".to_owned(), String::new());
-        let record = ChangeRecord { head, change, what, settings: theirs };
-        lineage[0].put_configuration_record(&record).await.unwrap();
-        assert_eq!(note_configuration(&lineage, &ours, None, 3).await.unwrap(), None);
-        assert_eq!(lineage[0].recent_changes(9).await.unwrap().len(), 2);
+        let theirs = config(&["s3://walship/x"], &[("WALSHIP_RPO", "5m")]).promises();
+        // Another machine's, and one of a time when this one's clock was ahead.
+        for (after, host) in [(TimeDelta::seconds(5), Some("elsewhere")), (TimeDelta::days(365), None)] {
+            let mut head = record_head(Utc::now() + after, None, 2);
+            head.host = host.map_or(head.host, str::to_owned);
+            let (change, what) = ("configuration_changed".to_owned(), String::new());
+            let record = ChangeRecord { head, change, what, settings: theirs.clone() };
+            lineage[0].put_configuration_record(&record).await.unwrap();
+            assert_eq!(note_configuration(&lineage, &ours, None, 3).await.unwrap(), None);
+        }
+        assert_eq!(lineage[0].recent_changes(9).await.unwrap().len(), 3);
     }
 }
