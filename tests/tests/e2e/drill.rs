@@ -571,7 +571,8 @@ fn the_history_tells_what_was_done_and_shows_reports() {
         let kinds = entries.iter().map(|one| one["kind"].as_str().unwrap().to_owned());
         kinds.chain(history["more"].as_bool().unwrap().then(|| "more".to_owned())).collect()
     };
-    assert_eq!(shown(&[]), ["drill", "restore", "backup", "change"]);
+    // Changes: the configuration, noted by the backup, and the lineage.
+    assert_eq!(shown(&[]), ["drill", "restore", "change", "backup", "change"]);
     assert_eq!(shown(&["--only", "backup,restore"]), ["restore", "backup"]);
     assert_eq!(shown(&["--limit", "2"]), ["drill", "restore", "more"]);
     let id = report["id"].as_str().unwrap();

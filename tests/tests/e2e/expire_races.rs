@@ -106,14 +106,14 @@ fn a_backup_that_began_long_ago_and_still_stores_stays() {
 fn while_the_newest_backup_cannot_be_restored_nothing_goes() {
     let scene = Scene::folder(primary_major());
     let lineage = scene.stage.repository_dir().join("main/0001");
-    let before = scene.store.keys();
+    let before = scene.store.kept_keys();
     let refused = |hidden: &Path| {
         let aside = scene.stage.path().join("aside");
         fs::rename(hidden, &aside).unwrap();
         let error = scene.stage.fails(&mut scene.stage.pitr(&CONFIRM), 4);
         assert!(error.contains("cannot be restored") && error.contains("nothing was removed"), "{error}");
         fs::rename(&aside, hidden).unwrap();
-        assert_eq!(scene.store.keys(), before);
+        assert_eq!(scene.store.kept_keys(), before);
         error
     };
     let newest = lineage.join("backups").join(&scene.backups[2]);
