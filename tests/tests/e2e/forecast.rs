@@ -11,6 +11,17 @@ fn plan(stage: &Stage) -> Value {
     serde_json::from_str::<Value>(&text).unwrap()["plan"].clone()
 }
 
+/// A repository with a backup and all of its WAL; its server is stopped.
+fn backed_up() -> Stage {
+    let stage = Stage::folder("main");
+    let mut server = stage.archiving(PgServer::builder(primary_major())).start();
+    stage.init(&server);
+    stage.backup(&server);
+    server.archive_now();
+    server.stop(StopMode::Fast);
+    stage
+}
+
 /// What a restore of a small cluster took tells what one of a cluster several times as large will.
 #[test]
 fn a_restore_of_another_size_takes_about_as_long_as_was_said() {
@@ -63,12 +74,7 @@ fn a_restore_of_another_size_takes_about_as_long_as_was_said() {
 /// Restores that found their files in place, and those that failed, do not hide one that tells.
 #[test]
 fn a_restore_that_tells_is_found_behind_others_that_do_not() {
-    let stage = Stage::folder("main");
-    let mut server = stage.archiving(PgServer::builder(primary_major())).start();
-    stage.init(&server);
-    stage.backup(&server);
-    server.archive_now();
-    server.stop(StopMode::Fast);
+    let stage = backed_up();
     let dir = stage.path().join("restored");
     stage.ok(stage.pitr(&["restore", "--latest", "-D"]).arg(&dir));
     let first = plan(&stage)["forecast"].clone();
@@ -82,12 +88,7 @@ fn a_restore_that_tells_is_found_behind_others_that_do_not() {
 
 #[test]
 fn credentials_that_only_read_restore_without_a_record() {
-    let stage = Stage::folder("main");
-    let mut server = stage.archiving(PgServer::builder(primary_major())).start();
-    stage.init(&server);
-    stage.backup(&server);
-    server.archive_now();
-    server.stop(StopMode::Fast);
+    let stage = backed_up();
     // What stands in the way of the record stands for a store that refuses it.
     std::fs::write(stage.repository_dir().join("main/0001/history/restores"), "").unwrap();
     let restored = stage.run(stage.pitr(&["restore", "--latest", "-D"]).arg(stage.path().join("restored")));
